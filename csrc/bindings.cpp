@@ -1,0 +1,219 @@
+// Where PyTorch and the kernels meet: the operations' schemas, their registration for CPU and CUDA, and the Python
+// module, which carries only build_info().
+//
+// LibTorch's stable ABI alone (torch/csrc/stable, torch/headeronly), so that one module runs on every torch >= 2.11,
+// with or without CUDA.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/version.h>
+
+#include <array>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/runtime.h"
+#include "ops.h"
+
+namespace gafext {
+namespace {
+
+// (batch, heads, length, head_dim) in the memory of (batch, length, heads, head_dim), so that the caller's transpose
+// and reshape to (batch, length, heads * head_dim) are free. torch::stable::new_empty takes no strides.
+Tensor empty_heads(const Tensor& query) {
+  const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2), dim = query.size(3);
+  const int64_t sizes[] = {batch, heads, length, dim}, strides[] = {length * heads * dim, dim, heads * dim, 1};
+  int32_t dtype, device_type;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(query.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device_type,
+                                                         query.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The shape of GEGLU's result: that of x, with `inner` for its last dimension.
+std::vector<int64_t> gated_sizes(const Tensor& x, int64_t inner) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(inner);
+  return sizes;
+}
+
+// From row to row, when the tensor is seen as (rows, columns) with contiguous columns; none if that takes a copy.
+std::optional<int64_t> row_stride(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.size(last) > 1 && tensor.stride(last) != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t expected = 0;  // of the next dimension outwards
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (tensor.size(i) == 1) continue;
+    if (stride && tensor.stride(i) != expected) return std::nullopt;
+    if (!stride) stride = tensor.stride(i);
+    expected = tensor.stride(i) * tensor.size(i);
+  }
+  return stride.value_or(tensor.size(last));
+}
+
+Tensor flash_attention_on_cpu(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale,
+                              bool is_causal) {
+  FlashAttentionArgs args = check_flash_attention(query, key, value, scale, is_causal);
+  Tensor out = empty_heads(query);
+  args.out = out.mutable_data_ptr();
+  args.out_stride = head_strides(out);
+  flash_attention_cpu(args);
+  return out;
+}
+
+Tensor cross_view_attention_on_cpu(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_views,
+                                   std::optional<double> scale) {
+  CrossViewAttentionArgs args = check_cross_view_attention(query, key, value, num_views, scale);
+  Tensor out = empty_heads(query);
+  args.out = out.mutable_data_ptr();
+  args.out_stride = head_strides(out);
+  cross_view_attention_cpu(args);
+  return out;
+}
+
+Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  GegluArgs args = check_geglu(x, weight, bias);
+  const Tensor rows = row_stride(x) ? x : torch::stable::contiguous(x);
+  const Tensor columns = row_stride(weight) ? weight : torch::stable::contiguous(weight);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  Tensor out = torch::stable::new_empty(x, gated_sizes(x, args.inner));
+  args.x = rows.const_data_ptr();
+  args.weight = columns.const_data_ptr();
+  args.bias = bias ? bias->const_data_ptr() : nullptr;
+  args.out = out.mutable_data_ptr();
+  args.x_stride = *row_stride(rows);
+  args.weight_stride = *row_stride(columns);
+  geglu_cpu(args);
+  return out;
+}
+
+#ifdef GAFEXT_WITH_CUDA
+
+// In libtorch_cuda; weak, so that the module also loads beside a torch without CUDA, where nothing calls it.
+// (torch::stable::accelerator::Stream gives the native stream from 2.13 on only.)
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  require(&aoti_torch_get_current_cuda_stream != nullptr, "gafext: this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(cudaError_t error, const char* op, const char* name, const Tensor& tensor) {
+  require(error == cudaSuccess, op, ": the CUDA kernel failed to launch: ", cudaGetErrorString(error), " (", name,
+          " ", shape_of(tensor), " ", dtype_name(tensor), ")");
+}
+
+Tensor flash_attention_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale,
+                               bool is_causal) {
+  FlashAttentionArgs args = check_flash_attention(query, key, value, scale, is_causal);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  Tensor out = empty_heads(query);
+  args.out = out.mutable_data_ptr();
+  args.out_stride = head_strides(out);
+  check_launch(flash_attention_cuda(args, current_stream(query)), "flash_attention", "query", query);
+  return out;
+}
+
+Tensor cross_view_attention_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_views,
+                                    std::optional<double> scale) {
+  CrossViewAttentionArgs args = check_cross_view_attention(query, key, value, num_views, scale);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  Tensor out = empty_heads(query);
+  args.out = out.mutable_data_ptr();
+  args.out_stride = head_strides(out);
+  check_launch(cross_view_attention_cuda(args, current_stream(query)), "cross_view_attention", "query", query);
+  return out;
+}
+
+// aten::linear through the dispatcher, that is cuBLAS.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+Tensor geglu_on_cuda(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  const GegluArgs sizes = check_geglu(x, weight, bias);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor projected = torch::stable::contiguous(linear(x, weight, bias));
+  Tensor out = torch::stable::new_empty(x, gated_sizes(x, sizes.inner));
+  const GegluGateArgs args{projected.const_data_ptr(), out.mutable_data_ptr(), sizes.rows, sizes.inner, sizes.dtype};
+  check_launch(geglu_gate_cuda(args, current_stream(x)), "geglu", "x", x);
+  return out;
+}
+
+#endif  // GAFEXT_WITH_CUDA
+
+// "a,b" -> ["a", "b"], "" -> []
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+pybind11::dict build_info() {
+  using namespace pybind11::literals;
+#ifdef GAFEXT_WITH_CUDA
+  const pybind11::object cuda_compiler = pybind11::str("nvcc " GAFEXT_CUDA_COMPILER);
+  constexpr bool cuda = true;
+#else
+  const pybind11::object cuda_compiler = pybind11::none();
+  constexpr bool cuda = false;
+#endif
+#ifdef _OPENMP
+  constexpr bool openmp = true;
+#else
+  constexpr bool openmp = false;
+#endif
+  return pybind11::dict("version"_a = GAFEXT_VERSION, "torch"_a = TORCH_VERSION,
+                        "compiler"_a = GAFEXT_CXX_COMPILER, "openmp"_a = openmp,
+                        "instruction_sets"_a = split(GAFEXT_INSTRUCTION_SETS),
+                        "instruction_set"_a = name_of(instruction_set()), "cuda"_a = cuda,
+                        "cuda_compiler"_a = cuda_compiler,
+                        "cuda_architectures"_a = split(cuda ? GAFEXT_CUDA_ARCHITECTURES : ""));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(gafext, m) {
+  m.def(
+      "flash_attention(Tensor query, Tensor key, Tensor value, *, float? scale=None, bool is_causal=False) "
+      "-> Tensor");
+  m.def(
+      "cross_view_attention(Tensor query, Tensor key, Tensor value, SymInt num_views, *, float? scale=None) "
+      "-> Tensor");
+  m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
+  m.impl("flash_attention", TORCH_BOX(&flash_attention_on_cpu));
+  m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu));
+  m.impl("geglu", TORCH_BOX(&geglu_on_cpu));
+}
+
+#ifdef GAFEXT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) {
+  m.impl("flash_attention", TORCH_BOX(&flash_attention_on_cuda));
+  m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cuda));
+  m.impl("geglu", TORCH_BOX(&geglu_on_cuda));
+}
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gafext's compiled kernels. Importing it registers torch.ops.gafext.*";
+  m.def("build_info", &build_info, "How this module was built, and the instruction set that its CPU kernels use.");
+}
+
+}  // namespace gafext

@@ -1,0 +1,26 @@
+// What the CPU kernels need of the machine: its instruction set, its threads, scratch memory.
+//
+// Compiled once, for the baseline processor. Nothing inline here: the kernels include this header in translation units
+// built for AVX-512, and an inline function emitted there could be the copy that an older processor runs.
+#pragma once
+
+#include <cstdint>
+
+namespace gafext {
+
+enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+
+// The one that kernels run with: the best that this processor has, or the one that the environment variable
+// GAFEXT_INSTRUCTION_SET names (portable, avx2, avx512). Throws std::runtime_error if that is unknown or unsupported.
+InstructionSet instruction_set();
+
+const char* name_of(InstructionSet set);
+
+// The threads that a parallel region gets: what torch.set_num_threads said.
+int64_t max_threads();
+
+// At least `floats` floats, aligned to 64 bytes, uninitialised, valid until the calling thread asks again. Kept between
+// calls: malloc would take blocks of this size from the kernel, page by page, each time.
+float* scratch(int64_t floats);
+
+}  // namespace gafext

@@ -1,0 +1,315 @@
+// The vector that the CPU kernels are written in: kLanes float32, with GCC's and clang's vector extensions.
+//
+// Every kernel source is compiled once for each instruction set, with GAFEXT_ISA naming it (portable, avx2, avx512);
+// the width follows from the compiler's flags. Everything lives in the namespace of that name, and nothing here or in
+// the kernels instantiates a std:: template: the linker merges inline functions of one name, and could keep the copy
+// with AVX-512 code for all processors.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../ops.h"
+#include "runtime.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define GAFEXT_INLINE inline __attribute__((always_inline))
+#define GAFEXT_UNROLL _Pragma("GCC unroll 16")
+
+namespace gafext::GAFEXT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// A register tile is kTileRows x kTileVectors accumulators, a vector of the right-hand side each and a broadcast: 29 of
+// the 32 registers of AVX-512 or NEON, 15 of the 16 of AVX2 or SSE.
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfBits __attribute__((vector_size(2 * kLanes)));
+
+constexpr float kInfinity = __builtin_inff();
+
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// ---- loads and stores, float32 in registers whatever the memory holds ----
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+GAFEXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename V>
+GAFEXT_INLINE V load_bits(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+GAFEXT_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+GAFEXT_INLINE Vec load(const float* from) { return load_bits<Vec>(from); }
+
+GAFEXT_INLINE Vec load(const BFloat16* from) {
+  return bit_cast<Vec>(__builtin_convertvector(load_bits<HalfBits>(from), BitVec) << 16);
+}
+
+GAFEXT_INLINE Vec load(const Float16* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_cvtph_ps(load_bits<__m256i>(from)));
+#elif defined(__F16C__)
+  return bit_cast<Vec>(_mm256_cvtph_ps(load_bits<__m128i>(from)));
+#else
+  const BitVec half = __builtin_convertvector(load_bits<HalfBits>(from), BitVec);
+  const BitVec magnitude = (half & 0x7fff) << 13;
+  const BitVec finite = bit_cast<BitVec>(bit_cast<Vec>(magnitude) * 0x1p112f);  // moves the exponent's bias
+  const BitVec special = BitVec(magnitude >= (0x7c00u << 13)) & 0x7f800000;     // infinity and NaN
+  return bit_cast<Vec>(finite | special | ((half & 0x8000) << 16));
+#endif
+}
+
+GAFEXT_INLINE void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
+
+GAFEXT_INLINE void store(BFloat16* to, Vec v) {
+  const BitVec bits = bit_cast<BitVec>(v);
+  const BitVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const BitVec is_nan = BitVec(v != v);
+  const HalfBits out = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), HalfBits);
+  __builtin_memcpy(to, &out, sizeof(out));
+}
+
+GAFEXT_INLINE void store(Float16* to, Vec v) {
+#if defined(__AVX512F__)
+  const __m256i out = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  const __m128i out = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const BitVec bits = bit_cast<BitVec>(v), magnitude = bits & 0x7fffffff;
+  const BitVec normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 puts the unit of a subnormal half, 2^-24, at the last bit of the float.
+  const BitVec subnormal = bit_cast<BitVec>(bit_cast<Vec>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  const BitVec is_subnormal = BitVec(magnitude < (113u << 23)), is_huge = BitVec(magnitude >= (143u << 23));
+  const BitVec is_nan = BitVec(magnitude > 0x7f800000u);
+  const BitVec finite = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  const BitVec half = (finite & ~is_huge) | (0x7c00 & is_huge) | (0x0200 & is_nan);
+  const HalfBits out = __builtin_convertvector(half | ((bits >> 16) & 0x8000), HalfBits);
+#endif
+  __builtin_memcpy(to, &out, sizeof(out));
+}
+
+// The first `count` lanes only; the others read as zero and are not written.
+template <typename T>
+GAFEXT_INLINE Vec load_first(const T* from, int64_t count) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+GAFEXT_INLINE void store_first(T* to, Vec v, int64_t count) {
+  T padded[kLanes];
+  store(padded, v);
+  __builtin_memcpy(to, padded, count * sizeof(T));
+}
+
+// `count` elements to float32 times `factor`, zeros up to the next whole vector.
+template <typename T>
+GAFEXT_INLINE void copy_row(float* to, const T* from, int64_t count, float factor = 1.0f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * factor);
+  if (i < count) store(to + i, load_first(from + i, count - i) * factor);
+}
+
+// ---- arithmetic ----
+
+GAFEXT_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
+
+// 2^x for x <= 0: a polynomial over the fraction (minimax with 2^0 = 1 exactly, relative error 1.4e-7), the whole part
+// into the exponent. Below -127 it is 0, exactly; NaN stays NaN.
+GAFEXT_INLINE Vec exp2_of(Vec x) {
+#if defined(__AVX512F__)
+  const Vec fraction = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), 0x01));  // x - floor(x)
+#else
+  x = x < -127.0f ? broadcast(-127.0f) : x;
+  IntVec whole = __builtin_convertvector(x, IntVec);
+  whole += IntVec(__builtin_convertvector(whole, Vec) > x);  // towards zero to floor: a true comparison is -1
+  const Vec fraction = x - __builtin_convertvector(whole, Vec);
+#endif
+  Vec p = broadcast(0.0018671312f);
+  p = p * fraction + 0.009017028f;
+  p = p * fraction + 0.055799916f;
+  p = p * fraction + 0.24016444f;
+  p = p * fraction + 0.6931513f;
+  p = p * fraction + 1.0f;
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(x)));
+#else
+  return p * bit_cast<Vec>((whole + 127) << 23);
+#endif
+}
+
+// gelu(g) = g/2 (1 + erf(g / sqrt 2)) = max(g, 0) - |g| 2^Q(|g|), where 2^Q(a) = erfc(a / sqrt 2) / 2. Q is fitted so
+// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0.
+GAFEXT_INLINE Vec gelu_of(Vec gate) {
+  Vec a = gate < 0.0f ? -gate : gate;
+  a = a > 16.0f ? broadcast(16.0f) : a;
+  Vec q = broadcast(-1.6903895e-06f);
+  q = q * a + 2.508314e-05f;
+  q = q * a - 0.00011446175f;
+  q = q * a - 0.00032334484f;
+  q = q * a + 0.0073333886f;
+  q = q * a - 0.052714203f;
+  q = q * a - 0.45911545f;
+  q = q * a - 1.1511233f;
+  q = q * a - 0.99999887f;
+  return (gate > 0.0f ? gate : Vec{}) - a * exp2_of(q);
+}
+
+// ---- lanes ----
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct CountLanes : CountLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+using AllLanes = CountLanes<kLanes>::type;
+
+// Lane i of the result is lane Pick(i) of (a, b), counted through both.
+#if defined(__clang__)
+#define GAFEXT_SHUFFLE(a, b, pick) __builtin_shufflevector(a, b, pick...)
+#else
+#define GAFEXT_SHUFFLE(a, b, pick) __builtin_shuffle(a, b, IntVec{pick...})
+#endif
+
+// a0 b0 a1 b1 ... of the lower halves, and of the upper halves.
+template <int... I>
+GAFEXT_INLINE Vec zip_low(Vec a, Vec b, Lanes<I...>) {
+  return GAFEXT_SHUFFLE(a, b, (I / 2 + I % 2 * kLanes));
+}
+template <int... I>
+GAFEXT_INLINE Vec zip_high(Vec a, Vec b, Lanes<I...>) {
+  return GAFEXT_SHUFFLE(a, b, (I / 2 + I % 2 * kLanes + kLanes / 2));
+}
+template <int Distance, int... I>
+GAFEXT_INLINE Vec rotate(Vec a, Lanes<I...>) {
+  return GAFEXT_SHUFFLE(a, a, ((I + Distance) % kLanes));
+}
+
+// Transposes kLanes x kLanes: log2(kLanes) rounds of a perfect shuffle of the rows.
+GAFEXT_INLINE void transpose(Vec (&rows)[kLanes]) {
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec zipped[kLanes];
+    GAFEXT_UNROLL
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zipped[2 * i] = zip_low(rows[i], rows[i + kLanes / 2], AllLanes());
+      zipped[2 * i + 1] = zip_high(rows[i], rows[i + kLanes / 2], AllLanes());
+    }
+    GAFEXT_UNROLL
+    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
+  }
+}
+
+// Lane i of the result is the sum of the lanes of rows[i].
+GAFEXT_INLINE Vec sums_of(Vec (&rows)[kLanes]) {
+  GAFEXT_UNROLL
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    GAFEXT_UNROLL
+    for (int i = 0; i < half; ++i) {
+      rows[i] = zip_low(rows[i], rows[i + half], AllLanes()) + zip_high(rows[i], rows[i + half], AllLanes());
+    }
+  }
+  return rows[0];
+}
+
+// One number out of all lanes, by folding the vector in halves.
+template <typename Fold>
+GAFEXT_INLINE float reduce(Vec v, Fold fold) {
+  if constexpr (kLanes > 8) v = fold(v, rotate<8 % kLanes>(v, AllLanes()));
+  if constexpr (kLanes > 4) v = fold(v, rotate<4 % kLanes>(v, AllLanes()));
+  v = fold(v, rotate<2>(v, AllLanes()));
+  return fold(v, rotate<1>(v, AllLanes()))[0];
+}
+GAFEXT_INLINE float max_in(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return max_of(a, b); });
+}
+GAFEXT_INLINE float sum_in(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return a + b; });
+}
+
+// to[column * stride + row] = from[row * from_stride + column] for `rows` <= kLanes rows; the other lanes are zero.
+template <typename T>
+GAFEXT_INLINE void transpose_rows(float* to, int64_t stride, const T* from, int64_t from_stride, int64_t rows,
+                                  int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t width = min_of(kLanes, columns - c);
+    Vec block[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const T* row = from + i * from_stride + c;
+      block[i] = i >= rows ? Vec{} : width == kLanes ? load(row) : load_first(row, width);
+    }
+    transpose(block);
+    for (int64_t i = 0; i < width; ++i) store(to + (c + i) * stride, block[i]);
+  }
+}
+
+// ---- threads, dtypes ----
+
+// body(thread, unit) for every unit; thread < max_threads(). An exception must not leave `body`.
+template <typename Body>
+void parallel_for(int64_t units, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(min_of(units, max_threads())) if (units > 1)
+  for (int64_t unit = 0; unit < units; ++unit) body(omp_get_thread_num(), unit);
+#else
+  for (int64_t unit = 0; unit < units; ++unit) body(0, unit);
+#endif
+}
+
+// body(T()) with the element type that `dtype` names.
+template <typename Body>
+void with_element_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float());
+    case DType::kFloat16:
+      return body(Float16());
+    case DType::kBFloat16:
+      return body(BFloat16());
+  }
+}
+
+}  // namespace gafext::GAFEXT_ISA

@@ -1,0 +1,94 @@
+// The operations of gafext: one argument struct an operation, one prototype an operation and device.
+//
+// Nothing here knows PyTorch: bindings.cpp checks the tensors (checks.h), fills in the arguments and calls one of
+// these. Strides count elements, the last dimension of every tensor is contiguous, and accumulation is in float32
+// whatever the dtype.
+#pragma once
+
+#include <cstdint>
+
+#ifdef GAFEXT_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace gafext {
+
+enum class DType { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int64_t kMaxHeadDim = 256;  // of the attention kernels; larger heads go to PyTorch's operation
+constexpr int64_t kMaxViews = 32;     // of cross_view_attention
+
+// Strides of a (batch, heads, length, head_dim) tensor; that of head_dim is 1.
+struct HeadStrides {
+  int64_t batch, head, row;
+};
+
+// out[b,h,i,:] = sum_j softmax_j(scale * <query[b,h,i,:], key[b,h,j,:]>) value[b,h,j,:]
+//
+//   query, out  (batch, heads, query_length, head_dim)
+//   key, value  (batch, heads, key_length, head_dim)
+//
+// Tiled with an online softmax, so that no (query_length, key_length) matrix exists: FlashAttention (Dao et al.,
+// arXiv 2205.14135), algorithm 1; the running maximum and sum are equation 3 of arXiv 1805.02867. With is_causal,
+// row i sees the keys j <= i (aligned at the top left, as torch's scaled_dot_product_attention has it). No key at all
+// gives zeros.
+struct FlashAttentionArgs {
+  const void *query, *key, *value;
+  void* out;
+  int64_t batch, heads, query_length, key_length, head_dim;
+  HeadStrides query_stride, key_stride, value_stride, out_stride;
+  float scale;
+  bool is_causal;
+  DType dtype;
+};
+
+// out[b*V+i,h,l,:] = sum_j softmax_j(scale * <query[b*V+i,h,l,:], key[b*V+j,h,l,:]>) value[b*V+j,h,l,:]
+//
+//   query, key, value, out  (batch * views, heads, length, head_dim), the view index fastest
+//
+// Attention over the V views of one portrait at each spatial position by itself, in place over the strides: the
+// cross-view layer of GAF (arXiv 2412.10209, section 3.2).
+struct CrossViewAttentionArgs {
+  const void *query, *key, *value;
+  void* out;
+  int64_t batch, views, heads, length, head_dim;
+  HeadStrides query_stride, key_stride, value_stride, out_stride;
+  float scale;
+  DType dtype;
+};
+
+// h = x weight^T + bias;  out = h[:, :inner] * gelu(h[:, inner:]),  gelu(g) = g/2 (1 + erf(g / sqrt 2))
+//
+//   x (rows, in_features)   weight (2 * inner, in_features)   bias (2 * inner) or null   out (rows, inner), contiguous
+//
+// The value half comes first and the gate second: GEGLU of arXiv 2002.05202 (equation 6), diffusers' GEGLU.
+struct GegluArgs {
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t rows, in_features, inner;
+  int64_t x_stride, weight_stride;  // from row to row
+  DType dtype;
+};
+
+// The second half of GEGLU where the first, h = projected, is another library's work (cuBLAS).
+//
+//   projected (rows, 2 * inner)   out (rows, inner), both contiguous
+struct GegluGateArgs {
+  const void* projected;
+  void* out;
+  int64_t rows, inner;
+  DType dtype;
+};
+
+void flash_attention_cpu(const FlashAttentionArgs& args);
+void cross_view_attention_cpu(const CrossViewAttentionArgs& args);
+void geglu_cpu(const GegluArgs& args);
+
+#ifdef GAFEXT_WITH_CUDA
+// Launch on the current device and return without waiting; the result is that of the launch.
+cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream);
+cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);
+cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
+#endif
+
+}  // namespace gafext

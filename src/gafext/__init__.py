@@ -1,0 +1,23 @@
+"""gafext: one portrait in, several consistent views of the same head out."""
+
+from gafext import cameras, ops
+from gafext.embedded import PORTRAIT
+from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.unet import MultiViewUNet
+from gafext.models.vae import AutoencoderKL
+from gafext.pipeline import MultiViewDiffusionPipeline, MultiViewOutput
+from gafext.scheduler import DDIMScheduler
+from gafext.versions import version
+
+__version__ = version()
+__all__ = [
+    "PORTRAIT",
+    "AutoencoderKL",
+    "CLIPVisionEncoder",
+    "DDIMScheduler",
+    "MultiViewDiffusionPipeline",
+    "MultiViewOutput",
+    "MultiViewUNet",
+    "cameras",
+    "ops",
+]

@@ -1,0 +1,164 @@
+"""The only place that picks a backend: "kernel" (gafext's C++/CUDA ops), "sdpa" (PyTorch's ops), "reference".
+
+"auto" takes the kernel unless `*_reasons` names a reason not to. The choice is an argument, never a global: every
+module keeps its own `attention_backend`, and `set_attention_backend` sets those of a whole tree.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gafext.ops import cross_view_attention as _cross_view_kernel
+from gafext.ops import flash_attention as _flash_kernel
+from gafext.ops import geglu as _geglu_kernel
+from gafext.ops.cross_view_attention import reference_cross_view_attention
+from gafext.ops.cross_view_attention import unsupported_reasons as _cross_view_unsupported
+from gafext.ops.flash_attention import reference_flash_attention
+from gafext.ops.flash_attention import unsupported_reasons as _flash_unsupported
+from gafext.ops.geglu import reference_geglu
+from gafext.ops.geglu import unsupported_reasons as _geglu_unsupported
+
+BACKENDS = ("auto", "kernel", "sdpa", "reference")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend: expected one of {list(BACKENDS)}, got {backend!r}")
+
+
+def set_attention_backend(module: nn.Module, backend: str) -> None:
+    """Set `attention_backend` on every submodule that has one.
+
+    Args:
+        module: any network of gafext.
+        backend: "auto", "kernel", "sdpa" or "reference".
+
+    Raises:
+        ValueError: no such backend.
+    """
+    check_backend(backend)
+    for submodule in module.modules():
+        if hasattr(submodule, "attention_backend"):
+            submodule.attention_backend = backend
+
+
+def _gradient_reasons(*tensors: Tensor | None) -> list[str]:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return ["an input needs a gradient, and the kernels are forward passes"]
+    return []
+
+
+def _slower_reasons(op: str, tensor: Tensor) -> list[str]:
+    # What the kernel can do, but "auto" should not ask of it yet.
+    if op == "flash_attention" and tensor.device.type == "cuda":
+        return ["the CUDA kernel has no tensor cores yet: PyTorch's is faster"]
+    return []
+
+
+def _use_kernel(backend: str, op: str, tensor: Tensor, reasons: list[str]) -> bool:
+    check_backend(backend)
+    if backend == "kernel" and reasons:
+        raise ValueError(f"backend='kernel' cannot serve this {op}: " + "; ".join(reasons))
+    return backend == "kernel" or (backend == "auto" and not reasons and not _slower_reasons(op, tensor))
+
+
+def attention_reasons(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None) -> list[str]:
+    """Why the flash-attention kernel cannot serve these inputs; empty when it can."""
+    reasons = _flash_unsupported(query, key, value) + _gradient_reasons(query, key, value)
+    return reasons + (["a mask is given, and the kernel knows only causal masking"] if attn_mask is not None else [])
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Scaled dot-product attention: softmax(Q Kᵀ / √D) V.
+
+    Args:
+        query: [B,H,Lq,D], float32, float16 or bfloat16, any strides.
+        key: [B,H,Lk,D].
+        value: [B,H,Lk,D].
+        attn_mask: added to the scores, broadcast to [B,H,Lq,Lk]; never served by the kernel.
+        is_causal: query i sees keys 0..i.
+        backend: "auto", "kernel", "sdpa" or "reference".
+
+    Returns:
+        [B,H,Lq,D].
+
+    Raises:
+        ValueError: backend "kernel" was asked for and cannot serve the inputs (the reasons are listed), or there is
+            no such backend.
+    """
+    reasons = attention_reasons(query, key, value, attn_mask=attn_mask) if backend in ("auto", "kernel") else []
+    if _use_kernel(backend, "flash_attention", query, reasons):
+        return _flash_kernel(query, key, value, is_causal=is_causal)
+    if backend == "reference" and attn_mask is None:
+        return reference_flash_attention(query, key, value, is_causal=is_causal)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+
+
+def _sdpa_cross_view(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> Tensor:
+    def views_last(x: Tensor) -> Tensor:
+        batch, heads, length, width = x.shape
+        x = x.view(batch // num_views, num_views, heads, length, width).permute(0, 3, 2, 1, 4)  # [B,L,H,V,D]
+        return x.reshape(-1, heads, num_views, width)
+
+    batch, heads, length, width = query.shape
+    result = F.scaled_dot_product_attention(*(views_last(x) for x in (query, key, value)))  # [B*L,H,V,D]
+    result = result.view(batch // num_views, length, heads, num_views, width).permute(0, 3, 2, 1, 4)
+    return result.reshape(batch, heads, length, width)
+
+
+def cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int, *, backend: str = "auto") -> Tensor:
+    """Attention over the views at each position: softmax over w of q[v,l]·k[w,l] / √D, times v[w,l].
+
+    Args:
+        query: [B*V,H,L,D], the view running fastest.
+        key: [B*V,H,L,D].
+        value: [B*V,H,L,D].
+        num_views: V.
+        backend: "auto", "kernel", "sdpa" or "reference".
+
+    Returns:
+        [B*V,H,L,D].
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    reasons = []
+    if backend in ("auto", "kernel"):
+        reasons = _cross_view_unsupported(query, key, value, num_views) + _gradient_reasons(query, key, value)
+    if _use_kernel(backend, "cross_view_attention", query, reasons):
+        return _cross_view_kernel(query, key, value, num_views)
+    form = reference_cross_view_attention if backend == "reference" else _sdpa_cross_view
+    return form(query, key, value, num_views)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Gated linear unit: h = x Wᵀ + b; h[:inner] · gelu(h[inner:]), the value first and the gate second.
+
+    Args:
+        x: [...,d].
+        weight: [2*inner,d].
+        bias: [2*inner] or None.
+        backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's linear, chunk and gelu.
+
+    Returns:
+        [...,inner].
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    reasons = []
+    if backend in ("auto", "kernel"):
+        reasons = _geglu_unsupported(x, weight, bias) + _gradient_reasons(x, weight, bias)
+    if _use_kernel(backend, "geglu", x, reasons):
+        return _geglu_kernel(x, weight, bias)
+    return reference_geglu(x, weight, bias)

@@ -1,0 +1,185 @@
+"""The command line: `gafext generate` and `gafext info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_CODES = "exit codes: 0 done, 1 an input cannot be used, 2 wrong command line, 130 interrupted"
+_DTYPES = ("float32", "float16", "bfloat16")
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gafext",
+        description="One portrait in, several consistent views of the same head out.",
+        epilog=EXIT_CODES,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    info = commands.add_parser(
+        "info", help="versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="views of the head in a portrait",
+        description="Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json into a folder.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = generate.add_argument
+    add("portrait", nargs="?", metavar="PORTRAIT", help="a picture of a head; default: the bundled one")
+    add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
+    add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
+    add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty")
+    add("--overwrite", action="store_true", help="replace the result of an earlier run")
+    add("--views", type=int, default=4, metavar="V", help="number of views, on an orbit")
+    add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000")
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="guidance scale, 1 to 20; default: the checkpoint's, 7.5 as a rule",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="of all noise")
+    add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic DDIM, 1: as noisy as DDPM")
+    add(
+        "--cameras",
+        metavar="FILE",
+        help="a transforms_train.json to take the cameras from, in place of the orbit",
+    )
+    add("--elevation", type=float, default=0.0, metavar="DEG", help="of the orbit")
+    add("--radius", type=float, default=4.0, metavar="R", help="of the orbit")
+    add("--fov", type=float, default=30.0, metavar="DEG", help="field of view of the orbit's cameras")
+    add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of an ellipsoid")
+    add("--renders", metavar="DIR", help="folder with one picture a view to start from, with --strength")
+    add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders")
+    add(
+        "--upsample",
+        choices=("auto", "bilinear", "none"),
+        default="auto",
+        help="double the latents before decoding",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add("--dtype", choices=_DTYPES, default="float32", help="of weights and activations")
+    add(
+        "--backend",
+        choices=("auto", "kernel", "sdpa", "reference"),
+        default="auto",
+        help="of attention and GEGLU",
+    )
+    add("--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def _pictures(folder: str | None) -> list[Path] | None:
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: expected a folder of pictures")
+    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import torch
+
+    from gafext import cameras as cams
+    from gafext.embedded import PORTRAIT
+    from gafext.output import check_writable
+    from gafext.pipeline import MultiViewDiffusionPipeline
+
+    check_writable(args.out, overwrite=args.overwrite)
+    cameras = cams.read_transforms(args.cameras) if args.cameras else None
+    if cameras is None:
+        cameras = cams.orbit(args.views, args.elevation, args.radius, args.fov)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline = MultiViewDiffusionPipeline.from_pretrained(
+            args.model, getattr(torch, args.dtype), _device(args.device), args.variant
+        )
+    for warning in caught:
+        print(f"gafext: {warning.message}", file=sys.stderr)
+    pipeline.set_attention_backend(args.backend)
+    start = time.monotonic()
+    output = pipeline(
+        args.portrait or PORTRAIT,
+        cameras,
+        _pictures(args.normals),
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=args.seed,
+        renders=_pictures(args.renders),
+        strength=args.strength,
+        eta=args.eta,
+        upsample=args.upsample,
+        progress_bar=not args.quiet,
+    )
+    output.run["portrait"] = str(args.portrait or PORTRAIT.name)
+    output.save(args.out, overwrite=args.overwrite)
+    if not args.quiet:
+        print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
+    return 0
+
+
+def _device(name: str | None):
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def _info(args: argparse.Namespace) -> int:
+    import torch
+
+    from gafext import _C
+    from gafext.versions import versions
+
+    devices = ["cpu"] + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    info = {
+        "versions": versions(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "build": _C.build_info(),
+    }
+    if args.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    for title, value in info.items():
+        if isinstance(value, dict):
+            print(f"{title}:")
+            for key, item in value.items():
+                print(f"  {key}: {', '.join(map(str, item)) if isinstance(item, (list, tuple)) else item}")
+        else:
+            print(f"{title}: {', '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake ends in one line on stderr, never in a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        return {"generate": _generate, "info": _info}[args.command](args)
+    except KeyboardInterrupt:
+        print("gafext: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"gafext: error: {error or type(error).__name__}", file=sys.stderr)
+        return 1

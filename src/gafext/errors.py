@@ -1,0 +1,21 @@
+"""The errors that a user of gafext can cause: ValueErrors, and an OSError for output; all name got and expected."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file is damaged, or does not fit the network or the configuration beside it."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A file or folder of a checkpoint does not exist."""
+
+
+class ImageError(ValueError):
+    """An input image cannot be read or has no usable shape, type or range."""
+
+
+class CameraError(ValueError):
+    """A camera is not a rigid world-to-camera transform."""
+
+
+class OutputError(OSError):
+    """A result cannot be written; nothing of it has been."""

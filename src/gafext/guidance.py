@@ -1,0 +1,47 @@
+"""Classifier-free guidance (arXiv 2207.12598): pure functions."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from torch import Tensor
+
+MIN_SCALE = 1.0
+MAX_SCALE = 20.0
+
+
+def check_guidance_scale(scale: float) -> None:
+    """Raise a ValueError unless 1.0 ≤ scale ≤ 20.0."""
+    number = isinstance(scale, numbers.Real) and math.isfinite(scale)
+    if not (number and MIN_SCALE <= scale <= MAX_SCALE):
+        raise ValueError(f"guidance_scale: expected a number from {MIN_SCALE} to {MAX_SCALE}, got {scale!r}")
+
+
+def needs_unconditional(scale: float) -> bool:
+    """Whether guidance at this scale uses the unconditional prediction: at 1 it cancels out."""
+    return scale != 1.0
+
+
+def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """Move a prediction away from the unconditional one: u + s (c - u).
+
+    Args:
+        unconditional: u, [B,C,h,w], any floating-point type.
+        conditional: c, the same shape.
+        scale: s, 1.0 to 20.0; see `check_guidance_scale`.
+
+    Returns:
+        [B,C,h,w].
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: arXiv 2207.12598 eq. 6, with s = 1 + w.
+    """
+    if unconditional.shape != conditional.shape:
+        raise ValueError(
+            f"conditional: expected the unconditional prediction's shape {list(unconditional.shape)}, "
+            f"got {list(conditional.shape)}"
+        )
+    return unconditional + scale * (conditional - unconditional)

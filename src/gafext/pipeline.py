@@ -1,0 +1,436 @@
+"""The whole way from one portrait to several views, in the order of the diagram in the README."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gafext import images as imaging
+from gafext import weights
+from gafext.attention import check_backend, set_attention_backend
+from gafext.cameras import Cameras, as_cameras
+from gafext.embedded import NOTICE, UntrainedWarning, embedded_parts
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.guidance import check_guidance_scale, guide, needs_unconditional
+from gafext.head_proxy import ellipsoid_normals
+from gafext.hub import checkpoint_folder
+from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.unet import Conditioning, MultiViewUNet
+from gafext.models.vae import AutoencoderKL
+from gafext.noise import resolve_seed, view_noise
+from gafext.output import MultiViewOutput
+from gafext.scheduler import DDIMScheduler
+from gafext.versions import versions
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+UPSAMPLE = ("auto", "bilinear", "none")
+DEFAULT_GUIDANCE_SCALE = 7.5
+DEFAULT_SAMPLE_SIZE = 32
+
+
+class MultiViewDiffusionPipeline:
+    """One portrait in, V consistent views of the same head out.
+
+    Args:
+        unet: the multi-view denoiser.
+        vae: between pictures and latents.
+        scheduler: the sampler.
+        image_encoder: CLIP; needed when the U-Net attends to the portrait.
+        guidance_scale: what a call without one uses.
+
+    Source: GAF (arXiv 2412.10209) section 3.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: MultiViewUNet,
+        vae: AutoencoderKL,
+        scheduler: DDIMScheduler,
+        image_encoder: CLIPVisionEncoder | None = None,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+    ):
+        self.unet, self.vae, self.scheduler, self.image_encoder = unet, vae, scheduler, image_encoder
+        self.upsampler = None
+        check_guidance_scale(guidance_scale)
+        self.guidance_scale = guidance_scale
+        self.source = "memory"
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        latent, channels = self.vae.config.latent_channels, self.unet.config.in_channels
+        if channels not in (latent, 2 * latent):
+            raise CheckpointError(
+                f"unet: expected in_channels {latent} (latents) or {2 * latent} (latents and normal latents) "
+                f"for a VAE of {latent} latent channels, got {channels}"
+            )
+        if self.unet.config.out_channels != latent:
+            raise CheckpointError(f"unet: expected out_channels {latent}, got {self.unet.config.out_channels}")
+        if not self.unet.config.image_attention:
+            return
+        if self.image_encoder is None:
+            raise CheckpointError("image_encoder: expected one, because the U-Net has attn_ip, got none")
+        width, got = self._image_token_width(), self.image_encoder.config.hidden_size
+        if width != got:
+            raise CheckpointError(f"image_encoder: expected hidden_size {width} to fit the U-Net, got {got}")
+
+    def _image_token_width(self) -> int:
+        return self.unet.config.image_embed_dim or self.unet.config.cross_attention_dim
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo_id: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        variant: str | None = None,
+    ) -> MultiViewDiffusionPipeline:
+        """Load a checkpoint folder (`unet/ vae/ scheduler/`, and `image_encoder/` where the U-Net needs it).
+
+        Args:
+            path_or_repo_id: a folder, or a hub id such as "owner/name"; None is the small built-in model.
+            dtype: of the weights; None is float32.
+            device: None is CUDA, else MPS, else the CPU.
+            variant: "fp16" reads the files that carry it in their name.
+
+        Returns:
+            The pipeline, ready to be called.
+
+        Raises:
+            CheckpointError: something is missing, damaged or does not fit together.
+        """
+        device = torch.device(device) if device is not None else default_device()
+        if path_or_repo_id is None:
+            warnings.warn(NOTICE, UntrainedWarning, stacklevel=2)
+            return cls(**embedded_parts()).to(device, dtype or torch.float32)
+        folder = checkpoint_folder(path_or_repo_id)
+        index = weights.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+        for name in ("unet", "vae", "scheduler"):
+            if not (folder / name).is_dir():
+                raise CheckpointNotFoundError(f"{folder / name}: no such folder")
+        if (folder / "upsampler").is_dir():
+            warnings.warn(f"{folder / 'upsampler'} is not read yet: latents are doubled bilinearly", stacklevel=2)
+        options = {"dtype": dtype, "device": device, "variant": variant}
+        unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
+        # Four gigabytes of ViT-H would lie unused beside a U-Net that does not look at the portrait, but
+        # save_pretrained must give back what was loaded.
+        has_encoder = (folder / "image_encoder").is_dir()
+        pipeline = cls(
+            unet=unet,
+            vae=AutoencoderKL.from_pretrained(folder / "vae", **options),
+            scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+            image_encoder=CLIPVisionEncoder.from_pretrained(folder / "image_encoder", **options)
+            if has_encoder
+            else None,
+            guidance_scale=_number(index.get("guidance_scale", DEFAULT_GUIDANCE_SCALE), folder / "model_index.json"),
+        )
+        pipeline.source = str(path_or_repo_id)
+        return pipeline
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder that `from_pretrained` reads; `model_index.json` comes last."""
+        folder = Path(folder)
+        index: dict[str, Any] = {
+            "_class_name": "MultiViewDiffusionPipeline",
+            "unet": ["gafext", "MultiViewUNet"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "guidance_scale": self.guidance_scale,
+        }
+        self.unet.save_pretrained(folder / "unet")
+        self.vae.save_pretrained(folder / "vae")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if self.image_encoder is not None:
+            self.image_encoder.save_pretrained(folder / "image_encoder")
+            index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
+        with weights.replace_whole(folder) as temporary:
+            weights.write_json(temporary / "model_index.json", index)
+
+    @property
+    def _networks(self) -> list[torch.nn.Module]:
+        return [part for part in (self.unet, self.vae, self.image_encoder) if part is not None]
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> MultiViewDiffusionPipeline:
+        """Move every network: the arguments are those of `torch.nn.Module.to`."""
+        for network in self._networks:
+            network.to(*args, **kwargs)
+        return self
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose "auto", "kernel", "sdpa" or "reference" for every attention and GEGLU of every network."""
+        check_backend(backend)
+        for network in self._networks:
+            set_attention_backend(network, backend)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        cameras: Any = None,
+        normal_maps: Any = None,
+        *,
+        num_views: int = 4,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | int | None = None,
+        latents: Tensor | None = None,
+        renders: Any = None,
+        strength: float = 1.0,
+        eta: float = 0.0,
+        upsample: str = "auto",
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict | None] | None = None,
+        progress_bar: bool = True,
+    ) -> MultiViewOutput | list[MultiViewOutput]:
+        """Generate the views of one portrait, or of each of a list of them.
+
+        Args:
+            image: the portrait: a path, a PIL image, an array [H,W,3] or a tensor [3,H,W], uint8 or float in [0,1], of
+                any size and mode; or a list of them.
+            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes; None is an orbit of `num_views`.
+            normal_maps: V pictures of camera-space normals, n/2 + 1/2; None shows an ellipsoid to the cameras.
+            num_views: V, when no cameras are given.
+            num_inference_steps: 1 to 1000.
+            guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None is the checkpoint's own, 7.5 as a rule.
+            generator: an integer seed or a torch.Generator, whose initial seed counts. Noise depends on the seed, the
+                index of the portrait and the index of the view alone. None draws a seed, which `run` tells.
+            latents: initial noise [B*V,4,h,w] in place of the seed's.
+            renders: B*V pictures to start from, noised: the views of an avatar that is being fitted.
+            strength: how much of the noise schedule is run on `renders`, above 0 to 1.
+            eta: 0 is deterministic DDIM, 1 is as noisy as DDPM.
+            upsample: "auto" or "bilinear" double the latents before they are decoded, "none" does not.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step; a dict that
+                it returns replaces the latents.
+            progress_bar: show one.
+
+        Returns:
+            The views; a list of them, one a portrait, when `image` is a list.
+
+        Raises:
+            ImageError: a picture cannot be read.
+            CameraError: a camera is no rigid transform.
+            ValueError: an argument is out of range, or counts do not agree.
+        """
+        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        check_guidance_scale(guidance_scale)
+        for name, value, known in (
+            ("output_type", output_type, OUTPUT_TYPES),
+            ("upsample", upsample, UPSAMPLE),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+        cameras = as_cameras(cameras, num_views=num_views)
+        num_views = len(cameras)
+        portraits = [imaging.load_image(item) for item in (image if several else [image])]
+        if not portraits:
+            raise ValueError("image: expected at least one portrait, got an empty list")
+        seed = resolve_seed(generator)
+        timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
+        size = self._latent_size(latents, rows=len(portraits) * num_views)
+        pixels = size * self.vae.config.factor
+        if renders is not None:
+            renders = imaging.load_images(renders, count=len(portraits) * num_views, name="renders")
+            renders = imaging.to_square_tensor(renders, pixels)
+        normals = self._normal_maps(normal_maps, cameras, pixels)
+
+        image_embeds = self.encode_portraits(portraits)
+        normal_latents = None if normals is None else self.encode(normals).repeat(len(portraits), 1, 1, 1)
+        if latents is None:
+            shape = (self.vae.config.latent_channels, size, size)
+            latents = view_noise(seed, portraits=len(portraits), views=num_views, shape=shape)
+        latents = latents.to(self.device, torch.float32)
+        if renders is not None:
+            latents = self.scheduler.add_noise(self.encode(renders), latents, timesteps[:1].expand(len(latents)))
+
+        steps = self.denoise(
+            latents,
+            timesteps,
+            num_views=num_views,
+            guidance_scale=guidance_scale,
+            image_embeds=image_embeds,
+            pose=self._pose(cameras, len(portraits)),
+            normal_latents=normal_latents,
+            eta=eta,
+            seed=seed,
+        )
+        bar = tqdm(steps, total=len(timesteps), disable=not progress_bar, desc=f"{len(latents)} views")
+        for index, (timestep, latents) in enumerate(bar):
+            if callback_on_step_end is not None:
+                replaced = (callback_on_step_end(self, index, timestep, {"latents": latents}) or {}).get("latents")
+                if replaced is not None:
+                    latents.copy_(replaced)
+        if upsample != "none":
+            latents = F.interpolate(latents, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+        run = {
+            **{"model": self.source, "num_views": num_views, "num_inference_steps": num_inference_steps},
+            **{"guidance_scale": guidance_scale, "seed": seed, "strength": strength, "eta": eta},
+            **{"upsample": upsample, "output_type": output_type, "device": str(self.device)},
+            **{"dtype": str(self.dtype).removeprefix("torch."), "versions": versions()},
+            **{"normal_maps": _origin(normal_maps, "ellipsoid", normals is not None)},
+            **{"prediction_type": self.scheduler.config.prediction_type},
+        }
+        outputs = [
+            MultiViewOutput(self._finish(part, output_type), cameras, {**run, "portrait_index": index})
+            for index, part in enumerate(latents.split(num_views))
+        ]
+        return outputs if several else outputs[0]
+
+    def _timesteps(self, num_inference_steps: int, strength: float, *, noised: bool) -> Tensor:
+        """The last `strength` of the schedule, when it starts from renders."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength: expected above 0 to 1, got {strength}")
+        if strength < 1 and not noised:
+            raise ValueError(f"strength: expected 1 without renders, got {strength}")
+        self.scheduler.set_timesteps(num_inference_steps)
+        steps = int(num_inference_steps * strength)
+        if steps == 0:
+            raise ValueError(f"strength: {strength} of num_inference_steps={num_inference_steps} leaves no step")
+        return self.scheduler.timesteps[num_inference_steps - steps :]
+
+    def _latent_size(self, latents: Tensor | None, *, rows: int) -> int:
+        if latents is None:
+            return self.unet.config.sample_size or DEFAULT_SAMPLE_SIZE
+        channels, shape = self.vae.config.latent_channels, list(latents.shape)
+        if len(shape) != 4 or shape[:2] != [rows, channels] or shape[2] != shape[3] or shape[2] == 0:
+            raise ValueError(f"latents: expected [{rows},{channels},s,s], got {shape}")
+        return shape[2]
+
+    def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
+        """[V,3,s,s] in [-1,1], or None for a U-Net without normal latents."""
+        if self.unet.config.in_channels == self.vae.config.latent_channels:
+            if normal_maps is not None:
+                raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
+            return None
+        if normal_maps is None:
+            return ellipsoid_normals(cameras, pixels) * 2 - 1
+        return imaging.to_square_tensor(
+            imaging.load_images(normal_maps, count=len(cameras), name="normal_maps"), pixels
+        )
+
+    def _pose(self, cameras: Cameras, portraits: int) -> Tensor | None:
+        if self.unet.config.pose_dim is None:
+            return None
+        return cameras.pose(self.unet.config.pose_dim).to(self.device).repeat(portraits, 1)
+
+    def encode_portraits(self, portraits: Sequence[PIL.Image.Image]) -> Tensor | None:
+        """Image tokens [B,T,cross_attention_dim] of RGB pictures, or None when the U-Net does not look at them."""
+        if not self.unet.config.image_attention:
+            return None
+        pixels = torch.cat([self.image_encoder.preprocess(portrait) for portrait in portraits])
+        features = self.image_encoder(pixels.to(self.device, self.dtype))
+        projection = self.unet.image_projection
+        if projection is None:
+            return features.last_hidden_state
+        return projection(getattr(features, projection.clip_output))
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Scaled latents [N,4,h,w] float32 of pictures [N,3,H,W] in [-1,1]: the mean, without sampling."""
+        config = self.vae.config
+        # One picture at a time: the same bits whatever the batch, and an eighth of the memory at 8 views.
+        means = [self.vae.encode(picture.to(self.device, self.dtype))[0] for picture in pictures.split(1)]
+        return (torch.cat(means).float() - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [N,3,H,W] float32 in about [-1,1] of scaled latents [N,4,h,w], one at a time as in `encode`."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return torch.cat([self.vae.decode(latent.to(self.dtype)).float() for latent in latents.split(1)])
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        *,
+        num_views: int,
+        guidance_scale: float,
+        image_embeds: Tensor | None = None,
+        pose: Tensor | None = None,
+        normal_latents: Tensor | None = None,
+        eta: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The denoising loop: yields (timestep, latents) after each step; the latents may be changed in place.
+
+        Args:
+            latents: noise [B*V,4,h,w] float32.
+            timesteps: of the scheduler, falling.
+            num_views: V.
+            guidance_scale: 1.0 runs no unconditional pass.
+            image_embeds: image tokens [B,T,cross_attention_dim], or None.
+            pose: [B*V,pose_dim], or None.
+            normal_latents: [B*V,4,h,w], or None.
+            eta: of DDIM.
+            seed: of the noise that eta > 0 adds.
+        """
+        # Only the image tokens tell the two passes apart: without them, they are equal, and guidance changes nothing.
+        guided = image_embeds is not None and needs_unconditional(guidance_scale)
+        passes = 2 if guided else 1
+        conditioning: Conditioning = self.unet.precompute(
+            pose=None if pose is None else pose.repeat(passes, 1), image_embeds=image_embeds
+        )
+        for step, timestep in enumerate(timesteps.tolist()):
+            sample = latents if normal_latents is None else torch.cat([latents, normal_latents], dim=1)
+            # The unconditional rows come first: they are the ones that skip attn_ip.
+            output = self.unet(
+                sample.to(self.dtype).repeat(passes, 1, 1, 1),
+                timestep,
+                conditioning=conditioning,
+                num_views=num_views,
+            ).float()
+            if guided:
+                output = guide(*output.chunk(2), guidance_scale)
+            noise = None
+            if eta > 0:
+                portraits, shape = len(latents) // num_views, tuple(latents.shape[1:])
+                noise = view_noise(seed, portraits=portraits, views=num_views, shape=shape, step=step + 1)
+                noise = noise.to(latents.device)
+            latents = self.scheduler.step(output, timestep, latents, eta=eta, noise=noise)
+            yield timestep, latents
+
+    def _finish(self, latents: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
+        if output_type == "latent":
+            return latents
+        pictures = self.decode(latents)
+        if not pictures.isfinite().all():
+            raise ValueError(f"the decoded pictures are not finite in {self.dtype}; a wider dtype may help")
+        if output_type == "pt":
+            return (pictures / 2 + 0.5).clamp(0, 1)
+        return imaging.to_pil(pictures) if output_type == "pil" else imaging.to_numpy(pictures)
+
+
+def default_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _origin(value: Any, default: str, used: bool) -> str:
+    return "none" if not used else default if value is None else "given"
+
+
+def _number(value: Any, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"{path}: guidance_scale={value!r}: expected a number")
+    return float(value)

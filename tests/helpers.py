@@ -1,0 +1,24 @@
+"""Shared by the tests."""
+
+import torch
+
+
+def max_abs_diff(left: torch.Tensor, right: torch.Tensor) -> float:
+    """max |left - right|, in float64; shapes must agree and every value be finite."""
+    assert left.shape == right.shape, f"{tuple(left.shape)} and {tuple(right.shape)}"
+    assert left.isfinite().all() and right.isfinite().all()
+    return (left.double() - right.double()).abs().max().item()
+
+
+@torch.no_grad()
+def randomized(module: torch.nn.Module, *, seed: int) -> torch.nn.Module:
+    """Fill a module with weights that hide nothing: no bias is 0 and no normalisation is 1, as fresh modules have."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            values *= parameter[0].numel() ** -0.5
+        else:
+            values = 0.2 * values + (1.0 if name.endswith("weight") else 0.0)
+        parameter.copy_(values)
+    return module

@@ -1,0 +1,220 @@
+"""The command line as a user meets it; most of it in this process, its start in a fresh one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import max_abs_diff
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_pipeline import save_checkpoint
+
+from gafext import cameras
+from gafext.cli import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def portrait(tmp_path):
+    path = tmp_path / "portrait.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def generate(*arguments) -> int:
+    return main(["generate", *map(str, arguments), "--device", "cpu", "--quiet"])
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line on stderr of a command that must end with exit code 1 and without a traceback."""
+    assert generate(*arguments) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("gafext: error: ") and "Traceback" not in text
+    return text
+
+
+def test_generate_writes_the_folder(checkpoint, portrait, tmp_path):
+    out = tmp_path / "deep" / "views"
+    assert generate(portrait, "--model", checkpoint, "--views", 3, "--steps", 2, "--seed", 5, "--out", out) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "view_000.png",
+        "view_001.png",
+        "view_002.png",
+        "contact_sheet.png",
+        "transforms_train.json",
+        "run.json",
+    }
+    record = json.loads((out / "run.json").read_text())
+    expected = {
+        "num_views": 3,
+        "num_inference_steps": 2,
+        "seed": 5,
+        "guidance_scale": 7.5,
+        "model": str(checkpoint),
+    }
+    assert {key: record[key] for key in expected} == expected
+    assert record["portrait"] == str(portrait)
+    assert {"gafext", "torch", "python"} <= set(record["versions"])
+    frames = json.loads((out / "transforms_train.json").read_text())["frames"]
+    assert [frame["file_path"] for frame in frames] == ["view_000.png", "view_001.png", "view_002.png"]
+    assert all((out / frame["file_path"]).is_file() for frame in frames)
+
+
+def test_the_same_seed_writes_the_same_bytes(checkpoint, portrait, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert generate(portrait, "--model", checkpoint, "--steps", 2, "--seed", seed, "--out", tmp_path / name) == 0
+    a, b, c = ((tmp_path / name / "view_002.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert generate(portrait, "--model", checkpoint, "--views", 3, "--steps", 2, "--elevation", 20, "--out", first) == 0
+    transforms = first / "transforms_train.json"
+    for folder in ("normals", "renders"):
+        (tmp_path / folder).mkdir()
+        for view in range(3):
+            shutil.copy(first / f"view_00{view}.png", tmp_path / folder)
+    options = ["--cameras", transforms, "--normals", tmp_path / "normals", "--renders", tmp_path / "renders"]
+    assert generate(portrait, "--model", checkpoint, "--steps", 4, *options, "--strength", 0.5, "--out", second) == 0
+    matrices = [cameras.read_transforms(folder / "transforms_train.json").w2c for folder in (first, second)]
+    assert max_abs_diff(*matrices) < 1e-6
+    assert json.loads((second / "run.json").read_text())["normal_maps"] == "given"
+
+
+def test_transforms_are_read_back(tmp_path):
+    from gafext.output import transforms
+
+    orbit = cameras.orbit(5, 15.0, 3.0, 40.0)
+    path = tmp_path / "transforms.json"
+    path.write_text(json.dumps(transforms(orbit, 64)))
+    again = cameras.read_transforms(path)
+    assert np.abs(again.w2c.numpy() - orbit.w2c.numpy()).max() < 1e-6
+    assert abs(again.fov - 40.0) < 1e-9
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"camera_angle_x": 1, "frames": [{}]}',
+        '{"camera_angle_x": "x", "frames": []}',
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="transforms.json"):
+            cameras.read_transforms(path)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(checkpoint, portrait, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    arguments = [portrait, "--model", checkpoint, "--steps", 1, "--out", out]
+    assert "thesis.txt" in fails(capsys, *arguments)
+    assert "thesis.txt" in fails(capsys, *arguments, "--overwrite")
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    (out / "thesis.txt").unlink()
+    assert generate(*arguments) == 0
+    assert "--overwrite" in fails(capsys, *arguments)
+    assert generate(*arguments, "--overwrite", "--views", 2) == 0
+    assert not (out / "view_002.png").exists()
+
+
+def test_a_users_mistakes_are_one_line(checkpoint, portrait, tmp_path, capsys):
+    out = tmp_path / "out"
+    common = ["--model", checkpoint, "--steps", 1, "--out", out]
+    assert "nowhere.png" in fails(capsys, "nowhere.png", *common)
+    (tmp_path / "text.png").write_text("no picture")
+    assert "text.png" in fails(capsys, tmp_path / "text.png", *common)
+    assert "num_views" in fails(capsys, portrait, *common, "--views", 0)
+    assert "num_inference_steps" in fails(capsys, portrait, *common, "--steps", 1001)
+    assert "guidance_scale" in fails(capsys, portrait, *common, "--guidance", 25)
+    assert "generator" in fails(capsys, portrait, *common, "--seed", -1)
+    assert "fov" in fails(capsys, portrait, *common, "--fov", 0)
+    assert "no/checkpoint" in fails(capsys, portrait, "--model", "./no/checkpoint", "--out", out)
+    assert "cameras.json" in fails(capsys, portrait, *common, "--cameras", tmp_path / "cameras.json")
+    assert "normal_maps: expected 4" in fails(capsys, portrait, *common, "--normals", tmp_path / "..")
+    assert "no_normals" in fails(capsys, portrait, *common, "--normals", tmp_path / "no_normals")
+    assert main(["generate", "--device", "nonsense", "--out", str(out)]) == 1
+    assert "--device nonsense" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder(checkpoint, portrait, tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert str(tmp_path) in fails(capsys, portrait, "--model", checkpoint, "--out", tmp_path / "out")
+
+
+def test_a_path_through_a_file(checkpoint, portrait, capsys):
+    assert str(portrait) in fails(capsys, portrait, "--model", checkpoint, "--out", portrait / "out")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "image_encoder"])
+def test_damaged_weights_name_the_file(part, checkpoint, portrait, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    file = next((folder / part).glob("*.safetensors"))
+    arguments = [portrait, "--model", folder, "--steps", 1, "--out", tmp_path / "out"]
+    whole = file.read_bytes()
+    for size in (len(whole) // 2, 100, 4, 0):
+        file.write_bytes(whole[:size])
+        assert str(file) in fails(capsys, *arguments)
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, str(file))
+    assert name in fails(capsys, *arguments)
+    file.unlink()
+    (file.parent / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    assert "Pickled weights" in fails(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupt(monkeypatch, tmp_path, capsys):
+    from gafext.pipeline import MultiViewDiffusionPipeline
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MultiViewDiffusionPipeline, "denoise", interrupt)
+    assert generate("--steps", 1, "--out", tmp_path / "out") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_command_lines_are_argparses(capsys):
+    for arguments in ([], ["paint"], ["generate", "--views", "many"], ["generate", "--backend", "magic"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("PORTRAIT", "--steps", "default: 50", "exit codes"))
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("gafext", "torch", "cpu", "instruction"))
+    assert main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert set(info) == {"versions", "devices", "threads", "build"}
+
+
+def test_a_fresh_process_with_the_embedded_default(tmp_path):
+    command = [sys.executable, "-m", "gafext", "generate", "--steps", "2", "--views", "2", "--out", "views"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "untrained" in result.stderr and "Traceback" not in result.stderr
+    assert Image.open(tmp_path / "views" / "view_001.png").size == (512, 512)

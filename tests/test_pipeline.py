@@ -1,0 +1,401 @@
+"""The whole way on tiny checkpoints that diffusers and transformers save."""
+
+import json
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import max_abs_diff, randomized
+from PIL import Image
+from test_unet import multi_view_config
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import gafext
+from gafext.embedded import PORTRAIT, UntrainedWarning
+from gafext.errors import CameraError, CheckpointError, CheckpointNotFoundError, ImageError
+from gafext.models.unet import MultiViewUNet
+from gafext.noise import view_noise
+
+SIZE = 8  # of the latents; pictures are four times as large, and twice that when upsampled
+
+
+def save_checkpoint(folder, *, multi_view=True, prediction_type="epsilon", seed=0):
+    """A checkpoint folder with diffusers' and transformers' own files; the U-Net is ours where it is multi-view."""
+    torch.manual_seed(seed)
+    stock = diffusers.UNet2DConditionModel(
+        sample_size=SIZE,
+        in_channels=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        cross_attention_dim=40,
+        use_linear_projection=True,
+        norm_num_groups=8,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=12,
+    )
+    unet = MultiViewUNet(multi_view_config()) if multi_view else stock
+    randomized(unet, seed=seed).save_pretrained(folder / "unet")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        scaling_factor=0.3,
+    )
+    vae.save_pretrained(folder / "vae")
+    clip = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        patch_size=32,
+        projection_dim=16,
+    )
+    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder")
+    diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def pipe(checkpoint):
+    return gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
+
+
+def portrait(seed=0, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+def run(pipe, image=None, **options):
+    defaults = {"num_inference_steps": 2, "generator": 0, "output_type": "pt", "progress_bar": False}
+    return pipe(portrait() if image is None else image, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_a_stock_tree_follows_diffusers(prediction_type, tmp_path):
+    """Encode the normals, denoise, decode: the same loop written with diffusers' classes."""
+    save_checkpoint(tmp_path, multi_view=False, prediction_type=prediction_type, seed=4)
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    cameras = gafext.cameras.orbit(3, elevation=10)
+    normals = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    normals = (normals * 255).round() / 255
+    latents = torch.randn(3, 4, SIZE, SIZE)
+    ours = run(
+        pipe,
+        cameras=cameras,
+        normal_maps=normals,
+        num_inference_steps=4,
+        latents=latents,
+        upsample="none",
+        guidance_scale=3.0,
+    )
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.set_timesteps(4)
+    pose = cameras.w2c[:, :3, :].reshape(3, 12)
+    normal_latents = vae.encode(normals * 2 - 1).latent_dist.mean * 0.3
+    for t in scheduler.timesteps:
+        sample = torch.cat([latents, normal_latents], dim=1)
+        output = unet(sample, t, torch.zeros(3, 1, 40), class_labels=pose).sample
+        latents = scheduler.step(output, t, latents).prev_sample
+    expected = (vae.decode(latents / 0.3).sample / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 0.01
+    assert max_abs_diff(ours.images, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_guidance_is_two_passes(pipe):
+    """Both passes in one batch give what two calls of the U-Net give."""
+    latents = torch.randn(4, 4, SIZE, SIZE)
+    seen = {}
+    run(
+        pipe,
+        latents=latents,
+        guidance_scale=5.0,
+        num_inference_steps=1,
+        callback_on_step_end=lambda p, i, t, kw: seen.update(t=t, **kw),
+    )
+    cameras = gafext.cameras.orbit(4)
+    normals = pipe.encode(gafext.pipeline.ellipsoid_normals(cameras, 4 * SIZE) * 2 - 1)
+    image_embeds = pipe.encode_portraits([portrait()])
+    common = {"pose": cameras.pose(12), "num_views": 4}
+    sample = torch.cat([latents, normals], 1)
+    with_image = pipe.unet(sample, seen["t"], image_embeds=image_embeds, **common)
+    without = pipe.unet(sample, seen["t"], **common)
+    assert max_abs_diff(with_image, without) > 1e-2
+    expected = pipe.scheduler.step(without + 5.0 * (with_image - without), seen["t"], latents)
+    assert max_abs_diff(seen["latents"], expected) < 1e-4
+
+
+def count_rows(pipe):
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    return rows
+
+
+def test_guidance_one_runs_no_unconditional_pass(pipe):
+    rows = count_rows(pipe)
+    run(pipe, guidance_scale=1.0)
+    assert rows == [4, 4]
+    rows.clear()
+    run(pipe, guidance_scale=2.0)
+    assert rows == [8, 8]
+
+
+def test_image_keys_and_values_are_made_once_a_run(pipe):
+    calls = []
+    pipe.unet.transformer_blocks()[0].attn_ip.to_k.register_forward_hook(lambda *_: calls.append(1))
+    run(pipe, num_inference_steps=3)
+    assert len(calls) == 1
+
+
+def test_the_seed_decides(pipe):
+    first, again, other = (run(pipe, generator=seed).images for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(run(pipe, generator=generator).images, first)
+    fresh = run(pipe, generator=None)
+    assert torch.equal(run(pipe, generator=fresh.run["seed"]).images, fresh.images)
+
+
+def test_noise_of_a_view_depends_on_seed_portrait_and_view_alone():
+    four, eight = (view_noise(7, portraits=2, views=v, shape=(4, 8, 8)).view(2, v, 4, 8, 8) for v in (4, 8))
+    assert torch.equal(four, eight[:, :4])
+    flat = eight.flatten(0, 1)
+    assert len({tuple(x.flatten()[:3].tolist()) for x in flat}) == 16
+    assert not torch.equal(flat, view_noise(8, portraits=2, views=8, shape=(4, 8, 8)))
+    assert not torch.equal(flat, view_noise(7, portraits=2, views=8, shape=(4, 8, 8), step=1))
+    assert abs(flat.mean()) < 0.05 and abs(flat.std() - 1) < 0.05
+
+
+def test_a_batch_of_portraits_is_each_alone(pipe):
+    both = run(pipe, [portrait(0), portrait(1)], generator=5)
+    assert len(both) == 2
+    assert max_abs_diff(both[0].images, run(pipe, portrait(0), generator=5).images) < 1e-5
+    assert not torch.equal(both[0].images, both[1].images)
+
+
+def test_each_condition_changes_the_views(pipe):
+    base = run(pipe).images
+    cameras = gafext.cameras.orbit(4, elevation=40)
+    ones = np.ones((4, 32, 32, 3), dtype=np.float32)
+    changes = {
+        "portrait": run(pipe, portrait(9)),
+        "cameras": run(pipe, cameras=cameras, normal_maps=ones),
+        "normals": run(pipe, normal_maps=ones),
+        "guidance": run(pipe, guidance_scale=2.0),
+        "eta": run(pipe, eta=1.0),
+        "steps": run(pipe, num_inference_steps=3),
+    }
+    assert max_abs_diff(changes["cameras"].images, changes["normals"].images) > 1e-3
+    for what, output in changes.items():
+        assert max_abs_diff(output.images, base) > 1e-3, what
+
+
+def test_attention_backends_agree(pipe):
+    images = {}
+    for backend in ("auto", "kernel", "sdpa", "reference"):
+        pipe.set_attention_backend(backend)
+        images[backend] = run(pipe, guidance_scale=2.0).images
+    for backend in ("auto", "kernel", "sdpa"):
+        assert max_abs_diff(images[backend], images["reference"]) < 1e-3, backend
+    with pytest.raises(ValueError, match="attention backend: expected one of"):
+        pipe.set_attention_backend("flash")
+
+
+def test_renders_and_strength(pipe):
+    views = np.random.default_rng(0).random((4, 32, 32, 3), dtype=np.float32)
+    seen = []
+
+    def note(pipe, step, timestep, kwargs):
+        seen.append(timestep)
+
+    near = run(pipe, renders=views, strength=0.25, num_inference_steps=8, callback_on_step_end=note)
+    assert seen == [126, 1]  # the last quarter of 876, 751, ..., 126, 1
+    clean = pipe.decode(pipe.encode(torch.from_numpy(views).permute(0, 3, 1, 2) * 2 - 1)) / 2 + 0.5
+    far = run(pipe, renders=views, strength=1.0, num_inference_steps=8)
+    small = torch.nn.functional.avg_pool2d
+    assert max_abs_diff(small(near.images, 2), small(far.images, 2)) > 1e-3
+    assert (small(near.images, 2) - clean).abs().mean() < (small(far.images, 2) - clean).abs().mean()
+
+
+def test_output_types(pipe):
+    tensor = run(pipe).images
+    assert tensor.shape == (4, 3, 64, 64) and tensor.dtype == torch.float32
+    array = run(pipe, output_type="np").images
+    assert array.shape == (4, 64, 64, 3) and max_abs_diff(torch.from_numpy(array).permute(0, 3, 1, 2), tensor) == 0
+    pictures = run(pipe, output_type="pil").images
+    assert [p.size for p in pictures] == [(64, 64)] * 4
+    assert np.abs(np.asarray(pictures[2]) / 255 - array[2]).max() <= 0.5 / 255 + 1e-6
+    latents = run(pipe, output_type="latent").images
+    assert latents.shape == (4, 4, 16, 16)
+    small = run(pipe, output_type="latent", upsample="none").images
+    expected = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+    assert torch.equal(latents, expected)
+
+
+def test_save_from_every_output_type(pipe, tmp_path):
+    for output_type in ("pil", "np", "pt"):
+        run(pipe, output_type=output_type).save(tmp_path / output_type)
+    names = sorted(path.name for path in (tmp_path / "pil").iterdir())
+    assert names == ["contact_sheet.png", "run.json", "transforms_train.json"] + [f"view_00{i}.png" for i in range(4)]
+    pictures = [(tmp_path / kind / "view_003.png").read_bytes() for kind in ("pil", "np", "pt")]
+    assert pictures[0] == pictures[1] == pictures[2]
+    record = json.loads((tmp_path / "pil" / "run.json").read_text())
+    assert record["seed"] == 0 and record["num_inference_steps"] == 2 and record["guidance_scale"] == 7.5
+    with pytest.raises(ValueError, match="latents"):
+        run(pipe, output_type="latent").save(tmp_path / "latent")
+
+
+def test_callback_sees_every_step_and_may_replace_latents(pipe):
+    steps = []
+
+    def zero(pipe, step, timestep, kwargs):
+        steps.append((step, timestep))
+        return {"latents": torch.zeros_like(kwargs["latents"])}
+
+    result = run(pipe, num_inference_steps=3, callback_on_step_end=zero, output_type="latent").images
+    assert steps == [(0, 667), (1, 334), (2, 1)]
+    assert (result == 0).all()
+
+
+def test_an_interrupt_leaves_the_pipeline_usable(pipe):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    base = run(pipe).images
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, callback_on_step_end=interrupt)
+    assert torch.equal(run(pipe).images, base)
+
+
+def test_save_pretrained_round_trip(pipe, tmp_path):
+    pipe.guidance_scale = 4.5
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+    again = gafext.MultiViewDiffusionPipeline.from_pretrained(str(tmp_path), device="cpu")
+    assert again.guidance_scale == 4.5
+    assert torch.equal(run(again).images, run(pipe).images)
+    again.save_pretrained(tmp_path)  # over the files it is mapped from
+    assert torch.equal(run(again).images, run(pipe).images)
+
+
+def test_to_and_half_precision(checkpoint):
+    single = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
+    half = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, torch.bfloat16, "cpu")
+    assert half.dtype == half.vae.dtype == half.image_encoder.dtype == torch.bfloat16
+    difference = (run(half).images - run(single).images).abs()
+    assert 0 < difference.mean() < 0.05
+    assert torch.equal(run(single.to(torch.bfloat16)).images, run(half).images)
+
+
+def test_embedded_default_says_that_it_is_untrained():
+    with pytest.warns(UntrainedWarning, match="untrained"):
+        pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(device="cpu")
+    output = pipe(PORTRAIT, num_inference_steps=2, generator=0, progress_bar=False)
+    assert [image.size for image in output.images] == [(512, 512)] * 4
+    assert np.std(np.asarray(output.images[0])) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = gafext.MultiViewDiffusionPipeline.from_pretrained(device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), again.unet.parameters(), strict=True))
+
+
+BAD_ARGUMENTS = {
+    "num_views": (dict(num_views=0), ValueError, "num_views"),
+    "negative views": (dict(num_views=-3), ValueError, "num_views"),
+    "low guidance": (dict(guidance_scale=0.9), ValueError, "guidance_scale"),
+    "high guidance": (dict(guidance_scale=20.1), ValueError, "guidance_scale"),
+    "NaN guidance": (dict(guidance_scale=float("nan")), ValueError, "guidance_scale"),
+    "no steps": (dict(num_inference_steps=0), ValueError, "num_inference_steps"),
+    "too many steps": (dict(num_inference_steps=1001), ValueError, "num_inference_steps"),
+    "scaled camera": (dict(cameras=2 * torch.eye(4).repeat(4, 1, 1)), CameraError, "camera 0"),
+    "three normal maps": (
+        dict(normal_maps=np.zeros((3, 8, 8, 3), np.uint8)),
+        ValueError,
+        "normal_maps: expected 4",
+    ),
+    "three renders": (dict(renders=np.zeros((3, 8, 8, 3), np.uint8)), ValueError, "renders: expected 4"),
+    "strength alone": (dict(strength=0.5), ValueError, "strength"),
+    "strength 0": (dict(strength=0.0, renders=np.zeros((4, 8, 8, 3), np.uint8)), ValueError, "strength"),
+    "strength of no step": (
+        dict(strength=0.1, renders=np.zeros((4, 8, 8, 3), np.uint8)),
+        ValueError,
+        "no step",
+    ),
+    "latents": (dict(latents=torch.zeros(3, 4, 8, 8)), ValueError, r"latents: expected \[4,4,s,s\]"),
+    "eta": (dict(eta=1.5), ValueError, "eta"),
+    "upsample": (dict(upsample="cubic"), ValueError, "upsample"),
+    "output type": (dict(output_type="tiff"), ValueError, "output_type"),
+    "seed": (dict(generator=-1), ValueError, "generator"),
+    "no image": (dict(image="nowhere.png"), ImageError, "nowhere.png"),
+    "no portraits": (dict(image=[]), ValueError, "portrait"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_named_before_any_work(case, pipe):
+    options, error, words = BAD_ARGUMENTS[case]
+    rows = count_rows(pipe)
+    with pytest.raises(error, match=words):
+        run(pipe, **options)
+    assert not rows
+
+
+def test_a_unet_without_normals_refuses_them(tmp_path, checkpoint):
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
+    unet = randomized(MultiViewUNet(multi_view_config(in_channels=4)), seed=0).eval()
+    plain = gafext.MultiViewDiffusionPipeline(
+        unet=unet, vae=pipe.vae, scheduler=pipe.scheduler, image_encoder=pipe.image_encoder
+    )
+    assert run(plain).images.shape == (4, 3, 64, 64)
+    with pytest.raises(ValueError, match="normal_maps: expected None"):
+        run(plain, normal_maps=np.zeros((4, 8, 8, 3), np.uint8))
+
+
+def test_parts_that_do_not_fit_together(pipe):
+    parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "image_encoder": pipe.image_encoder}
+    with pytest.raises(CheckpointError, match="in_channels"):
+        gafext.MultiViewDiffusionPipeline(unet=MultiViewUNet(multi_view_config(in_channels=5)), **parts)
+    with pytest.raises(CheckpointError, match="hidden_size 25"):
+        gafext.MultiViewDiffusionPipeline(unet=MultiViewUNet(multi_view_config(image_embed_dim=25)), **parts)
+    with pytest.raises(CheckpointError, match="image_encoder: expected one"):
+        gafext.MultiViewDiffusionPipeline(unet=pipe.unet, **{**parts, "image_encoder": None})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
+def test_a_missing_part_is_named(part, checkpoint, tmp_path):
+    for folder in checkpoint.iterdir():
+        if folder.name != part:
+            (tmp_path / folder.name).symlink_to(folder)
+    with pytest.raises(CheckpointNotFoundError, match=part):
+        gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_that_is_nowhere(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("./no/such/folder", "nobody/nothing"):
+        with pytest.raises(CheckpointNotFoundError, match=name):
+            gafext.MultiViewDiffusionPipeline.from_pretrained(name)
