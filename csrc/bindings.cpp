@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <array>
 #include <sstream>
 #include <string>
@@ -25,13 +26,16 @@ namespace {
 // and reshape to (batch, length, heads * head_dim) are free. torch::stable::new_empty takes no strides.
 Tensor empty_heads(const Tensor& query) {
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2), dim = query.size(3);
-  const int64_t sizes[] = {batch, heads, length, dim}, strides[] = {length * heads * dim, dim, heads * dim, 1};
+  const int64_t row =
+      std::max<int64_t>(heads, 1) * std::max<int64_t>(dim, 1);  // as torch.empty counts empty dimensions
+  const int64_t sizes[] = {batch, heads, length, dim};
+  const int64_t strides[] = {std::max<int64_t>(length, 1) * row, std::max<int64_t>(dim, 1), row, 1};
   int32_t dtype, device_type;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(query.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device_type,
-                                                         query.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, query.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -108,8 +112,8 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 void check_launch(cudaError_t error, const char* op, const char* name, const Tensor& tensor) {
-  require(error == cudaSuccess, op, ": the CUDA kernel failed to launch: ", cudaGetErrorString(error), " (", name,
-          " ", shape_of(tensor), " ", dtype_name(tensor), ")");
+  require(error == cudaSuccess, op, ": the CUDA kernel failed to launch: ", cudaGetErrorString(error), " (", name, " ",
+          shape_of(tensor), " ", dtype_name(tensor), ")");
 }
 
 Tensor flash_attention_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale,
@@ -177,9 +181,8 @@ pybind11::dict build_info() {
 #else
   constexpr bool openmp = false;
 #endif
-  return pybind11::dict("version"_a = GAFEXT_VERSION, "torch"_a = TORCH_VERSION,
-                        "compiler"_a = GAFEXT_CXX_COMPILER, "openmp"_a = openmp,
-                        "instruction_sets"_a = split(GAFEXT_INSTRUCTION_SETS),
+  return pybind11::dict("version"_a = GAFEXT_VERSION, "torch"_a = TORCH_VERSION, "compiler"_a = GAFEXT_CXX_COMPILER,
+                        "openmp"_a = openmp, "instruction_sets"_a = split(GAFEXT_INSTRUCTION_SETS),
                         "instruction_set"_a = name_of(instruction_set()), "cuda"_a = cuda,
                         "cuda_compiler"_a = cuda_compiler,
                         "cuda_architectures"_a = split(cuda ? GAFEXT_CUDA_ARCHITECTURES : ""));

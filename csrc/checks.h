@@ -88,8 +88,8 @@ inline void check_same_kind(const char* op, const Named& first, const Named& oth
 }
 
 inline void check_heads_shape(const char* op, const Named& named) {
-  require(named.tensor.dim() == 4, op, ": ", named.name,
-          " must have shape (batch, heads, length, head_dim), got ", shape_of(named.tensor));
+  require(named.tensor.dim() == 4, op, ": ", named.name, " must have shape (batch, heads, length, head_dim), got ",
+          shape_of(named.tensor));
 }
 
 inline void check_equal_shape(const char* op, const Named& first, const Named& other) {
@@ -105,15 +105,13 @@ inline DType check_supported_heads(const char* op, const Named& query, const Nam
   const int64_t head_dim = query.tensor.size(3);
   require(head_dim >= 1 && head_dim <= kMaxHeadDim, op, ": head_dim must be in 1..", kMaxHeadDim, ", got ", head_dim);
   for (const Named* named : {&query, &key, &value}) {
-    require(head_dim == 1 || named->tensor.stride(3) == 1, op, ": the last stride of ", named->name,
-            " must be 1, got ", named->tensor.stride(3));
+    require(head_dim == 1 || named->tensor.stride(3) == 1, op, ": the last stride of ", named->name, " must be 1, got ",
+            named->tensor.stride(3));
   }
   return dtype;
 }
 
-inline HeadStrides head_strides(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
+inline HeadStrides head_strides(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
 inline float scale_or_default(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(head_dim)));

@@ -2,14 +2,14 @@
 //
 // A unit of work is a block of query rows of one (batch, head). It walks over the keys in tiles:
 //
-//   pack      key tile transposed, value tile, both float32          K^T [D, keys], V [keys, D']   D' = D in whole vectors
+//   pack      key tile transposed, value tile, both float32          K^T [D, keys], V [keys, D']
 //   for each group of kTileRows query rows:
 //     scores  S = Q K^T in registers, a panel of keys at a time      S [kTileRows, keys], in the L1 cache
 //     softmax running maximum m, sum l; S becomes P = 2^(S - m)
 //     values  O = alpha O + P V, a panel of columns at a time        O [rows, D']
 //
-// and divides by l at the end. Scale and log2(e) are folded into Q. Everything a thread touches in the inner loops
-// (Q, O, K^T, V: 4 x 128 KiB at most) stays in its L2 cache, whatever the lengths. Each row's arithmetic is the same
+// and divides by l at the end. D' is D in whole vectors; scale and log2(e) are folded into Q. What the inner loops touch
+// (Q, O, K^T, V: 128 KiB each at most) stays in the L2 cache, whatever the lengths. Each row's arithmetic is the same
 // however rows are dealt out, so the result does not depend on the number of threads.
 #include "vector.h"
 

@@ -9,10 +9,10 @@
 namespace gafext::GAFEXT_ISA {
 namespace {
 
-constexpr int kHalf = kTileVectors / 2;              // vectors of values in a tile, and as many of gates
-constexpr int64_t kColumns = kHalf * kLanes;         // output columns of a panel
-constexpr int64_t kPanel = kTileVectors * kLanes;    // floats in a row of the packed panel
-constexpr int64_t kBlock = 256;  // of in_features: one float32 chain of 640 loses a digit, blocks of 256 do not
+constexpr int kHalf = kTileVectors / 2;            // vectors of values in a tile, and as many of gates
+constexpr int64_t kColumns = kHalf * kLanes;       // output columns of a panel
+constexpr int64_t kPanel = kTileVectors * kLanes;  // floats in a row of the packed panel
+constexpr int64_t kBlock = 256;   // of in_features: one float32 chain of 640 loses a digit, blocks of 256 do not
 constexpr int64_t kMinRows = 96;  // of a unit, below which packing the weights shows
 
 // One thread's memory. Every part begins at a whole vector.
@@ -22,7 +22,9 @@ struct Scratch {
   float* x;       // [kTileRows, kBlock]
   float* sums;    // [kTileRows, kPanel]
 
-  static int64_t floats(const GegluArgs& args) { return (args.in_features + 1 + kTileRows) * kPanel + kTileRows * kBlock; }
+  static int64_t floats(const GegluArgs& args) {
+    return (args.in_features + 1 + kTileRows) * kPanel + kTileRows * kBlock;
+  }
   Scratch(const GegluArgs& args, float* memory) {
     weight = memory;
     bias = weight + args.in_features * kPanel;

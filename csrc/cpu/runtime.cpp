@@ -91,27 +91,43 @@ float* scratch(int64_t floats) {
   return memory.get();
 }
 
-// One definition of each operation: it hands over to the copy of the kernel that was compiled for this processor.
+// Each operation hands over to the copy of its kernel that was compiled for this processor.
+
+#define GAFEXT_DECLARE_KERNELS                                   \
+  void flash_attention(const FlashAttentionArgs& args);          \
+  void cross_view_attention(const CrossViewAttentionArgs& args); \
+  void geglu(const GegluArgs& args);
+
+namespace portable {
+GAFEXT_DECLARE_KERNELS
+}
+
 #ifdef GAFEXT_X86
-#define GAFEXT_FOR_THIS_PROCESSOR(op, Args)                            \
-  namespace portable { void op(const Args&); }                         \
-  namespace avx2 { void op(const Args&); }                             \
-  namespace avx512 { void op(const Args&); }                           \
-  void op##_cpu(const Args& args) {                                    \
-    switch (instruction_set()) {                                       \
-      case InstructionSet::kAvx512: return avx512::op(args);           \
-      case InstructionSet::kAvx2: return avx2::op(args);               \
-      case InstructionSet::kPortable: return portable::op(args);       \
-    }                                                                  \
+namespace avx2 {
+GAFEXT_DECLARE_KERNELS
+}
+namespace avx512 {
+GAFEXT_DECLARE_KERNELS
+}
+
+template <typename Kernel>
+static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512) {
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return avx512;
+    case InstructionSet::kAvx2:
+      return avx2;
+    default:
+      return portable;
   }
+}
+#define GAFEXT_KERNEL(op) pick(&portable::op, &avx2::op, &avx512::op)
 #else
-#define GAFEXT_FOR_THIS_PROCESSOR(op, Args)                            \
-  namespace portable { void op(const Args&); }                         \
-  void op##_cpu(const Args& args) { portable::op(args); }
+#define GAFEXT_KERNEL(op) (&portable::op)
 #endif
 
-GAFEXT_FOR_THIS_PROCESSOR(flash_attention, FlashAttentionArgs)
-GAFEXT_FOR_THIS_PROCESSOR(cross_view_attention, CrossViewAttentionArgs)
-GAFEXT_FOR_THIS_PROCESSOR(geglu, GegluArgs)
+void flash_attention_cpu(const FlashAttentionArgs& args) { GAFEXT_KERNEL(flash_attention)(args); }
+void cross_view_attention_cpu(const CrossViewAttentionArgs& args) { GAFEXT_KERNEL(cross_view_attention)(args); }
+void geglu_cpu(const GegluArgs& args) { GAFEXT_KERNEL(geglu)(args); }
 
 }  // namespace gafext

@@ -53,7 +53,7 @@ constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// ---- loads and stores, float32 in registers whatever the memory holds ----
+// Loads and stores: float32 in registers, whatever the memory holds.
 
 struct Float16 {
   uint16_t bits;
@@ -151,8 +151,6 @@ GAFEXT_INLINE void copy_row(float* to, const T* from, int64_t count, float facto
   if (i < count) store(to + i, load_first(from + i, count - i) * factor);
 }
 
-// ---- arithmetic ----
-
 GAFEXT_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
 
 // 2^x for x <= 0: a polynomial over the fraction (minimax with 2^0 = 1 exactly, relative error 1.4e-7), the whole part
@@ -196,8 +194,7 @@ GAFEXT_INLINE Vec gelu_of(Vec gate) {
   return (gate > 0.0f ? gate : Vec{}) - a * exp2_of(q);
 }
 
-// ---- lanes ----
-
+// 0, 1, ..., kLanes - 1 as template arguments, for the shuffles. (std::integer_sequence is a std:: template.)
 template <int... I>
 struct Lanes {};
 template <int N, int... I>
@@ -285,8 +282,6 @@ GAFEXT_INLINE void transpose_rows(float* to, int64_t stride, const T* from, int6
     for (int64_t i = 0; i < width; ++i) store(to + (c + i) * stride, block[i]);
   }
 }
-
-// ---- threads, dtypes ----
 
 // body(thread, unit) for every unit; thread < max_threads(). An exception must not leave `body`.
 template <typename Body>

@@ -63,14 +63,13 @@ cudaError_t with_element_type(DType dtype, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
-// body(Chunks<n>()) with the number of 32-wide chunks that holds head_dim <= 256: 1, 2, 4 or 8.
+// body(Chunks<n>()) with the number of 32-wide chunks that holds head_dim <= 256: 2, 4 or 8.
 template <int N>
 struct Chunks {
   static constexpr int value = N;
 };
 template <typename Body>
 cudaError_t with_chunks(int64_t head_dim, const Body& body) {
-  if (head_dim <= 1 * kWarp) return body(Chunks<1>());
   if (head_dim <= 2 * kWarp) return body(Chunks<2>());
   if (head_dim <= 4 * kWarp) return body(Chunks<4>());
   return body(Chunks<8>());

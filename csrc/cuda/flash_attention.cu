@@ -4,8 +4,8 @@
 // Mapping   a block of 8 warps takes 8 query rows of one (batch, head), a warp one row, in tiles of 32 keys:
 //           all 8 warps put the key tile into shared memory; lane j scores key j; maximum and sum go over the warp;
 //           then a lane holds the columns lane, lane + 32, ... of the output and each value row is read coalesced.
-// Shared    8 query rows and 32 key rows as float32: (8 + 32) * (head_dim | 1) * 4 bytes, 41 KB at 256. The odd row length
-//           keeps lanes that walk down different rows on different banks.
+// Shared    8 query rows and 32 key rows as float32: (8 + 32) * (head_dim | 1) * 4 bytes, 41 KB at 256. The odd row
+//           length keeps lanes that walk down different rows on different banks.
 // FLOPs     4 Lq Lk D a head: 1.3 GFLOP at (Lq, Lk, D, heads) = (1024, 1024, 64, 5), in float32 FMAs, one shared-memory
 //           load each: bound by shared memory at about an eighth of the FMA rate, some 8 TFLOP/s on an H100.
 // Bytes     Q and O once; K and V once for every 8 query rows, from L2: 2 Lk D * Lq / 8 elements a head.
@@ -43,8 +43,7 @@ __global__ void flash_attention_kernel(const FlashAttentionArgs args, int64_t ro
     for (int64_t i = threadIdx.x; i < kKeys * dim; i += blockDim.x) {
       const int64_t j = i / dim, d = i % dim;
       const bool inside = first + j < args.key_length;
-      keys[j * pitch + d] =
-          inside ? to_float(row_of<T>(args.key, args.key_stride, batch, head, first + j)[d]) : 0.0f;
+      keys[j * pitch + d] = inside ? to_float(row_of<T>(args.key, args.key_stride, batch, head, first + j)[d]) : 0.0f;
     }
     __syncthreads();
     if (!has_row) continue;

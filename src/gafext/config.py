@@ -279,30 +279,11 @@ class CLIPVisionConfig(Config):
     # generation too.
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
-            *(
-                "architectures",
-                "attention_dropout",
-                "dropout",
-                "dtype",
-                "initializer_factor",
-                "initializer_range",
-            ),
-            *(
-                "torch_dtype",
-                "transformers_version",
-                "return_dict",
-                "output_attentions",
-                "output_hidden_states",
-            ),
-            *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "pruned_heads", "do_sample"),
-            *(
-                "diversity_penalty",
-                "encoder_no_repeat_ngram_size",
-                "length_penalty",
-                "max_length",
-                "min_length",
-            ),
-            *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+            *("architectures", "attention_dropout", "dropout", "dtype", "torch_dtype", "transformers_version"),
+            *("initializer_factor", "initializer_range", "id2label", "label2id", "problem_type", "pruned_heads"),
+            *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "do_sample"),
+            *("diversity_penalty", "encoder_no_repeat_ngram_size", "length_penalty", "max_length"),
+            *("min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
             *("repetition_penalty", "temperature", "tie_word_embeddings", "top_k", "top_p", "typical_p"),
         }
     )
@@ -360,6 +341,10 @@ CLIP_VIT_H_14 = CLIPVisionConfig(
 """OpenCLIP's ViT-H/14: 632,076,800 parameters. Its GELU is exact; OpenAI's ViT-L/14 uses quick_gelu."""
 
 
+_EULER = {"clip_sample": False, "timestep_spacing": "linspace"}
+_HEUN = {**_EULER, "beta_start": 0.00085, "beta_end": 0.012}
+
+
 @dataclass(frozen=True)
 class SchedulerConfig(Config):
     """The noise schedule of a diffusers scheduler, as far as DDIM reads it.
@@ -372,22 +357,10 @@ class SchedulerConfig(Config):
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
             *("skip_prk_steps", "solver_order", "solver_type", "solver_p", "algorithm_type", "predict_x0"),
-            *(
-                "lower_order_final",
-                "euler_at_final",
-                "disable_corrector",
-                "predictor_order",
-                "corrector_order",
-            ),
-            *(
-                "use_karras_sigmas",
-                "use_exponential_sigmas",
-                "use_beta_sigmas",
-                "use_lu_lambdas",
-                "sigma_min",
-            ),
-            *("sigma_max", "final_sigmas_type", "lambda_min_clipped", "interpolation_type", "timestep_type"),
-            *("flow_shift", "time_shift_type", "variance_type", "noise_sampler_seed"),
+            *("lower_order_final", "euler_at_final", "disable_corrector", "noise_sampler_seed"),
+            *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+            *("sigma_min", "sigma_max", "final_sigmas_type", "lambda_min_clipped", "variance_type"),
+            *("interpolation_type", "timestep_type", "flow_shift", "time_shift_type"),
             *("dynamic_thresholding_ratio", "sample_max_value"),
         }
     )
@@ -397,20 +370,16 @@ class SchedulerConfig(Config):
         "DDPMScheduler": {},
         "PNDMScheduler": {"clip_sample": False, "set_alpha_to_one": False},
         "DPMSolverSinglestepScheduler": {"clip_sample": False},
-        **dict.fromkeys(
-            (
-                *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"),
-                *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"),
-            ),
-            {"clip_sample": False, "timestep_spacing": "linspace"},
-        ),
-        **dict.fromkeys(
-            (
-                *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
-                "DPMSolverSDEScheduler",
-            ),
-            {"clip_sample": False, "timestep_spacing": "linspace", "beta_start": 0.00085, "beta_end": 0.012},
-        ),
+        "DPMSolverMultistepScheduler": _EULER,
+        "UniPCMultistepScheduler": _EULER,
+        "DEISMultistepScheduler": _EULER,
+        "EulerDiscreteScheduler": _EULER,
+        "EulerAncestralDiscreteScheduler": _EULER,
+        "LMSDiscreteScheduler": _EULER,
+        "HeunDiscreteScheduler": _HEUN,
+        "KDPM2DiscreteScheduler": _HEUN,
+        "KDPM2AncestralDiscreteScheduler": _HEUN,
+        "DPMSolverSDEScheduler": _HEUN,
     }
 
     num_train_timesteps: int = 1000

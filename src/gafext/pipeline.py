@@ -28,7 +28,7 @@ from gafext.models.unet import Conditioning, MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.noise import resolve_seed, view_noise
 from gafext.output import MultiViewOutput
-from gafext.scheduler import DDIMScheduler
+from gafext.scheduler import DDIMScheduler, check_eta
 from gafext.versions import versions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -174,10 +174,14 @@ class MultiViewDiffusionPipeline:
         return self
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose "auto", "kernel", "sdpa" or "reference" for every attention and GEGLU of every network."""
+        """Choose "auto", "kernel", "sdpa" or "reference" for every attention and GEGLU of every network.
+
+        "kernel" leaves the autoencoder at "auto": its one head is as wide as its channels, 512 in Stable Diffusion,
+        and no kernel is that wide yet.
+        """
         check_backend(backend)
         for network in self._networks:
-            set_attention_backend(network, backend)
+            set_attention_backend(network, "auto" if network is self.vae and backend == "kernel" else backend)
 
     @torch.no_grad()
     def __call__(
@@ -232,6 +236,7 @@ class MultiViewDiffusionPipeline:
         several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         check_guidance_scale(guidance_scale)
+        check_eta(eta)
         for name, value, known in (
             ("output_type", output_type, OUTPUT_TYPES),
             ("upsample", upsample, UPSAMPLE),

@@ -23,8 +23,9 @@ def _betas(config: SchedulerConfig) -> Tensor:
         return torch.linspace(start, end, count, dtype=torch.float32)
     if config.beta_schedule == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
-    time = torch.arange(count + 1, dtype=torch.float64) / count  # squaredcos_cap_v2: arXiv 2102.09672 eq. 17
-    alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    # squaredcos_cap_v2: arXiv 2102.09672 eq. 17, with Python's cosine, which rounds alike on every machine.
+    curve = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+    alphas_cumprod = torch.tensor(curve, dtype=torch.float64)
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999).float()
 
 
@@ -57,6 +58,12 @@ def _spaced_timesteps(config: SchedulerConfig, count: int) -> Tensor:
 def _require_shape(name: str, tensor: Tensor, sample: Tensor) -> None:
     if tensor.shape != sample.shape:
         raise ValueError(f"{name}: expected the sample's shape {list(sample.shape)}, got {list(tensor.shape)}")
+
+
+def check_eta(eta: float) -> None:
+    """Raise a ValueError unless 0.0 ≤ eta ≤ 1.0."""
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta: expected 0.0 to 1.0, got {eta!r}")
 
 
 class DDIMScheduler:
@@ -148,8 +155,7 @@ class DDIMScheduler:
         """
         alpha, alpha_before = self._alphas(t)
         _require_shape("model_output", model_output, sample)
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"eta: expected 0.0 to 1.0, got {eta!r}")
+        check_eta(eta)
         if eta > 0:
             if noise is None:
                 raise ValueError(f"noise: expected a tensor of shape {list(sample.shape)} at eta={eta}, got None")

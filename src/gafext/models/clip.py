@@ -196,6 +196,6 @@ class CLIPVisionEncoder(PretrainedModel):
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
-        pixels = (pixels.permute(0, 3, 1, 2).double() * (1 / 255)).float()
+        pixels = pixels.permute(0, 3, 1, 2).float() / 255
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         return ((pixels - mean) / std).contiguous()

@@ -1,8 +1,12 @@
-"""The three operations: `flash_attention`, `cross_view_attention`, `geglu`."""
+"""The operations that gafext brings along: flash attention, cross-view attention, GEGLU.
 
-import torch  # noqa: F401  (first: the module below binds to its libraries and to its OpenMP)
+Each is a function here and, under the same name, an operation of `torch.ops.gafext`. The functions check their
+arguments and hand what the kernels cannot serve to PyTorch's own operations; `torch.ops.gafext` raises instead.
+"""
 
-from gafext import _C  # noqa: F401  (registers torch.ops.gafext)
+import torch  # noqa: F401  first: the module below binds to its libraries and to its OpenMP runtime
+
+from gafext import _C  # noqa: F401  registers torch.ops.gafext
 from gafext.ops.cross_view_attention import cross_view_attention
 from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu

@@ -1,29 +1,134 @@
+"""Softmax attention without the score matrix."""
+
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.ops import _common
+
+_OP = "flash_attention"
 
 
-def reference_flash_attention(query, key, value, *, scale=None, is_causal=False):
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * (query @ key.transpose(-1, -2))
-    if is_causal:
-        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
-    return scores.softmax(-1) @ value
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, is_causal: bool = False
+) -> Tensor:
+    """Attention of every query over all keys, computed by tiles, so that no Lq x Lk matrix is ever held.
 
+    out[b,h,i] = sum_j softmax_j(scale * <query[b,h,i], key[b,h,j]>) value[b,h,j]
 
-def unsupported_reasons(query, key, value):
-    reasons = []
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        reasons.append("dtype")
-    if query.shape[-1] > 256:
-        reasons.append("head_dim")
-    if any(t.stride(-1) != 1 for t in (query, key, value)):
-        reasons.append("stride")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        reasons.append("inputs need a gradient")
-    return reasons
+    Args:
+        query: [B,H,Lq,D], float32, float16 or bfloat16. Any strides, the last being 1: a view of a projection's
+            [B,Lq,H*D] costs no copy. Accumulation is in float32.
+        key: [B,H,Lk,D], like query.
+        value: [B,H,Lk,D], like query.
+        scale: factor of the scores; 1/sqrt(D) by default.
+        is_causal: query i sees the keys j <= i (aligned at the top left, as in scaled_dot_product_attention).
 
+    Returns:
+        [B,H,Lq,D] in the memory of [B,Lq,H,D]: `out.transpose(1, 2).flatten(2)` copies nothing.
 
-def flash_attention(query, key, value, *, scale=None, is_causal=False):
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+
+    What the kernel cannot serve (see `unsupported_reasons`) goes to torch's scaled_dot_product_attention.
+
+    Source: FlashAttention (arXiv 2205.14135), algorithm 1; online softmax (arXiv 1805.02867), algorithm 3.
+    """
+    query, key, value = _common.autocast(query, key, value)
+    check_flash_attention(query, key, value)
     if unsupported_reasons(query, key, value):
         return F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=is_causal)
     return torch.ops.gafext.flash_attention(query, key, value, scale=scale, is_causal=is_causal)
+
+
+def reference_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, is_causal: bool = False
+) -> Tensor:
+    """The formula in plain PyTorch: any dtype, float64 too; differentiable; holds the score matrix."""
+    return attention_weights(query, key, scale=scale, is_causal=is_causal) @ value
+
+
+def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    return _common.head_reasons(query, key, value) + _common.place_reasons(query, key, value)
+
+
+def check_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _common.check_heads_shape(_OP, name, tensor)
+    _common.require(
+        key.shape[:2] == query.shape[:2] and key.shape[3] == query.shape[3],
+        _OP,
+        lambda: f"key must have the batch, heads and head_dim of query, {tuple(query.shape)}, got {tuple(key.shape)}",
+    )
+    _common.check_equal_shape(_OP, "key", key, "value", value)
+    _common.check_same_kind(_OP, "query", query, "key", key)
+    _common.check_same_kind(_OP, "query", query, "value", value)
+
+
+def attention_weights(query: Tensor, key: Tensor, *, scale: float | None, is_causal: bool = False) -> Tensor:
+    """softmax(scale * query key^T) over the last dimension: [..., Lq, D], [..., Lk, D] -> [..., Lq, Lk]."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * (query @ key.transpose(-1, -2))  # [..., Lq, Lk]
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *,
+    scale: float | None,
+    is_causal: bool = False,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of attention over the last two dimensions, in float32 (FlashAttention, appendix B.2).
+
+    With P the weights: dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale dS K, dK = scale dS^T Q.
+    """
+    dtype = query.dtype
+    grad, query, key, value, out = (t.float() for t in (grad, query, key, value, out))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = attention_weights(query, key, scale=scale, is_causal=is_causal)  # [..., Lq, Lk]
+    grad_query = grad_key = grad_value = None
+    if needed[0] or needed[1]:
+        delta = (grad * out).sum(dim=-1, keepdim=True)  # [..., Lq, 1]
+        grad_scores = scale * weights * (grad @ value.transpose(-1, -2) - delta)
+        grad_query = (grad_scores @ key).to(dtype) if needed[0] else None
+        grad_key = (grad_scores.transpose(-1, -2) @ query).to(dtype) if needed[1] else None
+    if needed[2]:
+        grad_value = (weights.transpose(-1, -2) @ grad).to(dtype)
+    return grad_query, grad_key, grad_value
+
+
+@torch.library.register_fake("gafext::flash_attention")
+def _fake(query, key, value, *, scale=None, is_causal=False):
+    check_flash_attention(query, key, value)
+    _common.require_supported(_OP, _common.head_reasons(query, key, value))
+    batch, heads, length, head_dim = query.shape
+    return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+@torch.library.impl("gafext::flash_attention", "MPS")
+def _mps(query, key, value, *, scale=None, is_causal=False):
+    return _common.heads_like(F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=is_causal))
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs, output)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx, grad):
+    return attention_backward(grad, *ctx.saved_tensors, **ctx.options, needed=ctx.needs_input_grad[:3])
+
+
+torch.library.register_autograd("gafext::flash_attention", _backward, setup_context=_setup_context)

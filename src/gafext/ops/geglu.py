@@ -1,22 +1,115 @@
+"""The gated projection of a transformer's feed-forward layer."""
+
+from __future__ import annotations
+
+import math
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.ops import _common
+
+_OP = "geglu"
 
 
-def reference_geglu(x, weight, bias=None):
+def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear projection whose first half is multiplied with the GELU of its second half.
+
+    h = x weight^T + bias;  out = h[..., :inner] * gelu(h[..., inner:]),  gelu(g) = g/2 (1 + erf(g / sqrt 2))
+
+    Args:
+        x: [..., in_features], float32, float16 or bfloat16. Accumulation is in float32.
+        weight: [2 * inner, in_features], like x: the rows of the value first, those of the gate second.
+        bias: [2 * inner], like x, or None.
+
+    Returns:
+        [..., inner], contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+
+    What the kernel cannot serve (see `unsupported_reasons`) goes to torch's linear and gelu.
+
+    Source: GEGLU of "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6; diffusers'
+    models/activations.py, class GEGLU.
+    """
+    x, weight, bias = _common.autocast(x, weight, bias)
+    check_geglu(x, weight, bias)
+    if unsupported_reasons(x, weight, bias):
+        return reference_geglu(x, weight, bias)
+    return torch.ops.gafext.geglu(x, weight, bias)
+
+
+def reference_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
-def unsupported_reasons(x, weight, bias=None):
-    reasons = []
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        reasons.append("dtype")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        reasons.append("inputs need a gradient")
-    return reasons
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
+    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    return _common.dtype_reasons(x) + _common.place_reasons(x, weight, bias)
 
 
-def geglu(x, weight, bias=None):
-    if unsupported_reasons(x, weight, bias):
-        return reference_geglu(x, weight, bias)
-    return torch.ops.gafext.geglu(x, weight, bias)
+def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    shape = tuple(weight.shape)
+    _common.require(
+        weight.dim() == 2 and weight.shape[0] % 2 == 0,
+        _OP,
+        lambda: f"weight must have shape (2 * inner, in_features), got {shape}",
+    )
+    _common.require(
+        x.dim() >= 1 and x.shape[-1] == weight.shape[1],
+        _OP,
+        lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
+    )
+    if bias is not None:
+        _common.require(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            _OP,
+            lambda: f"bias must have shape ({shape[0]},) to go with weight {shape}, got {tuple(bias.shape)}",
+        )
+    _common.check_same_kind(_OP, "x", x, "weight", weight)
+    if bias is not None:
+        _common.check_same_kind(_OP, "x", x, "bias", bias)
+
+
+@torch.library.register_fake("gafext::geglu")
+def _fake(x, weight, bias=None):
+    check_geglu(x, weight, bias)
+    _common.require_supported(_OP, _common.dtype_reasons(x))
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+@torch.library.impl("gafext::geglu", "MPS")
+def _mps(x, weight, bias=None):
+    return reference_geglu(x, weight, bias)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    """dh = [grad * gelu(gate), grad * value * gelu'(gate)]; gelu'(g) = cdf(g) + g pdf(g). In float32."""
+    x, weight, bias = ctx.saved_tensors
+    dtype = x.dtype
+    grad, x, weight = (t.float() for t in (grad, x, weight))
+    value, gate = F.linear(x, weight, None if bias is None else bias.float()).chunk(2, dim=-1)
+    cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+    pdf = torch.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
+    grad_h = torch.cat([grad * gate * cdf, grad * value * (cdf + gate * pdf)], dim=-1)  # [..., 2 * inner]
+    rows = grad_h.flatten(0, -2) if grad_h.dim() > 1 else grad_h[None]  # [rows, 2 * inner]
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad_h @ weight).to(dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = (rows.T @ x.reshape(rows.shape[0], -1)).to(dtype)
+    if bias is not None and ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(dim=0).to(dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+torch.library.register_autograd("gafext::geglu", _backward, setup_context=_setup_context)

@@ -1,0 +1,112 @@
+"""What the Python halves of the operations share: checks in the words of csrc/checks.h, reasons, autocast."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gafext import _C
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops.h
+
+_BUILD = _C.build_info()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def require(condition: bool, op: str, words: Callable[[], str]) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {words()}")
+
+
+def check_heads_shape(op: str, name: str, tensor: Tensor) -> None:
+    require(
+        tensor.dim() == 4,
+        op,
+        lambda: f"{name} must have shape (batch, heads, length, head_dim), got {tuple(tensor.shape)}",
+    )
+
+
+def check_equal_shape(op: str, first_name: str, first: Tensor, name: str, other: Tensor) -> None:
+    require(
+        other.shape == first.shape,
+        op,
+        lambda: f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(other.shape)}",
+    )
+
+
+def check_same_kind(op: str, first_name: str, first: Tensor, name: str, other: Tensor) -> None:
+    require(
+        other.dtype == first.dtype,
+        op,
+        lambda: f"{name} must have the dtype of {first_name}, {dtype_name(first)}, got {dtype_name(other)}",
+    )
+    require(other.device == first.device, op, lambda: f"{name} must be on the device of {first_name}")
+
+
+def dtype_reasons(tensor: Tensor) -> list[str]:
+    if tensor.dtype in KERNEL_DTYPES:
+        return []
+    return [f"dtype must be float32, float16 or bfloat16, got {dtype_name(tensor)}"]
+
+
+def head_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Why the attention kernels cannot serve these tensors, whatever the device."""
+    head_dim = query.shape[3]
+    reasons = dtype_reasons(query)
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        reasons.append(f"head_dim must be in 1..{MAX_HEAD_DIM}, got {head_dim}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if head_dim != 1 and tensor.stride(3) != 1:
+            reasons.append(f"the last stride of {name} must be 1, got {tensor.stride(3)}")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _cuda_reason(index: int | None) -> str:
+    if not _BUILD["cuda"]:
+        return "gafext was built without its CUDA kernels"
+    oldest = min(int(re.match(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"])
+    major, minor = torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (99, 0)
+    if 10 * major + minor < oldest:
+        return f"the CUDA kernels need compute capability {oldest / 10}, this GPU has {major}.{minor}"
+    return ""
+
+
+def place_reasons(*tensors: Tensor | None) -> list[str]:
+    """Why the kernels cannot serve tensors that live here or are tracked by autograd."""
+    device = next(t for t in tensors if t is not None).device
+    reasons = []
+    if device.type == "cuda":
+        reason = _cuda_reason(device.index)
+        reasons += [reason] if reason else []
+    elif device.type not in ("cpu", "mps", "meta"):
+        reasons.append(f"there is no kernel for {device.type} tensors")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        reasons.append("inputs need a gradient, and PyTorch's operation has the faster backward pass")
+    return reasons
+
+
+def require_supported(op: str, reasons: list[str]) -> None:
+    """What the kernels of every device raise, for the fake kernels."""
+    require(not reasons, op, lambda: reasons[0])
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that an active torch.autocast asks for, as PyTorch's own linear and attention do."""
+    device = next(t for t in tensors if t is not None).device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
+
+
+def heads_like(out: Tensor) -> Tensor:
+    """`out` (B,H,L,D) in the memory of (B,L,H,D), as the kernels return it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

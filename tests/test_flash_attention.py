@@ -1,0 +1,303 @@
+"""flash_attention against float64, against PyTorch's own, and against misuse."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gafext import _C
+from gafext.ops import flash_attention
+from gafext.ops.flash_attention import _mps, reference_flash_attention, unsupported_reasons
+
+OP = torch.ops.gafext.flash_attention
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+no_cuda = not (torch.cuda.is_available() and _C.build_info()["cuda"])
+on_devices = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(no_cuda, reason="no GPU"))]
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def heads(batch, length, num_heads, head_dim, dtype=torch.float32, device="cpu"):
+    """(B,H,L,D) over the memory of (B,L,H*D), as a projection leaves it."""
+    return torch.randn(batch, length, num_heads, head_dim, device=device).to(dtype).transpose(1, 2)
+
+
+def assert_as_exact_as_torch(query, key, value, **options):
+    """At most twice the error of PyTorch's own operation, both measured against float64."""
+    out = flash_attention(query, key, value, **options)
+    exact = reference_flash_attention(query.double(), key.double(), value.double(), **options)
+    torchs = F.scaled_dot_product_attention(query, key, value, **options)
+    assert out.shape == query.shape and out.dtype == query.dtype
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (out, torchs))
+    assert error <= 2 * allowed + 1e-6, f"{error} against PyTorch's {allowed}"
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 8, 17, 40, 64, 80, 128, 160, 255, 256])
+def test_every_head_size(head_dim, dtype, device):
+    query, key, value = (heads(2, length, 3, head_dim, dtype, device) for length in (65, 77, 77))
+    for is_causal in (False, True):
+        assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
+
+
+@on_devices
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (1, 257), (63, 65), (65, 63), (257, 257), (257, 1), (100, 1100), (700, 600)], ids=str
+)
+def test_odd_lengths(lengths, is_causal, device):
+    query, key, value = (heads(1, length, 2, 40, device=device) for length in (lengths[0], lengths[1], lengths[1]))
+    assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
+
+
+@on_devices
+def test_scale(device):
+    query, key, value = (heads(1, 33, 2, 16, device=device) for _ in range(3))
+    for scale in (0.05, 1.0, -0.5, 0.0):
+        assert_as_exact_as_torch(query, key, value, scale=scale)
+
+
+def packed_qkv():  # slices of one projection
+    return torch.randn(2, 65, 3 * 4 * 24).unflatten(-1, (3, 4, 24)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def contiguous_heads():
+    return tuple(torch.randn(2, 4, length, 24) for length in (65, 33, 33))
+
+
+def broadcast_keys():  # one key and value for all heads: strides of 0
+    query, key, value = (torch.randn(2, n, 65, 24) for n in (4, 1, 1))
+    return query, key.expand(2, 4, 65, 24), value.expand(2, 4, 65, 24)
+
+
+def padded_rows():  # slices of a wider memory, not aligned to anything
+    return tuple(torch.randn(2, 4, 66, 31)[:, :, 1:, 3:27] for _ in range(3))
+
+
+@pytest.mark.parametrize("inputs", [packed_qkv, contiguous_heads, broadcast_keys, padded_rows])
+def test_strides_without_copies(inputs):
+    query, key, value = inputs()
+    assert unsupported_reasons(query, key, value) == []
+    assert_as_exact_as_torch(query, key, value)
+    with torch.profiler.profile() as profile:
+        out = flash_attention(query, key, value)
+    called = {event.key for event in profile.key_averages()}
+    assert "gafext::flash_attention" in called
+    assert not called & {"aten::copy_", "aten::clone", "aten::contiguous"}
+    batch, num_heads, length, head_dim = query.shape
+    assert out.stride() == (num_heads * length * head_dim, head_dim, num_heads * head_dim, 1)
+
+
+@on_devices
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (2, 3, 0, 8)], ids=str)
+def test_empty_inputs(shape, device):
+    query = torch.randn(shape, device=device)
+    assert flash_attention(query, query, query).shape == shape
+
+
+@on_devices
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_keys_gives_zeros_as_in_pytorch(is_causal, device):
+    query, key = torch.randn(2, 3, 5, 8, device=device), torch.randn(2, 3, 0, 8, device=device)
+    out = flash_attention(query, key, key, is_causal=is_causal)
+    assert torch.equal(out, F.scaled_dot_product_attention(query, key, key, is_causal=is_causal))
+    assert torch.equal(out, torch.zeros_like(query))
+
+
+@on_devices
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_nan_and_infinity_spread_as_in_pytorch(where, poison, is_causal, device):
+    query, key, value = (heads(1, 600, 1, 8, device=device) for _ in range(3))
+    # Row 300 has its own sign at column 2, so an infinity gives scores of both signs, and rows that are all -inf.
+    (query if where == "query" else key)[0, 0, 300, 2] = poison
+    out = flash_attention(query, key, value, is_causal=is_causal)
+    torchs = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    assert torch.equal(out.isnan(), torchs.isnan())
+    torch.testing.assert_close(out, torchs, equal_nan=True)
+
+
+@on_devices
+def test_all_scores_minus_infinity(device):
+    query, key, value = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 70, 4), torch.randn(1, 1, 70, 4)
+    key[..., 0] = float("-inf")
+    query, key, value = query.to(device), key.to(device), value.to(device)
+    assert torch.equal(flash_attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
+
+
+@on_devices
+def test_huge_scores(device):
+    query, key, value = (heads(1, 70, 2, 16, device=device) for _ in range(3))
+    torchs = F.scaled_dot_product_attention(query * 1e15, key * 1e15, value)
+    torch.testing.assert_close(flash_attention(query * 1e15, key * 1e15, value), torchs)
+
+
+def test_a_masked_key_has_no_weight():
+    query, key, value = (heads(1, 64, 2, 16) for _ in range(3))
+    before = flash_attention(query, key, value, is_causal=True)
+    key[:, :, 40:], value[:, :, 40:] = 1e9, -1e9
+    after = flash_attention(query, key, value, is_causal=True)
+    assert torch.equal(before[:, :, :40], after[:, :, :40])
+    assert not torch.equal(before[:, :, 40:], after[:, :, 40:])
+
+
+def test_same_bits_on_any_number_of_threads():
+    threads = torch.get_num_threads()
+    query, key, value = (heads(2, 700, 3, 40) for _ in range(3))
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(flash_attention(query, key, value, is_causal=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_long_sequences_need_no_score_matrix():
+    # 16384 x 16384 float32 scores would be 1 GiB, a full row block of 384 of them 24 MiB.
+    code = """
+import resource, torch
+from gafext.ops import flash_attention
+query = torch.randn(1, 1, 16384, 64)
+flash_attention(query[:, :, :64], query[:, :, :64], query[:, :, :64])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = flash_attention(query, query, query)
+assert out.isfinite().all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20 * 1024  # KiB; the result itself is 4 MiB
+
+
+S = (2, 3, 5, 8)
+BAD_INPUTS = {
+    "3 dimensions": (
+        lambda t: (t(2, 5, 8), t(*S), t(*S)),
+        "query must have shape (batch, heads, length, head_dim), got (2, 5, 8)",
+    ),
+    "value of 1": (lambda t: (t(*S), t(*S), t(5)), "value must have shape (batch, heads, length, head_dim), got (5,)"),
+    "heads": (
+        lambda t: (t(*S), t(2, 4, 5, 8), t(2, 4, 5, 8)),
+        "key must have the batch, heads and head_dim of query, (2, 3, 5, 8), got (2, 4, 5, 8)",
+    ),
+    "batch": (
+        lambda t: (t(*S), t(1, 3, 5, 8), t(1, 3, 5, 8)),
+        "key must have the batch, heads and head_dim of query, (2, 3, 5, 8), got (1, 3, 5, 8)",
+    ),
+    "head_dim": (
+        lambda t: (t(*S), t(2, 3, 5, 9), t(2, 3, 5, 9)),
+        "key must have the batch, heads and head_dim of query, (2, 3, 5, 8), got (2, 3, 5, 9)",
+    ),
+    "lengths": (
+        lambda t: (t(*S), t(2, 3, 7, 8), t(2, 3, 6, 8)),
+        "value must have the shape of key, (2, 3, 7, 8), got (2, 3, 6, 8)",
+    ),
+    "dtype": (
+        lambda t: (t(*S), t(*S), t(*S).half()),
+        "value must have the dtype of query, float32, got float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_has_one_message_everywhere(make, words):
+    for function, device, error in (
+        (flash_attention, "cpu", ValueError),
+        (OP, "cpu", RuntimeError),
+        (OP, "meta", ValueError),
+    ):
+        with pytest.raises(error) as raised:
+            function(*make(lambda *shape, device=device: torch.zeros(shape, device=device)))
+        assert str(raised.value) == f"flash_attention: {words}"
+
+
+UNSUPPORTED = {
+    "dtype": (torch.float64, 8, 1, "dtype must be float32, float16 or bfloat16, got float64"),
+    "head size": (torch.float32, 257, 1, "head_dim must be in 1..256, got 257"),
+    "stride": (torch.float32, 8, 2, "the last stride of query must be 1, got 2"),
+}
+
+
+@pytest.mark.parametrize("dtype, head_dim, step, reason", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_goes_to_pytorch_with_the_reason(dtype, head_dim, step, reason):
+    query, key, value = (torch.randn(2, 3, 5, head_dim * step).to(dtype)[..., ::step] for _ in range(3))
+    assert unsupported_reasons(query, key, value)[0] == reason
+    assert torch.equal(flash_attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
+    with pytest.raises(RuntimeError) as raised:
+        OP(query, key, value)
+    assert str(raised.value) == f"flash_attention: {reason}"
+    with pytest.raises(ValueError) as raised:
+        OP(query.to("meta"), key.to("meta"), value.to("meta")) if step == 1 else OP(
+            *(torch.empty_strided(query.shape, query.stride(), device="meta") for _ in range(3))
+        )
+    assert str(raised.value) == f"flash_attention: {reason}"
+
+
+def test_inputs_with_gradient_go_to_pytorch():
+    query = torch.randn(1, 1, 4, 8, requires_grad=True)
+    assert "need a gradient" in unsupported_reasons(query, query, query)[0]
+    with torch.no_grad():
+        assert unsupported_reasons(query, query, query) == []
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients(is_causal):
+    tensors = [heads(2, length, 2, 16) for length in (33, 41, 41)]
+    weight = heads(2, 33, 2, 16)
+    exact = [t.double().requires_grad_() for t in tensors]
+    (reference_flash_attention(*exact, is_causal=is_causal, scale=0.3) * weight).sum().backward()
+    for function in (OP, flash_attention):
+        ours = [t.clone().requires_grad_() for t in tensors]
+        (function(*ours, is_causal=is_causal, scale=0.3) * weight).sum().backward()
+        for mine, reference in zip(ours, exact, strict=True):
+            torch.testing.assert_close(mine.grad.double(), reference.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    inputs = tuple(heads(2, 9, 2, 8, dtype).requires_grad_() for _ in range(3))
+    torch.library.opcheck(OP.default, inputs, {"is_causal": True, "scale": 0.5})
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_in_one_graph_with_dynamic_shapes(backend):
+    compiled = torch.compile(flash_attention, backend=backend, fullgraph=True, dynamic=True)
+    for length in (9, 17, 33):
+        query, key, value = (heads(2, n, 2, 8) for n in (length, length + 4, length + 4))
+        assert torch.equal(compiled(query, key, value), flash_attention(query, key, value))
+
+
+def test_export_keeps_the_operation():
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return flash_attention(query, key, value, is_causal=True)
+
+    inputs = tuple(heads(2, 9, 2, 8) for _ in range(3))
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(Attention(), inputs, dynamic_shapes=({2: length},) * 3)
+    assert "gafext.flash_attention" in str(exported.graph)
+    longer = tuple(heads(2, 21, 2, 8) for _ in range(3))
+    assert torch.equal(exported.module()(*longer), flash_attention(*longer, is_causal=True))
+
+
+def test_autocast_as_pytorch():
+    query = torch.randn(2, 3, 5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flash_attention(query, query.bfloat16(), query).dtype == torch.bfloat16
+
+
+def test_the_mps_route_has_the_values_and_the_memory_of_the_kernel():
+    query, key, value = (heads(2, 9, 3, 8) for _ in range(3))
+    ours, mps = flash_attention(query, key, value), _mps(query, key, value)
+    assert mps.stride() == ours.stride()
+    torch.testing.assert_close(mps, ours)
