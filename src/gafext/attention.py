@@ -6,7 +6,6 @@ module keeps its own `attention_backend`, and `set_attention_backend` sets those
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,12 +43,6 @@ def set_attention_backend(module: nn.Module, backend: str) -> None:
             submodule.attention_backend = backend
 
 
-def _gradient_reasons(*tensors: Tensor | None) -> list[str]:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return ["an input needs a gradient, and the kernels are forward passes"]
-    return []
-
-
 def _slower_reasons(op: str, tensor: Tensor) -> list[str]:
     # What the kernel can do, but "auto" should not ask of it yet.
     if op == "flash_attention" and tensor.device.type == "cuda":
@@ -66,8 +59,8 @@ def _use_kernel(backend: str, op: str, tensor: Tensor, reasons: list[str]) -> bo
 
 def attention_reasons(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None) -> list[str]:
     """Why the flash-attention kernel cannot serve these inputs; empty when it can."""
-    reasons = _flash_unsupported(query, key, value) + _gradient_reasons(query, key, value)
-    return reasons + (["a mask is given, and the kernel knows only causal masking"] if attn_mask is not None else [])
+    mask = ["a mask is given, and the kernel knows only causal masking"] if attn_mask is not None else []
+    return _flash_unsupported(query, key, value) + mask
 
 
 def attention(
@@ -134,7 +127,7 @@ def cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: i
     """
     reasons = []
     if backend in ("auto", "kernel"):
-        reasons = _cross_view_unsupported(query, key, value, num_views) + _gradient_reasons(query, key, value)
+        reasons = _cross_view_unsupported(query, key, value, num_views)
     if _use_kernel(backend, "cross_view_attention", query, reasons):
         return _cross_view_kernel(query, key, value, num_views)
     form = reference_cross_view_attention if backend == "reference" else _sdpa_cross_view
@@ -158,7 +151,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
     """
     reasons = []
     if backend in ("auto", "kernel"):
-        reasons = _geglu_unsupported(x, weight, bias) + _gradient_reasons(x, weight, bias)
+        reasons = _geglu_unsupported(x, weight, bias)
     if _use_kernel(backend, "geglu", x, reasons):
         return _geglu_kernel(x, weight, bias)
     return reference_geglu(x, weight, bias)

@@ -14,6 +14,9 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops.h
 
 _BUILD = _C.build_info()
+_OLDEST_GPU = min(
+    (int(re.match(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0
+)  # 10 x capability
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -68,14 +71,13 @@ def head_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
 def _cuda_reason(index: int | None) -> str:
     if not _BUILD["cuda"]:
         return "gafext was built without its CUDA kernels"
-    oldest = min(int(re.match(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"])
-    major, minor = torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (99, 0)
-    if 10 * major + minor < oldest:
-        return f"the CUDA kernels need compute capability {oldest / 10}, this GPU has {major}.{minor}"
+    if torch.cuda.is_available():  # fake CUDA tensors exist without a GPU
+        gpu = torch.cuda.get_device_properties(index)
+        if 10 * gpu.major + gpu.minor < _OLDEST_GPU:
+            return f"the CUDA kernels need compute capability {_OLDEST_GPU / 10}, this GPU has {gpu.major}.{gpu.minor}"
     return ""
 
 
