@@ -92,7 +92,7 @@ def test_strides_without_copies(inputs):
     called = {event.key for event in profile.key_averages()}
     assert "gafext::flash_attention" in called
     assert not called & {"aten::copy_", "aten::clone", "aten::contiguous"}
-    batch, num_heads, length, head_dim = query.shape
+    _, num_heads, length, head_dim = query.shape
     assert out.stride() == (num_heads * length * head_dim, head_dim, num_heads * head_dim, 1)
 
 

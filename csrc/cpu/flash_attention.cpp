@@ -8,9 +8,9 @@
 //     softmax running maximum m, sum l; S becomes P = 2^(S - m)
 //     values  O = alpha O + P V, a panel of columns at a time        O [rows, D']
 //
-// and divides by l at the end. D' is D in whole vectors; scale and log2(e) are folded into Q. What the inner loops touch
-// (Q, O, K^T, V: 128 KiB each at most) stays in the L2 cache, whatever the lengths. Each row's arithmetic is the same
-// however rows are dealt out, so the result does not depend on the number of threads.
+// and divides by l at the end. D' is D in whole vectors; scale and log2(e) are folded into Q. What the inner loops
+// touch (Q, O, K^T, V: 128 KiB each at most) stays in the L2 cache, whatever the lengths. Each row's arithmetic is the
+// same however rows are dealt out, so the result does not depend on the number of threads.
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {

@@ -105,9 +105,11 @@ def _fake(query, key, value, num_views, *, scale=None):
     return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-@torch.library.impl("gafext::cross_view_attention", "MPS")
 def _mps(query, key, value, num_views, *, scale=None):
     return _common.heads_like(_sdpa(query, key, value, num_views, scale=scale))
+
+
+torch.library.impl("gafext::cross_view_attention", "MPS", _mps)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):

@@ -117,9 +117,11 @@ def _fake(query, key, value, *, scale=None, is_causal=False):
     return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-@torch.library.impl("gafext::flash_attention", "MPS")
 def _mps(query, key, value, *, scale=None, is_causal=False):
     return _common.heads_like(F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=is_causal))
+
+
+torch.library.impl("gafext::flash_attention", "MPS", _mps)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):

@@ -83,9 +83,11 @@ def _fake(x, weight, bias=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-@torch.library.impl("gafext::geglu", "MPS")
 def _mps(x, weight, bias=None):
     return reference_geglu(x, weight, bias)
+
+
+torch.library.impl("gafext::geglu", "MPS", _mps)
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,0 +1,80 @@
+"""CLIP's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from gafext.config.base import Config, require
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """A transformers CLIPVisionModelWithProjection."""
+
+    class_name: ClassVar[str] = "CLIPVisionModelWithProjection"
+    only: ClassVar[dict[str, tuple]] = {"model_type": ("clip_vision_model",)}
+    # What transformers writes into any model's file, and before its release 5 the settings of text
+    # generation too.
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("architectures", "attention_dropout", "dropout", "dtype", "torch_dtype", "transformers_version"),
+            *("initializer_factor", "initializer_range", "id2label", "label2id", "problem_type", "pruned_heads"),
+            *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "do_sample"),
+            *("diversity_penalty", "encoder_no_repeat_ngram_size", "length_penalty", "max_length"),
+            *("min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+            *("repetition_penalty", "temperature", "tie_word_embeddings", "top_k", "top_p", "typical_p"),
+        }
+    )
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_act in ("gelu", "quick_gelu"),
+            f"hidden_act={self.hidden_act!r}: expected 'gelu' or 'quick_gelu'",
+        )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                require(0 < value <= 65536, f"{field.name}={value}: expected 1 to 65536")
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size={self.hidden_size} does not divide into num_attention_heads={self.num_attention_heads}",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "architectures": [self.class_name],
+            "model_type": "clip_vision_model",
+        }
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+CLIP_VIT_H_14 = CLIPVisionConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    projection_dim=1024,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+)
+"""OpenCLIP's ViT-H/14: 632,076,800 parameters. Its GELU is exact; OpenAI's ViT-L/14 uses quick_gelu."""

@@ -1,0 +1,232 @@
+"""cross_view_attention against float64, against the layout's definition, and against misuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gafext import _C
+from gafext.ops import cross_view_attention
+from gafext.ops.cross_view_attention import _mps, reference_cross_view_attention, unsupported_reasons
+
+OP = torch.ops.gafext.cross_view_attention
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+no_cuda = not (torch.cuda.is_available() and _C.build_info()["cuda"])
+on_devices = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(no_cuda, reason="no GPU"))]
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def heads(batch, length, num_heads, head_dim, dtype=torch.float32, device="cpu"):
+    """(B,H,L,D) over the memory of (B,L,H*D), as a projection leaves it."""
+    return torch.randn(batch, length, num_heads, head_dim, device=device).to(dtype).transpose(1, 2)
+
+
+def position_by_position(query, key, value, num_views, scale):
+    """The definition, one SDPA call for each portrait and position."""
+    out = torch.empty_like(query)
+    for first in range(0, query.shape[0], num_views):
+        views = slice(first, first + num_views)
+        for position in range(query.shape[2]):
+            q, k, v = (t[views, :, position].transpose(0, 1) for t in (query, key, value))  # [H,V,D]
+            out[views, :, position] = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1)
+    return out
+
+
+def assert_as_exact_as_torch(query, key, value, num_views, scale=None):
+    """At most twice the error of PyTorch's own operation, both measured against float64."""
+    out = cross_view_attention(query, key, value, num_views, scale=scale)
+    exact = position_by_position(query.double(), key.double(), value.double(), num_views, scale)
+    torchs = position_by_position(query, key, value, num_views, scale)
+    assert out.shape == query.shape and out.dtype == query.dtype
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (out, torchs))
+    assert error <= 2 * allowed + 1e-6, f"{error} against PyTorch's {allowed}"
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_views", [1, 2, 3, 4, 5, 8, 13, 16, 17, 32])
+def test_every_number_of_views(num_views, dtype, device):
+    query, key, value = (heads(2 * num_views, 19, 3, 40, dtype, device) for _ in range(3))
+    assert_as_exact_as_torch(query, key, value, num_views)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 8, 17, 64, 80, 128, 160, 255, 256])
+def test_every_head_size(head_dim, dtype, device):
+    query, key, value = (heads(4, 5, 2, head_dim, dtype, device) for _ in range(3))
+    assert_as_exact_as_torch(query, key, value, 4)
+
+
+@on_devices
+@pytest.mark.parametrize("length", [1, 63, 65, 257])
+def test_odd_lengths(length, device):
+    query, key, value = (heads(6, length, 2, 24, device=device) for _ in range(3))
+    assert_as_exact_as_torch(query, key, value, 3, scale=0.7)
+
+
+def test_the_reference_is_the_definition():
+    query, key, value = (heads(6, 5, 2, 8).double() for _ in range(3))
+    torch.testing.assert_close(
+        reference_cross_view_attention(query, key, value, 3), position_by_position(query, key, value, 3, None)
+    )
+
+
+def packed_qkv():  # slices of one projection
+    return torch.randn(8, 33, 3 * 4 * 24).unflatten(-1, (3, 4, 24)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def contiguous_heads():
+    return tuple(torch.randn(8, 4, 33, 24) for _ in range(3))
+
+
+def broadcast_keys():  # one key and value for all positions: strides of 0
+    query, key, value = (torch.randn(8, 4, n, 24) for n in (33, 1, 1))
+    return query, key.expand(8, 4, 33, 24), value.expand(8, 4, 33, 24)
+
+
+@pytest.mark.parametrize("inputs", [packed_qkv, contiguous_heads, broadcast_keys])
+def test_strides_without_copies(inputs):
+    query, key, value = inputs()
+    assert unsupported_reasons(query, key, value, 4) == []
+    assert_as_exact_as_torch(query, key, value, 4)
+    with torch.profiler.profile() as profile:
+        out = cross_view_attention(query, key, value, 4)
+    called = {event.key for event in profile.key_averages()}
+    assert "gafext::cross_view_attention" in called
+    assert not called & {"aten::copy_", "aten::clone", "aten::contiguous"}
+    assert out.stride() == (33 * 4 * 24, 24, 4 * 24, 1)
+
+
+@on_devices
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (4, 0, 5, 8), (4, 2, 0, 8)], ids=str)
+def test_empty_inputs(shape, device):
+    query = torch.randn(shape, device=device)
+    assert cross_view_attention(query, query, query, 4).shape == shape
+
+
+@on_devices
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_nan_and_infinity_spread_as_in_pytorch(where, poison, device):
+    tensors = {name: heads(8, 9, 2, 8, device=device) for name in ("query", "key", "value")}
+    tensors[where][2, 1, 4, 3] = poison
+    out = cross_view_attention(*tensors.values(), 4)
+    torch.testing.assert_close(out, position_by_position(*tensors.values(), 4, None), equal_nan=True)
+    assert out[4:].isfinite().all() and out[:, :, :4].isfinite().all()  # another portrait, another position
+
+
+def test_all_scores_minus_infinity_give_zeros_as_in_pytorch():
+    query, key, value = torch.ones(4, 1, 2, 8), torch.ones(4, 1, 2, 8), torch.randn(4, 1, 2, 8)
+    key[..., 0] = float("-inf")
+    out = cross_view_attention(query, key, value, 4)
+    assert torch.equal(out, position_by_position(query, key, value, 4, None))
+
+
+def test_same_bits_on_any_number_of_threads():
+    threads = torch.get_num_threads()
+    query, key, value = (heads(10, 100, 3, 40) for _ in range(3))
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(cross_view_attention(query, key, value, 5))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+S = (4, 3, 5, 8)
+BAD_INPUTS = {
+    "3 dimensions": (
+        lambda t: (t(4, 5, 8), t(*S), t(*S), 2),
+        "query must have shape (batch, heads, length, head_dim), got (4, 5, 8)",
+    ),
+    "key": (
+        lambda t: (t(*S), t(4, 3, 6, 8), t(*S), 2),
+        "key must have the shape of query, (4, 3, 5, 8), got (4, 3, 6, 8)",
+    ),
+    "value": (
+        lambda t: (t(*S), t(*S), t(4, 3, 5), 2),
+        "value must have the shape of query, (4, 3, 5, 8), got (4, 3, 5)",
+    ),
+    "no views": (lambda t: (t(*S), t(*S), t(*S), 0), "num_views must be at least 1, got 0"),
+    "views": (
+        lambda t: (t(*S), t(*S), t(*S), 3),
+        "the batch of query must be a multiple of num_views = 3, got (4, 3, 5, 8)",
+    ),
+    "dtype": (
+        lambda t: (t(*S), t(*S).bfloat16(), t(*S), 2),
+        "key must have the dtype of query, float32, got bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_has_one_message_everywhere(make, words):
+    for function, device, error in (
+        (cross_view_attention, "cpu", ValueError),
+        (OP, "cpu", RuntimeError),
+        (OP, "meta", ValueError),
+    ):
+        with pytest.raises(error) as raised:
+            function(*make(lambda *shape, device=device: torch.zeros(shape, device=device)))
+        assert str(raised.value) == f"cross_view_attention: {words}"
+
+
+UNSUPPORTED = {
+    "dtype": (torch.float64, 8, 2, "dtype must be float32, float16 or bfloat16, got float64"),
+    "head size": (torch.float32, 300, 2, "head_dim must be in 1..256, got 300"),
+    "views": (torch.float32, 8, 33, "num_views must be in 1..32, got 33"),
+}
+
+
+@pytest.mark.parametrize("dtype, head_dim, num_views, reason", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_goes_to_pytorch_with_the_reason(dtype, head_dim, num_views, reason):
+    tensors = [heads(num_views, 5, 2, head_dim, dtype) for _ in range(3)]
+    assert unsupported_reasons(*tensors, num_views) == [reason]
+    expected = position_by_position(*tensors, num_views, None)
+    torch.testing.assert_close(cross_view_attention(*tensors, num_views), expected)
+    for device, error in (("cpu", RuntimeError), ("meta", ValueError)):
+        with pytest.raises(error) as raised:
+            OP(*(t.to(device) for t in tensors), num_views)
+        assert str(raised.value) == f"cross_view_attention: {reason}"
+
+
+def test_gradients():
+    tensors = [heads(6, 11, 2, 16) for _ in range(3)]
+    weight = heads(6, 11, 2, 16)
+    exact = [t.double().requires_grad_() for t in tensors]
+    (reference_cross_view_attention(*exact, 3, scale=0.3) * weight).sum().backward()
+    for function in (OP, cross_view_attention):
+        ours = [t.clone().requires_grad_() for t in tensors]
+        (function(*ours, 3, scale=0.3) * weight).sum().backward()
+        for mine, reference in zip(ours, exact, strict=True):
+            torch.testing.assert_close(mine.grad.double(), reference.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    inputs = tuple(heads(6, 5, 2, 8, dtype).requires_grad_() for _ in range(3))
+    torch.library.opcheck(OP.default, (*inputs, 3), {"scale": 0.5})
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_in_one_graph_with_dynamic_shapes(backend):
+    compiled = torch.compile(cross_view_attention, backend=backend, fullgraph=True, dynamic=True)
+    for num_views, length in ((3, 9), (3, 17), (4, 5)):
+        query, key, value = (heads(2 * num_views, length, 2, 8) for _ in range(3))
+        expected = cross_view_attention(query, key, value, num_views)
+        assert torch.equal(compiled(query, key, value, num_views), expected)
+
+
+def test_the_mps_route_has_the_values_and_the_memory_of_the_kernel():
+    query, key, value = (heads(6, 9, 3, 8) for _ in range(3))
+    ours, mps = cross_view_attention(query, key, value, 3), _mps(query, key, value, 3)
+    assert mps.stride() == ours.stride()
+    torch.testing.assert_close(mps, ours)

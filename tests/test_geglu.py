@@ -1,0 +1,202 @@
+"""geglu against float64, against PyTorch's linear and gelu, and against misuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gafext import _C
+from gafext.ops import geglu
+from gafext.ops.geglu import _mps, reference_geglu, unsupported_reasons
+
+OP = torch.ops.gafext.geglu
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+no_cuda = not (torch.cuda.is_available() and _C.build_info()["cuda"])
+on_devices = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(no_cuda, reason="no GPU"))]
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def problem(rows, in_features, inner, dtype=torch.float32, device="cpu"):
+    x = torch.randn(rows, in_features, device=device)
+    weight = torch.randn(2 * inner, in_features, device=device) * in_features**-0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(2 * inner, device=device).to(dtype)
+
+
+def assert_as_exact_as_torch(x, weight, bias=None):
+    """At most twice the error of PyTorch's own operations, both measured against float64."""
+    out = geglu(x, weight, bias)
+    exact = reference_geglu(x.double(), weight.double(), None if bias is None else bias.double())
+    torchs = reference_geglu(x, weight, bias)
+    assert out.shape == torchs.shape and out.dtype == x.dtype and out.is_contiguous()
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (out, torchs))
+    assert error <= 2 * allowed + 1e-6, f"{error} against PyTorch's {allowed}"
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (7, 33, 24), (65, 257, 63), (13, 640, 257), (257, 65, 31), (5, 1280, 128)], ids=str
+)
+def test_odd_sizes(sizes, dtype, device):
+    x, weight, bias = problem(*sizes, dtype, device)
+    assert_as_exact_as_torch(x, weight, bias)
+    assert_as_exact_as_torch(x, weight)
+
+
+@on_devices
+def test_value_first_gate_second(device):
+    weight = torch.tensor([[2.0], [3.0]], device=device)  # value 2x, gate 3x
+    x = torch.tensor([[1.0], [-1.0]], device=device)
+    torch.testing.assert_close(geglu(x, weight), 2 * x * F.gelu(3 * x))
+
+
+def test_gelu_is_exact():
+    # x = (1, g) against weight ((1, 0), (0, 1)): 1 * gelu(g) with nothing else in the way.
+    gate = torch.cat([torch.linspace(-16, 16, 100001), torch.logspace(-30, 2, 500), -torch.logspace(-30, 2, 500)])
+    x = torch.stack([torch.ones_like(gate), gate], dim=1)
+    out = geglu(x, torch.eye(2)).double()[:, 0]
+    exact = gate.double() / 2 * (1 + torch.erf(gate.double() * 0.5**0.5))
+    error = (out - exact).abs()
+    assert error.max() <= 2 * (F.gelu(gate).double() - exact).abs().max()
+    assert (error <= 2e-7 * gate.abs().clamp(min=1.0)).all()
+
+
+@pytest.mark.parametrize("shape", [(33,), (4, 33), (2, 3, 33), (2, 1, 3, 33)], ids=str)
+def test_leading_dimensions(shape):
+    _, weight, bias = problem(1, 33, 24)
+    assert_as_exact_as_torch(torch.randn(shape), weight, bias)
+
+
+def test_strides_without_copies():
+    _, weight, bias = problem(1, 33, 24)
+    wide = torch.randn(48, 40)
+    wide[:, :33] = weight
+    for x in (torch.randn(2, 7, 50)[..., 3:36], torch.randn(9, 66)[::2, :33], torch.randn(1, 33).expand(5, 33)):
+        assert_as_exact_as_torch(x, wide[:, :33], bias)
+        with torch.profiler.profile() as profile:
+            geglu(x, wide[:, :33], bias)
+        called = {event.key for event in profile.key_averages()}
+        assert "gafext::geglu" in called
+        assert not called & {"aten::copy_", "aten::clone"}
+
+
+def test_strides_that_need_a_copy_are_right_too():
+    _, weight, bias = problem(1, 33, 24)
+    assert_as_exact_as_torch(torch.randn(33, 7).T, weight, bias)
+    assert_as_exact_as_torch(torch.randn(2, 5, 3, 33).transpose(1, 2), weight.T.contiguous().T, bias.repeat(2)[::2])
+
+
+@on_devices
+def test_empty_inputs(device):
+    x, weight, bias = problem(3, 8, 4, device=device)
+    assert geglu(x[:0], weight, bias).shape == (0, 4)
+    assert geglu(x, weight[:0], bias[:0]).shape == (3, 0)
+    assert torch.equal(geglu(x[:, :0], weight[:, :0]), torch.zeros(3, 4, device=device))
+
+
+def test_nan_stays_in_its_row_and_infinity_gates_as_the_formula():
+    x, weight, bias = problem(9, 40, 40)
+    x[3, 7] = float("nan")
+    out = geglu(x, weight, bias)
+    assert out[3].isnan().all() and out[:3].isfinite().all() and out[4:].isfinite().all()
+    gate = torch.tensor([float("inf"), -1e30, 1e30])
+    x = torch.stack([torch.ones(3), gate], dim=1)
+    assert torch.equal(geglu(x[1:], torch.eye(2))[:, 0], torch.tensor([0.0, 1e30]))
+
+
+def test_same_bits_on_any_number_of_threads():
+    threads = torch.get_num_threads()
+    x, weight, bias = problem(500, 300, 70)
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(geglu(x, weight, bias))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+BAD_INPUTS = {
+    "odd weight": (lambda t: (t(3, 8), t(5, 8)), "weight must have shape (2 * inner, in_features), got (5, 8)"),
+    "flat weight": (lambda t: (t(3, 8), t(8)), "weight must have shape (2 * inner, in_features), got (8,)"),
+    "columns": (lambda t: (t(3, 8), t(6, 9)), "x must have shape (..., 9) to go with weight (6, 9), got (3, 8)"),
+    "scalar": (lambda t: (t(), t(6, 1)), "x must have shape (..., 1) to go with weight (6, 1), got ()"),
+    "bias": (
+        lambda t: (t(3, 8), t(6, 8), t(3)),
+        "bias must have shape (6,) to go with weight (6, 8), got (3,)",
+    ),
+    "weight dtype": (
+        lambda t: (t(3, 8), t(6, 8).half()),
+        "weight must have the dtype of x, float32, got float16",
+    ),
+    "bias dtype": (
+        lambda t: (t(3, 8), t(6, 8), t(6).double()),
+        "bias must have the dtype of x, float32, got float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_has_one_message_everywhere(make, words):
+    for function, device, error in ((geglu, "cpu", ValueError), (OP, "cpu", RuntimeError), (OP, "meta", ValueError)):
+        with pytest.raises(error) as raised:
+            function(*make(lambda *shape, device=device: torch.zeros(shape, device=device)))
+        assert str(raised.value) == f"geglu: {words}"
+
+
+def test_unsupported_goes_to_pytorch_with_the_reason():
+    x, weight, bias = problem(3, 8, 4, torch.float64)
+    reason = "dtype must be float32, float16 or bfloat16, got float64"
+    assert unsupported_reasons(x, weight, bias) == [reason]
+    assert torch.equal(geglu(x, weight, bias), reference_geglu(x, weight, bias))
+    for device, error in (("cpu", RuntimeError), ("meta", ValueError)):
+        with pytest.raises(error) as raised:
+            OP(x.to(device), weight.to(device), bias.to(device))
+        assert str(raised.value) == f"geglu: {reason}"
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(33,), (2, 7, 33)], ids=str)
+def test_gradients(shape, with_bias):
+    _, weight, bias = problem(1, 33, 24)
+    tensors = [torch.randn(shape), weight, bias][: 3 if with_bias else 2]
+    factor = torch.randn(*shape[:-1], 24)
+    exact = [t.double().requires_grad_() for t in tensors]
+    (reference_geglu(*exact) * factor).sum().backward()
+    for function in (OP, geglu):
+        ours = [t.clone().requires_grad_() for t in tensors]
+        (function(*ours) * factor).sum().backward()
+        for mine, reference in zip(ours, exact, strict=True):
+            torch.testing.assert_close(mine.grad.double(), reference.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    inputs = tuple(t.requires_grad_() for t in problem(5, 8, 4, dtype))
+    torch.library.opcheck(OP.default, inputs)
+    torch.library.opcheck(OP.default, inputs[:2])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_in_one_graph_with_dynamic_shapes(backend):
+    compiled = torch.compile(geglu, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (3, 9, 17):
+        x, weight, bias = problem(rows, 33, 24)
+        assert torch.equal(compiled(x, weight, bias), geglu(x, weight, bias))
+
+
+def test_autocast_as_pytorch():
+    x, weight, bias = problem(5, 8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert geglu(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_the_mps_route_has_the_values_of_the_kernel():
+    x, weight, bias = problem(9, 33, 24)
+    torch.testing.assert_close(_mps(x, weight, bias), geglu(x, weight, bias))
