@@ -10,10 +10,8 @@ from gafext.ops.geglu import _mps, reference_geglu, unsupported_reasons
 
 OP = torch.ops.gafext.geglu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-no_cuda = not (torch.cuda.is_available() and _C.build_info()["cuda"])
-on_devices = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(no_cuda, reason="no GPU"))]
-)
+HAS_CUDA = torch.cuda.is_available() and _C.build_info()["cuda"]
+on_devices = pytest.mark.parametrize("device", ["cpu", "cuda"] if HAS_CUDA else ["cpu"])
 
 
 @pytest.fixture(autouse=True)
