@@ -147,6 +147,15 @@ def test_guidance_is_two_passes(pipe):
     assert max_abs_diff(seen["latents"], expected) < 1e-4
 
 
+@torch.no_grad()
+def test_image_tokens_are_the_projected_last_hidden_state(pipe):
+    features = pipe.image_encoder(pipe.image_encoder.preprocess(portrait()))
+    tokens = pipe.encode_portraits([portrait()])
+    assert tokens.shape == (1, 50, 40)
+    assert max_abs_diff(tokens, pipe.unet.image_projection.proj(features.last_hidden_state)) < 1e-6
+    assert max_abs_diff(tokens, pipe.unet.image_projection.proj(features.penultimate)) > 1e-3
+
+
 def count_rows(pipe):
     rows = []
     pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
@@ -187,6 +196,19 @@ def test_noise_of_a_view_depends_on_seed_portrait_and_view_alone():
     assert not torch.equal(flat, view_noise(8, portraits=2, views=8, shape=(4, 8, 8)))
     assert not torch.equal(flat, view_noise(7, portraits=2, views=8, shape=(4, 8, 8), step=1))
     assert abs(flat.mean()) < 0.05 and abs(flat.std() - 1) < 0.05
+
+
+def test_eta_draws_fresh_noise_at_every_step(pipe, monkeypatch):
+    drawn, step = [], pipe.scheduler.step
+
+    def spy(*arguments, noise=None, **options):
+        drawn.append(noise)
+        return step(*arguments, noise=noise, **options)
+
+    monkeypatch.setattr(pipe.scheduler, "step", spy)
+    run(pipe, generator=7, eta=1.0, num_inference_steps=3)
+    expected = [view_noise(7, portraits=1, views=4, shape=(4, SIZE, SIZE), step=k) for k in (1, 2, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
 
 
 def test_a_batch_of_portraits_is_each_alone(pipe):
