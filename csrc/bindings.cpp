@@ -195,7 +195,7 @@ STABLE_TORCH_LIBRARY(gafext, m) {
       "flash_attention(Tensor query, Tensor key, Tensor value, *, float? scale=None, bool is_causal=False) "
       "-> Tensor");
   m.def(
-      "cross_view_attention(Tensor query, Tensor key, Tensor value, SymInt num_views, *, float? scale=None) "
+      "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
       "-> Tensor");
   m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 }
