@@ -275,10 +275,24 @@ def test_damaged_and_missing_weights(folder):
         ({"model_type": "siglip_vision_model"}, "model_type='siglip_vision_model'"),
         ({"use_head": True}, "use_head=True is not known"),
         ({"model_type": "clip", "vision_config": [1]}, "vision_config: expected an object"),
-        ({"projection_dim": None}, "projection_dim=None"),
+        ({"projection_dim": None}, "unknown keys .*visual_projection"),
     ],
 )
 def test_a_config_that_contradicts_the_weights_or_is_not_supported(folder, changes, message):
     edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         CLIPVisionEncoder.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_a_tower_without_projection(tmp_path):
+    """As ImageDream ships it: `image_embeds` is None, and it is saved without one again."""
+    theirs = randomized(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY)), seed=3).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    pixels = torch.randn(2, 3, TINY["image_size"], TINY["image_size"])
+    expected = theirs(pixels).last_hidden_state
+    ours = CLIPVisionEncoder.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    for model in (ours, CLIPVisionEncoder.from_pretrained(tmp_path / "ours")):
+        assert model(pixels).image_embeds is None
+        assert max_abs_diff(model(pixels).last_hidden_state, expected) < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -10,22 +11,37 @@ from gafext.errors import CheckpointError
 
 Ints = tuple[int, ...]
 
+# Beyond these a file is damaged: no network has so many stages, no schedule so many timesteps.
+_MOST_ENTRIES = {int: 64, str: 64, float: 100_000}
+_LARGEST_INT, _LARGEST_FLOAT = 2**31, 1e30
+
+_short = reprlib.Repr()
+"""repr() for messages: of any depth and length."""
+_short.maxstring = _short.maxother = 200
+_short.maxtuple = _short.maxlist = _short.maxdict = 16
+
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value (lists already made tuples) has the annotated type."""
+    """Whether a JSON value (a list already made a tuple) has the annotated type and a size that can be meant."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        kind = get_args(hint)[0]
+        return isinstance(value, tuple) and len(value) <= _MOST_ENTRIES[kind] and all(_fits(v, kind) for v in value)
+    if hint is float:  # no comparison is true of NaN
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_INT
     return isinstance(value, hint)
 
 
+def _is_one_of(value: Any, allowed: tuple) -> bool:
+    """As `in`, but True is not 1."""
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed)
+
+
 def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -48,13 +64,20 @@ class Config:
             if key in names:
                 known[key] = value
             elif key in cls.only:
-                if value not in cls.only[key]:
-                    problems.append(f"{key}={value!r}: expected one of {list(cls.only[key])}")
+                if not _is_one_of(value, cls.only[key]):
+                    problems.append(f"{key}={_short.repr(value)}: expected one of {list(cls.only[key])}")
             elif not (key.startswith("_") or key in cls.without_effect or value is None or value is False):
-                problems.append(f"{key}={value!r} is not known here")
+                problems.append(f"{key}={_short.repr(value)} is not known here")
         hints = get_type_hints(cls)
         problems += [
-            f"{key}={value!r}: expected {hints[key]}" for key, value in known.items() if not _fits(value, hints[key])
+            f"{key}={_short.repr(value)}: expected {hints[key]}"
+            for key, value in known.items()
+            if not _fits(value, hints[key])
+        ]
+        problems += [  # of a normalisation
+            f"{key}={value}: expected over 0 and below 1"
+            for key, value in known.items()
+            if key.endswith("_eps") and _fits(value, float) and not 0 < value < 1
         ]
         if problems:
             raise CheckpointError(f"{source}: " + "; ".join(problems))

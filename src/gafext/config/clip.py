@@ -29,7 +29,7 @@ class CLIPVisionConfig(Config):
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    projection_dim: int = 512
+    projection_dim: int | None = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_channels: int = 3
@@ -45,7 +45,7 @@ class CLIPVisionConfig(Config):
         )
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int":
+            if field.type.startswith("int") and value is not None:
                 require(0 < value <= 65536, f"{field.name}={value}: expected 1 to 65536")
         require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -59,7 +59,7 @@ class CLIPVisionConfig(Config):
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
-            "architectures": [self.class_name],
+            "architectures": [self.class_name if self.projection_dim else "CLIPVisionModel"],
             "model_type": "clip_vision_model",
         }
 

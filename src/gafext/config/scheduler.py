@@ -1,8 +1,9 @@
-"""The noise schedule's configuration."""
+"""The configurations of the noise schedule and of the solvers that run over it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from gafext.config.base import Config, require
@@ -10,19 +11,20 @@ from gafext.errors import CheckpointError
 
 _EULER = {"clip_sample": False, "timestep_spacing": "linspace"}
 _HEUN = {**_EULER, "beta_start": 0.00085, "beta_end": 0.012}
+_LEAST_BETA = 2.0**-23  # below it, 1 - beta is 1 in float32: no noise at all
 
 
 @dataclass(frozen=True)
-class SchedulerConfig(Config):
-    """The noise schedule of a diffusers scheduler, as far as DDIM reads it.
+class NoiseScheduleConfig(Config):
+    """What the files of diffusers' schedulers agree on: the noise of training, and what the network predicts.
 
     Another solver's file is taken for its noise schedule; what concerns that solver alone is left aside.
     """
 
-    class_name: ClassVar[str] = "DDIMScheduler"
     only: ClassVar[dict[str, tuple]] = {"thresholding": (False,), "use_flow_sigmas": (False,)}
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
+            *("clip_sample", "clip_sample_range", "set_alpha_to_one"),
             *("skip_prk_steps", "solver_order", "solver_type", "solver_p", "algorithm_type", "predict_x0"),
             *("lower_order_final", "euler_at_final", "disable_corrector", "noise_sampler_seed"),
             *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
@@ -54,21 +56,32 @@ class SchedulerConfig(Config):
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    set_alpha_to_one: bool = True
     steps_offset: int = 0
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     rescale_betas_zero_snr: bool = False
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> SchedulerConfig:
-        """Build from the file of DDIM or of another solver with the same kind of noise schedule."""
+    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> NoiseScheduleConfig:
+        """Build from this solver's file, or from that of another one with the same kind of noise schedule."""
         solver = str(values.get("_class_name", cls.class_name))
         if solver not in cls.solver_defaults:
             raise CheckpointError(f"{source}: _class_name={solver!r}: expected one of {list(cls.solver_defaults)}")
-        return super().from_dict({**cls.solver_defaults[solver], **values}, source=source)
+        return super().from_dict(cls._own_values(solver, values), source=source)
+
+    @classmethod
+    def _own_values(cls, solver: str, values: dict[str, Any]) -> dict[str, Any]:
+        """What a file that `solver` wrote says to this solver.
+
+        Of another solver's settings none means anything here. Where it leaves out the timestep spacing, this solver's
+        own holds, as in diffusers; a schedule that it leaves out is the writer's.
+        """
+        if solver == cls.class_name:
+            return values
+        shared = {field.name for field in fields(NoiseScheduleConfig)}
+        own = ({field.name for field in fields(cls)} | set(cls.only)) - shared - set(NoiseScheduleConfig.only)
+        schedule = {k: v for k, v in cls.solver_defaults[solver].items() if k.startswith("beta")}
+        return schedule | {key: value for key, value in values.items() if key not in own}
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -82,18 +95,103 @@ class SchedulerConfig(Config):
             f"num_train_timesteps={self.num_train_timesteps}: expected 1 to 100000",
         )
         require(
-            0 < self.beta_start <= self.beta_end < 1,
-            f"beta_start={self.beta_start}, beta_end={self.beta_end}: expected 0 < start <= end < 1",
+            _LEAST_BETA <= self.beta_start <= self.beta_end < 1,
+            f"beta_start={self.beta_start}, beta_end={self.beta_end}: expected {_LEAST_BETA:.1e} <= start <= end < 1",
         )
         betas = self.trained_betas
         require(
-            betas is None or (len(betas) == self.num_train_timesteps and all(0 < beta <= 1 for beta in betas)),
-            f"trained_betas: expected {self.num_train_timesteps} values over 0 and up to 1",
+            betas is None
+            or (len(betas) == self.num_train_timesteps and all(_LEAST_BETA <= beta <= 1 for beta in betas)),
+            f"trained_betas: expected {self.num_train_timesteps} values, {_LEAST_BETA:.1e} to 1",
         )
-        require(self.clip_sample_range > 0, f"clip_sample_range={self.clip_sample_range}: expected over 0")
         require(
             0 <= self.steps_offset < self.num_train_timesteps,
             f"steps_offset={self.steps_offset}: expected 0 to {self.num_train_timesteps - 1}",
+        )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(NoiseScheduleConfig):
+    """The noise schedule of a diffusers scheduler, as far as DDIM reads it."""
+
+    class_name: ClassVar[str] = "DDIMScheduler"
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+
+    @classmethod
+    def _own_values(cls, solver: str, values: dict[str, Any]) -> dict[str, Any]:
+        return {**cls.solver_defaults[solver], **values}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.clip_sample_range > 0, f"clip_sample_range={self.clip_sample_range}: expected over 0")
+
+
+@dataclass(frozen=True)
+class SigmaConfig(NoiseScheduleConfig):
+    """What the solvers share that step from one noise level σ to the next."""
+
+    timestep_spacing: str = "linspace"
+    final_sigmas_type: str = "zero"
+    use_karras_sigmas: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_train_timesteps > 1, "num_train_timesteps=1: expected 2 to 100000")
+        require(
+            self.final_sigmas_type in ("zero", "sigma_min"),
+            f"final_sigmas_type={self.final_sigmas_type!r}: expected 'zero' or 'sigma_min'",
+        )
+
+
+@dataclass(frozen=True)
+class DPMSolverConfig(SigmaConfig):
+    """A diffusers DPMSolverMultistepScheduler, of DPM-Solver++ and up to its second order."""
+
+    class_name: ClassVar[str] = "DPMSolverMultistepScheduler"
+    only: ClassVar[dict[str, tuple]] = {
+        **NoiseScheduleConfig.only,
+        "algorithm_type": ("dpmsolver++",),
+        "solver_type": ("midpoint",),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "use_lu_lambdas": (False,),
+        "lambda_min_clipped": (-math.inf,),
+        "variance_type": (None,),
+    }
+
+    solver_order: int = 2
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.solver_order in (1, 2), f"solver_order={self.solver_order}: expected 1 or 2")
+
+
+@dataclass(frozen=True)
+class EulerConfig(SigmaConfig):
+    """A diffusers EulerDiscreteScheduler."""
+
+    class_name: ClassVar[str] = "EulerDiscreteScheduler"
+    only: ClassVar[dict[str, tuple]] = {
+        **NoiseScheduleConfig.only,
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "timestep_type": ("discrete",),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
+    }
+
+    interpolation_type: str = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.interpolation_type in ("linear", "log_linear"),
+            f"interpolation_type={self.interpolation_type!r}: expected 'linear' or 'log_linear'",
         )
 
 

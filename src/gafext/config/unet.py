@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gafext.config.base import Config, Ints, require
 
+MAX_LAYERS = 64  # of anything: a damaged number in a file must not build modules for minutes
+_PROJECTION_SIZES = {
+    "linear": ("image_embed_dim",),
+    "pooled": ("image_embed_dim", "image_tokens"),
+    "resampler": ("image_embed_dim", "image_tokens", "resampler_width", "resampler_depth", "resampler_heads"),
+}
+
 
 @dataclass(frozen=True)
 class UNetConfig(Config):
-    """A diffusers UNet2DConditionModel, with the two attentions that make it multi-view.
+    """A diffusers UNet2DConditionModel, with what makes it multi-view and lets it look at the portrait.
 
-    `cross_view` "position" gives every transformer block `attn_cv`; `image_attention` gives it `attn_ip`, and the
-    U-Net an `image_projection` from `image_embed_dim` to `cross_attention_dim`. `attention_head_dim` is the NUMBER of
-    heads of each stage, as it is (under that name) in every published Stable Diffusion configuration.
+    `attention_head_dim` is the NUMBER of heads of each stage, as it is (under that name) in every published Stable
+    Diffusion configuration. The fields that are not diffusers':
+
+    `cross_view`: "position" gives every transformer block `attn_cv`; "dense" lets `attn1` see all views at once.
+    `image_attention`: "block" (or `true`) gives every transformer block `attn_ip`; "decoupled" gives `attn2` keys and
+        values of the image, whose attention is added with the weight `image_scale`.
+    `image_projection`: how image tokens come from CLIP's output of width `image_embed_dim`: "linear" from each of its
+        tokens, "pooled" `image_tokens` from the one projected embedding, "resampler" `image_tokens` from all tokens.
+    `image_unconditional`: what an unconditional pass sees. None: no image tokens. "zero_features": the tokens of
+        zeros in place of CLIP's output; "zero_image": the tokens of zeros in place of CLIP's input.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -52,12 +67,27 @@ class UNetConfig(Config):
     class_embed_type: str | None = None
     projection_class_embeddings_input_dim: int | None = None
     cross_view: str | None = None
-    image_attention: bool = False
+    image_attention: bool | str | None = None
+    image_scale: float = 1.0
+    image_projection: str | None = None
     image_embed_dim: int | None = None
+    image_tokens: int | None = None
+    resampler_width: int | None = None
+    resampler_depth: int | None = None
+    resampler_heads: int | None = None
+    image_unconditional: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.image_attention, bool):
+            object.__setattr__(self, "image_attention", "block" if self.image_attention else None)
+        if self.image_embed_dim is not None and self.image_projection is None:
+            object.__setattr__(self, "image_projection", "linear")
+        self._check_sizes()
+        self._check_views_and_image()
+
+    def _check_sizes(self) -> None:
         stages = len(self.block_out_channels)
-        require(stages > 0, "block_out_channels is empty")
+        require(0 < stages <= MAX_LAYERS, f"block_out_channels has {stages} entries: expected 1 to {MAX_LAYERS}")
         for name, known in (
             ("down_block_types", {"DownBlock2D", "CrossAttnDownBlock2D"}),
             ("up_block_types", {"UpBlock2D", "CrossAttnUpBlock2D"}),
@@ -65,10 +95,10 @@ class UNetConfig(Config):
             types = getattr(self, name)
             require(len(types) == stages, f"{name} has {len(types)} entries, block_out_channels {stages}")
             require(set(types) <= known, f"{name}={list(types)}: expected only {sorted(known)}")
-        for name in (
-            "layers_per_block",
-            "transformer_layers_per_block",
-            "attention_head_dim",
+        for name, most in (
+            ("layers_per_block", MAX_LAYERS),
+            ("transformer_layers_per_block", MAX_LAYERS),
+            ("attention_head_dim", 4096),
         ):
             value = getattr(self, name)
             require(
@@ -76,7 +106,7 @@ class UNetConfig(Config):
                 f"{name}={value}: expected {stages} entries, one a stage",
             )
             values = value if isinstance(value, tuple) else (value,)
-            require(all(0 < v <= 4096 for v in values), f"{name}={value}: expected 1 to 4096")
+            require(all(0 < v <= most for v in values), f"{name}={value}: expected 1 to {most}")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             require(0 < channels <= 65536, f"block_out_channels has {channels}: expected 1 to 65536")
             require(
@@ -91,14 +121,31 @@ class UNetConfig(Config):
             (self.class_embed_type == "projection") == (self.projection_class_embeddings_input_dim is not None),
             "class_embed_type='projection' and projection_class_embeddings_input_dim go together",
         )
+
+    def _check_views_and_image(self) -> None:
+        for name, known in (
+            ("cross_view", (None, "position", "dense")),
+            ("image_attention", (None, "block", "decoupled")),
+            ("image_projection", (None, *_PROJECTION_SIZES)),
+            ("image_unconditional", (None, "zero_features", "zero_image")),
+        ):
+            value = getattr(self, name)
+            require(value in known, f"{name}={value!r}: expected one of {list(known)}")
         require(
-            self.cross_view in (None, "position"),
-            f"cross_view={self.cross_view!r}: expected None or 'position'",
+            self.image_attention is not None or self.image_projection is None,
+            f"image_projection={self.image_projection!r} is set, but image_attention is not",
         )
         require(
-            self.image_embed_dim is None or self.image_attention,
-            "image_embed_dim is set, but image_attention is false",
+            math.isfinite(self.image_scale) and (self.image_scale == 1.0 or self.image_attention == "decoupled"),
+            f"image_scale={self.image_scale}: expected a finite number, and 1.0 unless image_attention is 'decoupled'",
         )
+        needed = _PROJECTION_SIZES.get(self.image_projection, ())
+        for name in sorted({name for names in _PROJECTION_SIZES.values() for name in names}):
+            value = getattr(self, name)
+            most = MAX_LAYERS if name == "resampler_depth" else 65536
+            expected = f"1 to {most}" if name in needed else "nothing"
+            fits = value is not None and 0 < value <= most if name in needed else value is None
+            require(fits, f"{name}={value}: expected {expected} with image_projection={self.image_projection!r}")
 
     def per_stage(self, value: int | Ints) -> Ints:
         """One number a stage, from a number or a tuple."""
@@ -113,8 +160,8 @@ class UNetConfig(Config):
         return self.projection_class_embeddings_input_dim
 
     def to_dict(self) -> dict[str, Any]:
-        # Without the two added attentions the network is diffusers' own, so diffusers' pipelines may load it by name.
-        stock = self.cross_view is None and not self.image_attention
+        # Without the added attentions the network is diffusers' own, so diffusers' pipelines may load it by name.
+        stock = self.cross_view is None and self.image_attention is None
         return {**super().to_dict(), "_class_name": self.class_name if stock else "MultiViewUNet"}
 
 
@@ -135,7 +182,7 @@ SD21_MULTIVIEW_UNET = UNetConfig(
     class_embed_type="projection",
     projection_class_embeddings_input_dim=12,
     cross_view="position",
-    image_attention=True,
+    image_attention="block",
     image_embed_dim=1280,
 )
 """The same, made multi-view: normal latents, camera pose, cross-view and image attention."""

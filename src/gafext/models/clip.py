@@ -22,12 +22,18 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def clip_vision_key(key: str) -> str | None:
+    """transformers 5 leaves out the prefix of a lone image tower, and full CLIP files carry the text tower too."""
+    lone = key.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))
+    return weights.clip_vision_key(f"vision_model.{key}" if lone else key)
+
+
 class CLIPVisionOutput(NamedTuple):
     """What the three kinds of image conditioning read."""
 
     last_hidden_state: Tensor  # [B,tokens,hidden], before post_layernorm
     penultimate: Tensor  # [B,tokens,hidden]: transformers' hidden_states[-2]
-    image_embeds: Tensor  # [B,projection]
+    image_embeds: Tensor | None  # [B,projection]; None where the checkpoint has no projection
 
 
 class Embeddings(nn.Module):
@@ -132,12 +138,14 @@ class CLIPVisionEncoder(PretrainedModel):
 
     config_class: ClassVar = CLIPVisionConfig
     weights_stem: ClassVar = "model"
-    key_rule: ClassVar = staticmethod(weights.clip_vision_key)
+    key_rule: ClassVar = staticmethod(clip_vision_key)
 
     def __init__(self, config: CLIPVisionConfig = CLIP_VIT_H_14):
         super().__init__(config)
         self.vision_model = VisionTransformer(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = (
+            nn.Linear(config.hidden_size, config.projection_dim, bias=False) if config.projection_dim else None
+        )
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> CLIPVisionConfig:
@@ -150,6 +158,8 @@ class CLIPVisionEncoder(PretrainedModel):
             if not isinstance(part, dict):
                 raise CheckpointError(f"{path}: vision_config: expected an object, got {part!r}")
             values = {**part, "projection_dim": values.get("projection_dim", CLIPVisionConfig.projection_dim)}
+        if values.get("architectures") == ["CLIPVisionModel"]:  # without the projection, as ImageDream ships it
+            values = {**values, "projection_dim": None}
         return CLIPVisionConfig.from_dict(values, source=str(path))
 
     def forward(self, pixel_values: Tensor) -> CLIPVisionOutput:
@@ -159,7 +169,8 @@ class CLIPVisionEncoder(PretrainedModel):
             pixel_values: [B,3,image_size,image_size], normalised as by `preprocess`, any floating-point type.
 
         Returns:
-            last_hidden_state and penultimate [B,tokens,hidden_size], image_embeds [B,projection_dim].
+            last_hidden_state and penultimate [B,tokens,hidden_size]; image_embeds [B,projection_dim], or None where the
+            checkpoint has no projection.
 
         Raises:
             ValueError: the shape is not that.
@@ -172,7 +183,8 @@ class CLIPVisionEncoder(PretrainedModel):
         tower = self.vision_model
         x = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self.dtype)))
         penultimate, last = tower.encoder(x)
-        image_embeds = self.visual_projection(tower.post_layernorm(last[:, 0]))
+        pooled = tower.post_layernorm(last[:, 0])
+        image_embeds = None if self.visual_projection is None else self.visual_projection(pooled)
         return CLIPVisionOutput(last, penultimate, image_embeds)
 
     def preprocess(self, image: Image.Image) -> Tensor:

@@ -1,0 +1,62 @@
+"""The configuration of CLIP's text tower."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from gafext.config.base import Config, require
+from gafext.config.clip import CLIPVisionConfig
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """A transformers CLIPTextModel."""
+
+    class_name: ClassVar[str] = "CLIPTextModel"
+    only: ClassVar[dict[str, tuple]] = {"model_type": ("clip_text_model",)}
+    # The projection is not read; the ids of other tokens change nothing, because the caller tokenizes.
+    without_effect: ClassVar[frozenset[str]] = CLIPVisionConfig.without_effect | {
+        *("projection_dim", "bos_token_id", "pad_token_id")
+    }
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_act in ("gelu", "quick_gelu"),
+            f"hidden_act={self.hidden_act!r}: expected 'gelu' or 'quick_gelu'",
+        )
+        for name, most in (
+            *(("vocab_size", 2**20), ("hidden_size", 65536), ("intermediate_size", 65536)),
+            *(("num_hidden_layers", 256), ("num_attention_heads", 65536), ("max_position_embeddings", 65536)),
+        ):
+            require(0 < getattr(self, name) <= most, f"{name}={getattr(self, name)}: expected 1 to {most}")
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size={self.hidden_size} does not divide into num_attention_heads={self.num_attention_heads}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "architectures": [self.class_name], "model_type": "clip_text_model"}
+
+
+CLIP_VIT_L_14_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+"""ViT-L/14's text tower, the latent upsampler's: 123,060,480 parameters."""
+
+CLIP_VIT_H_14_TEXT = CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+)
+"""ViT-H/14's text tower without its last layer, as in Stable Diffusion 2.1 and ImageDream: 340,387,840 parameters."""

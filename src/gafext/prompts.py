@@ -1,0 +1,95 @@
+"""From a prompt to CLIP's token ids: the empty prompt from the tokenizer's files alone, any other by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gafext import weights
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+
+_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+_IDS = {"<|startoftext|>": 49406, "<|endoftext|>": 49407, "!": 0}
+
+
+def empty_prompt_ids(folder: str | Path, length: int) -> Tensor:
+    """The ids of the empty prompt: begin, end, then padding.
+
+    ViT-L's tokenizer pads with the end token and Stable Diffusion 2's with "!", so the files are asked.
+
+    Args:
+        folder: a transformers tokenizer; without its files the ids are ViT-L's, 49406 and 49407.
+        length: T, the text encoder's `max_position_embeddings`.
+
+    Returns:
+        [1,T] int64.
+
+    Raises:
+        CheckpointError: a file is damaged, or the vocabulary lacks one of the three tokens.
+    """
+    folder = Path(folder)
+    tokens, ids = _special_tokens(folder), _vocabulary(folder)
+    missing = sorted({token for token in tokens.values() if not isinstance(ids.get(token), int)})
+    if missing:
+        raise CheckpointError(f"{folder}: the vocabulary lacks the tokens {missing}")
+    begin, end, pad = (ids[token] for token in tokens.values())
+    return torch.tensor([([begin, end] + [pad] * length)[:length]])
+
+
+def prompt_ids(folder: str | Path, prompt: str | list[str], length: int) -> Tensor:
+    """The ids of prompts, cut or padded to one length.
+
+    Args:
+        folder: a transformers CLIP tokenizer.
+        prompt: one or several.
+        length: T, the text encoder's `max_position_embeddings`.
+
+    Returns:
+        [B,T] int64.
+
+    Raises:
+        CheckpointError: transformers is not installed, or cannot read the tokenizer.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{folder}: no such folder, and a prompt other than '' needs its tokenizer")
+    try:
+        from transformers import CLIPTokenizer
+    except ImportError:
+        raise CheckpointError(
+            f"{folder}: a prompt other than '' needs transformers (pip install transformers); or pass prompt_embeds"
+        ) from None
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers' errors have no common base: JSON, files, the tokenizer's own
+        raise CheckpointError(f"{folder}: not readable as a CLIP tokenizer ({error})") from error
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    return tokenizer([prompt] if isinstance(prompt, str) else list(prompt), **options).input_ids
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """What begins, ends and pads a prompt: a string, or an object that holds one as `content`."""
+    tokens = dict(_TOKENS)
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        values = weights.read_json(path) if path.is_file() else {}
+        for name in tokens:
+            value = values.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            tokens[name] = value if isinstance(value, str) else tokens[name]
+    return tokens
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    if (folder / "vocab.json").is_file():
+        return weights.read_json(folder / "vocab.json")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _IDS
+    values = weights.read_json(path)
+    try:
+        added = {entry["content"]: entry["id"] for entry in values.get("added_tokens") or []}
+        return {**values["model"]["vocab"], **added}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a tokenizer with a vocabulary ({error!r})") from None
