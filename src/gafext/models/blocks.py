@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,18 +34,65 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,L,C] -> [B,H,L,D], a view
 
-    def project_out(self, x: Tensor) -> Tensor:
-        return self.to_out[0](x.transpose(1, 2).flatten(2))  # [B,H,L,D] -> [B,L,C]
+    def merge_heads(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)  # [B,H,L,D] -> [B,L,C]
 
     def key_value(self, context: Tensor) -> KeyValue:
         """Keys and values of a context [B,T,C'] that many calls attend to."""
         return KeyValue(self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context)))
 
+    def attend(self, query: Tensor, key_value: KeyValue) -> Tensor:
+        """Attention before the output projection: query [N,L,C], R contexts -> [N,L,C].
+
+        N is a multiple of R: each run of N/R rows shares a context, as one long row of queries; nothing is repeated.
+        """
+        long = self.split_heads(query.reshape(key_value.key.shape[0], -1, query.shape[-1]))  # [R,H,N/R*L,D]
+        attended = ops.attention(long, *key_value, backend=self.attention_backend)
+        return self.merge_heads(attended).view(query.shape)
+
     def forward(self, hidden_states: Tensor, key_value: KeyValue | None = None) -> Tensor:
-        """Self-attention, or attention to ready keys and values: [B,L,C] -> [B,L,C]."""
-        key, value = key_value or self.key_value(hidden_states)
-        query = self.split_heads(self.to_q(hidden_states))
-        return self.project_out(ops.attention(query, key, value, backend=self.attention_backend))
+        """Self-attention, or attention to ready keys and values: [N,L,C] -> [N,L,C]."""
+        key_value = key_value or self.key_value(hidden_states)
+        return self.to_out[0](self.attend(self.to_q(hidden_states), key_value))
+
+
+class DecoupledAttention(Attention):
+    """Attention to the text and, where there is `to_k_ip`, to the image with the same queries.
+
+    out = W_out (softmax(Q K_textᵀ / √D) V_text + s · softmax(Q K_imageᵀ / √D) V_image)
+
+    Source: IP-Adapter (arXiv 2308.06721) eq. 5; ImageDream (arXiv 2312.02201) section 3.2.
+    """
+
+    def __init__(self, channels: int, heads: int, *, context_channels: int, image: bool):
+        super().__init__(channels, heads, context_channels=context_channels)
+        self.to_k_ip = self.to_v_ip = None
+        if image:
+            self.add_image()
+
+    def add_image(self) -> None:
+        """Make room for the image's projections."""
+        self.to_k_ip, self.to_v_ip = (
+            nn.Linear(self.to_k.in_features, self.to_k.out_features, bias=False) for _ in range(2)
+        )
+
+    def image_key_value(self, image_embeds: Tensor, scale: float = 1.0) -> KeyValue:
+        """Keys and values of image tokens [B,T,C']; `scale` is s."""
+        key, value = self.to_k_ip(image_embeds), self.to_v_ip(image_embeds)
+        return KeyValue(self.split_heads(key), self.split_heads(value * scale))
+
+    def forward(
+        self, hidden_states: Tensor, text: KeyValue | None, image: KeyValue | None = None, *, first: int = 0
+    ) -> Tensor:
+        """[N,L,C] -> [N,L,C], from at least one of text and image; the rows before `first` do not see the image."""
+        query = self.to_q(hidden_states)
+        attended = None if text is None else self.attend(query, text)
+        if image is not None:
+            seen = self.attend(query[first:], image)
+            if first > 0:
+                seen = F.pad(seen, (0, 0, 0, 0, first, 0))
+            attended = seen if attended is None else attended + seen
+        return self.to_out[0](attended)
 
 
 class CrossViewAttention(Attention):
@@ -54,7 +102,7 @@ class CrossViewAttention(Attention):
         query = self.split_heads(self.to_q(hidden_states))
         key, value = self.key_value(hidden_states)
         attended = ops.cross_view_attention(query, key, value, num_views, backend=self.attention_backend)
-        return self.project_out(attended)
+        return self.to_out[0](self.merge_heads(attended))
 
 
 class GEGLU(nn.Module):
@@ -85,10 +133,15 @@ class MultiViewTransformerBlock(nn.Module):
         channels: C.
         heads: H; a head is C/H wide.
         context_channels: width of the text and image tokens.
-        cross_view: whether there is `attn_cv`.
-        image_attention: whether there is `attn_ip`.
+        cross_view: "position" adds `attn_cv`, attention over the views at each position; "dense" lets `attn1` attend
+            to all positions of all views of a portrait; None keeps the views apart.
+        image_attention: "block" adds `attn_ip`; "decoupled" adds `attn2.to_k_ip` and `attn2.to_v_ip`; None neither.
 
-    Source: GAF (arXiv 2412.10209) section 3; diffusers: models/attention.py, BasicTransformerBlock.
+    Raises:
+        ValueError: `cross_view` or `image_attention` is something else.
+
+    Source: GAF (arXiv 2412.10209) section 3; MVDream (arXiv 2308.16512) section 3.1 (dense); diffusers:
+    models/attention.py, BasicTransformerBlock.
     """
 
     def __init__(
@@ -97,72 +150,96 @@ class MultiViewTransformerBlock(nn.Module):
         heads: int,
         *,
         context_channels: int,
-        cross_view: bool = True,
-        image_attention: bool = True,
+        cross_view: str | None = "position",
+        image_attention: str | None = "block",
     ):
         super().__init__()
+        if cross_view not in (None, "position", "dense"):
+            raise ValueError(f"cross_view: expected None, 'position' or 'dense', got {cross_view!r}")
+        if image_attention not in (None, "block", "decoupled"):
+            raise ValueError(f"image_attention: expected None, 'block' or 'decoupled', got {image_attention!r}")
+        positions, block = cross_view == "position", image_attention == "block"
+        self.dense = cross_view == "dense"
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, heads)
-        self.norm_cv = nn.LayerNorm(channels) if cross_view else None
-        self.attn_cv = CrossViewAttention(channels, heads) if cross_view else None
+        self.norm_cv = nn.LayerNorm(channels) if positions else None
+        self.attn_cv = CrossViewAttention(channels, heads) if positions else None
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, context_channels=context_channels)
-        self.norm_ip = nn.LayerNorm(channels) if image_attention else None
-        self.attn_ip = Attention(channels, heads, context_channels=context_channels) if image_attention else None
+        self.attn2 = DecoupledAttention(
+            channels, heads, context_channels=context_channels, image=image_attention == "decoupled"
+        )
+        self.norm_ip = nn.LayerNorm(channels) if block else None
+        self.attn_ip = Attention(channels, heads, context_channels=context_channels) if block else None
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | KeyValue | None = None,
         *,
         image_embeds: Tensor | KeyValue | None = None,
         num_views: int = 1,
     ) -> Tensor:
-        """Apply the five operations.
+        """Apply the operations.
 
         Args:
             hidden_states: [B*V,L,C], the view running fastest.
-            encoder_hidden_states: text [B*V,T,context_channels]; None is the all-zero text, of which K = V = 0, so
-                that attn2 adds its output bias alone.
+            encoder_hidden_states: text [R,T,context_channels], or its `KeyValue` from `text_key_value`; R divides B*V,
+                and each run of B*V/R rows reads one text. None is the all-zero text, of which K = V = 0, so that it
+                adds nothing but attn2's output bias.
             image_embeds: image tokens [B,T,context_channels], or their `KeyValue` from `image_key_value`. Fewer than
-                B portraits serve the LAST rows, and the rows before them skip attn_ip: this is how the
-                unconditional pass shares the batch. None skips attn_ip altogether.
+                B portraits serve the LAST rows, and the rows before them see no image: this is how the
+                unconditional pass shares the batch. None is no image at all.
             num_views: V.
 
         Returns:
             [B*V,L,C].
+
+        Raises:
+            ValueError: there are more portraits than rows, or no part that reads an image.
         """
-        x = hidden_states
-        x = x + self.attn1(self.norm1(x))
+        x, text, image = hidden_states, encoder_hidden_states, image_embeds
+        if isinstance(text, Tensor):
+            text = self.text_key_value(text)
+        if isinstance(image, Tensor):
+            image = self.image_key_value(image)
+        first = self._first_with_image(x, image, num_views)
+
+        views = num_views if self.dense else 1
+        x = x + self.attn1(self.norm1(x).reshape(-1, views * x.shape[1], x.shape[2])).view_as(x)
         if self.attn_cv is not None:
             x = x + self.attn_cv(self.norm_cv(x), num_views)
-        if encoder_hidden_states is None:
+        decoupled = image if self.attn_ip is None else None
+        if text is None and decoupled is None:
             x = x + self.attn2.to_out[0].bias
         else:
-            x = x + self.attn2(self.norm2(x), self.attn2.key_value(encoder_hidden_states))
-        if self.attn_ip is not None and image_embeds is not None:
-            x = self._attend_to_image(x, image_embeds, num_views)
+            x = x + self.attn2(self.norm2(x), text, decoupled, first=first)
+        if self.attn_ip is not None and image is not None:
+            rows = x[first:]
+            rows = rows + self.attn_ip(self.norm_ip(rows), image)
+            x = rows if first == 0 else torch.cat([x[:first], rows])
         return x + self.ff(self.norm3(x))
 
-    def image_key_value(self, image_embeds: Tensor) -> KeyValue:
-        """Keys and values of image tokens [B,T,C'], which do not change over the denoising steps."""
-        return self.attn_ip.key_value(image_embeds)
+    def text_key_value(self, encoder_hidden_states: Tensor) -> KeyValue:
+        """Keys and values of a text [R,T,C'], which do not change over the denoising steps."""
+        return self.attn2.key_value(encoder_hidden_states)
 
-    def _attend_to_image(self, x: Tensor, image_embeds: Tensor | KeyValue, num_views: int) -> Tensor:
-        key_value = image_embeds if isinstance(image_embeds, KeyValue) else self.image_key_value(image_embeds)
-        # The V views of a portrait attend to the same tokens: as one long row of queries, nothing is repeated.
-        conditional = key_value.key.shape[0] * num_views
-        first = x.shape[0] - conditional
+    def image_key_value(self, image_embeds: Tensor, scale: float = 1.0) -> KeyValue:
+        """Keys and values of image tokens [B,T,C'], which do not change either; `scale` weighs decoupled attention."""
+        if self.attn_ip is not None:
+            return self.attn_ip.key_value(image_embeds)
+        if self.attn2.to_k_ip is None:
+            raise ValueError("image_embeds: expected None, because this block reads no image")
+        return self.attn2.image_key_value(image_embeds, scale)
+
+    @staticmethod
+    def _first_with_image(x: Tensor, image: KeyValue | None, num_views: int) -> int:
+        portraits = 0 if image is None else image.key.shape[0]
+        first = x.shape[0] - portraits * num_views
         if first < 0:
-            raise ValueError(
-                f"image_embeds: expected at most {x.shape[0] // num_views} portraits, got {key_value.key.shape[0]}"
-            )
-        rows = x[first:]
-        queries = self.norm_ip(rows).reshape(key_value.key.shape[0], -1, x.shape[-1])  # [B,V*L,C]
-        rows = rows + self.attn_ip(queries, key_value).view_as(rows)
-        return rows if first == 0 else torch.cat([x[:first], rows])
+            raise ValueError(f"image_embeds: expected at most {x.shape[0] // num_views} portraits, got {portraits}")
+        return first
 
 
 class MultiViewSpatialTransformer(nn.Module):
@@ -180,8 +257,8 @@ class MultiViewSpatialTransformer(nn.Module):
         context_channels: int,
         groups: int,
         linear_projection: bool,
-        cross_view: bool,
-        image_attention: bool,
+        cross_view: str | None,
+        image_attention: str | None,
     ):
         super().__init__()
         self.linear_projection = linear_projection
@@ -205,12 +282,12 @@ class MultiViewSpatialTransformer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        text: Sequence[KeyValue | None],
+        image: Sequence[KeyValue | None],
         *,
-        image_key_values: list[KeyValue] | None = None,
         num_views: int = 1,
     ) -> Tensor:
-        """[B*V,C,h,w] -> [B*V,C,h,w]; `image_key_values` has one entry a transformer block."""
+        """[B*V,C,h,w] -> [B*V,C,h,w]; `text` and `image` have one entry a transformer block."""
         height = hidden_states.shape[-2]
         x = self.norm(hidden_states)
         if not self.linear_projection:
@@ -218,9 +295,8 @@ class MultiViewSpatialTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B*V,L,C]
         if self.linear_projection:
             x = self.proj_in(x)
-        for index, block in enumerate(self.transformer_blocks):
-            image = image_key_values[index] if image_key_values else None
-            x = block(x, encoder_hidden_states, image_embeds=image, num_views=num_views)
+        for block, block_text, block_image in zip(self.transformer_blocks, text, image, strict=True):
+            x = block(x, block_text, image_embeds=block_image, num_views=num_views)
         if self.linear_projection:
             x = self.proj_out(x)
         x = x.transpose(1, 2).unflatten(2, (height, -1))

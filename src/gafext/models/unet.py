@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gafext import weights
+from gafext import keys, weights
 from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
+from gafext.config.ldm_unet import LDMUNetConfig
 from gafext.models.base import PretrainedModel
 from gafext.models.blocks import (
     Downsample2D,
@@ -21,7 +22,7 @@ from gafext.models.blocks import (
     ResnetBlock2D,
     Upsample2D,
 )
-from gafext.models.ip_adapter import ImageProjection
+from gafext.models.ip_adapter import image_projection, load_ip_adapter
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
@@ -76,12 +77,14 @@ class UNetBlock(nn.Module):
 class Conditioning:
     """What the U-Net is told and what does not change over the denoising steps; `MultiViewUNet.precompute` makes it.
 
-    `image_key_values` has one entry a transformer block. It may hold fewer portraits than the batch: the first rows
-    then skip `attn_ip`, which is how the unconditional pass shares the batch with the conditional one.
+    `text_key_values` and `image_key_values` have one entry a transformer block, or none. Images may be of fewer
+    portraits than the batch: the first rows then see no image, which is how the unconditional pass shares the batch
+    with the conditional one. Texts may be fewer than the rows: each run of rows shares one.
     """
 
     pose_embeds: Tensor | None = None  # [B*V,time_channels]
     image_key_values: tuple[KeyValue, ...] = ()  # each [B',H,T,D]
+    text_key_values: tuple[KeyValue, ...] = ()  # each [R,H,T,D]
 
 
 class MultiViewUNet(PretrainedModel):
@@ -103,9 +106,7 @@ class MultiViewUNet(PretrainedModel):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], time_channels)
         self.class_embedding = TimestepEmbedding(config.pose_dim, time_channels) if config.pose_dim else None
-        self.image_projection = (
-            ImageProjection(config.image_embed_dim, config.cross_attention_dim) if config.image_embed_dim else None
-        )
+        self.image_projection = image_projection(config)
         self.down_blocks = nn.ModuleList(self._down_block(stage) for stage in range(len(channels)))
         mid = len(channels) - 1
         depth = config.per_stage(config.transformer_layers_per_block)[mid]
@@ -133,7 +134,7 @@ class MultiViewUNet(PretrainedModel):
             context_channels=self.config.cross_attention_dim,
             groups=self.config.norm_num_groups,
             linear_projection=self.config.use_linear_projection,
-            cross_view=self.config.cross_view == "position",
+            cross_view=self.config.cross_view,
             image_attention=self.config.image_attention,
         )
 
@@ -167,49 +168,87 @@ class MultiViewUNet(PretrainedModel):
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> UNetConfig:
-        """A folder that does not say which attentions were added shows it by its keys."""
+        """ImageDream's and MVDream's files become ours; which attentions were added, the names of the tensors tell."""
         path = folder / "config.json"
         values = weights.read_json(path)
+        if values.get("_class_name") == LDMUNetConfig.class_name:
+            config = LDMUNetConfig.from_dict(values, source=str(path)).to_unet()
+            file.rename(keys.ldm_unet_rule(config))
+            return config
         if "cross_view" not in values and any(".attn_cv." in key for key in file):
             values["cross_view"] = "position"
-        if "image_attention" not in values and any(".attn_ip." in key for key in file):
-            values["image_attention"] = True
-        projection = file.shapes.get("image_projection.proj.weight")
-        if "image_embed_dim" not in values and projection is not None and len(projection) == 2:
-            values["image_embed_dim"] = projection[1]
+        for part, form in ((".attn_ip.", "block"), (".attn2.to_k_ip.", "decoupled")):
+            if "image_attention" not in values and any(part in key for key in file):
+                values["image_attention"] = form
+        if "image_embed_dim" not in values:
+            values.update(keys.image_projection_fields(file.shapes))
         return UNetConfig.from_dict(values, source=str(path))
+
+    def load_ip_adapter(self, path: str | Path, *, scale: float = 1.0) -> None:
+        """Add the image projection and the decoupled image attention of an IP-Adapter file, plain or Plus.
+
+        out = attn2(text) + scale · attn2(image), before the output projection; `config` tells what was added, and
+        `save_pretrained` writes it with the rest. Another adapter takes the place of the one before.
+
+        Args:
+            path: a safetensors file with `image_proj.*` and `ip_adapter.{1,3,...}.to_{k,v}_ip.weight`.
+            scale: weight of the image's attention; 0 is no image.
+
+        Raises:
+            CheckpointError: the file is a pickle, is damaged, or does not fit; all keys that misfit are listed.
+            ValueError: the U-Net has attn_ip already, or the scale is not finite.
+
+        Source: IP-Adapter (arXiv 2308.06721) eq. 5; diffusers: loaders/unet.py.
+        """
+        load_ip_adapter(self, path, scale=scale)
 
     def transformer_blocks(self) -> list[MultiViewTransformerBlock]:
         """All transformer blocks, in the order in which `forward` reaches them."""
         stages = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [block for stage in stages for spatial in stage.attentions for block in spatial.transformer_blocks]
 
-    def precompute(self, *, pose: Tensor | None = None, image_embeds: Tensor | None = None) -> Conditioning:
-        """Everything that is the same at every step: the poses' embeddings, and the image tokens' keys and values.
+    def precompute(
+        self,
+        *,
+        pose: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        image_scale: float | None = None,
+    ) -> Conditioning:
+        """Everything that is the same at every step: poses' embeddings, keys and values of the image and the text.
 
         Args:
             pose: [B*V,pose_dim], or None.
             image_embeds: [B,T,cross_attention_dim], or None.
+            encoder_hidden_states: text [R,T,cross_attention_dim], R = 1 when all rows read the same; None is zeros.
+            image_scale: weight of decoupled image attention; None is the configuration's.
 
         Returns:
             What `forward` takes as `conditioning`.
+
+        Raises:
+            ValueError: a shape does not fit, or the U-Net has no use for an argument.
         """
+        width = self.config.cross_attention_dim
         if pose is not None and self.class_embedding is None:
             raise ValueError("pose: expected None, because this U-Net has no class_embedding")
-        if pose is None and self.class_embedding is not None:
-            raise ValueError(f"pose: expected [B*V,{self.config.pose_dim}], got None")
-        if pose is not None and (pose.ndim != 2 or pose.shape[1] != self.config.pose_dim):
-            raise ValueError(f"pose: expected [B*V,{self.config.pose_dim}], got {list(pose.shape)}")
-        if image_embeds is not None and not self.config.image_attention:
-            raise ValueError("image_embeds: expected None, because this U-Net has no attn_ip")
-        width = self.config.cross_attention_dim
-        if image_embeds is not None and (image_embeds.ndim != 3 or image_embeds.shape[2] != width):
-            raise ValueError(f"image_embeds: expected [B,T,{width}], got {list(image_embeds.shape)}")
+        if self.class_embedding is not None and (pose is None or pose.shape[1:] != (self.config.pose_dim,)):
+            raise ValueError(f"pose: expected [B*V,{self.config.pose_dim}], got {_shape(pose)}")
+        if image_embeds is not None and self.config.image_attention is None:
+            raise ValueError("image_embeds: expected None, because this U-Net has no attention to an image")
+        for name, tokens in (("image_embeds", image_embeds), ("encoder_hidden_states", encoder_hidden_states)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[2] != width):
+                raise ValueError(f"{name}: expected [rows,T,{width}], got {_shape(tokens)}")
+        if image_scale is not None and self.config.image_attention != "decoupled":
+            raise ValueError("image_scale: expected None, because this U-Net's image_attention is not 'decoupled'")
+        scale = self.config.image_scale if image_scale is None else image_scale
+        blocks, text = self.transformer_blocks(), encoder_hidden_states
         return Conditioning(
             pose_embeds=None if pose is None else self.class_embedding(pose.to(self.dtype)),
             image_key_values=()
             if image_embeds is None
-            else tuple(block.image_key_value(image_embeds) for block in self.transformer_blocks()),
+            else tuple(block.image_key_value(image_embeds, scale) for block in blocks),
+            text_key_values=() if text is None else tuple(block.text_key_value(text) for block in blocks),
         )
 
     def forward(
@@ -229,12 +268,14 @@ class MultiViewUNet(PretrainedModel):
         Args:
             sample: [B*V,Cin,h,w], the view running fastest; latents, then normal latents where Cin says so.
             timestep: one number for all, or [B*V].
-            encoder_hidden_states: text [B*V,T,cross_attention_dim]; None is the all-zero text, exactly and for free.
+            encoder_hidden_states: text [R,T,cross_attention_dim]; R divides B*V (B*V itself as a rule), and each run of
+                B*V/R rows reads one. None is the all-zero text, exactly and for free.
             pose: [B*V,pose_dim].
-            image_embeds: image tokens [B,T,cross_attention_dim]; None skips every attn_ip.
-            num_views: V.
-            reference_latents: [B,4,h,w], for U-Nets with dense cross-view attention only.
-            conditioning: from `precompute`, in place of `pose` and `image_embeds`.
+            image_embeds: image tokens [B,T,cross_attention_dim]; None is no image.
+            num_views: V, the reference among them.
+            reference_latents: [B,4,h,w], for U-Nets with dense cross-view attention only: takes the place of the last
+                view's latents.
+            conditioning: from `precompute`, in place of `pose`, `image_embeds` and `encoder_hidden_states`.
 
         Returns:
             [B*V,Cout,h,w].
@@ -242,35 +283,34 @@ class MultiViewUNet(PretrainedModel):
         Raises:
             ValueError: a shape does not fit, naming the argument, what was expected and what was got.
         """
-        if reference_latents is not None:
-            raise ValueError("reference_latents: expected None, because this U-Net's cross_view is not 'dense'")
         if conditioning is None:
-            conditioning = self.precompute(pose=pose, image_embeds=image_embeds)
+            conditioning = self.precompute(
+                pose=pose, image_embeds=image_embeds, encoder_hidden_states=encoder_hidden_states
+            )
             whole = image_embeds is None or image_embeds.shape[0] * num_views == sample.shape[0]
             if not whole:
                 raise ValueError(
                     f"image_embeds: expected {sample.shape[0]} / num_views={num_views} portraits, "
                     f"got {image_embeds.shape[0]}"
                 )
-        elif pose is not None or image_embeds is not None:
-            raise ValueError("conditioning: expected either it, or pose and image_embeds, not both")
-        timesteps = self._check(sample, timestep, encoder_hidden_states, num_views, conditioning)
+        elif not (pose is None and image_embeds is None and encoder_hidden_states is None):
+            raise ValueError("conditioning: expected either it, or pose, image_embeds and text, not both")
+        timesteps = self._check(sample, timestep, num_views, conditioning)
+        if reference_latents is not None:
+            sample = self._with_reference(sample, reference_latents, num_views)
 
         emb = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).to(self.dtype))
         if conditioning.pose_embeds is not None:
             emb = emb + conditioning.pose_embeds
-        image_key_values = iter(conditioning.image_key_values)
+        texts, images = iter(conditioning.text_key_values), iter(conditioning.image_key_values)
 
         def run(block: UNetBlock, index: int, x: Tensor) -> Tensor:
             x = block.resnets[index](x, emb)
-            return attend(block, index, x) if index < len(block.attentions) else x
-
-        def attend(block: UNetBlock, index: int, x: Tensor) -> Tensor:
+            if index >= len(block.attentions):
+                return x
             spatial = block.attentions[index]
-            image = (
-                [next(image_key_values) for _ in spatial.transformer_blocks] if conditioning.image_key_values else None
-            )
-            return spatial(x, encoder_hidden_states, image_key_values=image, num_views=num_views)
+            text, image = ([next(each, None) for _ in spatial.transformer_blocks] for each in (texts, images))
+            return spatial(x, text, image, num_views=num_views)
 
         x = self.conv_in(sample)
         skips = [x]
@@ -290,23 +330,29 @@ class MultiViewUNet(PretrainedModel):
                 x = upsampler(x, size=skips[-1].shape[2:])  # odd sizes round up on the way down
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
+    def _with_reference(self, sample: Tensor, reference_latents: Tensor, num_views: int) -> Tensor:
+        if self.config.cross_view != "dense":
+            raise ValueError("reference_latents: expected None, because this U-Net's cross_view is not 'dense'")
+        channels = self.config.out_channels  # what comes behind them are no latents of the portrait
+        expected = [sample.shape[0] // num_views, channels, *sample.shape[2:]]
+        if list(reference_latents.shape) != expected:
+            raise ValueError(f"reference_latents: expected {expected}, got {list(reference_latents.shape)}")
+        sample = sample.clone()
+        sample[num_views - 1 :: num_views, :channels] = reference_latents
+        return sample
+
     def _check(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        text: Tensor | None,
-        num_views: int,
-        conditioning: Conditioning,
+        self, sample: Tensor, timestep: Tensor | float | int, num_views: int, conditioning: Conditioning
     ) -> Tensor:
         """Validate what `forward` got; returns the timesteps as [B*V]."""
-        channels, width = self.config.in_channels, self.config.cross_attention_dim
-        if sample.ndim != 4 or sample.shape[1] != channels:
-            raise ValueError(f"sample: expected [B*V,{channels},h,w], got {list(sample.shape)}")
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(f"sample: expected [B*V,{self.config.in_channels},h,w], got {list(sample.shape)}")
         rows = sample.shape[0]
         if num_views < 1 or rows % num_views:
             raise ValueError(f"num_views: expected a divisor of the batch {rows}, got {num_views}")
-        if text is not None and (text.ndim != 3 or text.shape[0] != rows or text.shape[2] != width):
-            raise ValueError(f"encoder_hidden_states: expected [{rows},T,{width}], got {list(text.shape)}")
+        for text in conditioning.text_key_values[:1]:
+            if rows % text.key.shape[0]:
+                raise ValueError(f"encoder_hidden_states: expected a divisor of {rows} rows, got {text.key.shape[0]}")
         pose_embeds = conditioning.pose_embeds
         if pose_embeds is not None and pose_embeds.shape[0] != rows:
             raise ValueError(f"pose: expected {rows} rows, got {pose_embeds.shape[0]}")
@@ -314,3 +360,7 @@ class MultiViewUNet(PretrainedModel):
         if timesteps.ndim > 1 or timesteps.numel() not in (1, rows):
             raise ValueError(f"timestep: expected a number or [{rows}], got {list(timesteps.shape)}")
         return timesteps.reshape(-1).expand(rows)
+
+
+def _shape(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else list(tensor.shape)

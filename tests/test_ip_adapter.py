@@ -1,0 +1,293 @@
+"""IP-Adapter files, plain and Plus, against diffusers on the same files; and the projections they bring."""
+
+import copy
+import json
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from helpers import max_abs_diff, randomized
+from safetensors.torch import load_file, save_file
+
+from gafext.config import UNetConfig
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.models.blocks import MultiViewTransformerBlock
+from gafext.models.ip_adapter import PooledProjection, Resampler
+from gafext.models.unet import MultiViewUNet
+
+CONTEXT, CLIP = 40, 24
+STOCK = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 2,
+    "cross_attention_dim": CONTEXT,
+    "use_linear_projection": True,
+    "norm_num_groups": 8,
+}
+# Channels of the attentions in the file's order: two a transformer; down 1 + 1, up 2 + 2, then the middle.
+CHANNELS = [32] * 2 + [64] * 2 + [64] * 4 + [32] * 4 + [64] * 2
+
+
+def adapter_tensors(kind, *, seed=0):
+    """Random weights in the published layout."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+
+    def put(name, *shape):
+        values = torch.randn(shape, generator=generator)
+        norm = len(shape) == 1 and name.endswith("weight")
+        tensors[name] = 1 + 0.2 * values if norm else values * (math.prod(shape[1:]) ** -0.5 if shape[1:] else 0.2)
+
+    if kind == "plain":
+        put("image_proj.proj.weight", 4 * CONTEXT, CLIP)
+        put("image_proj.proj.bias", 4 * CONTEXT)
+        put("image_proj.norm.weight", CONTEXT)
+        put("image_proj.norm.bias", CONTEXT)
+    else:
+        width, inner = 48, 128
+        put("image_proj.latents", 1, 16, width)
+        for name, rows, columns in (("proj_in", width, CLIP), ("proj_out", CONTEXT, width)):
+            put(f"image_proj.{name}.weight", rows, columns)
+            put(f"image_proj.{name}.bias", rows)
+        norms = [("norm_out", CONTEXT)]
+        for layer in range(4):
+            norms += [(f"layers.{layer}.{norm}", width) for norm in ("0.norm1", "0.norm2", "1.0")]
+            put(f"image_proj.layers.{layer}.0.to_q.weight", inner, width)
+            put(f"image_proj.layers.{layer}.0.to_kv.weight", 2 * inner, width)
+            put(f"image_proj.layers.{layer}.0.to_out.weight", width, inner)
+            put(f"image_proj.layers.{layer}.1.1.weight", 4 * width, width)
+            put(f"image_proj.layers.{layer}.1.3.weight", width, 4 * width)
+        for name, size in norms:
+            put(f"image_proj.{name}.weight", size)
+            put(f"image_proj.{name}.bias", size)
+    for index, channels in enumerate(CHANNELS):
+        put(f"ip_adapter.{2 * index + 1}.to_k_ip.weight", channels, CONTEXT)
+        put(f"ip_adapter.{2 * index + 1}.to_v_ip.weight", channels, CONTEXT)
+    return tensors
+
+
+def clip_features(kind, portraits, *, seed=0):
+    shape = (portraits, CLIP) if kind == "plain" else (portraits, 9, CLIP)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A stock U-Net of diffusers, and the folder it was saved to."""
+    folder = tmp_path_factory.mktemp("stock")
+    theirs = randomized(UNet2DConditionModel(**STOCK), seed=3).eval()
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+def with_adapter(unet, tensors, scale):
+    """A copy of diffusers' U-Net with the adapter, loaded by diffusers."""
+    unet = copy.deepcopy(unet)
+    parts = {part: {} for part in ("image_proj", "ip_adapter")}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    for processor in unet.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [scale]
+    return unet
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["plain", "plus"])
+@torch.no_grad()
+def test_against_diffusers(kind, scale, stock, tmp_path):
+    tensors, (theirs, folder) = adapter_tensors(kind, seed=5), stock
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    theirs = with_adapter(theirs, tensors, scale)
+    ours = MultiViewUNet.from_pretrained(folder)
+    ours.load_ip_adapter(tmp_path / "adapter.safetensors", scale=scale)
+    assert ours.image_projection.clip_output == {"plain": "image_embeds", "plus": "penultimate"}[kind]
+
+    features, sample, text = clip_features(kind, 2), torch.randn(6, 4, 8, 8), torch.randn(6, 5, CONTEXT)
+    tokens = ours.image_projection(features)
+    condition = {"image_embeds": [features.repeat_interleave(3, dim=0).unsqueeze(1)]}
+    for our_text, their_text in ((text, text), (None, torch.zeros_like(text))):
+        expected = theirs(sample, 250, their_text, added_cond_kwargs=condition).sample
+        result = ours(sample, 250, our_text, image_embeds=tokens, num_views=3)
+        assert max_abs_diff(result, expected) < 2e-5
+        without = ours(sample, 250, our_text, num_views=3)
+        assert max_abs_diff(result, without) > 1e-2
+    ready = ours.precompute(image_embeds=tokens, encoder_hidden_states=text)
+    expected = theirs(sample, 250, text, added_cond_kwargs=condition).sample
+    assert max_abs_diff(ours(sample, 250, conditioning=ready, num_views=3), expected) < 2e-5
+
+
+@torch.no_grad()
+def test_scale_zero_is_no_adapter(stock, tmp_path):
+    save_file(adapter_tensors("plain"), tmp_path / "adapter.safetensors")
+    ours = MultiViewUNet.from_pretrained(stock[1])
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, CONTEXT)
+    expected = ours(sample, 9, text), ours(sample, 9)
+    ours.load_ip_adapter(tmp_path / "adapter.safetensors", scale=0.0)
+    tokens = ours.image_projection(clip_features("plain", 1))
+    assert torch.equal(ours(sample, 9, text, image_embeds=tokens, num_views=2), expected[0])
+    assert max_abs_diff(ours(sample, 9, image_embeds=tokens, num_views=2), expected[1]) < 1e-5
+    # A call may weigh the image otherwise than the checkpoint says.
+    ready = ours.precompute(image_embeds=tokens, encoder_hidden_states=text, image_scale=0.5)
+    assert max_abs_diff(ours(sample, 9, conditioning=ready, num_views=2), expected[0]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus"])
+def test_saved_with_the_adapter_it_is_the_same(kind, stock, tmp_path):
+    save_file(adapter_tensors(kind), tmp_path / "adapter.safetensors")
+    unet = MultiViewUNet.from_pretrained(stock[1])
+    unet.load_ip_adapter(tmp_path / "adapter.safetensors", scale=0.75)
+    unet.save_pretrained(tmp_path / "unet")
+    again = MultiViewUNet.from_pretrained(tmp_path / "unet")
+    assert again.config == unet.config
+    assert (again.config.image_attention, again.config.image_scale) == ("decoupled", 0.75)
+    assert again.config.image_unconditional == {"plain": "zero_features", "plus": "zero_image"}[kind]
+    left, right = unet.state_dict(), again.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_what_was_added_shows_by_its_keys(stock, tmp_path):
+    save_file(adapter_tensors("plus"), tmp_path / "adapter.safetensors")
+    unet = MultiViewUNet.from_pretrained(stock[1])
+    unet.load_ip_adapter(tmp_path / "adapter.safetensors")
+    unet.save_pretrained(tmp_path / "unet")
+    path = tmp_path / "unet" / "config.json"
+    values = json.loads(path.read_text())
+    kept = {name: value for name, value in values.items() if not name.startswith(("image_", "resampler_"))}
+    path.write_text(json.dumps(kept))
+    config = MultiViewUNet.from_pretrained(tmp_path / "unet").config
+    assert replace(config, image_unconditional="zero_image") == unet.config
+
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        ({"image_attention": "both"}, "image_attention='both'"),
+        ({"cross_view": "dence"}, "cross_view='dence'"),
+        ({"image_unconditional": "noise"}, "image_unconditional='noise'"),
+        ({"image_scale": 0.5}, "image_scale=0.5"),
+        ({"image_attention": "decoupled", "image_scale": math.inf}, "image_scale=inf"),
+        ({"image_embed_dim": 24}, "image_projection='linear' is set, but image_attention is not"),
+        ({"image_attention": "decoupled", "image_projection": "pooled", "image_embed_dim": 24}, "image_tokens=None"),
+        ({"image_attention": True, "image_embed_dim": 24, "resampler_depth": 4}, "resampler_depth=4: expected nothing"),
+        ({"layers_per_block": 65}, "layers_per_block=65: expected 1 to 64"),
+    ],
+)
+def test_a_configuration_that_contradicts(change, word):
+    with pytest.raises(ValueError, match=word):
+        UNetConfig(**change)
+
+
+@torch.no_grad()
+def test_another_adapter_takes_its_place(stock, tmp_path):
+    for kind, seed in (("plain", 1), ("plus", 2)):
+        save_file(adapter_tensors(kind, seed=seed), tmp_path / f"{kind}.safetensors")
+    twice, once = (MultiViewUNet.from_pretrained(stock[1]) for _ in range(2))
+    for unet, names in ((twice, ("plain", "plus")), (once, ("plus",))):
+        for name in names:
+            unet.load_ip_adapter(tmp_path / f"{name}.safetensors")
+    assert twice.config == once.config
+    assert all(torch.equal(a, b) for a, b in zip(twice.parameters(), once.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["text", "no text"])
+@torch.no_grad()
+def test_rows_before_the_last_portraits_see_no_image(given):
+    torch.manual_seed(0)
+    block = randomized(MultiViewTransformerBlock(64, 2, context_channels=24, image_attention="decoupled"), seed=5)
+    x, image, text = torch.randn(4, 9, 64), torch.randn(1, 11, 24), torch.randn(4, 3, 24) if given else None
+    both = block(torch.cat([x, x]), torch.cat([text, text]) if given else None, image_embeds=image, num_views=4)
+    without, with_image = block(x, text, num_views=4), block(x, text, image_embeds=image, num_views=4)
+    assert max_abs_diff(without, with_image) > 1e-2
+    assert max_abs_diff(both, torch.cat([without, with_image])) < 1e-5
+
+
+def test_it_trains_after_an_adapter(stock, tmp_path):
+    save_file(adapter_tensors("plus"), tmp_path / "adapter.safetensors")
+    unet = MultiViewUNet.from_pretrained(stock[1])
+    unet.load_ip_adapter(tmp_path / "adapter.safetensors")
+    tokens = unet.image_projection(clip_features("plus", 1))
+    unet(torch.randn(2, 4, 8, 8), 9, torch.randn(2, 5, CONTEXT), image_embeds=tokens, num_views=2).sum().backward()
+    assert not [name for name, parameter in unet.named_parameters() if parameter.grad is None]
+
+
+def test_every_misfit_is_listed_and_nothing_changes(stock, tmp_path):
+    tensors = adapter_tensors("plus")
+    del tensors["ip_adapter.3.to_k_ip.weight"], tensors["image_proj.norm_out.bias"]
+    tensors["ip_adapter.99.to_k_ip.weight"] = torch.zeros(1)
+    tensors["ip_adapter.1.to_v_ip.weight"] = torch.zeros(32, 7)
+    path = tmp_path / "adapter.safetensors"
+    save_file(tensors, path)
+    unet = MultiViewUNet.from_pretrained(stock[1])
+    config, names = unet.config, set(unet.state_dict())
+    with pytest.raises(CheckpointError) as error:
+        unet.load_ip_adapter(path)
+    for part in (
+        str(path),
+        "down_blocks.0.attentions.0.transformer_blocks.1.attn2.to_k_ip.weight",
+        "image_projection.norm_out.bias",
+        "ip_adapter.99.to_k_ip.weight",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v_ip.weight: expected [32, 40], got [32, 7]",
+    ):
+        assert part in str(error.value)
+    assert unet.config is config and set(unet.state_dict()) == names
+
+
+def test_files_that_are_none(stock, tmp_path):
+    unet = MultiViewUNet.from_pretrained(stock[1])
+    pickled = tmp_path / "ip-adapter_sd15.bin"
+    pickled.write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match="Convert once: python -c .*ip-adapter_sd15.safetensors"):
+        unet.load_ip_adapter(pickled)
+    with pytest.raises(CheckpointNotFoundError, match="no such file"):
+        unet.load_ip_adapter(tmp_path / "absent.safetensors")
+    for name, tensors, word in (
+        ("other", {"lora.up.weight": torch.zeros(1)}, "expected image_proj.proj and image_proj.norm"),
+        ("nan", {**adapter_tensors("plain"), "image_proj.norm.bias": torch.full((CONTEXT,), math.nan)}, "NaN"),
+        ("half", {"image_proj.latents": torch.zeros(1, 16, 48)}, "image_embed_dim=None"),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(CheckpointError, match=word) as error:
+            unet.load_ip_adapter(tmp_path / f"{name}.safetensors")
+        assert f"{name}.safetensors" in str(error.value)
+    assert unet.image_projection is None
+    with pytest.raises(ValueError, match="scale: expected a finite number, got nan"):
+        unet.load_ip_adapter(tmp_path / "other.safetensors", scale=math.nan)
+
+
+def test_the_conversion_command_that_is_shown_works(stock, tmp_path, monkeypatch):
+    tensors, nested = adapter_tensors("plain"), {"image_proj": {}, "ip_adapter": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        nested[part][rest] = value
+    torch.save(nested, tmp_path / "adapter.bin")
+    unet = MultiViewUNet.from_pretrained(stock[1])
+    with pytest.raises(CheckpointError) as error:
+        unet.load_ip_adapter(tmp_path / "adapter.bin")
+    monkeypatch.chdir(tmp_path)
+    exec(str(error.value).partition('python -c "')[2].rpartition('"')[0], {})
+    converted = load_file(tmp_path / "adapter.safetensors")
+    assert converted.keys() == tensors.keys()
+    assert all(torch.equal(converted[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "projection,shape,expected",
+    [
+        (PooledProjection(24, 40, tokens=4), (2, 9, 24), "\\[B,24\\], got \\[2, 9, 24\\]"),
+        (Resampler(24, 40, tokens=3, width=16, depth=1, heads=1), (2, 24), "\\[B,T,24\\], got \\[2, 24\\]"),
+        (Resampler(24, 40, tokens=3, width=16, depth=1, heads=1), (2, 9, 7), "\\[B,T,24\\], got \\[2, 9, 7\\]"),
+    ],
+)
+def test_features_of_another_shape_are_named(projection, shape, expected):
+    with pytest.raises(ValueError, match=f"clip_hidden_states: expected {expected}"):
+        projection(torch.zeros(shape))
