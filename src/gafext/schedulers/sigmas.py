@@ -1,0 +1,44 @@
+"""What the solvers share that step from one noise level σ to the next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gafext.config.scheduler import SigmaConfig
+from gafext.schedulers import schedule
+from gafext.schedulers.base import Scheduler
+
+
+class SigmaScheduler(Scheduler):
+    """A solver over the noise levels σ_t = √((1 - ᾱ_t)/ᾱ_t) of x_0 + σ_t noise.
+
+    Args:
+        config: the noise schedule, what the network predicts, and the solver's settings.
+
+    Raises:
+        ValueError: the noise does not grow with every training timestep.
+    """
+
+    config: SigmaConfig
+
+    def __init__(self, config: SigmaConfig):
+        super().__init__(config)
+        self._table = schedule.sigma_table(self.alphas_cumprod)  # [T]
+        self.sigmas = self._table.float().flip(0)
+        if not (self._table.isfinite().all() and self._table[0] > 0 and (self._table.diff() > 0).all()):
+            raise ValueError(
+                "beta_schedule, trained_betas: expected noise that grows with every timestep, got "
+                f"sigmas from {self._table[0]:.3g} to {self._table[-1]:.3g} that do not"
+            )
+
+    def _set_sigmas(self, sigmas: Tensor, *, last: bool = True) -> None:
+        """Take the run's σ, falling, and with `last` append where it ends."""
+        if last:
+            end = self._table[:1] if self.config.final_sigmas_type == "sigma_min" else self._table.new_zeros(1)
+            sigmas = torch.cat([sigmas, end])
+        self.sigmas = sigmas.float()  # [n+1], rounded as in diffusers
+        self._levels_of_run = self.sigmas.tolist()
+
+    def _sigmas_of(self, timesteps: Tensor) -> Tensor:
+        return self.sigmas[[Scheduler._index(self, t) for t in timesteps.tolist()]]
