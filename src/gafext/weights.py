@@ -1,24 +1,43 @@
-"""Checkpoint files: JSON configurations and safetensors, and the only place that knows foreign key names."""
+"""Safetensors, whole, sharded or a part of a larger file, read into modules and written from them."""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gafext.errors import CheckpointError, CheckpointNotFoundError, OutputError
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.files import MAX_KEY, find_weights, parse_json, read_json, replace_whole, require_safetensors, write_json
 
-KeyRule = Callable[[str], "str | None"]
-"""Maps a key of a file to the key of our module, or to None when the tensor is not needed."""
+__all__ = [
+    "KeyRule",
+    "WeightFile",
+    "check_keys",
+    "clip_vision_key",
+    "find_weights",
+    "listing",
+    "load_into",
+    "parse_json",
+    "read_json",
+    "replace_whole",
+    "require_safetensors",
+    "same_key",
+    "save_weights",
+    "vae_key",
+    "write_json",
+]
+
+KeyRule = Callable[[str], "str | tuple[str, ...] | None"]
+"""Maps a key of a file to the key of our module, to several that share its rows, or to None: it is not needed."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 
 def same_key(key: str) -> str | None:
@@ -41,80 +60,133 @@ def clip_vision_key(key: str) -> str | None:
     return None if key.endswith("position_ids") else key
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; errors name the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+class _Stored(NamedTuple):
+    """Where a tensor lies: a shard, its open file, the name there, and rows where several keys share it."""
+
+    shard: Path
+    file: Any
+    name: str
+    rows: slice | None = None
 
 
-def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
-    """The safetensors file of one network: `<stem>.safetensors` or `<stem>.<variant>.safetensors`."""
-    if not folder.is_dir():
-        raise CheckpointNotFoundError(f"{folder}: no such folder")
-    path = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
-    if path.is_file():
-        return path
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: has {', '.join(pickles)} but no {path.name}. Pickled weights can run code when they are "
-            'opened, so gafext does not read them. Convert once: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{path.name}')\""
-        )
-    present = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "none"
-    raise CheckpointNotFoundError(f"{path}: no such file (safetensors files there: {present})")
+def _split(stored: _Stored, shape: tuple[int, ...], count: int) -> list[tuple[_Stored, tuple[int, ...]]]:
+    """The places and shapes of `count` tensors that share the rows of a stored one evenly."""
+    if count <= 1:
+        return [(stored, shape)] * count
+    if not shape or shape[0] % count:
+        raise CheckpointError(f"{stored.shard}: {stored.name}: expected {count} tensors in one, got {list(shape)}")
+    rows = shape[0] // count
+    return [(stored._replace(rows=slice(i * rows, (i + 1) * rows)), (rows, *shape[1:])) for i in range(count)]
 
 
 class WeightFile:
-    """An open safetensors file whose keys have been mapped to our modules' names.
+    """Open safetensors, one file or the shards of an index, whose keys have been mapped to our modules' names.
 
-    Shapes and names come from the header alone, so that everything can be checked before a tensor is read.
+    Shapes and names come from the headers alone, so that everything can be checked before a tensor is read. Tensors
+    are private views of the mapped file: what is never written is never copied.
     """
 
     def __init__(self, path: Path, rule: KeyRule = same_key):
         self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
+        self._stored: dict[str, _Stored] = {}
+        if path.suffix == ".json":
+            self._open_shards(path)
+        else:
+            self._open(path)
+        self.rename(rule)
+
+    def _open(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-            names = list(self._file.keys())
-            self.shapes: dict[str, tuple[int, ...]] = {}
-            self._stored: dict[str, str] = {}
-            for name in names:
-                key = rule(name)
-                if key is None:
-                    continue
-                if key in self._stored:
-                    raise CheckpointError(f"{path}: {self._stored[key]} and {name} are both {key}")
-                self._stored[key] = name
-                self.shapes[key] = tuple(self._file.get_slice(name).get_shape())
+            file = safe_open(path, framework="pt", device="cpu")
+            self.metadata.update(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118 (the file is no dict)
+                if name in self._stored:
+                    raise CheckpointError(f"{path}: {name} is in {self._stored[name].shard.name} too")
+                self._stored[name] = _Stored(path, file, name)
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+            raise CheckpointError(f"{path}: not a readable safetensors file ({str(error)[:MAX_KEY]})") from None
+
+    def _open_shards(self, path: Path) -> None:
+        """Open every file of an index, which must tell of each tensor where it is, and of no other."""
+        places = read_json(path).get("weight_map")
+        if not isinstance(places, dict) or not all(
+            isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in places.values()
+        ):
+            raise CheckpointError(
+                f"{path}: weight_map: expected names of tensors, each with a .safetensors file's name"
+            )
+        for name in sorted(set(places.values())):
+            if not (path.parent / name).is_file():
+                raise CheckpointNotFoundError(f"{path.parent / name}: no such file, but {path.name} names it")
+            self._open(path.parent / name)
+        found = {name: stored.shard.name for name, stored in self._stored.items()}
+        wrong = sorted(name for name in found.keys() | places.keys() if found.get(name) != places.get(name))
+        if wrong:
+            raise CheckpointError(
+                f"{path}: does not tell where the tensors are"
+                + listing("misplaced", [f"{name}: {places.get(name)}, found in {found.get(name)}" for name in wrong])
+            )
+
+    def rename(self, rule: KeyRule) -> None:
+        """Map the names (once more, where only the configuration tells the layout)."""
+        before, shapes = self._stored, self.shapes
+        self._stored, self.shapes = {}, {}
+        for name, stored in before.items():
+            keys = rule(name)
+            keys = () if keys is None else (keys,) if isinstance(keys, str) else keys
+            for key, (place, shape) in zip(keys, _split(stored, shapes[name], len(keys)), strict=True):
+                if key in self._stored:
+                    raise CheckpointError(f"{self.path}: {self._stored[key].name} and {stored.name} are both {key}")
+                self._stored[key], self.shapes[key] = place, shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """Read one tensor; NaN and infinity are errors."""
-        try:
-            tensor = self._file.get_tensor(self._stored[key])
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path}: cannot read {self._stored[key]} ({error})") from None
-        # One sum is far cheaper than isfinite(): the exact test runs only when the sum itself overflowed.
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+    def tensor(self, key: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor as it is stored; NaN, infinity and what `dtype` cannot hold are errors."""
+        stored = self._stored[key]
+        tensor = self._read(stored, _FLOATS)
+        low, high = (value.item() for value in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)  # makes no copy
+        if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~tensor.isfinite()).sum())
-            if bad:
-                raise CheckpointError(f"{self.path}: {self._stored[key]} has {bad} NaN or infinite values")
+            raise CheckpointError(f"{stored.shard}: {stored.name} has {bad} NaN or infinite values")
+        if dtype is not None and max(-low, high) > torch.finfo(dtype).max:
+            raise CheckpointError(f"{stored.shard}: {stored.name} has values up to {max(-low, high):g}, over {dtype}'s")
         return tensor
 
+    def number(self, key: str) -> float:
+        """A tensor of one finite number, of a whole type too."""
+        stored = self._stored[key]
+        tensor = self._read(stored, (*_FLOATS, "I64", "I32"))
+        if tensor.numel() != 1 or not math.isfinite(tensor.item()):
+            raise CheckpointError(
+                f"{stored.shard}: {stored.name}: expected one number, got {tensor.flatten()[:9].tolist()}"
+            )
+        return float(tensor.item())
 
-def _listing(title: str, lines: list[str]) -> str:
-    return f"\n  {title} ({len(lines)}):\n    " + "\n    ".join(sorted(lines)) if lines else ""
+    @staticmethod
+    def _read(stored: _Stored, types: tuple[str, ...]) -> torch.Tensor:
+        try:
+            kind = stored.file.get_slice(stored.name).get_dtype()
+            if kind not in types:
+                raise CheckpointError(f"{stored.shard}: {stored.name}: expected one of the types {types}, got {kind}")
+            tensor = stored.file.get_tensor(stored.name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{stored.shard}: cannot read {stored.name} ({error})") from None
+        return tensor if stored.rows is None else tensor[stored.rows]
+
+
+def listing(title: str, lines: list[str]) -> str:
+    short = [line if len(line) < 500 else f"{line[:240]}...{line[-240:]}" for line in sorted(lines)]
+    return f"\n  {title} ({len(lines)}):\n    " + "\n    ".join(short) if lines else ""
+
+
+def _is_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """A 1×1 convolution is a linear layer: old autoencoders store the projections of their attention so."""
+    return got == expected or (len(expected) == 2 and got[:2] == expected and set(got[2:]) == {1})
 
 
 def check_keys(file: WeightFile, expected: dict[str, tuple[int, ...]]) -> None:
@@ -124,49 +196,40 @@ def check_keys(file: WeightFile, expected: dict[str, tuple[int, ...]]) -> None:
     shapes = [
         f"{key}: expected {list(shape)}, got {list(file.shapes[key])}"
         for key, shape in expected.items()
-        if key in file.shapes and file.shapes[key] != shape
+        if key in file.shapes and not _is_shape(file.shapes[key], shape)
     ]
     if missing or unknown or shapes:
         raise CheckpointError(
             f"{file.path}: the weights do not fit the configuration"
-            + _listing("missing keys", missing)
-            + _listing("unknown keys", unknown)
-            + _listing("wrong shapes", shapes)
+            + listing("missing keys", missing)
+            + listing("unknown keys", unknown)
+            + listing("wrong shapes", shapes)
         )
 
 
 def load_into(
     module: torch.nn.Module, file: WeightFile, *, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> None:
-    """Fill a module that was built on the meta device; nothing is read before every name and shape fits."""
-    check_keys(file, {name: tuple(value.shape) for name, value in module.state_dict().items()})
-    tensors = {key: file.tensor(key).to(device=device or "cpu", dtype=dtype or torch.float32) for key in file}
+    """Fill a module that was built on the meta device; nothing is read before every name and shape fits.
+
+    A parameter that keeps the file's type and stays on the CPU is the mapped file itself, until something writes to it.
+    """
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    check_keys(file, expected)
+    dtype = dtype or torch.float32
+    tensors = {
+        key: file.tensor(key, dtype=dtype).view(expected[key]).to(device=device or "cpu", dtype=dtype) for key in file
+    }
     module.load_state_dict(tensors, assign=True)
 
 
-@contextmanager
-def replace_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` whose files move into it only when the block ends without an error."""
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=target))
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
-    try:
-        yield temporary
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, target / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def save_weights(module: torch.nn.Module, config: dict, folder: Path, stem: str) -> None:
-    """Write `config.json` and `<stem>.safetensors`, both or neither."""
+    """Write `config.json` and `<stem>.safetensors`, both or neither; an index and its shards there go."""
     with replace_whole(folder) as temporary:
         write_json(temporary / "config.json", config)
         tensors = {key: value.detach().contiguous().cpu() for key, value in module.state_dict().items()}
         save_file(tensors, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    stale = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
+    for path in folder.iterdir():
+        if stale.fullmatch(path.name):  # readers, diffusers among them, would take it before the file just written
+            path.unlink()

@@ -7,11 +7,30 @@ from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from gafext import weights
+from gafext import ldm_keys, weights
 from gafext.config import Config
+from gafext.errors import CheckpointError
 
 ModelType = TypeVar("ModelType", bound="PretrainedModel")
+
+
+class _Budget(TorchFunctionMode):
+    """Ends a construction that makes far more tensors than the file has: a damaged configuration would go on for hours.
+
+    A little more is let through, so that a configuration that merely does not fit is told of with all its keys.
+    """
+
+    def __init__(self, stored: int):
+        super().__init__()
+        self.stored, self.left = stored, 4 * stored + 4096
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= func is torch.empty
+        if self.left < 0:
+            raise ValueError(f"asks for far more than the {self.stored} tensors of the weights")
+        return func(*args, **(kwargs or {}))
 
 
 class PretrainedModel(nn.Module):
@@ -48,13 +67,13 @@ class PretrainedModel(nn.Module):
         device: torch.device | str | None = None,
         variant: str | None = None,
     ) -> ModelType:
-        """Load `config.json` and the safetensors file of one network.
+        """Load `config.json` and the safetensors of one network, memory-mapped.
 
         Args:
             folder: a diffusers or transformers folder, such as `checkpoint/vae`.
             dtype: of the weights; None is float32.
             device: of the weights; None is the CPU.
-            variant: "fp16" reads `<stem>.fp16.safetensors`.
+            variant: "fp16" reads `<stem>.fp16.safetensors`, or the shards of that variant's index.
 
         Returns:
             The network, in evaluation mode.
@@ -67,8 +86,53 @@ class PretrainedModel(nn.Module):
         path = weights.find_weights(folder, cls.weights_stem, variant)
         file = weights.WeightFile(path, cls.key_rule)
         config = cls.read_config(folder, file)
-        with torch.device("meta"):
-            model = cls(config)
+        return cls._load(config, file, source=folder / "config.json", dtype=dtype, device=device)
+
+    @classmethod
+    def from_single_file(
+        cls: type[ModelType],
+        path: str | Path,
+        *,
+        config: Config | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ModelType:
+        """Load one network out of a single-file checkpoint of Stable Diffusion, with latent diffusion's key names.
+
+        Args:
+            path: a safetensors file; what belongs to the other networks in it is left aside.
+            config: None is deduced from the shapes, which is right for Stable Diffusion 2.
+            dtype: of the weights; None is float32.
+            device: of the weights; None is the CPU.
+
+        Returns:
+            The network, in evaluation mode.
+
+        Raises:
+            CheckpointError: the file is a pickle, is missing or damaged, or holds no such network; names and shapes
+                that do not fit are all listed.
+        """
+        path = Path(path)
+        weights.require_safetensors(path)
+        file = weights.WeightFile(path)
+        config = ldm_keys.take_part(file, cls.config_class, config)
+        return cls._load(config, file, source=path, dtype=dtype, device=device)
+
+    @classmethod
+    def _load(
+        cls: type[ModelType],
+        config: Config,
+        file: weights.WeightFile,
+        *,
+        source: Path,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> ModelType:
+        try:
+            with torch.device("meta"), _Budget(len(file.shapes)):
+                model = cls(config)
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(f"{source}: makes no {cls.__name__} ({error})") from None
         weights.load_into(model, file, dtype=dtype, device=device)
         return model.eval()
 

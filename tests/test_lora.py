@@ -1,0 +1,319 @@
+"""LoRA files of every form, merged, against the formula and against diffusers."""
+
+import json
+import random
+
+import diffusers
+import pytest
+import torch
+from damage import damaged_safetensors
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from helpers import max_abs_diff, randomized
+from safetensors.torch import load_file, save_file
+
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.lora import merge_lora
+from gafext.models.unet import MultiViewUNet
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+LINEAR = (
+    f"{BLOCK}.attn1.to_q",
+    f"{BLOCK}.attn2.to_k",
+    f"{BLOCK}.attn2.to_out.0",
+    f"{BLOCK}.ff.net.0.proj",
+    f"{BLOCK}.ff.net.2",
+)
+CONV = (
+    *("down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv", "up_blocks.0.resnets.0.conv_shortcut"),
+    *("down_blocks.0.attentions.0.proj_in", "mid_block.attentions.0.proj_out", "up_blocks.0.upsamplers.0.conv"),
+)
+OTHER = ("mid_block.resnets.0.time_emb_proj", "time_embedding.linear_1", "conv_in", "conv_out")
+MODULES = (*LINEAR, *CONV, *OTHER)
+RANK, ALPHA = 3, 2.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        cross_attention_dim=12,
+        norm_num_groups=8,
+    )
+    randomized(unet, seed=0).save_pretrained(folder)
+    return folder
+
+
+def factors(folder, modules=MODULES, rank=RANK, seed=1):
+    """Down and up of each module, as trainers shape them: a convolution's down has its kernel."""
+    unet, generator = diffusers.UNet2DConditionModel.from_pretrained(folder), torch.Generator().manual_seed(seed)
+    result = {}
+    for name in modules:
+        weight = unet.get_submodule(name).weight
+        ones = (1,) * (weight.ndim - 2)
+        down = torch.randn((rank, *weight.shape[1:]), generator=generator) * 0.2
+        result[name] = (down, torch.randn((len(weight), rank, *ones), generator=generator) * 0.2)
+    return result
+
+
+def updates(pairs, scaling):
+    return {
+        name: scaling * (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+        for name, (down, up) in pairs.items()
+    }
+
+
+def written(path, pairs, form, **more):
+    """A LoRA file of one of the forms that people have."""
+    names = {
+        "peft": "unet.{}.lora_{AB}.weight",
+        "peft alone": "base_model.model.{}.lora_{AB}.weight",
+        "peft adapter": "unet.{}.lora_{AB}.default_0.weight",
+        "diffusers": "unet.{}.lora.{word}.weight",
+        "no prefix": "{}.lora.{word}.weight",
+        "linear layer": "unet.{}.lora_linear_layer.{word}.weight",
+        "kohya": "lora_unet_{flat}.lora_{word}.weight",
+    }
+    tensors = dict(more)
+    for name, (down, up) in pairs.items():
+        for word, letter, value in (("down", "A", down), ("up", "B", up)):
+            if form == "processor":
+                owner, _, part = name.removesuffix(".0").rpartition(".")
+                key = f"unet.{owner}.processor.{part}_lora.{word}.weight"
+            else:
+                key = names[form].format(name, AB=letter, word=word, flat=name.replace(".", "_"))
+            tensors[key] = value.contiguous()
+    save_file(tensors, path)
+    return path
+
+
+def kohya_alphas(pairs, alpha=ALPHA):
+    return {f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(alpha) for name in pairs}
+
+
+def assert_merged(folder, unet, expected):
+    """The U-Net has the folder's weights plus the expected updates, and no others."""
+    before = MultiViewUNet.from_pretrained(folder).state_dict()
+    for key, value in unet.state_dict().items():
+        update = expected.get(key.removesuffix(".weight"), 0) if key.endswith(".weight") else 0
+        assert max_abs_diff(value, before[key] + update) < 1e-5, key
+    assert all(f"{name}.weight" in before for name in expected)
+
+
+@pytest.mark.parametrize(
+    "form", ["peft", "peft alone", "peft adapter", "diffusers", "no prefix", "linear layer", "kohya"]
+)
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_every_form(folder, tmp_path, form, scale):
+    pairs = factors(folder)
+    unet = MultiViewUNet.from_pretrained(folder)
+    assert merge_lora(unet, written(tmp_path / "lora.safetensors", pairs, form), scale=scale) == []
+    assert_merged(folder, unet, updates(pairs, scale))
+    assert not any(module.training for module in unet.modules())
+    assert all(isinstance(value, torch.nn.Parameter) and value.requires_grad for value in unet.parameters())
+
+
+def test_old_attention_processors(folder, tmp_path):
+    pairs = factors(folder, [name for name in LINEAR if ".to_" in name])
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, written(tmp_path / "lora.safetensors", pairs, "processor"))
+    assert_merged(folder, unet, updates(pairs, 1.0))
+
+
+@pytest.mark.parametrize("alpha", [ALPHA, 4, 0.0])
+def test_kohya_equals_diffusers_conversion(folder, tmp_path, alpha):
+    pairs = factors(folder)
+    path = written(tmp_path / "lora.safetensors", pairs, "kohya", **kohya_alphas(pairs, alpha))
+    tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(path))
+    tensors = convert_unet_state_dict_to_peft(tensors)
+    expected = {}
+    for key, down in tensors.items():
+        if ".lora_A." in key:
+            name = key.removeprefix("unet.").replace(".processor.", ".").removesuffix(".lora_A.weight")
+            expected[name] = (down, tensors[key.replace("lora_A", "lora_B")])
+    assert expected.keys() == pairs.keys() and set(alphas.values()) == {alpha}
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, path, scale=0.5)
+    assert_merged(folder, unet, updates(expected, 0.5 * alpha / RANK))
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers", "kohya"])
+def test_equals_diffusers_with_peft(folder, tmp_path, form):
+    pytest.importorskip("peft")
+    pairs = factors(folder, (*LINEAR, *CONV))
+    alphas = kohya_alphas(pairs) if form == "kohya" else {}
+    path = written(tmp_path / "lora.safetensors", pairs, form, **alphas)
+    pipe = diffusers.StableDiffusionPipeline(
+        *[None] * 3, diffusers.UNet2DConditionModel.from_pretrained(folder), *[None] * 3, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(path))
+    pipe.unet.fuse_lora(lora_scale=0.8)
+    pipe.unet.unload_lora()
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, path, scale=0.8)
+    theirs = pipe.unet.state_dict()
+    before = MultiViewUNet.from_pretrained(folder).state_dict()
+    for key, value in unet.state_dict().items():
+        assert max_abs_diff(value, theirs[key]) < 1e-5, key
+    assert sum(max_abs_diff(value, before[key]) > 1e-3 for key, value in theirs.items()) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({"r": RANK, "lora_alpha": 6}, 2.0),
+        ({"r": RANK, "lora_alpha": 6, "use_rslora": True}, 6 / RANK**0.5),
+        ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 12, "ttn1.to_q": 99}}, 4.0),
+        ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"to_k": 12}}, 2.0),
+        ({}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("place", ["metadata", "adapter_config.json"])
+def test_alpha_of_pefts_settings(folder, tmp_path, settings, scaling, place):
+    pairs = factors(folder, LINEAR[:1])
+    path = written(tmp_path / "adapter_model.safetensors", pairs, "peft")
+    if place == "metadata":
+        settings = {f"unet.{key}": value for key, value in settings.items()} | {"text_encoder.lora_alpha": 77}
+        save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    else:
+        (tmp_path / place).write_text(json.dumps(settings))
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, path)
+    assert_merged(folder, unet, updates(pairs, scaling))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        '{"unet.lora_alpha": "x"}',
+        "[1]",
+        "{",
+        '{"unet.use_dora": true}',
+        '{"unet.alpha_pattern": [1]}',
+        '{"unet.lora_alpha": NaN}',
+    ],
+)
+def test_settings_that_are_none(folder, tmp_path, settings):
+    path = written(tmp_path / "lora.safetensors", factors(folder, LINEAR), "peft")
+    save_file(load_file(path), path, metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors: expected the settings of a LoRA"):
+        merge_lora(MultiViewUNet.from_pretrained(folder), path)
+
+
+def test_each_module_has_its_own_rank_and_alpha(folder, tmp_path):
+    narrow, wide = factors(folder, LINEAR[:1], rank=1), factors(folder, LINEAR[1:2], rank=8)
+    alphas = kohya_alphas(narrow, 4) | kohya_alphas(wide, 2.0)
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, written(tmp_path / "lora.safetensors", narrow | wide, "kohya", **alphas))
+    assert_merged(folder, unet, updates(narrow, 4.0) | updates(wide, 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_are_summed_in_float32(folder, tmp_path, dtype):
+    pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in factors(folder).items()}
+    unet, before = (MultiViewUNet.from_pretrained(folder, dtype=dtype) for _ in range(2))
+    merge_lora(unet, written(tmp_path / "lora.safetensors", pairs, "peft"), scale=0.3)
+    wide = {name: (down.float(), up.float()) for name, (down, up) in pairs.items()}
+    for name, update in updates(wide, 0.3).items():
+        weight = unet.get_parameter(f"{name}.weight")
+        assert weight.dtype == dtype
+        expected = before.get_parameter(f"{name}.weight").float() + update
+        assert torch.equal(weight, expected.to(dtype)) or max_abs_diff(weight, expected) < 2 * torch.finfo(dtype).eps
+
+
+def test_scale_0_changes_nothing_and_minus_1_takes_back(folder, tmp_path):
+    path = written(tmp_path / "lora.safetensors", factors(folder), "peft")
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, path, scale=0.0)
+    before = MultiViewUNet.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+    merge_lora(unet, path)
+    merge_lora(unet, path, scale=-1.0)
+    assert_merged(folder, unet, {})
+
+
+def test_the_text_encoder_is_left_aside_with_a_note(folder, tmp_path):
+    pairs = factors(folder, LINEAR)
+    text = {
+        f"{name}.weight": torch.ones(2, 2)
+        for name in ("lora_te_a.lora_down", "text_encoder.b.lora_A", "lora_te1_c.lora_up")
+    }
+    unet = MultiViewUNet.from_pretrained(folder)
+    notes = merge_lora(unet, written(tmp_path / "lora.safetensors", pairs, "kohya", **text))
+    assert len(notes) == 1 and "lora.safetensors: 3 tensors for a text encoder are left aside" in notes[0]
+    assert_merged(folder, unet, updates(pairs, 1.0))
+
+
+def test_everything_that_does_not_fit_is_listed_and_nothing_is_merged(folder, tmp_path):
+    pairs = factors(folder, LINEAR)
+    key = f"unet.{LINEAR[0]}.lora_{{}}.weight"
+    odd = {
+        "unet.nowhere.lora_A.weight": torch.ones(2, 2),
+        f"unet.{LINEAR[1]}.lora_magnitude_vector.weight": torch.ones(2),
+        f"lora_unet_{LINEAR[1].replace('.', '_')}.hada_w1_a": torch.ones(2, 2),
+        f"{LINEAR[2]}.lora.up.weight": torch.ones(2, 2),  # a second one of a module
+        f"unet.{CONV[0]}.lora_A.weight": torch.ones(2, 16, 3, 3),
+    }
+    path = written(tmp_path / "lora.safetensors", pairs, "peft", **odd)
+    unet = MultiViewUNet.from_pretrained(folder)
+    with pytest.raises(CheckpointError) as caught:
+        merge_lora(unet, path)
+    message = str(caught.value)
+    assert "unknown keys (4)" in message and "keys without their partner (1)" in message
+    assert all(name in message for name in odd if not name.startswith(LINEAR[2]))
+
+    for which, shape, expected in (("A", (3, 15), "[r, 16]"), ("B", (16, 4), "[16, 3]"), ("A", (0, 16), "[r, 16]")):
+        wrong = load_file(written(path, pairs, "peft")) | {key.format(which): torch.ones(shape)}
+        save_file(wrong, path)
+        with pytest.raises(CheckpointError) as caught:
+            merge_lora(unet, path)
+        assert f"{key.format(which)}: expected {expected} for {LINEAR[0]}, got {list(shape)}" in str(caught.value)
+    assert_merged(folder, unet, {})
+
+
+def test_files_that_are_none(folder, tmp_path):
+    unet, path = MultiViewUNet.from_pretrained(folder), tmp_path / "lora.safetensors"
+    with pytest.raises(CheckpointNotFoundError, match=r"lora\.safetensors: no such file"):
+        merge_lora(unet, path)
+    with pytest.raises(CheckpointError, match=r"lora\.bin: expected a \.safetensors file.*torch\.load\('lora\.bin'"):
+        merge_lora(unet, tmp_path / "lora.bin")
+    save_file({}, path)
+    with pytest.raises(CheckpointError, match="no LoRA that fits this U-Net"):
+        merge_lora(unet, path)
+    with pytest.raises(ValueError, match="scale: expected a finite number, got nan"):
+        merge_lora(unet, path, scale=float("nan"))
+    pairs = factors(folder, LINEAR)
+    pairs[LINEAR[3]][0][0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight has 1 NaN"):
+        merge_lora(unet, written(path, pairs, "peft"))
+    assert_merged(folder, unet, {})
+
+
+def test_a_sum_beyond_the_type_is_refused(folder, tmp_path):
+    unet = MultiViewUNet.from_pretrained(folder, dtype=torch.float16)
+    with pytest.raises(CheckpointError, match=r"the sum is beyond torch\.float16 at scale=1000000"):
+        merge_lora(unet, written(tmp_path / "lora.safetensors", factors(folder, LINEAR), "peft"), scale=1_000_000.0)
+
+
+def test_damaged_files(folder, tmp_path):
+    path = written(tmp_path / "lora.safetensors", factors(folder, LINEAR), "kohya", **kohya_alphas(LINEAR))
+    whole, errors = path.read_bytes(), 0
+    before = {key: value.clone() for key, value in MultiViewUNet.from_pretrained(folder).state_dict().items()}
+    unet = MultiViewUNet.from_pretrained(folder)
+    for seed in range(100):
+        path.write_bytes(damaged_safetensors(whole, random.Random(seed)))
+        try:
+            merge_lora(unet, path)
+        except ValueError as error:
+            errors += 1
+            assert "lora.safetensors" in str(error)
+        else:
+            assert all(value.isfinite().all() for value in unet.state_dict().values())
+            unet.load_state_dict(before)
+        assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+    assert errors > 80
