@@ -1,7 +1,9 @@
 """The whole way on tiny checkpoints that diffusers and transformers save."""
 
 import json
+import shutil
 import warnings
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -9,13 +11,17 @@ import pytest
 import torch
 from helpers import max_abs_diff, randomized
 from PIL import Image
+from safetensors.torch import save_file
 from test_unet import multi_view_config
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import gafext
+from gafext.config import SD_X2_UNET
 from gafext.embedded import PORTRAIT, UntrainedWarning
 from gafext.errors import CameraError, CheckpointError, CheckpointNotFoundError, ImageError
+from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
+from gafext.models.upsampler import NOISE_STEP, LatentUpsampler, PromptEmbeds
 from gafext.noise import view_noise
 
 SIZE = 8  # of the latents; pictures are four times as large, and twice that when upsampled
@@ -79,6 +85,22 @@ def pipe(checkpoint):
     return gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
 
 
+def save_upsampler(folder):
+    """A small K-block upsampler with a ready empty prompt."""
+    config = replace(
+        SD_X2_UNET,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        attention_head_dim=16,
+        cross_attention_dim=24,
+        time_cond_proj_dim=128 + 24,
+    )
+    prompt = PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 24))
+    upsampler = LatentUpsampler(randomized(KUNet(config), seed=2), empty_prompt=prompt).eval()
+    upsampler.save_pretrained(folder)
+    return upsampler
+
+
 def portrait(seed=0, size=(40, 30)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
 
@@ -137,7 +159,7 @@ def test_guidance_is_two_passes(pipe):
     )
     cameras = gafext.cameras.orbit(4)
     normals = pipe.encode(gafext.pipeline.ellipsoid_normals(cameras, 4 * SIZE) * 2 - 1)
-    image_embeds = pipe.encode_portraits([portrait()])
+    image_embeds = pipe.encode_portraits([portrait()]).conditional
     common = {"pose": cameras.pose(12), "num_views": 4}
     sample = torch.cat([latents, normals], 1)
     with_image = pipe.unet(sample, seen["t"], image_embeds=image_embeds, **common)
@@ -150,7 +172,7 @@ def test_guidance_is_two_passes(pipe):
 @torch.no_grad()
 def test_image_tokens_are_the_projected_last_hidden_state(pipe):
     features = pipe.image_encoder(pipe.image_encoder.preprocess(portrait()))
-    tokens = pipe.encode_portraits([portrait()])
+    tokens = pipe.encode_portraits([portrait()]).conditional
     assert tokens.shape == (1, 50, 40)
     assert max_abs_diff(tokens, pipe.unet.image_projection.proj(features.last_hidden_state)) < 1e-6
     assert max_abs_diff(tokens, pipe.unet.image_projection.proj(features.penultimate)) > 1e-3
@@ -288,6 +310,95 @@ def test_save_from_every_output_type(pipe, tmp_path):
     assert record["seed"] == 0 and record["num_inference_steps"] == 2 and record["guidance_scale"] == 7.5
     with pytest.raises(ValueError, match="latents"):
         run(pipe, output_type="latent").save(tmp_path / "latent")
+
+
+@torch.no_grad()
+def test_the_upsampler_in_the_folder_is_used(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    upsampler = save_upsampler(tmp_path / "model" / "upsampler")
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    options = {"output_type": "latent", "generator": 6}
+    small = run(pipe, upsample="none", **options).images
+    noise = view_noise(6, portraits=1, views=4, shape=(4, 2 * SIZE, 2 * SIZE), step=NOISE_STEP)
+    expected = upsampler(small, noise=noise)
+    doubled = run(pipe, **options).images
+    assert max_abs_diff(doubled, expected) < 1e-5
+    assert max_abs_diff(doubled, run(pipe, upsample="bilinear", **options).images) > 1e-2
+
+    pipe.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "upsampler" / "text_encoder").exists()
+    again = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path / "again", device="cpu")
+    assert torch.equal(run(again, **options).images, doubled)
+
+
+@torch.no_grad()
+def test_an_ip_adapter_and_a_lora(tmp_path):
+    """Both change the views; guidance moves away from the projection of zero features, as IP-Adapter has it."""
+    save_checkpoint(tmp_path, multi_view=False)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"proj.weight": (4 * 40, 16), "proj.bias": (4 * 40,), "norm.weight": (40,), "norm.bias": (40,)}
+    tensors = {f"image_proj.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for index, channels in enumerate([32, 32, 32, 64]):  # down, up, middle
+        for which in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{2 * index + 1}.{which}.weight"] = torch.randn(channels, 40, generator=generator)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {f"{name}.lora_A.weight": torch.randn(4, 32), f"{name}.lora_B.weight": torch.randn(32, 4)}
+    save_file(factors, tmp_path / "lora.safetensors")
+
+    def load(**options):
+        return gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu", **options)
+
+    with pytest.warns(UserWarning, match="does not look at the portrait"):
+        plain, tuned = load(), load(lora=tmp_path / "lora.safetensors")
+    adapted = load(ip_adapter=tmp_path / "adapter.safetensors", ip_adapter_scale=0.7)
+    latents = torch.randn(4, 4, SIZE, SIZE)
+    options = {"latents": latents, "num_inference_steps": 1, "upsample": "none", "output_type": "latent"}
+    base = run(plain, **options).images
+    assert torch.equal(run(plain, portrait(5), **options).images, base)
+    assert max_abs_diff(run(tuned, **options).images, base) > 1e-3
+    ours = run(adapted, guidance_scale=3.0, **options).images
+
+    features = adapted.image_encoder(adapted.image_encoder.preprocess(portrait())).image_embeds
+    cameras = gafext.cameras.orbit(4)
+    normals = adapted.encode(gafext.pipeline.ellipsoid_normals(cameras, 4 * SIZE) * 2 - 1)
+    sample = torch.cat([latents, normals], dim=1)
+    negative, positive = (
+        adapted.unet(sample, 1, pose=cameras.pose(12), image_embeds=adapted.unet.image_projection(x), num_views=4)
+        for x in (torch.zeros_like(features), features)
+    )
+    assert max_abs_diff(negative, positive) > 1e-3
+    expected = adapted.scheduler.step(negative + 3.0 * (positive - negative), 1, latents)
+    assert max_abs_diff(ours, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+@torch.no_grad()
+def test_schedulers_by_name(name, checkpoint):
+    """The same noise through each solver, against the loop written with diffusers' scheduler."""
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu", scheduler=name)
+    latents = torch.randn(4, 4, SIZE, SIZE)
+    ours = run(
+        pipe, latents=latents, num_inference_steps=6, guidance_scale=1.0, upsample="none", output_type="latent"
+    ).images
+    theirs = {
+        "ddim": diffusers.DDIMScheduler,
+        "dpm++": diffusers.DPMSolverMultistepScheduler,
+        "euler": diffusers.EulerDiscreteScheduler,
+    }[name].from_pretrained(checkpoint / "scheduler")
+    theirs.set_timesteps(6)
+    cameras = gafext.cameras.orbit(4)
+    told = {
+        "pose": cameras.pose(12),
+        "image_embeds": pipe.encode_portraits([portrait()]).conditional,
+        "num_views": 4,
+    }
+    normals = pipe.encode(gafext.pipeline.ellipsoid_normals(cameras, 4 * SIZE) * 2 - 1)
+    sample = latents * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        output = pipe.unet(torch.cat([theirs.scale_model_input(sample, t), normals], dim=1), t, **told)
+        sample = theirs.step(output, t, sample).prev_sample
+    assert max_abs_diff(ours, sample) < 1e-4 * max(1.0, sample.abs().max().item())
 
 
 def test_callback_sees_every_step_and_may_replace_latents(pipe):

@@ -4,6 +4,7 @@ from gafext import cameras, ops
 from gafext.embedded import PORTRAIT
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
+from gafext.models.upsampler import LatentUpsampler
 from gafext.models.vae import AutoencoderKL
 from gafext.pipeline import MultiViewDiffusionPipeline, MultiViewOutput
 from gafext.scheduler import DDIMScheduler
@@ -15,6 +16,7 @@ __all__ = [
     "AutoencoderKL",
     "CLIPVisionEncoder",
     "DDIMScheduler",
+    "LatentUpsampler",
     "MultiViewDiffusionPipeline",
     "MultiViewOutput",
     "MultiViewUNet",

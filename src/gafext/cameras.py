@@ -88,6 +88,30 @@ class Cameras:
             raise CameraError(f"pose: expected 12 (w2c, 3 x 4) or 16 (w2c, 4 x 4) numbers a camera, got {dim}")
         return self.w2c[:, : _POSE_SIZES[dim]].flatten(1)
 
+    def blender_pose(self, dim: int) -> Tensor:
+        """What ImageDream's and MVDream's pose MLP takes: camera-to-world, Blender's axes, at distance 1.
+
+        Args:
+            dim: 16, the 4 x 4 matrix row after row.
+
+        Returns:
+            [V,16] float32.
+
+        Raises:
+            CameraError: another size, or a camera at the origin, which has no direction.
+
+        Source: MVDream (arXiv 2308.16512) section 3.2.
+        """
+        if dim != 16:
+            raise CameraError(f"pose: expected 16 (c2w, 4 x 4) numbers a camera, got {dim}")
+        y_up_to_z_up = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], device="cpu")
+        poses = y_up_to_z_up @ self.opengl_c2w
+        distance = poses[:, :3, 3].norm(dim=1, keepdim=True)
+        if (distance < 1e-6).any():
+            raise CameraError("cameras: expected none at the origin, got one")
+        poses[:, :3, 3] /= distance
+        return poses.flatten(1)
+
 
 def orbit(
     num_views: int,

@@ -1,4 +1,4 @@
-"""The command line: `gafext generate` and `gafext info`."""
+"""The command line: `gafext generate`, `gafext assemble` and `gafext info`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_assemble(commands)
     info = commands.add_parser(
         "info", help="versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
     )
@@ -42,9 +43,18 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("portrait", nargs="?", metavar="PORTRAIT", help="a picture of a head; default: the bundled one")
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
     add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
+    add("--lora", metavar="FILE", help="low-rank updates to merge into the U-Net")
+    add("--lora-scale", type=float, default=1.0, metavar="S", help="their weight")
+    add(
+        "--ip-adapter",
+        metavar="FILE",
+        help="an IP-Adapter, plain or Plus, for a U-Net without attention to the portrait",
+    )
+    add("--ip-adapter-scale", type=float, default=1.0, metavar="S", help="its weight")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--views", type=int, default=4, metavar="V", help="number of views, on an orbit")
+    add("--scheduler", choices=("ddim", "dpm++", "euler"), help="default: the checkpoint's own")
     add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000")
     add(
         "--guidance",
@@ -82,6 +92,51 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--quiet", action="store_true", help="no progress bar and no summary")
 
 
+def _add_assemble(commands: argparse._SubParsersAction) -> None:
+    assemble = commands.add_parser(
+        "assemble",
+        help="a multi-view checkpoint out of Stable Diffusion, CLIP and the upscaler",
+        description="Write a checkpoint whose new layers (attention across views and to the portrait, camera pose, "
+        "normal latents) start as exact no-ops: every view is the parent's until they are trained.",
+        epilog=EXIT_CODES,
+    )
+    add = assemble.add_argument
+    add(
+        "--parent", required=True, metavar="DIR", help="Stable Diffusion: unet/ vae/ scheduler/, or a .safetensors file"
+    )
+    add("--image-encoder", required=True, metavar="DIR", help="CLIP, as transformers saves it: ViT-H/14")
+    add("--upsampler", metavar="DIR", help="the latent upscaler's own checkpoint folder")
+    add("--ip-adapter", metavar="FILE", help="an IP-Adapter to look at the portrait with, in place of new layers")
+    add("--trained", metavar="FILE", help="a GAF-style U-Net state dict to fill the result with")
+    add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers of a camera (default: 12)")
+    add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
+    add("--dtype", choices=_DTYPES, default="float32", help="of the weights written (default: float32)")
+    add("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
+
+
+def _assemble(args: argparse.Namespace) -> int:
+    import torch
+
+    from gafext.assemble import assemble
+    from gafext.output import check_writable, whole_folder
+
+    check_writable(args.out)
+    pipeline = assemble(
+        args.parent,
+        image_encoder=args.image_encoder,
+        upsampler=args.upsampler,
+        ip_adapter=args.ip_adapter,
+        trained=args.trained,
+        pose_dim=args.pose_dim,
+        dtype=getattr(torch, args.dtype),
+        variant=args.variant,
+    )
+    with whole_folder(args.out) as folder:
+        pipeline.save_pretrained(folder)
+    print(f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.0f} M parameters in the U-Net: {args.out}")
+    return 0
+
+
 def _pictures(folder: str | None) -> list[Path] | None:
     if folder is None:
         return None
@@ -105,7 +160,15 @@ def _generate(args: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pipeline = MultiViewDiffusionPipeline.from_pretrained(
-            args.model, getattr(torch, args.dtype), _device(args.device), args.variant
+            args.model,
+            getattr(torch, args.dtype),
+            _device(args.device),
+            args.variant,
+            scheduler=args.scheduler,
+            lora=args.lora,
+            lora_scale=args.lora_scale,
+            ip_adapter=args.ip_adapter,
+            ip_adapter_scale=args.ip_adapter_scale,
         )
     for warning in caught:
         print(f"gafext: {warning.message}", file=sys.stderr)
@@ -176,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on stderr, never in a traceback."""
     args = _parser().parse_args(argv)
     try:
-        return {"generate": _generate, "info": _info}[args.command](args)
+        return {"generate": _generate, "assemble": _assemble, "info": _info}[args.command](args)
     except KeyboardInterrupt:
         print("gafext: interrupted; nothing was written", file=sys.stderr)
         return 130

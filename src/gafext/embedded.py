@@ -11,7 +11,7 @@ from gafext.config import SD_SCHEDULE, CLIPVisionConfig, UNetConfig, VAEConfig
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.scheduler import DDIMScheduler
+from gafext.schedulers import scheduler_class
 
 PORTRAIT = Path(__file__).parent / "assets" / "portrait.png"
 """Eileen Collins, NASA astronaut portrait, public domain; cropped from scikit-image's `astronaut` test picture."""
@@ -60,8 +60,8 @@ _CLIP = CLIPVisionConfig(
 )
 
 
-def embedded_parts() -> dict[str, object]:
-    """The small networks with weights from a fixed seed, as keyword arguments of the pipeline."""
+def embedded_parts(scheduler: str | None = None) -> dict[str, object]:
+    """The small networks with weights from a fixed seed, as keyword arguments of the pipeline; DDIM unless named."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet, vae, image_encoder = MultiViewUNet(_UNET), AutoencoderKL(_VAE), CLIPVisionEncoder(_CLIP)
@@ -69,5 +69,7 @@ def embedded_parts() -> dict[str, object]:
         "unet": unet.eval(),
         "vae": vae.eval(),
         "image_encoder": image_encoder.eval(),
-        "scheduler": DDIMScheduler(replace(SD_SCHEDULE, prediction_type="v_prediction")),
+        "scheduler": scheduler_class(scheduler or "ddim").from_config(
+            replace(SD_SCHEDULE, prediction_type="v_prediction")
+        ),
     }

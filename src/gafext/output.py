@@ -94,16 +94,31 @@ def write_views(
         raise ValueError(f"images: expected {len(cameras)}, one a camera, got {len(images)}")
     if len(sizes) != 1 or sizes[0][0] != sizes[0][1]:
         raise ValueError(f"images: expected square images of one size, got {sizes}")
-    target = Path(os.path.realpath(folder))
-    with _staging(target, overwrite) as new:
+    with whole_folder(folder, overwrite=overwrite) as new:
         for view, image in enumerate(images):
             image.save(new / f"view_{view:03d}.png")
         contact_sheet(images).save(new / "contact_sheet.png")
         write_json(new / "transforms_train.json", transforms(cameras, sizes[0][0]))
         write_json(new / "run.json", _json_clean(run))
+    return Path(os.path.realpath(folder))
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh folder to write into, which takes the name `folder` when the block ends without an error.
+
+    Args:
+        folder: empty, or does not exist yet; its parents are made.
+        overwrite: replace a folder that holds nothing but views.
+
+    Raises:
+        OutputError: the folder cannot be written; it is as it was before.
+    """
+    target = Path(os.path.realpath(folder))
+    with _staging(target, overwrite) as new:
+        yield new
         _check_target(target, overwrite)  # again: others may have written there meanwhile
         _swap(new, target)
-    return target
 
 
 def check_writable(folder: str | os.PathLike, *, overwrite: bool = False) -> None:

@@ -14,26 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gafext import conditions
 from gafext import images as imaging
-from gafext import weights
 from gafext.attention import check_backend, set_attention_backend
 from gafext.cameras import Cameras, as_cameras
+from gafext.checkpoint import load_parts, save_parts
 from gafext.embedded import NOTICE, UntrainedWarning, embedded_parts
-from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.guidance import check_guidance_scale, guide, needs_unconditional
+from gafext.errors import CheckpointError
+from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.head_proxy import ellipsoid_normals
 from gafext.hub import checkpoint_folder
 from gafext.models.clip import CLIPVisionEncoder
-from gafext.models.unet import Conditioning, MultiViewUNet
+from gafext.models.unet import MultiViewUNet
+from gafext.models.upsampler import NOISE_STEP, LatentUpsampler
 from gafext.models.vae import AutoencoderKL
 from gafext.noise import resolve_seed, view_noise
 from gafext.output import MultiViewOutput
-from gafext.scheduler import DDIMScheduler, check_eta
+from gafext.schedulers import Scheduler
+from gafext.schedulers.base import check_eta
 from gafext.versions import versions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
-DEFAULT_GUIDANCE_SCALE = 7.5
 DEFAULT_SAMPLE_SIZE = 32
 
 
@@ -45,9 +47,14 @@ class MultiViewDiffusionPipeline:
         vae: between pictures and latents.
         scheduler: the sampler.
         image_encoder: CLIP; needed when the U-Net attends to the portrait.
+        upsampler: doubles the latents; without one they are doubled bilinearly.
+        prompt_embeds: the text [1,T,C] of every row; None is the all-zero text.
         guidance_scale: what a call without one uses.
 
-    Source: GAF (arXiv 2412.10209) section 3.
+    Raises:
+        CheckpointError: the parts do not fit together.
+
+    Source: GAF (arXiv 2412.10209) section 3; ImageDream (arXiv 2312.02201) for the dense family.
     """
 
     def __init__(
@@ -55,36 +62,38 @@ class MultiViewDiffusionPipeline:
         *,
         unet: MultiViewUNet,
         vae: AutoencoderKL,
-        scheduler: DDIMScheduler,
+        scheduler: Scheduler,
         image_encoder: CLIPVisionEncoder | None = None,
-        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        upsampler: LatentUpsampler | None = None,
+        prompt_embeds: Tensor | None = None,
+        guidance_scale: float = 7.5,
     ):
         self.unet, self.vae, self.scheduler, self.image_encoder = unet, vae, scheduler, image_encoder
-        self.upsampler = None
+        self.upsampler, self.prompt_embeds = upsampler, prompt_embeds
         check_guidance_scale(guidance_scale)
         self.guidance_scale = guidance_scale
         self.source = "memory"
         self._check_parts()
 
     def _check_parts(self) -> None:
-        latent, channels = self.vae.config.latent_channels, self.unet.config.in_channels
-        if channels not in (latent, 2 * latent):
+        config, latent = self.unet.config, self.vae.config.latent_channels
+        if config.in_channels not in (latent, 2 * latent):
             raise CheckpointError(
                 f"unet: expected in_channels {latent} (latents) or {2 * latent} (latents and normal latents) "
-                f"for a VAE of {latent} latent channels, got {channels}"
+                f"for a VAE of {latent} latent channels, got {config.in_channels}"
             )
-        if self.unet.config.out_channels != latent:
-            raise CheckpointError(f"unet: expected out_channels {latent}, got {self.unet.config.out_channels}")
-        if not self.unet.config.image_attention:
+        if config.out_channels != latent:
+            raise CheckpointError(f"unet: expected out_channels {latent}, got {config.out_channels}")
+        if self.upsampler is not None and self.upsampler.latent_channels != latent:
+            raise CheckpointError(f"upsampler: expected {latent} latents, got {self.upsampler.latent_channels}")
+        if config.image_attention is None:
             return
         if self.image_encoder is None:
-            raise CheckpointError("image_encoder: expected one, because the U-Net has attn_ip, got none")
-        width, got = self._image_token_width(), self.image_encoder.config.hidden_size
+            raise CheckpointError("image_encoder: expected one, because the U-Net attends to the portrait, got none")
+        field = "projection_dim" if config.image_projection == "pooled" else "hidden_size"
+        width, got = config.image_embed_dim or config.cross_attention_dim, getattr(self.image_encoder.config, field)
         if width != got:
-            raise CheckpointError(f"image_encoder: expected hidden_size {width} to fit the U-Net, got {got}")
-
-    def _image_token_width(self) -> int:
-        return self.unet.config.image_embed_dim or self.unet.config.cross_attention_dim
+            raise CheckpointError(f"image_encoder: expected {field} {width} to fit the U-Net, got {got}")
 
     @classmethod
     def from_pretrained(
@@ -93,14 +102,25 @@ class MultiViewDiffusionPipeline:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         variant: str | None = None,
+        *,
+        scheduler: str | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        ip_adapter: str | Path | None = None,
+        ip_adapter_scale: float = 1.0,
     ) -> MultiViewDiffusionPipeline:
-        """Load a checkpoint folder (`unet/ vae/ scheduler/`, and `image_encoder/` where the U-Net needs it).
+        """Load a checkpoint folder: `unet/ vae/ scheduler/`, and `image_encoder/ upsampler/ text_encoder/` if there.
 
         Args:
             path_or_repo_id: a folder, or a hub id such as "owner/name"; None is the small built-in model.
             dtype: of the weights; None is float32.
             device: None is CUDA, else MPS, else the CPU.
             variant: "fp16" reads the files that carry it in their name.
+            scheduler: "ddim", "dpm++" or "euler"; None is the checkpoint's own.
+            lora: a safetensors file of low-rank updates, merged into the U-Net.
+            lora_scale: weight of the updates.
+            ip_adapter: an IP-Adapter file, plain or Plus, for a U-Net that does not look at the portrait otherwise.
+            ip_adapter_scale: weight of the portrait's attention.
 
         Returns:
             The pipeline, ready to be called.
@@ -109,55 +129,28 @@ class MultiViewDiffusionPipeline:
             CheckpointError: something is missing, damaged or does not fit together.
         """
         device = torch.device(device) if device is not None else default_device()
+        adapters = {"lora": lora, "lora_scale": lora_scale}
+        adapters |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
         if path_or_repo_id is None:
+            if lora is not None or ip_adapter is not None:
+                raise ValueError("lora, ip_adapter: expected None for the built-in model")
             warnings.warn(NOTICE, UntrainedWarning, stacklevel=2)
-            return cls(**embedded_parts()).to(device, dtype or torch.float32)
+            return cls(**embedded_parts(scheduler)).to(device, dtype or torch.float32)
         folder = checkpoint_folder(path_or_repo_id)
-        index = weights.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
-        for name in ("unet", "vae", "scheduler"):
-            if not (folder / name).is_dir():
-                raise CheckpointNotFoundError(f"{folder / name}: no such folder")
-        if (folder / "upsampler").is_dir():
-            warnings.warn(f"{folder / 'upsampler'} is not read yet: latents are doubled bilinearly", stacklevel=2)
-        options = {"dtype": dtype, "device": device, "variant": variant}
-        unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
-        # Four gigabytes of ViT-H would lie unused beside a U-Net that does not look at the portrait, but
-        # save_pretrained must give back what was loaded.
-        has_encoder = (folder / "image_encoder").is_dir()
-        pipeline = cls(
-            unet=unet,
-            vae=AutoencoderKL.from_pretrained(folder / "vae", **options),
-            scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
-            image_encoder=CLIPVisionEncoder.from_pretrained(folder / "image_encoder", **options)
-            if has_encoder
-            else None,
-            guidance_scale=_number(index.get("guidance_scale", DEFAULT_GUIDANCE_SCALE), folder / "model_index.json"),
-        )
+        options = {"dtype": dtype, "device": device, "variant": variant, "scheduler": scheduler}
+        pipeline = cls(**load_parts(folder, **options, **adapters))
         pipeline.source = str(path_or_repo_id)
+        if pipeline.unet.config.image_attention is None:
+            warnings.warn(f"{folder / 'unet'}: this U-Net does not look at the portrait", stacklevel=2)
         return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder that `from_pretrained` reads; `model_index.json` comes last."""
-        folder = Path(folder)
-        index: dict[str, Any] = {
-            "_class_name": "MultiViewDiffusionPipeline",
-            "unet": ["gafext", "MultiViewUNet"],
-            "vae": ["diffusers", "AutoencoderKL"],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "guidance_scale": self.guidance_scale,
-        }
-        self.unet.save_pretrained(folder / "unet")
-        self.vae.save_pretrained(folder / "vae")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        if self.image_encoder is not None:
-            self.image_encoder.save_pretrained(folder / "image_encoder")
-            index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
-        with weights.replace_whole(folder) as temporary:
-            weights.write_json(temporary / "model_index.json", index)
+        save_parts(self, Path(folder))
 
     @property
     def _networks(self) -> list[torch.nn.Module]:
-        return [part for part in (self.unet, self.vae, self.image_encoder) if part is not None]
+        return [part for part in (self.unet, self.vae, self.image_encoder, self.upsampler) if part is not None]
 
     @property
     def device(self) -> torch.device:
@@ -210,7 +203,7 @@ class MultiViewDiffusionPipeline:
                 any size and mode; or a list of them.
             cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes; None is an orbit of `num_views`.
             normal_maps: V pictures of camera-space normals, n/2 + 1/2; None shows an ellipsoid to the cameras.
-            num_views: V, when no cameras are given.
+            num_views: V, when no cameras are given. The reference frame of ImageDream's family does not count.
             num_inference_steps: 1 to 1000.
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None is the checkpoint's own, 7.5 as a rule.
             generator: an integer seed or a torch.Generator, whose initial seed counts. Noise depends on the seed, the
@@ -218,8 +211,9 @@ class MultiViewDiffusionPipeline:
             latents: initial noise [B*V,4,h,w] in place of the seed's.
             renders: B*V pictures to start from, noised: the views of an avatar that is being fitted.
             strength: how much of the noise schedule is run on `renders`, above 0 to 1.
-            eta: 0 is deterministic DDIM, 1 is as noisy as DDPM.
-            upsample: "auto" or "bilinear" double the latents before they are decoded, "none" does not.
+            eta: 0 is deterministic, 1 is as noisy as DDPM.
+            upsample: "auto" doubles the latents before they are decoded, by the checkpoint's upsampler if it has one;
+                "bilinear" doubles them without it; "none" leaves them.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step; a dict that
                 it returns replaces the latents.
@@ -251,31 +245,36 @@ class MultiViewDiffusionPipeline:
         seed = resolve_seed(generator)
         timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
         size = self._latent_size(latents, rows=len(portraits) * num_views)
+        if upsample == "auto" and self.upsampler is not None:
+            self.upsampler.check_size(size, size)
         pixels = size * self.vae.config.factor
         if renders is not None:
             renders = imaging.load_images(renders, count=len(portraits) * num_views, name="renders")
             renders = imaging.to_square_tensor(renders, pixels)
         normals = self._normal_maps(normal_maps, cameras, pixels)
 
-        image_embeds = self.encode_portraits(portraits)
-        normal_latents = None if normals is None else self.encode(normals).repeat(len(portraits), 1, 1, 1)
+        guided = needs_unconditional(guidance_scale)
+        told = conditions.prepare(
+            self.unet,
+            cameras,
+            portraits=len(portraits),
+            tokens=self.encode_portraits(portraits, guided=guided),
+            guided=guided,
+            prompt_embeds=self.prompt_embeds,
+            normal_latents=None if normals is None else self.encode(normals).repeat(len(portraits), 1, 1, 1),
+            reference_latents=self._reference(portraits, pixels),
+        )
         if latents is None:
             shape = (self.vae.config.latent_channels, size, size)
             latents = view_noise(seed, portraits=len(portraits), views=num_views, shape=shape)
         latents = latents.to(self.device, torch.float32)
-        if renders is not None:
+        if renders is None:
+            latents = latents * self.scheduler.init_noise_sigma
+        else:
             latents = self.scheduler.add_noise(self.encode(renders), latents, timesteps[:1].expand(len(latents)))
 
         steps = self.denoise(
-            latents,
-            timesteps,
-            num_views=num_views,
-            guidance_scale=guidance_scale,
-            image_embeds=image_embeds,
-            pose=self._pose(cameras, len(portraits)),
-            normal_latents=normal_latents,
-            eta=eta,
-            seed=seed,
+            latents, timesteps, told, num_views=num_views, guidance_scale=guidance_scale, eta=eta, seed=seed
         )
         bar = tqdm(steps, total=len(timesteps), disable=not progress_bar, desc=f"{len(latents)} views")
         for index, (timestep, latents) in enumerate(bar):
@@ -283,8 +282,7 @@ class MultiViewDiffusionPipeline:
                 replaced = (callback_on_step_end(self, index, timestep, {"latents": latents}) or {}).get("latents")
                 if replaced is not None:
                     latents.copy_(replaced)
-        if upsample != "none":
-            latents = F.interpolate(latents, scale_factor=2.0, mode="bilinear", align_corners=False)
+        latents = self.upsample(latents, upsample, num_views=num_views, seed=seed)
 
         run = {
             **{"model": self.source, "num_views": num_views, "num_inference_steps": num_inference_steps},
@@ -332,21 +330,19 @@ class MultiViewDiffusionPipeline:
             imaging.load_images(normal_maps, count=len(cameras), name="normal_maps"), pixels
         )
 
-    def _pose(self, cameras: Cameras, portraits: int) -> Tensor | None:
-        if self.unet.config.pose_dim is None:
+    def _reference(self, portraits: Sequence[PIL.Image.Image], pixels: int) -> Tensor | None:
+        """The portraits' latents [B,4,h,w], for the family that has them as a frame of their own."""
+        if not conditions.uses_reference(self.unet.config):
             return None
-        return cameras.pose(self.unet.config.pose_dim).to(self.device).repeat(portraits, 1)
+        return self.encode(imaging.to_square_tensor(portraits, pixels))
 
-    def encode_portraits(self, portraits: Sequence[PIL.Image.Image]) -> Tensor | None:
-        """Image tokens [B,T,cross_attention_dim] of RGB pictures, or None when the U-Net does not look at them."""
-        if not self.unet.config.image_attention:
+    def encode_portraits(
+        self, portraits: Sequence[PIL.Image.Image], *, guided: bool = False
+    ) -> conditions.ImageTokens | None:
+        """Image tokens of RGB pictures, or None when the U-Net does not look at them; see `conditions.image_tokens`."""
+        if self.unet.config.image_attention is None:
             return None
-        pixels = torch.cat([self.image_encoder.preprocess(portrait) for portrait in portraits])
-        features = self.image_encoder(pixels.to(self.device, self.dtype))
-        projection = self.unet.image_projection
-        if projection is None:
-            return features.last_hidden_state
-        return projection(getattr(features, projection.clip_output))
+        return conditions.image_tokens(self.unet, self.image_encoder, portraits, guided=guided)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Scaled latents [N,4,h,w] float32 of pictures [N,3,H,W] in [-1,1]: the mean, without sampling."""
@@ -366,45 +362,27 @@ class MultiViewDiffusionPipeline:
         self,
         latents: Tensor,
         timesteps: Tensor,
+        told: conditions.Conditions,
         *,
         num_views: int,
         guidance_scale: float,
-        image_embeds: Tensor | None = None,
-        pose: Tensor | None = None,
-        normal_latents: Tensor | None = None,
         eta: float = 0.0,
         seed: int = 0,
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[tuple[float, Tensor]]:
         """The denoising loop: yields (timestep, latents) after each step; the latents may be changed in place.
 
         Args:
             latents: noise [B*V,4,h,w] float32.
             timesteps: of the scheduler, falling.
+            told: everything else that the U-Net is told, from `conditions.prepare`.
             num_views: V.
-            guidance_scale: 1.0 runs no unconditional pass.
-            image_embeds: image tokens [B,T,cross_attention_dim], or None.
-            pose: [B*V,pose_dim], or None.
-            normal_latents: [B*V,4,h,w], or None.
-            eta: of DDIM.
+            guidance_scale: 1.0 to 20.0.
+            eta: 0 is deterministic.
             seed: of the noise that eta > 0 adds.
         """
-        # Only the image tokens tell the two passes apart: without them, they are equal, and guidance changes nothing.
-        guided = image_embeds is not None and needs_unconditional(guidance_scale)
-        passes = 2 if guided else 1
-        conditioning: Conditioning = self.unet.precompute(
-            pose=None if pose is None else pose.repeat(passes, 1), image_embeds=image_embeds
-        )
+        options = {"num_views": num_views, "guidance_scale": guidance_scale}
         for step, timestep in enumerate(timesteps.tolist()):
-            sample = latents if normal_latents is None else torch.cat([latents, normal_latents], dim=1)
-            # The unconditional rows come first: they are the ones that skip attn_ip.
-            output = self.unet(
-                sample.to(self.dtype).repeat(passes, 1, 1, 1),
-                timestep,
-                conditioning=conditioning,
-                num_views=num_views,
-            ).float()
-            if guided:
-                output = guide(*output.chunk(2), guidance_scale)
+            output = told.predict(self.unet, self.scheduler, latents, timestep, **options)
             noise = None
             if eta > 0:
                 portraits, shape = len(latents) // num_views, tuple(latents.shape[1:])
@@ -412,6 +390,22 @@ class MultiViewDiffusionPipeline:
                 noise = noise.to(latents.device)
             latents = self.scheduler.step(output, timestep, latents, eta=eta, noise=noise)
             yield timestep, latents
+
+    def upsample(self, latents: Tensor, how: str, *, num_views: int, seed: int) -> Tensor:
+        """Latents [B*V,4,h,w] of twice the size, or the same ones for "none"."""
+        if how == "none":
+            return latents
+        if how == "bilinear" or self.upsampler is None:
+            return F.interpolate(latents, scale_factor=2.0, mode="bilinear", align_corners=False)
+        channels, height, width = latents.shape[1:]
+        noise = view_noise(
+            seed,
+            portraits=len(latents) // num_views,
+            views=num_views,
+            shape=(channels, 2 * height, 2 * width),
+            step=NOISE_STEP,
+        )
+        return torch.cat([self.upsampler(a, noise=b) for a, b in zip(latents.split(1), noise.split(1), strict=True)])
 
     def _finish(self, latents: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":
@@ -433,9 +427,3 @@ def default_device() -> torch.device:
 
 def _origin(value: Any, default: str, used: bool) -> str:
     return "none" if not used else default if value is None else "given"
-
-
-def _number(value: Any, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"{path}: guidance_scale={value!r}: expected a number")
-    return float(value)

@@ -1,0 +1,119 @@
+"""A pipeline's folder: what is read from it, what is written to it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gafext import weights
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.lora import merge_lora
+from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.clip_text import CLIPTextEncoder
+from gafext.models.unet import MultiViewUNet
+from gafext.models.upsampler import LatentUpsampler
+from gafext.models.vae import AutoencoderKL
+from gafext.prompts import empty_prompt_ids
+from gafext.schedulers import scheduler_from_pretrained
+
+if TYPE_CHECKING:
+    from gafext.pipeline import MultiViewDiffusionPipeline
+
+EMPTY_PROMPT = "empty_prompt.safetensors"
+DENSE_GUIDANCE_SCALE = 5.0
+"""ImageDream's, whose files do not say it."""
+
+
+def load_parts(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    variant: str | None,
+    scheduler: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    ip_adapter: str | Path | None = None,
+    ip_adapter_scale: float = 1.0,
+) -> dict[str, Any]:
+    """The keyword arguments of `MultiViewDiffusionPipeline` that a folder holds.
+
+    Raises:
+        CheckpointError: something is missing or damaged.
+    """
+    index_path = folder / "model_index.json"
+    index = weights.read_json(index_path) if index_path.exists() else {}
+
+    def has(name: str) -> bool:  # a null in the index means that there is none, whatever lies in the folder
+        return (folder / name).is_dir() and index.get(name, ["", ""]) not in (None, [None, None])
+
+    for name in ("unet", "vae", "scheduler"):
+        if not has(name):
+            raise CheckpointNotFoundError(f"{folder / name}: no such folder")
+    options = {"dtype": dtype, "device": device, "variant": variant}
+    unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
+    if ip_adapter is not None:
+        unet.load_ip_adapter(ip_adapter, scale=ip_adapter_scale)
+    if lora is not None:
+        for note in merge_lora(unet, lora, scale=lora_scale):
+            warnings.warn(note, stacklevel=3)
+    dense = unet.config.cross_view == "dense"
+    guidance_scale = index.get("guidance_scale", DENSE_GUIDANCE_SCALE if dense else 7.5)
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
+        raise CheckpointError(f"{index_path}: guidance_scale={guidance_scale!r}: expected a number")
+    return {
+        "unet": unet,
+        "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
+        "scheduler": scheduler_from_pretrained(folder / "scheduler", name=scheduler),
+        # Also where the U-Net does not look at the portrait, so that save_pretrained gives back what was loaded.
+        "image_encoder": CLIPVisionEncoder.from_pretrained(folder / "image_encoder", **options)
+        if has("image_encoder")
+        else None,
+        "upsampler": LatentUpsampler.from_pretrained(folder / "upsampler", **options) if has("upsampler") else None,
+        "prompt_embeds": _empty_prompt(folder, unet, variant=variant) if dense else None,
+        "guidance_scale": guidance_scale,
+    }
+
+
+def _empty_prompt(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> Tensor | None:
+    """The empty prompt's embeddings [1,T,C], saved earlier or from the text encoder, which is dropped again."""
+    if (folder / EMPTY_PROMPT).is_file():
+        embeds = weights.WeightFile(folder / EMPTY_PROMPT).tensor("prompt_embeds")
+    elif (folder / "text_encoder").is_dir():
+        encoder = CLIPTextEncoder.from_pretrained(folder / "text_encoder", variant=variant)
+        with torch.no_grad():
+            ids = empty_prompt_ids(folder / "tokenizer", encoder.config.max_position_embeddings)
+            embeds = encoder(ids).last_hidden_state
+    else:
+        return None
+    width = unet.config.cross_attention_dim
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+        raise CheckpointError(f"{folder}: the empty prompt: expected [1,T,{width}], got {list(embeds.shape)}")
+    return embeds
+
+
+def save_parts(pipeline: MultiViewDiffusionPipeline, folder: Path) -> None:
+    """Write a folder that `load_parts` reads; `model_index.json` comes last."""
+    parts = {
+        "unet": ("gafext", pipeline.unet),
+        "vae": ("diffusers", pipeline.vae),
+        "scheduler": ("diffusers", pipeline.scheduler),
+        "image_encoder": ("transformers", pipeline.image_encoder),
+        "upsampler": ("gafext", pipeline.upsampler),
+    }
+    index: dict[str, Any] = {"_class_name": "MultiViewDiffusionPipeline", "guidance_scale": pipeline.guidance_scale}
+    for name, (library, part) in parts.items():
+        if part is not None:
+            part.save_pretrained(folder / name)
+            class_name = part.config.class_name if hasattr(part, "config") else type(part).__name__
+            index[name] = [library, "MultiViewUNet" if name == "unet" else class_name]
+    with weights.replace_whole(folder) as temporary:
+        if pipeline.prompt_embeds is not None:
+            tensors = {"prompt_embeds": pipeline.prompt_embeds.contiguous().cpu()}
+            save_file(tensors, temporary / EMPTY_PROMPT, metadata={"format": "pt"})
+        weights.write_json(temporary / "model_index.json", index)
