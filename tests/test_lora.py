@@ -249,24 +249,32 @@ def test_the_text_encoder_is_left_aside_with_a_note(folder, tmp_path):
     assert_merged(folder, unet, updates(pairs, 1.0))
 
 
-def test_everything_that_does_not_fit_is_listed_and_nothing_is_merged(folder, tmp_path):
-    pairs = factors(folder, LINEAR)
-    key = f"unet.{LINEAR[0]}.lora_{{}}.weight"
-    odd = {
-        "unet.nowhere.lora_A.weight": torch.ones(2, 2),
-        f"unet.{LINEAR[1]}.lora_magnitude_vector.weight": torch.ones(2),
-        f"lora_unet_{LINEAR[1].replace('.', '_')}.hada_w1_a": torch.ones(2, 2),
-        f"{LINEAR[2]}.lora.up.weight": torch.ones(2, 2),  # a second one of a module
-        f"unet.{CONV[0]}.lora_A.weight": torch.ones(2, 16, 3, 3),
-    }
-    path = written(tmp_path / "lora.safetensors", pairs, "peft", **odd)
+@pytest.mark.parametrize(
+    ("title", "keys"),
+    [
+        ("unknown keys", ["unet.nowhere.lora_A.weight"]),
+        ("unknown keys", [f"unet.{LINEAR[1]}.lora_magnitude_vector.weight"]),
+        ("unknown keys", [f"lora_unet_{LINEAR[1].replace('.', '_')}.hada_w1_a"]),
+        ("unknown keys", [f"{LINEAR[2]}.lora.up.weight"]),  # a second one of a module
+        ("unknown keys", ["unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.conv_norm_out.lora_A.weight"]),
+        ("keys without their partner", [f"unet.{CONV[0]}.lora_A.weight"]),
+        ("keys without their partner", [f"unet.{CONV[0]}.lora_B.weight", f"unet.{CONV[0]}.alpha"]),
+    ],
+)
+def test_keys_that_do_not_fit_are_listed_and_nothing_is_merged(folder, tmp_path, title, keys):
+    more = {key: torch.ones(2, 16, 3, 3) for key in keys}
+    path = written(tmp_path / "lora.safetensors", factors(folder, LINEAR), "peft", **more)
     unet = MultiViewUNet.from_pretrained(folder)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=rf"{title} \({len(keys)}\)") as caught:
         merge_lora(unet, path)
-    message = str(caught.value)
-    assert "unknown keys (4)" in message and "keys without their partner (1)" in message
-    assert all(name in message for name in odd if not name.startswith(LINEAR[2]))
+    second = [f"unet.{LINEAR[2]}.lora_B.weight"]  # of two of one module the later is called unknown
+    assert all(key in str(caught.value) for key in (second if keys[0].startswith(LINEAR[2]) else keys))
+    assert_merged(folder, unet, {})
 
+
+def test_shapes_that_do_not_fit_are_listed(folder, tmp_path):
+    pairs, unet, path = factors(folder, LINEAR), MultiViewUNet.from_pretrained(folder), tmp_path / "lora.safetensors"
+    key = f"unet.{LINEAR[0]}.lora_{{}}.weight"
     for which, shape, expected in (("A", (3, 15), "[r, 16]"), ("B", (16, 4), "[16, 3]"), ("A", (0, 16), "[r, 16]")):
         wrong = load_file(written(path, pairs, "peft")) | {key.format(which): torch.ones(shape)}
         save_file(wrong, path)

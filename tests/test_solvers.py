@@ -56,7 +56,7 @@ def trajectory_difference(ours, theirs, *, steps, begin=0, seed=0):
     """
     ours.set_timesteps(steps)
     theirs.set_timesteps(steps)
-    assert ours.timesteps.dtype == theirs.timesteps.dtype
+    assert ours.timesteps.dtype == theirs.timesteps.dtype and len(ours.sigmas) == steps + 1
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=1e-4)
     assert ours.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
     theirs.set_begin_index(begin)

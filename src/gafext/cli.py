@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -243,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gafext: interrupted; nothing was written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # what reads our output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, MemoryError) as error:
         print(f"gafext: error: {error or type(error).__name__}", file=sys.stderr)
         return 1

@@ -27,7 +27,7 @@ def wanted_files(variant: str | None = None, folders: tuple[str, ...] = FOLDERS)
     names = [f"{stem}{part}{shard}.safetensors" for stem in _STEMS for shard in ("", "-*-of-?????")]
     if variant:
         names += [f"{stem}-*-of-?????{part}.safetensors" for stem in _STEMS]
-    return ["model_index.json"] + [
+    return ["model_index.json", "empty_prompt.safetensors"] + [
         f"{folder}/{place}{name}" for folder in folders for place in ("", "*/") for name in (*_SMALL, *names)
     ]
 

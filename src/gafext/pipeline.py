@@ -103,6 +103,7 @@ class MultiViewDiffusionPipeline:
         device: torch.device | str | None = None,
         variant: str | None = None,
         *,
+        revision: str | None = None,
         scheduler: str | None = None,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
@@ -116,6 +117,7 @@ class MultiViewDiffusionPipeline:
             dtype: of the weights; None is float32.
             device: None is CUDA, else MPS, else the CPU.
             variant: "fp16" reads the files that carry it in their name.
+            revision: of a hub id: a branch, tag or commit.
             scheduler: "ddim", "dpm++" or "euler"; None is the checkpoint's own.
             lora: a safetensors file of low-rank updates, merged into the U-Net.
             lora_scale: weight of the updates.
@@ -136,7 +138,7 @@ class MultiViewDiffusionPipeline:
                 raise ValueError("lora, ip_adapter: expected None for the built-in model")
             warnings.warn(NOTICE, UntrainedWarning, stacklevel=2)
             return cls(**embedded_parts(scheduler)).to(device, dtype or torch.float32)
-        folder = checkpoint_folder(path_or_repo_id)
+        folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant)
         options = {"dtype": dtype, "device": device, "variant": variant, "scheduler": scheduler}
         pipeline = cls(**load_parts(folder, **options, **adapters))
         pipeline.source = str(path_or_repo_id)

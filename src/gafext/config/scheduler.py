@@ -71,17 +71,16 @@ class NoiseScheduleConfig(Config):
 
     @classmethod
     def _own_values(cls, solver: str, values: dict[str, Any]) -> dict[str, Any]:
-        """What a file that `solver` wrote says to this solver.
+        """What a file that `solver` wrote says to this solver: of another solver's settings none means anything here.
 
-        Of another solver's settings none means anything here. Where it leaves out the timestep spacing, this solver's
-        own holds, as in diffusers; a schedule that it leaves out is the writer's.
+        What it leaves out of the noise schedule has the writer's default; a timestep spacing, as in diffusers, this
+        solver's own.
         """
         if solver == cls.class_name:
             return values
         shared = {field.name for field in fields(NoiseScheduleConfig)}
         own = ({field.name for field in fields(cls)} | set(cls.only)) - shared - set(NoiseScheduleConfig.only)
-        schedule = {k: v for k, v in cls.solver_defaults[solver].items() if k.startswith("beta")}
-        return schedule | {key: value for key, value in values.items() if key not in own}
+        return cls.solver_defaults[solver] | {key: value for key, value in values.items() if key not in own}
 
     def __post_init__(self) -> None:
         for name, known in (

@@ -116,6 +116,8 @@ class UNetConfig(Config):
             require(channels % heads == 0, f"{channels} channels do not divide into {heads} heads")
         for name in ("in_channels", "out_channels", "cross_attention_dim"):
             require(0 < getattr(self, name) <= 65536, f"{name}={getattr(self, name)}: expected 1 to 65536")
+        size = self.sample_size
+        require(size is None or 0 < size <= 4096, f"sample_size={size}: expected 1 to 4096")
         require(self.class_embed_type in (None, "projection"), f"class_embed_type={self.class_embed_type!r}")
         require(
             (self.class_embed_type == "projection") == (self.projection_class_embeddings_input_dim is not None),
