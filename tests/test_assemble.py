@@ -5,9 +5,9 @@ import json
 import diffusers
 import pytest
 import torch
+from checkpoints import portrait, run
 from helpers import max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
-from test_pipeline import portrait, run
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import gafext

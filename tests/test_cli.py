@@ -11,15 +11,9 @@ import pytest
 from helpers import max_abs_diff
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import save_checkpoint
 
 from gafext import cameras
 from gafext.cli import main
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
@@ -88,7 +82,9 @@ def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):
     assert generate(portrait, "--model", checkpoint, "--steps", 4, *options, "--strength", 0.5, "--out", second) == 0
     matrices = [cameras.read_transforms(folder / "transforms_train.json").w2c for folder in (first, second)]
     assert max_abs_diff(*matrices) < 1e-6
-    assert json.loads((second / "run.json").read_text())["normal_maps"] == "given"
+    record = json.loads((second / "run.json").read_text())
+    assert record["normal_maps"] == record["renders"] == "given" and record["files"]["renders"].endswith("renders")
+    assert record["num_inference_steps"] == 4 and record["strength"] == 0.5
 
 
 def test_transforms_are_read_back(tmp_path):
@@ -141,6 +137,14 @@ def test_a_users_mistakes_are_one_line(checkpoint, portrait, tmp_path, capsys):
     assert "no/checkpoint" in fails(capsys, portrait, "--model", "./no/checkpoint", "--out", out)
     assert "cameras.json" in fails(capsys, portrait, *common, "--cameras", tmp_path / "cameras.json")
     assert "normal_maps: expected 4" in fails(capsys, portrait, *common, "--normals", tmp_path / "..")
+    (tmp_path / "cameras.json").write_text("[" * 100_000)
+    assert "cameras.json" in fails(capsys, portrait, *common, "--cameras", tmp_path / "cameras.json")
+    (tmp_path / "cameras.json").write_text('{"camera_angle_x": 1%s, "frames": []}' % ("0" * 400))
+    assert "cameras.json" in fails(capsys, portrait, *common, "--cameras", tmp_path / "cameras.json")
+    assert "no orbit beside it" in fails(capsys, portrait, *common, "--cameras", "x.json", "--views", 3)
+    assert "--lora-scale: expected --lora" in fails(capsys, portrait, *common, "--lora-scale", 2)
+    assert main(["generate", "--device", "meta", "--out", str(out)]) == 1
+    assert "--device meta: expected cpu" in capsys.readouterr().err
     assert "no_normals" in fails(capsys, portrait, *common, "--normals", tmp_path / "no_normals")
     assert main(["generate", "--device", "nonsense", "--out", str(out)]) == 1
     assert "--device nonsense" in capsys.readouterr().err

@@ -6,12 +6,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from checkpoints import portrait, run
 from helpers import max_abs_diff
+from safetensors.torch import save_file
 from test_imagedream import IMAGEDREAM, MVDREAM, Plain, write
-from test_pipeline import portrait, run
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 import gafext
+from gafext.errors import CheckpointError
 
 
 def save_checkpoint(folder, config, *, seed=0):
@@ -127,3 +129,14 @@ def test_mvdream_runs_and_says_that_it_does_not_look(tmp_path):
     with pytest.warns(UserWarning, match="does not look at the portrait"):
         pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
     assert run(pipe).images.shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"prompt_embedz": (1, 3, 40)}, {"prompt_embeds": (1, 0, 40)}, {"prompt_embeds": (1, 3, 41)}]
+)
+def test_a_damaged_empty_prompt_is_named(tensors, imagedream, tmp_path):
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(imagedream[0], device="cpu")
+    pipe.save_pretrained(tmp_path)
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "empty_prompt.safetensors")
+    with pytest.raises(CheckpointError, match=r"empty_prompt\.safetensors"):
+        gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path)

@@ -142,8 +142,7 @@ def test_arrays_and_tensors():
         (np.zeros((1, 12, 16, 3)), r"got shape \[1, 12, 16, 3\]"),
         (np.zeros((12, 16, 2)), r"got shape \[12, 16, 2\]"),
         (np.zeros(12), r"got shape \[12\]"),
-        (np.zeros((0, 16, 3)), r"at least 8 x 8 pixels, got shape \[0, 16, 3\]"),
-        (np.zeros((7, 100, 3)), "at least 8 x 8 pixels, got 100 x 7"),
+        (np.zeros((0, 16, 3)), r"at least 1 x 1 pixels, got shape \[0, 16, 3\]"),
         (np.full((9, 9), np.nan), "NaN or infinity"),
         (np.linspace(-1, 1, 81).reshape(9, 9), r"got \[-1, 1\]; convert \[-1, 1\] by x / 2 \+ 0.5"),
         (np.full((9, 9), 200.0), r"got \[200, 200\]; pass uint8 for 0 to 255"),
@@ -151,7 +150,7 @@ def test_arrays_and_tensors():
         (np.zeros((9, 9), complex), "got complex128"),
         (Image.fromarray(np.full((9, 9), -1, np.int32)), "got int32"),
         (None, "expected a path, PIL image, array or tensor, got NoneType"),
-        (Image.new("RGB", (0, 0)), "at least 8 x 8 pixels, got 0 x 0"),
+        (Image.new("RGB", (0, 0)), "at least 1 x 1 pixels, got 0 x 0"),
     ],
 )
 def test_unusable_images(given, text):
@@ -236,3 +235,11 @@ def test_to_pil_rounds_and_inverts_to_square_tensor():
     tensor = to_square_tensor([load_image(pixels)], 16)
     assert np.array_equal(np.asarray(to_pil(tensor)[0])[..., 1], pixels)
     assert to_numpy(tensor.bfloat16()).dtype == np.float32
+
+
+def test_small_pictures_and_rare_modes(tmp_path):
+    assert load_image(Image.new("RGB", (3, 1), "red")).getpixel((2, 0)) == (255, 0, 0)
+    big_endian = np.full((8, 8), 65535, dtype=">u2")
+    assert load_image(big_endian).getpixel((0, 0)) == (255, 255, 255)
+    premultiplied = Image.new("LA", (8, 8), (100, 255)).convert("La")
+    assert load_image(premultiplied).getpixel((4, 4)) == (100, 100, 100)

@@ -3,111 +3,19 @@
 import json
 import shutil
 import warnings
-from dataclasses import replace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import max_abs_diff, randomized
-from PIL import Image
+from checkpoints import SIZE, count_rows, portrait, run, save_checkpoint, save_upsampler
+from helpers import max_abs_diff
 from safetensors.torch import save_file
-from test_unet import multi_view_config
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import gafext
-from gafext.config import SD_X2_UNET
 from gafext.embedded import PORTRAIT, UntrainedWarning
-from gafext.errors import CameraError, CheckpointError, CheckpointNotFoundError, ImageError
-from gafext.models.k_unet import KUNet
-from gafext.models.unet import MultiViewUNet
-from gafext.models.upsampler import NOISE_STEP, LatentUpsampler, PromptEmbeds
+from gafext.models.upsampler import NOISE_STEP
 from gafext.noise import view_noise
-
-SIZE = 8  # of the latents; pictures are four times as large, and twice that when upsampled
-
-
-def save_checkpoint(folder, *, multi_view=True, prediction_type="epsilon", seed=0):
-    """A checkpoint folder with diffusers' and transformers' own files; the U-Net is ours where it is multi-view."""
-    torch.manual_seed(seed)
-    stock = diffusers.UNet2DConditionModel(
-        sample_size=SIZE,
-        in_channels=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        cross_attention_dim=40,
-        use_linear_projection=True,
-        norm_num_groups=8,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=12,
-    )
-    unet = MultiViewUNet(multi_view_config()) if multi_view else stock
-    randomized(unet, seed=seed).save_pretrained(folder / "unet")
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        scaling_factor=0.3,
-    )
-    vae.save_pretrained(folder / "vae")
-    clip = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        patch_size=32,
-        projection_dim=16,
-    )
-    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder")
-    diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    ).save_pretrained(folder / "scheduler")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def pipe(checkpoint):
-    return gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
-
-
-def save_upsampler(folder):
-    """A small K-block upsampler with a ready empty prompt."""
-    config = replace(
-        SD_X2_UNET,
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=1,
-        attention_head_dim=16,
-        cross_attention_dim=24,
-        time_cond_proj_dim=128 + 24,
-    )
-    prompt = PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 24))
-    upsampler = LatentUpsampler(randomized(KUNet(config), seed=2), empty_prompt=prompt).eval()
-    upsampler.save_pretrained(folder)
-    return upsampler
-
-
-def portrait(seed=0, size=(40, 30)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
-
-
-def run(pipe, image=None, **options):
-    defaults = {"num_inference_steps": 2, "generator": 0, "output_type": "pt", "progress_bar": False}
-    return pipe(portrait() if image is None else image, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -178,12 +86,6 @@ def test_image_tokens_are_the_projected_last_hidden_state(pipe):
     assert max_abs_diff(tokens, pipe.unet.image_projection.proj(features.penultimate)) > 1e-3
 
 
-def count_rows(pipe):
-    rows = []
-    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
-    return rows
-
-
 def test_guidance_one_runs_no_unconditional_pass(pipe):
     rows = count_rows(pipe)
     run(pipe, guidance_scale=1.0)
@@ -208,6 +110,11 @@ def test_the_seed_decides(pipe):
     assert torch.equal(run(pipe, generator=generator).images, first)
     fresh = run(pipe, generator=None)
     assert torch.equal(run(pipe, generator=fresh.run["seed"]).images, fresh.images)
+
+
+def test_numpy_integers_are_integers(pipe):
+    options = {"num_inference_steps": np.int64(2), "generator": np.int64(3), "num_views": np.int64(2)}
+    assert torch.equal(run(pipe, **options).images, run(pipe, generator=3, num_views=2).images)
 
 
 def test_noise_of_a_view_depends_on_seed_portrait_and_view_alone():
@@ -454,81 +361,3 @@ def test_embedded_default_says_that_it_is_untrained():
         warnings.simplefilter("ignore")
         again = gafext.MultiViewDiffusionPipeline.from_pretrained(device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), again.unet.parameters(), strict=True))
-
-
-BAD_ARGUMENTS = {
-    "num_views": (dict(num_views=0), ValueError, "num_views"),
-    "negative views": (dict(num_views=-3), ValueError, "num_views"),
-    "low guidance": (dict(guidance_scale=0.9), ValueError, "guidance_scale"),
-    "high guidance": (dict(guidance_scale=20.1), ValueError, "guidance_scale"),
-    "NaN guidance": (dict(guidance_scale=float("nan")), ValueError, "guidance_scale"),
-    "no steps": (dict(num_inference_steps=0), ValueError, "num_inference_steps"),
-    "too many steps": (dict(num_inference_steps=1001), ValueError, "num_inference_steps"),
-    "scaled camera": (dict(cameras=2 * torch.eye(4).repeat(4, 1, 1)), CameraError, "camera 0"),
-    "three normal maps": (
-        dict(normal_maps=np.zeros((3, 8, 8, 3), np.uint8)),
-        ValueError,
-        "normal_maps: expected 4",
-    ),
-    "three renders": (dict(renders=np.zeros((3, 8, 8, 3), np.uint8)), ValueError, "renders: expected 4"),
-    "strength alone": (dict(strength=0.5), ValueError, "strength"),
-    "strength 0": (dict(strength=0.0, renders=np.zeros((4, 8, 8, 3), np.uint8)), ValueError, "strength"),
-    "strength of no step": (
-        dict(strength=0.1, renders=np.zeros((4, 8, 8, 3), np.uint8)),
-        ValueError,
-        "no step",
-    ),
-    "latents": (dict(latents=torch.zeros(3, 4, 8, 8)), ValueError, r"latents: expected \[4,4,s,s\]"),
-    "eta": (dict(eta=1.5), ValueError, "eta"),
-    "upsample": (dict(upsample="cubic"), ValueError, "upsample"),
-    "output type": (dict(output_type="tiff"), ValueError, "output_type"),
-    "seed": (dict(generator=-1), ValueError, "generator"),
-    "no image": (dict(image="nowhere.png"), ImageError, "nowhere.png"),
-    "no portraits": (dict(image=[]), ValueError, "portrait"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_arguments_are_named_before_any_work(case, pipe):
-    options, error, words = BAD_ARGUMENTS[case]
-    rows = count_rows(pipe)
-    with pytest.raises(error, match=words):
-        run(pipe, **options)
-    assert not rows
-
-
-def test_a_unet_without_normals_refuses_them(tmp_path, checkpoint):
-    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
-    unet = randomized(MultiViewUNet(multi_view_config(in_channels=4)), seed=0).eval()
-    plain = gafext.MultiViewDiffusionPipeline(
-        unet=unet, vae=pipe.vae, scheduler=pipe.scheduler, image_encoder=pipe.image_encoder
-    )
-    assert run(plain).images.shape == (4, 3, 64, 64)
-    with pytest.raises(ValueError, match="normal_maps: expected None"):
-        run(plain, normal_maps=np.zeros((4, 8, 8, 3), np.uint8))
-
-
-def test_parts_that_do_not_fit_together(pipe):
-    parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "image_encoder": pipe.image_encoder}
-    with pytest.raises(CheckpointError, match="in_channels"):
-        gafext.MultiViewDiffusionPipeline(unet=MultiViewUNet(multi_view_config(in_channels=5)), **parts)
-    with pytest.raises(CheckpointError, match="hidden_size 25"):
-        gafext.MultiViewDiffusionPipeline(unet=MultiViewUNet(multi_view_config(image_embed_dim=25)), **parts)
-    with pytest.raises(CheckpointError, match="image_encoder: expected one"):
-        gafext.MultiViewDiffusionPipeline(unet=pipe.unet, **{**parts, "image_encoder": None})
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
-def test_a_missing_part_is_named(part, checkpoint, tmp_path):
-    for folder in checkpoint.iterdir():
-        if folder.name != part:
-            (tmp_path / folder.name).symlink_to(folder)
-    with pytest.raises(CheckpointNotFoundError, match=part):
-        gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path)
-
-
-def test_a_checkpoint_that_is_nowhere(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("./no/such/folder", "nobody/nothing"):
-        with pytest.raises(CheckpointNotFoundError, match=name):
-            gafext.MultiViewDiffusionPipeline.from_pretrained(name)

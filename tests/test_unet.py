@@ -262,6 +262,19 @@ def test_the_added_attentions_show_by_their_keys(tmp_path):
     assert MultiViewUNet.from_pretrained(tmp_path).config == multi_view_config()
 
 
+def test_a_square_sample_size_of_two_numbers(tmp_path):
+    _, config = saved(tmp_path)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": [8, 8]}))
+    assert MultiViewUNet.from_pretrained(tmp_path).config == multi_view_config()
+
+
+def test_a_stock_unet_saved_by_us_has_no_field_of_ours(tmp_path):
+    stock_unet(next(iter(STOCK))).save_pretrained(tmp_path / "theirs")
+    MultiViewUNet.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    theirs, ours = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("theirs", "ours"))
+    assert set(ours) <= set(theirs) and ours["_class_name"] == "UNet2DConditionModel"
+
+
 def test_every_misfit_is_listed(tmp_path):
     path, _ = saved(tmp_path)
     tensors = load_file(path)
@@ -289,6 +302,8 @@ def test_every_misfit_is_listed(tmp_path):
         ({"layers_per_block": 2}, "missing keys"),
         ({"cross_view": None}, "unknown keys"),
         ({"something_new": 3}, "something_new"),
+        ({"sample_size": [8, 9]}, "sample_size"),
+        ({"sample_size": 10**9}, "sample_size"),
     ],
 )
 def test_a_configuration_that_contradicts(change, word, tmp_path):

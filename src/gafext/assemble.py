@@ -16,8 +16,7 @@ from gafext.models.unet import MultiViewUNet
 from gafext.models.upsampler import LatentUpsampler
 from gafext.models.vae import AutoencoderKL
 from gafext.pipeline import MultiViewDiffusionPipeline
-from gafext.scheduler import DDIMScheduler
-from gafext.schedulers import scheduler_from_pretrained
+from gafext.scheduler import DDIMScheduler, scheduler_from_pretrained
 
 LATENT_SIZE = 32
 """Of GAF's views, which the upsampler doubles; Stable Diffusion's own 64 or 96 is for pictures without it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gafext.ops import cross_view_attention as _cross_view_kernel
 from gafext.ops import flash_attention as _flash_kernel
 from gafext.ops import geglu as _geglu_kernel
-from gafext.ops.cross_view_attention import reference_cross_view_attention
+from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.cross_view_attention import unsupported_reasons as _cross_view_unsupported
 from gafext.ops.flash_attention import reference_flash_attention
 from gafext.ops.flash_attention import unsupported_reasons as _flash_unsupported
@@ -97,18 +97,6 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
 
 
-def _sdpa_cross_view(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> Tensor:
-    def views_last(x: Tensor) -> Tensor:
-        batch, heads, length, width = x.shape
-        x = x.view(batch // num_views, num_views, heads, length, width).permute(0, 3, 2, 1, 4)  # [B,L,H,V,D]
-        return x.reshape(-1, heads, num_views, width)
-
-    batch, heads, length, width = query.shape
-    result = F.scaled_dot_product_attention(*(views_last(x) for x in (query, key, value)))  # [B*L,H,V,D]
-    result = result.view(batch // num_views, length, heads, num_views, width).permute(0, 3, 2, 1, 4)
-    return result.reshape(batch, heads, length, width)
-
-
 def cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int, *, backend: str = "auto") -> Tensor:
     """Attention over the views at each position: softmax over w of q[v,l]·k[w,l] / √D, times v[w,l].
 
@@ -130,7 +118,7 @@ def cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: i
         reasons = _cross_view_unsupported(query, key, value, num_views)
     if _use_kernel(backend, "cross_view_attention", query, reasons):
         return _cross_view_kernel(query, key, value, num_views)
-    form = reference_cross_view_attention if backend == "reference" else _sdpa_cross_view
+    form = reference_cross_view_attention if backend == "reference" else sdpa_cross_view_attention
     return form(query, key, value, num_views)
 
 

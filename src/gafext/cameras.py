@@ -179,7 +179,7 @@ def read_transforms(path: str | Path) -> Cameras:
         c2w = [frame["transform_matrix"] for frame in values["frames"]]
         opengl = Cameras(c2w, fov).w2c.double() * torch.tensor([1.0, -1.0, -1.0, 1.0], device="cpu")
         return Cameras(torch.linalg.inv(opengl), fov)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CameraError(f"{path}: not readable as cameras ({type(error).__name__}: {error})") from None
 
 
@@ -216,7 +216,7 @@ def _rigid_matrix(matrix: Tensor | np.ndarray | Sequence, name: str) -> Tensor:
     try:
         matrix = np.array(matrix) if isinstance(matrix, np.ndarray) else matrix  # torch warns of read-only arrays
         matrix = torch.as_tensor(matrix, dtype=torch.float32, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CameraError(f"{name}: expected a 4 x 4 or 3 x 4 matrix of numbers ({error})") from None
     if matrix.shape not in ((4, 4), (3, 4)):
         raise CameraError(f"{name}: expected a 4 x 4 or 3 x 4 matrix, got shape {list(matrix.shape)}")
@@ -248,7 +248,7 @@ def _between(name: str, value: float, low: float, high: float) -> float:
 
 def _at_least_one(name: str, value: int) -> int:
     try:
-        number = operator.index(value)
+        number = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}") from None
     if number < 1:

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from gafext import weights
 from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.guidance import check_guidance_scale
 from gafext.lora import merge_lora
 from gafext.models.clip import CLIPVisionEncoder
-from gafext.models.clip_text import CLIPTextEncoder
 from gafext.models.unet import MultiViewUNet
+from gafext.models.upsampler import EMPTY_PROMPT_NAME as EMPTY_PROMPT
 from gafext.models.upsampler import LatentUpsampler
 from gafext.models.vae import AutoencoderKL
-from gafext.prompts import empty_prompt_ids
-from gafext.schedulers import scheduler_from_pretrained
+from gafext.prompts import encode_text
+from gafext.scheduler import scheduler_from_pretrained
 
 if TYPE_CHECKING:
     from gafext.pipeline import MultiViewDiffusionPipeline
 
-EMPTY_PROMPT = "empty_prompt.safetensors"
 DENSE_GUIDANCE_SCALE = 5.0
 """ImageDream's, whose files do not say it."""
 
@@ -49,10 +49,15 @@ def load_parts(
     index_path = folder / "model_index.json"
     index = weights.read_json(index_path) if index_path.exists() else {}
 
-    def has(name: str) -> bool:  # a null in the index means that there is none, whatever lies in the folder
-        return (folder / name).is_dir() and index.get(name, ["", ""]) not in (None, [None, None])
+    def is_null(name: str) -> bool:
+        return index.get(name, ["library", "class"]) in (None, [None, None])
+
+    def has(name: str) -> bool:
+        return (folder / name).is_dir() and not is_null(name)
 
     for name in ("unet", "vae", "scheduler"):
+        if is_null(name):
+            raise CheckpointError(f"{index_path}: expected a {name}, got null")
         if not has(name):
             raise CheckpointNotFoundError(f"{folder / name}: no such folder")
     options = {"dtype": dtype, "device": device, "variant": variant}
@@ -64,8 +69,10 @@ def load_parts(
             warnings.warn(note, stacklevel=3)
     dense = unet.config.cross_view == "dense"
     guidance_scale = index.get("guidance_scale", DENSE_GUIDANCE_SCALE if dense else 7.5)
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
-        raise CheckpointError(f"{index_path}: guidance_scale={guidance_scale!r}: expected a number")
+    try:
+        check_guidance_scale(guidance_scale)
+    except ValueError as error:
+        raise CheckpointError(f"{index_path}: {error}") from None
     return {
         "unet": unet,
         "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
@@ -82,23 +89,24 @@ def load_parts(
 
 def _empty_prompt(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> Tensor | None:
     """The empty prompt's embeddings [1,T,C], saved earlier or from the text encoder, which is dropped again."""
-    if (folder / EMPTY_PROMPT).is_file():
-        embeds = weights.WeightFile(folder / EMPTY_PROMPT).tensor("prompt_embeds")
+    source = folder / EMPTY_PROMPT
+    if source.is_file():
+        file = weights.WeightFile(source)
+        weights.check_keys(file, {"prompt_embeds": file.shapes.get("prompt_embeds", ())})
+        embeds = file.tensor("prompt_embeds")
     elif (folder / "text_encoder").is_dir():
-        encoder = CLIPTextEncoder.from_pretrained(folder / "text_encoder", variant=variant)
-        with torch.no_grad():
-            ids = empty_prompt_ids(folder / "tokenizer", encoder.config.max_position_embeddings)
-            embeds = encoder(ids).last_hidden_state
+        source = folder / "text_encoder"
+        embeds = encode_text(folder, variant=variant).last_hidden_state
     else:
         return None
     width = unet.config.cross_attention_dim
-    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
-        raise CheckpointError(f"{folder}: the empty prompt: expected [1,T,{width}], got {list(embeds.shape)}")
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0 or embeds.shape[2] != width:
+        raise CheckpointError(f"{source}: the empty prompt: expected [1,T,{width}], got {list(embeds.shape)}")
     return embeds
 
 
 def save_parts(pipeline: MultiViewDiffusionPipeline, folder: Path) -> None:
-    """Write a folder that `load_parts` reads; `model_index.json` comes last."""
+    """Write a folder that `load_parts` reads; `model_index.json` comes last, and says null for what is not there."""
     parts = {
         "unet": ("gafext", pipeline.unet),
         "vae": ("diffusers", pipeline.vae),
@@ -107,7 +115,10 @@ def save_parts(pipeline: MultiViewDiffusionPipeline, folder: Path) -> None:
         "upsampler": ("gafext", pipeline.upsampler),
     }
     index: dict[str, Any] = {"_class_name": "MultiViewDiffusionPipeline", "guidance_scale": pipeline.guidance_scale}
+    for stale in ("model_index.json", EMPTY_PROMPT):  # of another pipeline that was saved here before
+        (folder / stale).unlink(missing_ok=True)
     for name, (library, part) in parts.items():
+        index[name] = [None, None]
         if part is not None:
             part.save_pretrained(folder / name)
             class_name = part.config.class_name if hasattr(part, "config") else type(part).__name__

@@ -38,57 +38,56 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="views of the head in a portrait",
         description="Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json into a folder.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = generate.add_argument
     add("portrait", nargs="?", metavar="PORTRAIT", help="a picture of a head; default: the bundled one")
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
     add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
     add("--lora", metavar="FILE", help="low-rank updates to merge into the U-Net")
-    add("--lora-scale", type=float, default=1.0, metavar="S", help="their weight")
+    add("--lora-scale", type=float, metavar="S", help="their weight; default: 1")
     add(
         "--ip-adapter",
         metavar="FILE",
         help="an IP-Adapter, plain or Plus, for a U-Net without attention to the portrait",
     )
-    add("--ip-adapter-scale", type=float, default=1.0, metavar="S", help="its weight")
-    add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty")
+    add("--ip-adapter-scale", type=float, metavar="S", help="its weight; default: 1")
+    add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
-    add("--views", type=int, default=4, metavar="V", help="number of views, on an orbit")
+    add("--views", type=int, metavar="V", help="number of views, on an orbit; default: 4")
     add("--scheduler", choices=("ddim", "dpm++", "euler"), help="default: the checkpoint's own")
-    add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000")
+    add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000; default: 50")
     add(
         "--guidance",
         type=float,
         metavar="G",
         help="guidance scale, 1 to 20; default: the checkpoint's, 7.5 as a rule",
     )
-    add("--seed", type=int, default=0, metavar="S", help="of all noise")
-    add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic DDIM, 1: as noisy as DDPM")
+    add("--seed", type=int, default=0, metavar="S", help="of all noise; default: 0")
+    add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic, 1: as noisy as DDPM; default: 0")
     add(
         "--cameras",
         metavar="FILE",
         help="a transforms_train.json to take the cameras from, in place of the orbit",
     )
-    add("--elevation", type=float, default=0.0, metavar="DEG", help="of the orbit")
-    add("--radius", type=float, default=4.0, metavar="R", help="of the orbit")
-    add("--fov", type=float, default=30.0, metavar="DEG", help="field of view of the orbit's cameras")
+    add("--elevation", type=float, metavar="DEG", help="of the orbit; default: 0")
+    add("--radius", type=float, metavar="R", help="of the orbit; default: 4")
+    add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
     add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of an ellipsoid")
     add("--renders", metavar="DIR", help="folder with one picture a view to start from, with --strength")
-    add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders")
+    add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders; default: 1")
     add(
         "--upsample",
         choices=("auto", "bilinear", "none"),
         default="auto",
-        help="double the latents before decoding",
+        help="double the latents before decoding; default: auto, by the checkpoint's upsampler",
     )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
-    add("--dtype", choices=_DTYPES, default="float32", help="of weights and activations")
+    add("--dtype", choices=_DTYPES, default="float32", help="of weights and activations; default: float32")
     add(
         "--backend",
         choices=("auto", "kernel", "sdpa", "reference"),
         default="auto",
-        help="of attention and GEGLU",
+        help="of attention and GEGLU; default: auto",
     )
     add("--quiet", action="store_true", help="no progress bar and no summary")
 
@@ -138,26 +137,55 @@ def _assemble(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(folder: str | None) -> list[Path] | None:
+def _pictures(folder: str | None, *, count: int, name: str) -> list | None:
+    """A folder's pictures by name, read at once: a bad one ends the command before the model loads."""
+    from gafext.images import load_images
+
     if folder is None:
         return None
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: expected a folder of pictures")
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
+    return load_images(paths, count=count, name=name)
 
 
-def _generate(args: argparse.Namespace) -> int:
+def _cameras(args: argparse.Namespace):
+    from gafext import cameras
+
+    orbit = {"num_views": args.views, "elevation": args.elevation, "radius": args.radius, "fov": args.fov}
+    given = {name: value for name, value in orbit.items() if value is not None}
+    if args.cameras is None:
+        return cameras.orbit(**{"num_views": 4, **given})
+    if given:
+        raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")
+    return cameras.read_transforms(args.cameras)
+
+
+def _check_early(args: argparse.Namespace) -> None:
+    """What would fail after minutes of loading fails at once."""
+    from gafext.guidance import check_guidance_scale
+    from gafext.noise import resolve_seed
+    from gafext.output import check_writable
+    from gafext.scheduler import MAX_STEPS, check_eta
+
+    for option, needs in (("lora_scale", "lora"), ("ip_adapter_scale", "ip_adapter"), ("variant", "model")):
+        if getattr(args, option) is not None and getattr(args, needs) is None:
+            option, needs = (name.replace("_", "-") for name in (option, needs))
+            raise ValueError(f"--{option}: expected --{needs} with it")
+    check_writable(args.out, overwrite=args.overwrite)
+    if args.guidance is not None:
+        check_guidance_scale(args.guidance)
+    check_eta(args.eta)
+    resolve_seed(args.seed)
+    if not 1 <= args.steps <= MAX_STEPS:
+        raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
+
+
+def _load(args: argparse.Namespace):
     import torch
 
-    from gafext import cameras as cams
-    from gafext.embedded import PORTRAIT
-    from gafext.output import check_writable
     from gafext.pipeline import MultiViewDiffusionPipeline
 
-    check_writable(args.out, overwrite=args.overwrite)
-    cameras = cams.read_transforms(args.cameras) if args.cameras else None
-    if cameras is None:
-        cameras = cams.orbit(args.views, args.elevation, args.radius, args.fov)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pipeline = MultiViewDiffusionPipeline.from_pretrained(
@@ -167,28 +195,43 @@ def _generate(args: argparse.Namespace) -> int:
             args.variant,
             scheduler=args.scheduler,
             lora=args.lora,
-            lora_scale=args.lora_scale,
+            lora_scale=1.0 if args.lora_scale is None else args.lora_scale,
             ip_adapter=args.ip_adapter,
-            ip_adapter_scale=args.ip_adapter_scale,
+            ip_adapter_scale=1.0 if args.ip_adapter_scale is None else args.ip_adapter_scale,
         )
     for warning in caught:
         print(f"gafext: {warning.message}", file=sys.stderr)
     pipeline.set_attention_backend(args.backend)
+    return pipeline
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from gafext.embedded import PORTRAIT
+    from gafext.images import load_image
+
+    _check_early(args)
+    cameras = _cameras(args)
+    portrait = load_image(args.portrait or PORTRAIT)
+    normals = _pictures(args.normals, count=len(cameras), name="normal_maps")
+    renders = _pictures(args.renders, count=len(cameras), name="renders")
+    pipeline = _load(args)
     start = time.monotonic()
     output = pipeline(
-        args.portrait or PORTRAIT,
+        portrait,
         cameras,
-        _pictures(args.normals),
+        normals,
+        num_views=len(cameras),
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         generator=args.seed,
-        renders=_pictures(args.renders),
+        renders=renders,
         strength=args.strength,
         eta=args.eta,
         upsample=args.upsample,
         progress_bar=not args.quiet,
     )
-    output.run["portrait"] = str(args.portrait or PORTRAIT.name)
+    files = {name: getattr(args, name) for name in ("cameras", "normals", "renders") if getattr(args, name)}
+    output.run.update(portrait=str(args.portrait or PORTRAIT.name), files=files)
     output.save(args.out, overwrite=args.overwrite)
     if not args.quiet:
         print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
@@ -205,6 +248,8 @@ def _device(name: str | None):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: expected cpu, cuda or mps")
     return device
 
 
@@ -249,4 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, MemoryError) as error:
         print(f"gafext: error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise  # a fault of ours, not the user's: with its traceback
+        print(f"gafext: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1

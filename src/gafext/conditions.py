@@ -14,7 +14,7 @@ from gafext.config import UNetConfig
 from gafext.guidance import guide
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import Conditioning, MultiViewUNet
-from gafext.schedulers import Scheduler
+from gafext.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from gafext.config import SD_SCHEDULE, CLIPVisionConfig, UNetConfig, VAEConfig
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.schedulers import scheduler_class
+from gafext.scheduler import scheduler_class
 
 PORTRAIT = Path(__file__).parent / "assets" / "portrait.png"
 """Eileen Collins, NASA astronaut portrait, public domain; cropped from scikit-image's `astronaut` test picture."""

@@ -108,7 +108,10 @@ def require_safetensors(path: Path) -> None:
 
 @contextmanager
 def replace_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` whose files move into it only when the block ends without an error."""
+    """A temporary folder inside `target` whose files move up one by one, once the block has ended without an error.
+
+    Each file is whole, the old one or the new one; only a stop between two of these renames leaves a mixture.
+    """
     try:
         target.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=target))

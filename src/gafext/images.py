@@ -15,7 +15,7 @@ from gafext.errors import ImageError
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
-MIN_SIDE = 8  # pixels: one latent pixel; less is a broken file rather than a picture
+MIN_SIDE = 1  # pixels
 _FLOAT_SLACK = 1e-3  # what resampling in float may overshoot [0, 1] by
 
 
@@ -28,7 +28,7 @@ def load_image(image: ImageLike, *, name: str = "image") -> Image.Image:
         name: what errors call an image that has no file name.
 
     Returns:
-        PIL image, mode RGB, each side at least 8 pixels.
+        PIL image, mode RGB, of any size.
 
     Raises:
         ImageError: it cannot be read, or has no usable shape, type or range.
@@ -107,6 +107,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
+        if image.mode == "La":  # premultiplied: Pillow converts it to nothing but LA
+            image = image.convert("LA")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert() would clip these at 255
             image = _from_array(np.asarray(image), name)
         if not image.has_transparency_data:
@@ -142,7 +144,9 @@ def _eight_bits(pixels: np.ndarray, name: str) -> np.ndarray:
     if pixels.dtype == np.bool_:
         return pixels * np.uint8(255)
     # Pillow decodes 16-bit grey to int32 in some file formats.
-    if pixels.dtype == np.uint16 or (pixels.dtype == np.int32 and 0 <= pixels.min() <= pixels.max() <= 65535):
+    if (pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2) or (
+        pixels.dtype == np.int32 and 0 <= pixels.min() <= pixels.max() <= 65535
+    ):
         return (pixels / 257).round().astype(np.uint8)
     if pixels.dtype.kind != "f":
         raise ImageError(f"{name}: expected uint8, uint16, bool or floating point in [0, 1], got {pixels.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 
 import numpy as np
@@ -22,9 +23,9 @@ def resolve_seed(generator: torch.Generator | int | None) -> int:
     if generator is None:
         return secrets.randbits(32)
     seed = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or operator.index(seed) < 0:
         raise ValueError(f"generator: expected a torch.Generator or an integer seed of 0 or more, got {generator!r}")
-    return seed
+    return operator.index(seed)
 
 
 def view_noise(seed: int, *, portraits: int, views: int, shape: tuple[int, ...], step: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,13 +31,13 @@ from gafext.models.upsampler import NOISE_STEP, LatentUpsampler
 from gafext.models.vae import AutoencoderKL
 from gafext.noise import resolve_seed, view_noise
 from gafext.output import MultiViewOutput
-from gafext.schedulers import Scheduler
-from gafext.schedulers.base import check_eta
+from gafext.scheduler import Scheduler, check_eta
 from gafext.versions import versions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
 DEFAULT_SAMPLE_SIZE = 32
+DEFAULT_VIEWS = 4
 
 
 class MultiViewDiffusionPipeline:
@@ -72,7 +73,9 @@ class MultiViewDiffusionPipeline:
         self.upsampler, self.prompt_embeds = upsampler, prompt_embeds
         check_guidance_scale(guidance_scale)
         self.guidance_scale = guidance_scale
-        self.source = "memory"
+        self.attention_backend = "auto"
+        self.origin: dict[str, Any] = {"model": "memory"}
+        """Where the weights come from: what `from_pretrained` was given."""
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -134,14 +137,20 @@ class MultiViewDiffusionPipeline:
         adapters = {"lora": lora, "lora_scale": lora_scale}
         adapters |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
         if path_or_repo_id is None:
-            if lora is not None or ip_adapter is not None:
-                raise ValueError("lora, ip_adapter: expected None for the built-in model")
+            if not (lora is ip_adapter is variant is revision is None):
+                raise ValueError("lora, ip_adapter, variant, revision: expected None for the built-in model")
             warnings.warn(NOTICE, UntrainedWarning, stacklevel=2)
-            return cls(**embedded_parts(scheduler)).to(device, dtype or torch.float32)
+            pipeline = cls(**embedded_parts(scheduler)).to(device, dtype or torch.float32)
+            pipeline.origin = {"model": "built-in"}
+            return pipeline
         folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant)
-        options = {"dtype": dtype, "device": device, "variant": variant, "scheduler": scheduler}
-        pipeline = cls(**load_parts(folder, **options, **adapters))
-        pipeline.source = str(path_or_repo_id)
+        parts = load_parts(folder, dtype=dtype, device=device, variant=variant, scheduler=scheduler, **adapters)
+        try:
+            pipeline = cls(**parts)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        given = {"variant": variant, "revision": revision, **adapters}
+        pipeline.origin = {"model": str(path_or_repo_id), **{k: _plain(v) for k, v in given.items()}}
         if pipeline.unet.config.image_attention is None:
             warnings.warn(f"{folder / 'unet'}: this U-Net does not look at the portrait", stacklevel=2)
         return pipeline
@@ -175,6 +184,7 @@ class MultiViewDiffusionPipeline:
         and no kernel is that wide yet.
         """
         check_backend(backend)
+        self.attention_backend = backend
         for network in self._networks:
             set_attention_backend(network, "auto" if network is self.vae and backend == "kernel" else backend)
 
@@ -185,7 +195,7 @@ class MultiViewDiffusionPipeline:
         cameras: Any = None,
         normal_maps: Any = None,
         *,
-        num_views: int = 4,
+        num_views: int = DEFAULT_VIEWS,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         generator: torch.Generator | int | None = None,
@@ -203,7 +213,8 @@ class MultiViewDiffusionPipeline:
         Args:
             image: the portrait: a path, a PIL image, an array [H,W,3] or a tensor [3,H,W], uint8 or float in [0,1], of
                 any size and mode; or a list of them.
-            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes; None is an orbit of `num_views`.
+            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes, taken to have a field of view
+                of 30 degrees; None is an orbit of `num_views`.
             normal_maps: V pictures of camera-space normals, n/2 + 1/2; None shows an ellipsoid to the cameras.
             num_views: V, when no cameras are given. The reference frame of ImageDream's family does not count.
             num_inference_steps: 1 to 1000.
@@ -233,13 +244,10 @@ class MultiViewDiffusionPipeline:
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         check_guidance_scale(guidance_scale)
         check_eta(eta)
-        for name, value, known in (
-            ("output_type", output_type, OUTPUT_TYPES),
-            ("upsample", upsample, UPSAMPLE),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-        cameras = as_cameras(cameras, num_views=num_views)
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        _check_choice("upsample", upsample, UPSAMPLE)
+        given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
+        cameras = _cameras(cameras, num_views)
         num_views = len(cameras)
         portraits = [imaging.load_image(item) for item in (image if several else [image])]
         if not portraits:
@@ -281,18 +289,14 @@ class MultiViewDiffusionPipeline:
         bar = tqdm(steps, total=len(timesteps), disable=not progress_bar, desc=f"{len(latents)} views")
         for index, (timestep, latents) in enumerate(bar):
             if callback_on_step_end is not None:
-                replaced = (callback_on_step_end(self, index, timestep, {"latents": latents}) or {}).get("latents")
-                if replaced is not None:
-                    latents.copy_(replaced)
+                _replace(latents, callback_on_step_end(self, index, timestep, {"latents": latents}))
         latents = self.upsample(latents, upsample, num_views=num_views, seed=seed)
 
         run = {
-            **{"model": self.source, "num_views": num_views, "num_inference_steps": num_inference_steps},
-            **{"guidance_scale": guidance_scale, "seed": seed, "strength": strength, "eta": eta},
-            **{"upsample": upsample, "output_type": output_type, "device": str(self.device)},
-            **{"dtype": str(self.dtype).removeprefix("torch."), "versions": versions()},
-            **{"normal_maps": _origin(normal_maps, "ellipsoid", normals is not None)},
-            **{"prediction_type": self.scheduler.config.prediction_type},
+            **self._settings(upsample),
+            **{"num_views": num_views, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale},
+            **{"seed": seed, "strength": strength, "eta": eta, "output_type": output_type},
+            **{name: "default" if value is None else "given" for name, value in given.items()},
         }
         outputs = [
             MultiViewOutput(self._finish(part, output_type), cameras, {**run, "portrait_index": index})
@@ -300,10 +304,23 @@ class MultiViewDiffusionPipeline:
         ]
         return outputs if several else outputs[0]
 
+    def _settings(self, upsample: str) -> dict[str, Any]:
+        """What of the pipeline itself decides how the views look, for the record of a run."""
+        learned = upsample == "auto" and self.upsampler is not None
+        return {
+            **self.origin,
+            "scheduler": self.scheduler.config.to_dict(),
+            "upsample": "upsampler" if learned else "none" if upsample == "none" else "bilinear",
+            "attention_backend": self.attention_backend,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+
     def _timesteps(self, num_inference_steps: int, strength: float, *, noised: bool) -> Tensor:
         """The last `strength` of the schedule, when it starts from renders."""
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength: expected above 0 to 1, got {strength}")
+        if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
+            raise ValueError(f"strength: expected above 0 to 1, got {strength!r}")
         if strength < 1 and not noised:
             raise ValueError(f"strength: expected 1 without renders, got {strength}")
         self.scheduler.set_timesteps(num_inference_steps)
@@ -315,6 +332,8 @@ class MultiViewDiffusionPipeline:
     def _latent_size(self, latents: Tensor | None, *, rows: int) -> int:
         if latents is None:
             return self.unet.config.sample_size or DEFAULT_SAMPLE_SIZE
+        if not isinstance(latents, Tensor):
+            raise ValueError(f"latents: expected a tensor, got {type(latents).__name__}")
         channels, shape = self.vae.config.latent_channels, list(latents.shape)
         if len(shape) != 4 or shape[:2] != [rows, channels] or shape[2] != shape[3] or shape[2] == 0:
             raise ValueError(f"latents: expected [{rows},{channels},s,s], got {shape}")
@@ -414,7 +433,8 @@ class MultiViewDiffusionPipeline:
             return latents
         pictures = self.decode(latents)
         if not pictures.isfinite().all():
-            raise ValueError(f"the decoded pictures are not finite in {self.dtype}; a wider dtype may help")
+            hint = "" if self.dtype == torch.float32 else f": {self.dtype} may be too narrow for this checkpoint"
+            raise ValueError(f"the decoded pictures have NaN or infinite values{hint}")
         if output_type == "pt":
             return (pictures / 2 + 0.5).clamp(0, 1)
         return imaging.to_pil(pictures) if output_type == "pil" else imaging.to_numpy(pictures)
@@ -427,5 +447,36 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _origin(value: Any, default: str, used: bool) -> str:
-    return "none" if not used else default if value is None else "given"
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+
+
+def _cameras(cameras: Any, num_views: int) -> Cameras:
+    """The cameras of a call; their number wins over the default of num_views, but not over another number."""
+    orbit = as_cameras(None, num_views=num_views)
+    if cameras is None:
+        return orbit
+    cameras = as_cameras(cameras, num_views=num_views)
+    if num_views not in (DEFAULT_VIEWS, len(cameras)):
+        raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
+    return cameras
+
+
+def _replace(latents: Tensor, returned: Any) -> None:
+    """Put the latents that a callback returned in the place of the loop's."""
+    if returned is None:
+        return
+    if not isinstance(returned, dict):
+        raise ValueError(f"callback_on_step_end: expected a dict or None, got {type(returned).__name__}")
+    replaced = returned.get("latents")
+    if replaced is None:
+        return
+    if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
+        got = list(replaced.shape) if isinstance(replaced, Tensor) else type(replaced).__name__
+        raise ValueError(f"callback_on_step_end: expected latents of shape {list(latents.shape)}, got {got}")
+    latents.copy_(replaced)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gafext import weights
 from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.models.clip_text import CLIPTextEncoder, CLIPTextOutput
 
 _TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 _IDS = {"<|startoftext|>": 49406, "<|endoftext|>": 49407, "!": 0}
@@ -67,6 +68,40 @@ def prompt_ids(folder: str | Path, prompt: str | list[str], length: int) -> Tens
         raise CheckpointError(f"{folder}: not readable as a CLIP tokenizer ({error})") from error
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     return tokenizer([prompt] if isinstance(prompt, str) else list(prompt), **options).input_ids
+
+
+@torch.no_grad()
+def encode_text(
+    folder: str | Path,
+    prompt: str | list[str] = "",
+    *,
+    device: torch.device | str | None = None,
+    variant: str | None = None,
+) -> CLIPTextOutput:
+    """Encode prompts with a checkpoint's text encoder, which is dropped again.
+
+    Args:
+        folder: has `text_encoder/`, and `tokenizer/` for any prompt but "".
+        prompt: one or several; any but "" needs transformers.
+        device: to encode on; None is the CPU.
+        variant: "fp16" reads the file that carries it in its name.
+
+    Returns:
+        What the encoder gives, float32.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, the tokenizer does not fit, or transformers is not installed.
+    """
+    folder = Path(folder)
+    encoder = CLIPTextEncoder.from_pretrained(folder / "text_encoder", device=device, variant=variant)
+    tokenizer, length = folder / "tokenizer", encoder.config.max_position_embeddings
+    ids = empty_prompt_ids(tokenizer, length) if prompt == "" else prompt_ids(tokenizer, prompt, length)
+    if ids.max() >= encoder.config.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer}: expected token ids under the text encoder's vocab_size {encoder.config.vocab_size}, "
+            f"got {int(ids.max())}"
+        )
+    return encoder(ids.to(encoder.device))
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

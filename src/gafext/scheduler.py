@@ -1,4 +1,4 @@
-"""The solvers, under the name that the rest of gafext imports them by: DDIM, DPM-Solver++ and Euler."""
+"""The solvers DDIM, DPM-Solver++ and Euler: what the rest of gafext imports of the package `schedulers`."""
 
 from gafext.schedulers import SCHEDULERS, scheduler_class, scheduler_from_pretrained
 from gafext.schedulers.base import CONFIG_NAME, MAX_STEPS, Scheduler, check_eta

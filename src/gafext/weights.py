@@ -224,7 +224,7 @@ def load_into(
 
 
 def save_weights(module: torch.nn.Module, config: dict, folder: Path, stem: str) -> None:
-    """Write `config.json` and `<stem>.safetensors`, both or neither; an index and its shards there go."""
+    """Write `config.json` and `<stem>.safetensors`, each of them whole; an index and its shards there go."""
     with replace_whole(folder) as temporary:
         write_json(temporary / "config.json", config)
         tensors = {key: value.detach().contiguous().cpu() for key, value in module.state_dict().items()}

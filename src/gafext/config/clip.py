@@ -51,10 +51,6 @@ class CLIPVisionConfig(Config):
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} does not divide into num_attention_heads={self.num_attention_heads}",
         )
-        require(
-            self.image_size % self.patch_size == 0,
-            f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}",
-        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

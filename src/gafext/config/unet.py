@@ -16,6 +16,9 @@ _PROJECTION_SIZES = {
 }
 
 
+_IMAGE = ("image_", "resampler_")  # what the names of the fields about the portrait begin with
+
+
 @dataclass(frozen=True)
 class UNetConfig(Config):
     """A diffusers UNet2DConditionModel, with what makes it multi-view and lets it look at the portrait.
@@ -51,7 +54,7 @@ class UNetConfig(Config):
         {"dropout", "upcast_attention", "addition_embed_type_num_heads"}
     )
 
-    sample_size: int | None = None
+    sample_size: int | Ints | None = None
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -78,6 +81,8 @@ class UNetConfig(Config):
     image_unconditional: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.sample_size, tuple) and len(set(self.sample_size)) == 1:
+            object.__setattr__(self, "sample_size", self.sample_size[0])
         if isinstance(self.image_attention, bool):
             object.__setattr__(self, "image_attention", "block" if self.image_attention else None)
         if self.image_embed_dim is not None and self.image_projection is None:
@@ -117,6 +122,7 @@ class UNetConfig(Config):
         for name in ("in_channels", "out_channels", "cross_attention_dim"):
             require(0 < getattr(self, name) <= 65536, f"{name}={getattr(self, name)}: expected 1 to 65536")
         size = self.sample_size
+        require(not isinstance(size, tuple), f"sample_size={size}: expected a square")
         require(size is None or 0 < size <= 4096, f"sample_size={size}: expected 1 to 4096")
         require(self.class_embed_type in (None, "projection"), f"class_embed_type={self.class_embed_type!r}")
         require(
@@ -163,8 +169,10 @@ class UNetConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         # Without the added attentions the network is diffusers' own, so diffusers' pipelines may load it by name.
-        stock = self.cross_view is None and self.image_attention is None
-        return {**super().to_dict(), "_class_name": self.class_name if stock else "MultiViewUNet"}
+        values = super().to_dict()
+        if self.cross_view is not None or self.image_attention is not None:
+            return {**values, "_class_name": "MultiViewUNet"}
+        return {key: value for key, value in values.items() if key != "cross_view" and not key.startswith(_IMAGE)}
 
 
 SD21_UNET = UNetConfig(

@@ -137,5 +137,5 @@ class PretrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and one safetensors file, both or neither, under the library's own key names."""
+        """Write `config.json` and one safetensors file under the library's own key names."""
         weights.save_weights(self, self.config.to_dict(), Path(folder), self.weights_stem)

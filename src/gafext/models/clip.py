@@ -204,6 +204,9 @@ class CLIPVisionEncoder(PretrainedModel):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image, size, short = image.convert("RGB"), self.config.image_size, min(image.size)
+        if max(image.size) > 64 * short:  # only the middle is kept: a long strip need not be resized as a whole
+            surplus = [max(edge - 64 * short, 0) // 2 for edge in image.size]
+            image = image.crop((*surplus, image.width - surplus[0], image.height - surplus[1]))
         image = image.resize([int(size * edge / short) for edge in image.size], Image.Resampling.BICUBIC)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))

@@ -347,11 +347,13 @@ class MultiViewUNet(PretrainedModel):
         """Validate what `forward` got; returns the timesteps as [B*V]."""
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample: expected [B*V,{self.config.in_channels},h,w], got {list(sample.shape)}")
+        if sample.dtype != self.dtype:
+            raise ValueError(f"sample: expected {self.dtype} as the weights, got {sample.dtype}")
         rows = sample.shape[0]
-        if num_views < 1 or rows % num_views:
+        if not isinstance(num_views, int) or num_views < 1 or rows % num_views:
             raise ValueError(f"num_views: expected a divisor of the batch {rows}, got {num_views}")
         for text in conditioning.text_key_values[:1]:
-            if rows % text.key.shape[0]:
+            if text.key.shape[0] == 0 or rows % text.key.shape[0]:
                 raise ValueError(f"encoder_hidden_states: expected a divisor of {rows} rows, got {text.key.shape[0]}")
         pose_embeds = conditioning.pose_embeds
         if pose_embeds is not None and pose_embeds.shape[0] != rows:

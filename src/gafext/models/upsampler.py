@@ -18,10 +18,9 @@ from gafext import weights
 from gafext.config import SD_X2_SCHEDULE, KUNetConfig, SigmaScheduleConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.guidance import MAX_SCALE, guide
-from gafext.models.clip_text import CLIPTextEncoder
 from gafext.models.k_unet import KUNet
 from gafext.noise import resolve_seed, view_noise
-from gafext.prompts import empty_prompt_ids, prompt_ids
+from gafext.prompts import encode_text
 
 SCHEDULER_NAME = "scheduler_config.json"
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"
@@ -39,7 +38,6 @@ class PromptEmbeds(NamedTuple):
     pooled_prompt_embeds: Tensor  # [1 or B,P]
 
 
-@torch.no_grad()
 def encode_prompt(
     folder: str | Path,
     prompt: str | list[str] = "",
@@ -64,16 +62,7 @@ def encode_prompt(
 
     Source: diffusers: pipeline_stable_diffusion_latent_upscale.py, encode_prompt.
     """
-    folder = Path(folder)
-    encoder = CLIPTextEncoder.from_pretrained(folder / "text_encoder", device=device, variant=variant)
-    tokenizer, length = folder / "tokenizer", encoder.config.max_position_embeddings
-    ids = empty_prompt_ids(tokenizer, length) if prompt == "" else prompt_ids(tokenizer, prompt, length)
-    if ids.max() >= encoder.config.vocab_size:
-        raise CheckpointError(
-            f"{tokenizer}: expected token ids under the text encoder's vocab_size {encoder.config.vocab_size}, "
-            f"got {int(ids.max())}"
-        )
-    encoded = encoder(ids.to(encoder.device))
+    encoded = encode_text(folder, prompt, device=device, variant=variant)
     return PromptEmbeds(encoded.unnormalized, encoded.pooled)
 
 
@@ -202,6 +191,7 @@ class LatentUpsampler(nn.Module):
         self.unet.save_pretrained(folder / "unet")
         with weights.replace_whole(folder / "scheduler") as temporary:
             weights.write_json(temporary / SCHEDULER_NAME, self.schedule.to_dict())
+        (folder / EMPTY_PROMPT_NAME).unlink(missing_ok=True)  # of another upsampler that was saved here before
         if self.empty_prompt is not None:
             with weights.replace_whole(folder) as temporary:
                 tensors = {name: value.contiguous().cpu() for name, value in self.empty_prompt._asdict().items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -21,7 +23,7 @@ SchedulerType = TypeVar("SchedulerType", bound="Scheduler")
 
 def check_eta(eta: float) -> None:
     """Raise a ValueError unless 0.0 ≤ eta ≤ 1.0."""
-    if not 0.0 <= eta <= 1.0:
+    if not isinstance(eta, numbers.Real) or not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta: expected 0.0 to 1.0, got {eta!r}")
 
 
@@ -91,8 +93,10 @@ class Scheduler:
                 predicts epsilon.
         """
         count, most = num_inference_steps, self._most_steps
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
+        whole = hasattr(count, "__index__") and not isinstance(count, bool)
+        if not whole or not 1 <= operator.index(count) <= most:
             raise ValueError(f"num_inference_steps: expected a whole number from 1 to {most}, got {count!r}")
+        count = operator.index(count)
         timesteps = self._plan(count)
         self.num_inference_steps = count
         self.timesteps = timesteps.to(device)
