@@ -95,7 +95,7 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "arguments": vars(args),
+        "arguments": {name: value for name, value in vars(args).items() if name != "json"},
         "size": output.images[0].size,
         "peak_gib": peak_gib(device),
         "seconds_a_step": {backend: statistics.median(values) for backend, values in steps.items() if values},
