@@ -259,11 +259,14 @@ def test_an_ip_adapter_and_a_lora(tmp_path):
     with pytest.warns(UserWarning, match="does not look at the portrait"):
         plain, tuned = load(), load(lora=tmp_path / "lora.safetensors")
     adapted = load(ip_adapter=tmp_path / "adapter.safetensors", ip_adapter_scale=0.7)
+    assert adapted.unet.config.image_scale == 0.7
     latents = torch.randn(4, 4, SIZE, SIZE)
     options = {"latents": latents, "num_inference_steps": 1, "upsample": "none", "output_type": "latent"}
     base = run(plain, **options).images
     assert torch.equal(run(plain, portrait(5), **options).images, base)
     assert max_abs_diff(run(tuned, **options).images, base) > 1e-3
+    untouched = load(lora=tmp_path / "lora.safetensors", lora_scale=0.0)
+    assert torch.equal(run(untouched, **options).images, base)
     ours = run(adapted, guidance_scale=3.0, **options).images
 
     features = adapted.image_encoder(adapted.image_encoder.preprocess(portrait())).image_embeds
