@@ -56,7 +56,7 @@ def test_generate_writes_the_folder(checkpoint, portrait, tmp_path):
         "model": str(checkpoint),
     }
     assert {key: record[key] for key in expected} == expected
-    assert record["portrait"] == str(portrait)
+    assert record["command"]["portrait"] == str(portrait) and record["command"]["views"] == 3
     assert {"gafext", "torch", "python"} <= set(record["versions"])
     frames = json.loads((out / "transforms_train.json").read_text())["frames"]
     assert [frame["file_path"] for frame in frames] == ["view_000.png", "view_001.png", "view_002.png"]
@@ -83,7 +83,7 @@ def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):
     matrices = [cameras.read_transforms(folder / "transforms_train.json").w2c for folder in (first, second)]
     assert max_abs_diff(*matrices) < 1e-6
     record = json.loads((second / "run.json").read_text())
-    assert record["normal_maps"] == record["renders"] == "given" and record["files"]["renders"].endswith("renders")
+    assert record["normal_maps"] == record["renders"] == "given" and record["command"]["renders"].endswith("renders")
     assert record["num_inference_steps"] == 4 and record["strength"] == 0.5
 
 

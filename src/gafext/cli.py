@@ -230,8 +230,8 @@ def _generate(args: argparse.Namespace) -> int:
         upsample=args.upsample,
         progress_bar=not args.quiet,
     )
-    files = {name: getattr(args, name) for name in ("cameras", "normals", "renders") if getattr(args, name)}
-    output.run.update(portrait=str(args.portrait or PORTRAIT.name), files=files)
+    command = {**vars(args), "portrait": str(args.portrait or PORTRAIT.name)}
+    output.run["command"] = {name: value for name, value in command.items() if value is not None}
     output.save(args.out, overwrite=args.overwrite)
     if not args.quiet:
         print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
