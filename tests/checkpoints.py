@@ -5,6 +5,7 @@ from dataclasses import replace
 import diffusers
 import numpy as np
 import torch
+import transformers
 from helpers import randomized
 from PIL import Image
 from test_unet import multi_view_config
@@ -95,3 +96,34 @@ def count_rows(pipe):
     rows = []
     pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
     return rows
+
+
+def stock_vae(seed=0, widths=(8, 16)):
+    model = diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        norm_num_groups=4,
+    )
+    return randomized(model, seed=seed)
+
+
+def stock_unet(seed=0):
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        cross_attention_dim=12,
+        norm_num_groups=8,
+        use_linear_projection=True,
+    )
+    return randomized(model, seed=seed)
+
+
+def stock_clip(seed=0):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=8)
+    return randomized(transformers.CLIPVisionModelWithProjection(config), seed=seed)

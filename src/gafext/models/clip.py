@@ -55,6 +55,9 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention, biases everywhere."""
 
+    is_causal = False
+    """Whether a token sees only itself and the tokens before it: set by the text tower."""
+
     def __init__(self, hidden: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -69,7 +72,7 @@ class SelfAttention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,tokens,width], a view
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        x = attention(query, key, value, backend=self.attention_backend)
+        x = attention(query, key, value, is_causal=self.is_causal, backend=self.attention_backend)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 

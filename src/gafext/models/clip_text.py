@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gafext import weights
-from gafext.attention import attention
 from gafext.config import CLIP_VIT_L_14_TEXT, CLIPTextConfig
 from gafext.errors import CheckpointError
 from gafext.models import clip
@@ -33,18 +32,6 @@ def clip_text_key(key: str) -> str | None:
     return key if key.startswith("text_model.") else f"text_model.{key}"
 
 
-class CausalSelfAttention(clip.SelfAttention):
-    """Attention in which a token sees itself and the tokens before it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,T,width], a view
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = attention(query, key, value, is_causal=True, backend=self.attention_backend)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
-
-
 class Embeddings(nn.Module):
     """Tokens plus learned positions."""
 
@@ -65,7 +52,7 @@ class TextTransformer(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = clip.Encoder(config)
         for layer in self.encoder.layers:
-            layer.self_attn = CausalSelfAttention(config.hidden_size, config.num_attention_heads)
+            layer.self_attn.is_causal = True
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 

@@ -45,20 +45,11 @@ def encode_prompt(
     device: torch.device | str | None = None,
     variant: str | None = None,
 ) -> PromptEmbeds:
-    """Encode prompts with the text encoder of a published upsampler's folder, which is dropped again.
-
-    Args:
-        folder: has `text_encoder/`, and `tokenizer/` for any prompt but "".
-        prompt: one or several; any but "" needs transformers.
-        device: to encode on; None is the CPU.
-        variant: "fp16" reads the file that carries it in its name.
+    """Encode prompts as the upsampler reads them; the arguments and errors are those of `prompts.encode_text`.
 
     Returns:
         prompt_embeds [B,T,C], the last layer's output before the final LayerNorm, and pooled_prompt_embeds [B,C];
         float32.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, the tokenizer does not fit, or transformers is not installed.
 
     Source: diffusers: pipeline_stable_diffusion_latent_upscale.py, encode_prompt.
     """
