@@ -22,21 +22,25 @@
 namespace gafext {
 namespace {
 
+// Uninitialised, like `like`; torch::stable::new_empty takes no strides.
+Tensor empty_strided(const Tensor& like, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides) {
+  int32_t dtype, device_type;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 // (batch, heads, length, head_dim) in the memory of (batch, length, heads, head_dim), so that the caller's transpose
-// and reshape to (batch, length, heads * head_dim) are free. torch::stable::new_empty takes no strides.
+// and reshape to (batch, length, heads * head_dim) are free.
 Tensor empty_heads(const Tensor& query) {
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2), dim = query.size(3);
   const int64_t row =
       std::max<int64_t>(heads, 1) * std::max<int64_t>(dim, 1);  // as torch.empty counts empty dimensions
-  const int64_t sizes[] = {batch, heads, length, dim};
-  const int64_t strides[] = {std::max<int64_t>(length, 1) * row, std::max<int64_t>(dim, 1), row, 1};
-  int32_t dtype, device_type;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(query.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, query.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(query, {batch, heads, length, dim},
+                       {std::max<int64_t>(length, 1) * row, std::max<int64_t>(dim, 1), row, 1});
 }
 
 // The shape of GEGLU's result: that of x, with `inner` for its last dimension.
@@ -95,6 +99,19 @@ Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   args.x_stride = *row_stride(rows);
   args.weight_stride = *row_stride(columns);
   geglu_cpu(args);
+  return out;
+}
+
+Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  Conv3x3Args args = check_conv3x3(x, weight, bias);
+  const Tensor taps = torch::stable::contiguous(weight);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  const int64_t channels = args.out_channels, row = channels * args.width;
+  Tensor out = empty_strided(x, {args.batch, channels, args.height, args.width}, {row * args.height, 1, row, channels});
+  args.weight = static_cast<const float*>(taps.const_data_ptr());
+  args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  args.out = static_cast<float*>(out.mutable_data_ptr());
+  conv3x3_cpu(args);
   return out;
 }
 
@@ -198,12 +215,14 @@ STABLE_TORCH_LIBRARY(gafext, m) {
       "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
       "-> Tensor");
   m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
   m.impl("flash_attention", TORCH_BOX(&flash_attention_on_cpu));
   m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu));
   m.impl("geglu", TORCH_BOX(&geglu_on_cpu));
+  m.impl("conv3x3", TORCH_BOX(&conv3x3_on_cpu));
 }
 
 #ifdef GAFEXT_WITH_CUDA

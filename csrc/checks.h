@@ -187,4 +187,29 @@ inline GegluArgs check_geglu(const Tensor& x, const Tensor& weight, const std::o
   return args;
 }
 
+inline Conv3x3Args check_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "conv3x3";
+  require(x.dim() == 4, op, ": x must have shape (batch, channels, height, width), got ", shape_of(x));
+  require(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3, op,
+          ": weight must have shape (out_channels, ", x.size(1), ", 3, 3) to go with x ", shape_of(x), ", got ",
+          shape_of(weight));
+  if (bias) {
+    require(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": bias must have shape (", weight.size(0),
+            ",) to go with weight ", shape_of(weight), ", got ", shape_of(*bias));
+  }
+  check_same_kind(op, {"x", x}, {"weight", weight});
+  if (bias) check_same_kind(op, {"x", x}, {"bias", *bias});
+  require(x.scalar_type() == ScalarType::Float, op, ": dtype must be float32, got ", dtype_name(x));
+  require(x.size(1) >= 1, op, ": channels must be at least 1, got ", shape_of(x));
+  require(x.size(1) == 1 || x.stride(1) == 1, op, ": x must be channels-last, got a stride of ", x.stride(1),
+          " from channel to channel");
+
+  Conv3x3Args args{};
+  args.x = static_cast<const float*>(x.const_data_ptr());
+  args.batch = x.size(0), args.in_channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
+  args.out_channels = weight.size(0);
+  args.x_stride = {x.stride(0), x.stride(2), x.stride(3)};
+  return args;
+}
+
 }  // namespace gafext

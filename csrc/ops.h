@@ -80,9 +80,26 @@ struct GegluGateArgs {
   DType dtype;
 };
 
+// out[n,:,y,x] = bias + sum_{i,j,c} weight[:,c,i,j] x[n,c,y+i-1,x+j-1]
+//
+//   x (batch, in_channels, height, width), channels contiguous   weight (out_channels, in_channels, 3, 3), contiguous
+//   bias (out_channels) or null   out (batch, out_channels, height, width), channels-last contiguous
+//
+// Outside of the picture x is zero. float32 only.
+struct PixelStrides {
+  int64_t image, row, column;
+};
+struct Conv3x3Args {
+  const float *x, *weight, *bias;
+  float* out;
+  int64_t batch, height, width, in_channels, out_channels;
+  PixelStrides x_stride;
+};
+
 void flash_attention_cpu(const FlashAttentionArgs& args);
 void cross_view_attention_cpu(const CrossViewAttentionArgs& args);
 void geglu_cpu(const GegluArgs& args);
+void conv3x3_cpu(const Conv3x3Args& args);
 
 #ifdef GAFEXT_WITH_CUDA
 // Launch on the current device and return without waiting; the result is that of the launch.

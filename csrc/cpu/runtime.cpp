@@ -96,7 +96,8 @@ float* scratch(int64_t floats) {
 #define GAFEXT_DECLARE_KERNELS                                   \
   void flash_attention(const FlashAttentionArgs& args);          \
   void cross_view_attention(const CrossViewAttentionArgs& args); \
-  void geglu(const GegluArgs& args);
+  void geglu(const GegluArgs& args);                             \
+  void conv3x3(const Conv3x3Args& args);
 
 namespace portable {
 GAFEXT_DECLARE_KERNELS
@@ -129,5 +130,6 @@ static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512) {
 void flash_attention_cpu(const FlashAttentionArgs& args) { GAFEXT_KERNEL(flash_attention)(args); }
 void cross_view_attention_cpu(const CrossViewAttentionArgs& args) { GAFEXT_KERNEL(cross_view_attention)(args); }
 void geglu_cpu(const GegluArgs& args) { GAFEXT_KERNEL(geglu)(args); }
+void conv3x3_cpu(const Conv3x3Args& args) { GAFEXT_KERNEL(conv3x3)(args); }
 
 }  // namespace gafext

@@ -6,12 +6,15 @@ module keeps its own `attention_backend`, and `set_attention_backend` sets those
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gafext.ops import conv3x3 as _conv3x3_kernel
 from gafext.ops import cross_view_attention as _cross_view_kernel
 from gafext.ops import flash_attention as _flash_kernel
 from gafext.ops import geglu as _geglu_kernel
+from gafext.ops.conv3x3 import unsupported_reasons as _conv3x3_unsupported
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.cross_view_attention import unsupported_reasons as _cross_view_unsupported
 from gafext.ops.flash_attention import reference_flash_attention
@@ -20,6 +23,7 @@ from gafext.ops.geglu import reference_geglu
 from gafext.ops.geglu import unsupported_reasons as _geglu_unsupported
 
 BACKENDS = ("auto", "kernel", "sdpa", "reference")
+_FEW_CHANNELS = 128  # of a convolution: with fewer, transforming its inputs and outputs outweighs the products
 
 
 def check_backend(backend: str) -> None:
@@ -143,3 +147,28 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
     if _use_kernel(backend, "geglu", x, reasons):
         return _geglu_kernel(x, weight, bias)
     return reference_geglu(x, weight, bias)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """3×3 convolution with a border of zeros.
+
+    Args:
+        x: [B,Cin,h,w].
+        weight: [Cout,Cin,3,3].
+        bias: [Cout] or None.
+        backend: "auto" and "kernel" take the kernel where there is one and it is faster, that is on CPUs, and turn to
+            channels-last memory for it; "sdpa" and "reference" are PyTorch's conv2d.
+
+    Returns:
+        [B,Cout,h,w].
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    check_backend(backend)
+    fewer, more = sorted(weight.shape[:2])
+    if backend in ("auto", "kernel") and more >= _FEW_CHANNELS and not _conv3x3_unsupported(x, weight, bias):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if fewer >= _FEW_CHANNELS:
+            return _conv3x3_kernel(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=1)

@@ -302,7 +302,18 @@ class MultiViewSpatialTransformer(nn.Module):
         x = x.transpose(1, 2).unflatten(2, (height, -1))
         if not self.linear_projection:
             x = self.proj_out(x)
-        return x + hidden_states
+        return hidden_states + x  # in this order: the sum keeps the memory format of hidden_states
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution with a border of zeros, through `gafext.attention`'s choice of backend."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.attention_backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv3x3(x, self.weight, self.bias, backend=self.attention_backend)
 
 
 class ResnetBlock2D(nn.Module):
@@ -321,10 +332,10 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, time_channels: int | None, groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
@@ -354,7 +365,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, hidden_states: Tensor, size: torch.Size | None = None) -> Tensor:
         factor = None if size is not None else 2.0

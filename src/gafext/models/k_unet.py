@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gafext.attention import attention
 from gafext.config import SD_X2_UNET, KUNetConfig
 from gafext.models.base import PretrainedModel
+from gafext.models.blocks import Conv3x3
 
 GROUP_SIZE = 32
 ATTENTION_EPS = 1e-5
@@ -90,9 +91,9 @@ class KResnetBlock(nn.Module):
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, *, time_channels: int, eps: float):
         super().__init__()
         self.norm1 = AdaGroupNorm(in_channels, time_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, mid_channels)
         self.norm2 = AdaGroupNorm(mid_channels, time_channels, eps)
-        self.conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(mid_channels, out_channels)
         changes = in_channels != out_channels
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False) if changes else nn.Identity()
 

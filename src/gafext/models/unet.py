@@ -15,6 +15,7 @@ from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
 from gafext.config.ldm_unet import LDMUNetConfig
 from gafext.models.base import PretrainedModel
 from gafext.models.blocks import (
+    Conv3x3,
     Downsample2D,
     KeyValue,
     MultiViewSpatialTransformer,
@@ -103,7 +104,7 @@ class MultiViewUNet(PretrainedModel):
         super().__init__(config)
         channels = config.block_out_channels
         time_channels = 4 * channels[0]
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, channels[0])
         self.time_embedding = TimestepEmbedding(channels[0], time_channels)
         self.class_embedding = TimestepEmbedding(config.pose_dim, time_channels) if config.pose_dim else None
         self.image_projection = image_projection(config)
@@ -115,7 +116,7 @@ class MultiViewUNet(PretrainedModel):
         )
         self.up_blocks = nn.ModuleList(self._up_block(stage) for stage in reversed(range(len(channels))))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(channels[0], config.out_channels)
 
     def _resnet(self, in_channels: int, out_channels: int) -> ResnetBlock2D:
         return ResnetBlock2D(

@@ -12,7 +12,7 @@ from gafext import weights
 from gafext.attention import attention
 from gafext.config import SD_VAE, VAEConfig
 from gafext.models.base import PretrainedModel
-from gafext.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
+from gafext.models.blocks import Conv3x3, Downsample2D, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6
 
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
         last = len(widths) - 1
         self.down_blocks = nn.ModuleList(
             Stage(before, width, layers=config.layers_per_block, groups=groups, downsample=index < last)
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image)
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups)
         last = len(widths) - 1
         self.up_blocks = nn.ModuleList(
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
             for index, (before, width) in enumerate(zip(widths[:1] + widths, widths, strict=False))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[-1], config.out_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(latents))

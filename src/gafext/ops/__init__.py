@@ -1,4 +1,4 @@
-"""The operations that gafext brings along: flash attention, cross-view attention, GEGLU.
+"""The operations that gafext brings along: flash attention, cross-view attention, GEGLU, 3×3 convolution.
 
 Each is a function here and, under the same name, an operation of `torch.ops.gafext`. The functions check their
 arguments and hand what the kernels cannot serve to PyTorch's own operations; `torch.ops.gafext` raises instead.
@@ -7,8 +7,9 @@ arguments and hand what the kernels cannot serve to PyTorch's own operations; `t
 import torch  # noqa: F401  first: the module below binds to its libraries and to its OpenMP runtime
 
 from gafext import _C  # noqa: F401  registers torch.ops.gafext
+from gafext.ops.conv3x3 import conv3x3
 from gafext.ops.cross_view_attention import cross_view_attention
 from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu
 
-__all__ = ["cross_view_attention", "flash_attention", "geglu"]
+__all__ = ["conv3x3", "cross_view_attention", "flash_attention", "geglu"]

@@ -1,0 +1,82 @@
+// The inner loop of the kernels that multiply matrices: a register tile of kTileRows x kTileVectors accumulators.
+#pragma once
+
+#include "vector.h"
+
+namespace gafext::GAFEXT_ISA {
+
+constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a packed right-hand side: [depth, kPanel]
+
+// c[r, :] = (or +=) sum_k a[r, k] b[k, :] for `Rows` rows of a and c.
+template <int Rows>
+void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
+                   bool accumulate) {
+  Vec tile[Rows][kTileVectors] = {};
+  if (accumulate) {
+    GAFEXT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      GAFEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) tile[r][v] = load(c + r * c_stride + v * kLanes);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kTileVectors];
+    GAFEXT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) row[v] = load(b + k * kPanel + v * kLanes);
+    GAFEXT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const Vec factor = broadcast(a[r * a_stride + k]);
+      GAFEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) tile[r][v] += factor * row[v];
+    }
+  }
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    GAFEXT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) store(c + r * c_stride + v * kLanes, tile[r][v]);
+  }
+}
+
+// The same for `rows` <= kTileRows.
+inline void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                          int64_t c_stride, bool accumulate) {
+  switch (rows) {
+    case 1:
+      return multiply_tile<1>(a, a_stride, b, depth, c, c_stride, accumulate);
+    case 2:
+      return multiply_tile<2>(a, a_stride, b, depth, c, c_stride, accumulate);
+    case 3:
+      return multiply_tile<3>(a, a_stride, b, depth, c, c_stride, accumulate);
+    case 4:
+      return multiply_tile<4>(a, a_stride, b, depth, c, c_stride, accumulate);
+    case 5:
+      return multiply_tile<5>(a, a_stride, b, depth, c, c_stride, accumulate);
+    default:
+      return multiply_tile<kTileRows>(a, a_stride, b, depth, c, c_stride, accumulate);
+  }
+}
+
+// Touches the cache lines of a [rows, row_bytes] block that a later loop reads, a few at each call.
+class Prefetcher {
+ public:
+  Prefetcher() = default;
+  Prefetcher(const void* from, int64_t stride_bytes, int64_t rows, int64_t row_bytes, int64_t calls)
+      : at_(static_cast<const char*>(from)),
+        stride_(stride_bytes),
+        rows_(rows),
+        lines_(ceil_div(row_bytes, 64)),
+        per_call_(ceil_div(rows * lines_, max_of(calls, 1))) {}
+
+  GAFEXT_INLINE void step() {
+    for (int64_t i = 0; i < per_call_ && row_ < rows_; ++i) {
+      __builtin_prefetch(at_ + row_ * stride_ + line_ * 64, 0, 2);
+      if (++line_ == lines_) line_ = 0, ++row_;
+    }
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0, lines_ = 0, per_call_ = 0, row_ = 0, line_ = 0;
+};
+
+}  // namespace gafext::GAFEXT_ISA

@@ -1,0 +1,111 @@
+"""The 3×3 convolution of residual networks, by Winograd's algorithm on the CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.ops import _common
+
+_OP = "conv3x3"
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution with a 3×3 kernel, stride 1 and a border of zeros.
+
+    out[n, :, y, x] = bias + sum over i, j, c of weight[:, c, i, j] x[n, c, y + i - 1, x + j - 1]
+
+    By F(4×4, 3×3), a quarter of the multiplications. An infinity or a NaN spreads over up to 4×4 outputs further than
+    in the formula.
+
+    Args:
+        x: [batch, in_channels, height, width], float32; anything but channels-last memory is copied.
+        weight: [out_channels, in_channels, 3, 3], like x.
+        bias: [out_channels], like x, or None.
+
+    Returns:
+        [batch, out_channels, height, width], channels-last where the kernel ran.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+
+    What the kernel cannot serve (see `unsupported_reasons`) goes to torch's conv2d.
+
+    Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308).
+    """
+    x, weight, bias = _common.autocast(x, weight, bias)
+    check_conv3x3(x, weight, bias)
+    if unsupported_reasons(x, weight, bias):
+        return reference_conv3x3(x, weight, bias)
+    return torch.ops.gafext.conv3x3(x.contiguous(memory_format=torch.channels_last), weight, bias)
+
+
+def reference_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
+    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    reasons = _common.place_reasons(x, weight, bias)
+    if x.device.type not in ("cpu", "meta"):
+        reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
+    if x.dtype != torch.float32:
+        reasons.append(f"dtype must be float32, got {_common.dtype_name(x)}")
+    if x.shape[1] == 0:
+        reasons.append(f"channels must be at least 1, got {tuple(x.shape)}")
+    return reasons
+
+
+def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    shape = tuple(weight.shape)
+    _common.require(
+        x.dim() == 4, _OP, lambda: f"x must have shape (batch, channels, height, width), got {tuple(x.shape)}"
+    )
+    _common.require(
+        weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 3, 3),
+        _OP,
+        lambda: f"weight must have shape (out_channels, {x.shape[1]}, 3, 3) to go with x {tuple(x.shape)}, got {shape}",
+    )
+    if bias is not None:
+        _common.require(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            _OP,
+            lambda: f"bias must have shape ({shape[0]},) to go with weight {shape}, got {tuple(bias.shape)}",
+        )
+    _common.check_same_kind(_OP, "x", x, "weight", weight)
+    if bias is not None:
+        _common.check_same_kind(_OP, "x", x, "bias", bias)
+
+
+@torch.library.register_fake("gafext::conv3x3")
+def _fake(x, weight, bias=None):
+    check_conv3x3(x, weight, bias)
+    _common.require(x.dtype == torch.float32, _OP, lambda: f"dtype must be float32, got {_common.dtype_name(x)}")
+    _common.require(x.shape[1] >= 1, _OP, lambda: f"channels must be at least 1, got {tuple(x.shape)}")
+    _common.require(
+        x.shape[1] == 1 or x.stride(1) == 1,
+        _OP,
+        lambda: f"x must be channels-last, got a stride of {x.stride(1)} from channel to channel",
+    )
+    batch, _, height, width = x.shape
+    return x.new_empty(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+    )
+
+
+torch.library.register_autograd("gafext::conv3x3", _backward, setup_context=_setup_context)
