@@ -1,5 +1,5 @@
 // Where PyTorch and the kernels meet: the operations' schemas, their registration for CPU and CUDA, and the Python
-// module, which carries only build_info().
+// module, which carries build_info() and malloc's settings.
 //
 // LibTorch's stable ABI alone (torch/csrc/stable, torch/headeronly), so that one module runs on every torch >= 2.11,
 // with or without CUDA.
@@ -28,8 +28,8 @@ Tensor empty_strided(const Tensor& like, const std::array<int64_t, 4>& sizes, co
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type,
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -235,6 +235,8 @@ STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "gafext's compiled kernels. Importing it registers torch.ops.gafext.*";
+  m.def("keep_freed_memory", &keep_freed_memory, "malloc keeps what is freed, until release_freed_memory().");
+  m.def("release_freed_memory", &release_freed_memory, "What malloc has kept goes back to the system.");
   m.def("build_info", &build_info, "How this module was built, and the instruction set that its CPU kernels use.");
 }
 

@@ -21,9 +21,9 @@ namespace {
 
 constexpr int kOut = 4, kIn = 6, kPoints = kIn * kIn;
 constexpr int64_t kTaps = 9;
-constexpr int64_t kTiles = 96;                  // of a block: M takes 0.9 MB, U 0.3 MB
-constexpr int64_t kDepth = 32;                  // input channels of a step
-constexpr int64_t kColumns = 64;                // output channels of a unit
+constexpr int64_t kTiles = 96;                      // of a block: M takes 0.9 MB, U 0.3 MB
+constexpr int64_t kDepth = 32;                      // input channels of a step
+constexpr int64_t kColumns = 64;                    // output channels of a unit
 constexpr int64_t kInputFloats = int64_t{6} << 20;  // of V at a time: 24 MB
 
 constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
@@ -64,11 +64,11 @@ GAFEXT_INLINE void transform_output(const Vec (&m)[kIn], Vec (&y)[kOut]) {
 
 // How a problem is cut into tiles, blocks of tiles and superblocks.
 struct Plan {
-  int64_t tiles_y, tiles_x, tiles;        // of an image, and of all
-  int64_t block;                          // tiles of a block
-  int64_t superblock;                     // blocks that are transformed at a time
-  int64_t depths, columns;                // steps over the input channels, units over the output channels
-  int64_t input_floats, thread_floats;    // scratch
+  int64_t tiles_y, tiles_x, tiles;      // of an image, and of all
+  int64_t block;                        // tiles of a block
+  int64_t superblock;                   // blocks that are transformed at a time
+  int64_t depths, columns;              // steps over the input channels, units over the output channels
+  int64_t input_floats, thread_floats;  // scratch
 
   explicit Plan(const Conv3x3Args& args) {
     tiles_y = ceil_div(args.height, kOut);

@@ -1,119 +1,127 @@
 // The projection of GEGLU with the gate in its epilogue: the (rows, 2 inner) intermediate never reaches memory.
 //
-// A unit of work is a panel of output columns times a block of rows. The thread packs the panel's weights once,
-// kColumns value columns beside their kColumns gate columns, and sweeps over the rows, kTileRows at a time: a register
-// tile collects x W^T over a block of in_features, the blocks add up in the L1 cache, and the last step is
-// value * gelu(gate). Weights are read once per row block and never written back.
-#include "vector.h"
+// A unit of work is a panel of output columns times a block of rows. A step of it takes kDepth features:
+//
+//   weights  transposed: kColumns value columns beside their kColumns gate columns    [kDepth, kPanel], in the L2 cache
+//   product  sums += x W^T in register tiles, while the next step's weights come in   [rows, kPanel], in the L2 cache
+//
+// and after the last step out = value * gelu(gate). Transposing takes 16 shuffles a vector of weights, once in a block
+// of rows, which is 1 % of the time from 500 rows on: weights packed at load were no faster.
+#include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
 
-constexpr int kHalf = kTileVectors / 2;            // vectors of values in a tile, and as many of gates
-constexpr int64_t kColumns = kHalf * kLanes;       // output columns of a panel
-constexpr int64_t kPanel = kTileVectors * kLanes;  // floats in a row of the packed panel
-constexpr int64_t kBlock = 256;   // of in_features: one float32 chain of 640 loses a digit, blocks of 256 do not
-constexpr int64_t kMinRows = 96;  // of a unit, below which packing the weights shows
+constexpr int64_t kColumns = kPanel / 2;  // output columns of a panel
+constexpr int64_t kDepth = 256;     // features of a step: one float32 chain of 640 loses a digit, sums of 256 do not
+constexpr int64_t kMaxRows = 1008;  // of a unit; their sums take 258 KB
+constexpr int64_t kMinRows = 96;    // of a unit, below which transposing the weights shows
 
 // One thread's memory. Every part begins at a whole vector.
 struct Scratch {
-  float* weight;  // [in_features, kPanel]: kColumns values, kColumns gates
-  float* bias;    // [kPanel]
-  float* x;       // [kTileRows, kBlock]
-  float* sums;    // [kTileRows, kPanel]
+  float* weight;  // [kDepth, kPanel]: kColumns values, kColumns gates
+  float* x;       // [kTileRows, kDepth], for rows that are not float32
+  float* sums;    // [rows, kPanel]
 
-  static int64_t floats(const GegluArgs& args) {
-    return (args.in_features + 1 + kTileRows) * kPanel + kTileRows * kBlock;
-  }
-  Scratch(const GegluArgs& args, float* memory) {
+  static int64_t floats(int64_t rows) { return (kDepth + rows) * kPanel + kTileRows * kDepth; }
+  explicit Scratch(float* memory) {
     weight = memory;
-    bias = weight + args.in_features * kPanel;
-    x = bias + kPanel;
-    sums = x + kTileRows * kBlock;
+    x = weight + kDepth * kPanel;
+    sums = x + kTileRows * kDepth;
   }
 };
 
-// Output columns [first, first + columns), columns <= kColumns; missing ones are zero.
+// Output columns [first, first + columns), columns <= kColumns, and rows [row, row + rows).
+struct Unit {
+  int64_t first, columns, row, rows;
+};
+
+// The weight's row that panel column `c` holds, c a multiple of kLanes.
+int64_t weight_row(const GegluArgs& args, const Unit& unit, int64_t c) {
+  return (c < kColumns ? 0 : args.inner) + unit.first + c % kColumns;
+}
+
+int64_t weight_rows(const Unit& unit, int64_t c) { return max_of(0, min_of(kLanes, unit.columns - c % kColumns)); }
+
+// Features [k, k + depth) of the panel; missing columns are zero.
 template <typename T>
-void pack_weight(const GegluArgs& args, int64_t first, int64_t columns, const Scratch& scratch) {
-  const T *weight = static_cast<const T*>(args.weight), *bias = static_cast<const T*>(args.bias);
+void pack_weight(const GegluArgs& args, const Unit& unit, int64_t k, int64_t depth, float* to) {
   for (int64_t c = 0; c < kPanel; c += kLanes) {
-    const int64_t offset = c % kColumns, count = max_of(0, min_of(kLanes, columns - offset));
-    const int64_t row = (c < kColumns ? 0 : args.inner) + first + offset;
-    transpose_rows(scratch.weight + c, kPanel, weight + row * args.weight_stride, args.weight_stride, count,
-                   args.in_features);
-    store(scratch.bias + c, bias != nullptr ? load_first(bias + row, count) : Vec{});
+    const T* from = static_cast<const T*>(args.weight) + weight_row(args, unit, c) * args.weight_stride + k;
+    transpose_rows(to + c, kPanel, from, args.weight_stride, weight_rows(unit, c), depth);
   }
 }
 
-// sums[r, :] += sum_k x[r, k] weight[k, :] over one block of in_features.
-void multiply_block(const float* x, const float* weight, int64_t features, float* sums) {
-  Vec tile[kTileRows][kTileVectors] = {};
-  for (int64_t k = 0; k < features; ++k) {
-    Vec column[kTileVectors];
-    GAFEXT_UNROLL
-    for (int c = 0; c < kTileVectors; ++c) column[c] = load(weight + k * kPanel + c * kLanes);
-    GAFEXT_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vec factor = broadcast(x[r * kBlock + k]);
-      GAFEXT_UNROLL
-      for (int c = 0; c < kTileVectors; ++c) tile[r][c] += factor * column[c];
-    }
-  }
-  GAFEXT_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
-    GAFEXT_UNROLL
-    for (int c = 0; c < kTileVectors; ++c) {
-      float* sum = sums + r * kPanel + c * kLanes;
-      store(sum, load(sum) + tile[r][c]);
-    }
-  }
-}
-
-// Rows [row, row + rows), rows <= kTileRows, times the packed panel, gated, into `columns` columns of out.
+// sums (+)= x W^T over features [k, k + depth).
 template <typename T>
-void project_rows(const GegluArgs& args, int64_t row, int64_t rows, int64_t first, int64_t columns,
-                  const Scratch& scratch) {
-  const T* x = static_cast<const T*>(args.x);
-  for (int r = 0; r < kTileRows; ++r) copy_row(scratch.sums + r * kPanel, scratch.bias, kPanel);
-  for (int64_t k = 0; k < args.in_features; k += kBlock) {
-    const int64_t features = min_of(kBlock, args.in_features - k);
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      copy_row(scratch.x + r * kBlock, x + (row + min_of(r, rows - 1)) * args.x_stride + k, features);
-    }
-    multiply_block(scratch.x, scratch.weight + k * kPanel, features, scratch.sums);
+void multiply_step(const GegluArgs& args, const Unit& unit, int64_t k, int64_t depth, const Scratch& scratch) {
+  const T *x = static_cast<const T*>(args.x) + unit.row * args.x_stride + k,
+          *weight = static_cast<const T*>(args.weight);
+  const int64_t after = min_of(kDepth, args.in_features - k - depth), calls = ceil_div(unit.rows, kTileRows);
+  Prefetcher next[2];
+  for (int half = 0; half < 2; ++half) {
+    next[half] = Prefetcher(weight + weight_row(args, unit, half * kColumns) * args.weight_stride + k + depth,
+                            args.weight_stride * sizeof(T), unit.columns, after * sizeof(T), calls);
   }
-  T* out = static_cast<T*>(args.out) + row * args.inner + first;
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* value = scratch.sums + r * kPanel;
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const Vec gated = load(value + c) * gelu_of(load(value + kColumns + c));
-      T* to = out + r * args.inner + c;
-      columns - c >= kLanes ? store(to, gated) : store_first(to, gated, columns - c);
+  for (int64_t r = 0; r < unit.rows; r += kTileRows) {
+    const int64_t rows = min_of(kTileRows, unit.rows - r);
+    next[0].step();
+    next[1].step();
+    if constexpr (sizeof(T) == sizeof(float)) {
+      multiply_rows(rows, x + r * args.x_stride, args.x_stride, scratch.weight, depth, scratch.sums + r * kPanel,
+                    kPanel, k > 0);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) copy_row(scratch.x + i * kDepth, x + (r + i) * args.x_stride, depth);
+      multiply_rows(rows, scratch.x, kDepth, scratch.weight, depth, scratch.sums + r * kPanel, kPanel, k > 0);
     }
   }
+}
+
+template <typename T>
+void write_gated(const GegluArgs& args, const Unit& unit, const Scratch& scratch) {
+  const T* bias = static_cast<const T*>(args.bias);
+  for (int64_t c = 0; c < unit.columns; c += kLanes) {
+    const int64_t lanes = min_of(kLanes, unit.columns - c);
+    const Vec value_bias = bias != nullptr ? load_first(bias + unit.first + c, lanes) : Vec{};
+    const Vec gate_bias = bias != nullptr ? load_first(bias + args.inner + unit.first + c, lanes) : Vec{};
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const float* sums = scratch.sums + r * kPanel + c;
+      const Vec gated = (load(sums) + value_bias) * gelu_of(load(sums + kColumns) + gate_bias);
+      T* to = static_cast<T*>(args.out) + (unit.row + r) * args.inner + unit.first + c;
+      lanes == kLanes ? store(to, gated) : store_first(to, gated, lanes);
+    }
+  }
+}
+
+template <typename T>
+void project(const GegluArgs& args, const Unit& unit, const Scratch& scratch) {
+  if (args.in_features == 0) {
+    for (int64_t i = 0; i < unit.rows * kPanel; ++i) scratch.sums[i] = 0.0f;
+  }
+  for (int64_t k = 0; k < args.in_features; k += kDepth) {
+    const int64_t depth = min_of(kDepth, args.in_features - k);
+    pack_weight<T>(args, unit, k, depth, scratch.weight);
+    multiply_step<T>(args, unit, k, depth, scratch);
+  }
+  write_gated<T>(args, unit, scratch);
 }
 
 }  // namespace
 
 void geglu(const GegluArgs& args) {
   if (args.rows * args.inner == 0) return;
-  const int64_t panels = ceil_div(args.inner, kColumns), floats = Scratch::floats(args);
-  int64_t block = args.rows;  // rows of a unit: all of them, if that gives every thread enough units
-  while (block >= 2 * kMinRows && panels * ceil_div(args.rows, block) < 4 * max_threads()) block = ceil_div(block, 2);
-  const int64_t blocks = ceil_div(args.rows, block);
+  const int64_t panels = ceil_div(args.inner, kColumns);
+  int64_t blocks = ceil_div(args.rows, kMaxRows);  // of rows; more where threads would be left without a unit
+  while (args.rows / blocks >= 2 * kMinRows && panels * blocks < 4 * max_threads()) blocks *= 2;
+  const int64_t rows = round_up(ceil_div(args.rows, blocks), kTileRows), floats = Scratch::floats(rows);
+  blocks = ceil_div(args.rows, rows);
 
   float* memory = scratch(max_threads() * floats);
   with_element_type(args.dtype, [&](auto element) {
-    using T = decltype(element);
-    parallel_for(panels * blocks, [&](int64_t thread, int64_t unit) {
-      const Scratch mine(args, memory + thread * floats);
-      const int64_t first = unit / blocks * kColumns, columns = min_of(kColumns, args.inner - first);
-      const int64_t begin = unit % blocks * block, end = min_of(args.rows, begin + block);
-      pack_weight<T>(args, first, columns, mine);
-      for (int64_t row = begin; row < end; row += kTileRows) {
-        project_rows<T>(args, row, min_of(kTileRows, end - row), first, columns, mine);
-      }
+    parallel_for(panels * blocks, [&](int64_t thread, int64_t index) {
+      const int64_t first = index % panels * kColumns, row = index / panels * rows;
+      const Unit unit{first, min_of(kColumns, args.inner - first), row, min_of(rows, args.rows - row)};
+      project<decltype(element)>(args, unit, Scratch(memory + thread * floats));
     });
   });
 }

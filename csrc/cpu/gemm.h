@@ -7,18 +7,12 @@ namespace gafext::GAFEXT_ISA {
 
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a packed right-hand side: [depth, kPanel]
 
-// c[r, :] = (or +=) sum_k a[r, k] b[k, :] for `Rows` rows of a and c.
+// c[r, :] = (or +=) sum_k a[r, k] b[k, :] for `Rows` rows of a and c. What is there is added last: a sum of short sums
+// rounds less than one long chain.
 template <int Rows>
 void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
                    bool accumulate) {
   Vec tile[Rows][kTileVectors] = {};
-  if (accumulate) {
-    GAFEXT_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      GAFEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) tile[r][v] = load(c + r * c_stride + v * kLanes);
-    }
-  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[kTileVectors];
     GAFEXT_UNROLL
@@ -32,8 +26,11 @@ void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t dep
   }
   GAFEXT_UNROLL
   for (int r = 0; r < Rows; ++r) {
+    float* row = c + r * c_stride;
     GAFEXT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) store(c + r * c_stride + v * kLanes, tile[r][v]);
+    for (int v = 0; v < kTileVectors; ++v) {
+      store(row + v * kLanes, accumulate ? load(row + v * kLanes) + tile[r][v] : tile[r][v]);
+    }
   }
 }
 

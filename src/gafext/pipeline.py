@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gafext import conditions
+from gafext import conditions, memory
 from gafext import images as imaging
 from gafext.attention import check_backend, set_attention_backend
 from gafext.cameras import Cameras, as_cameras
@@ -298,9 +298,12 @@ class MultiViewDiffusionPipeline:
             **{"seed": seed, "strength": strength, "eta": eta, "output_type": output_type},
             **{name: "default" if value is None else "given" for name, value in given.items()},
         }
+        finished = [self._finish(part, output_type) for part in latents.split(num_views)]
+        if self.device.type == "cpu":
+            memory.release_freed_memory()
         outputs = [
-            MultiViewOutput(self._finish(part, output_type), cameras, {**run, "portrait_index": index})
-            for index, part in enumerate(latents.split(num_views))
+            MultiViewOutput(pictures, cameras, {**run, "portrait_index": index})
+            for index, pictures in enumerate(finished)
         ]
         return outputs if several else outputs[0]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gafext import keys, weights
+from gafext import keys, memory, weights
 from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
 from gafext.config.ldm_unet import LDMUNetConfig
 from gafext.models.base import PretrainedModel
@@ -284,6 +284,8 @@ class MultiViewUNet(PretrainedModel):
         Raises:
             ValueError: a shape does not fit, naming the argument, what was expected and what was got.
         """
+        if sample.device.type == "cpu" and not torch.compiler.is_compiling():
+            memory.keep_freed_memory()
         if conditioning is None:
             conditioning = self.precompute(
                 pose=pose, image_embeds=image_embeds, encoder_hidden_states=encoder_hidden_states
