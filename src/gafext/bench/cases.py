@@ -91,9 +91,6 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
         yield geglu_case(*sizes, where, compiled=compiled, **kind)
 
 
-OPS = ("flash_attention", "cross_view_attention", "geglu")
-
-
 def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
     """One shape at a time: what torch.compile makes of known sizes is faster."""
     return Contestant(f"{name} compiled", torch.compile(run, dynamic=False, fullgraph=True), optional=True)
@@ -178,16 +175,28 @@ def cross_view_case(views: int, positions: int, heads: int, where: str, *, compi
     )
 
 
+def pack_by_mkl(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+    return x, torch.ops.mkl._mkl_reorder_linear_weight(weight, len(x)), weight, bias
+
+
+def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What Inductor makes of a linear layer whose weights are frozen, and PyTorch's GELU after it."""
+    value, gate = torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x)).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
 def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         weight = torch.randn(8 * channels, channels, **kind) * channels**-0.5
         return torch.randn(rows, channels, **kind), weight, torch.randn(8 * channels, **kind)
 
-    # An operation that takes its weights packed is a contestant of ours too, with the packing in `prepare`; then it is
-    # the `ours` of this case.
+    # An operation that takes its weights packed becomes a contestant here, "gafext packed", with the packing in its
+    # `prepare`, and the `ours` of this case.
     contestants = [Contestant("gafext", geglu), Contestant("eager", reference_geglu)]
     if compiled:
         contestants.append(compiled_form("eager", reference_geglu))
+    if kind["device"] == "cpu" and kind["dtype"] == torch.float32 and torch.backends.mkl.is_available():
+        contestants.append(Contestant("eager packed by MKL", geglu_packed_by_mkl, prepare=pack_by_mkl))
     return Case(
         op="geglu",
         shape=f"{rows}x{channels}",

@@ -74,7 +74,7 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
 
 @torch.inference_mode()
 def _measured(args: argparse.Namespace, allocator: str) -> list[dict]:
-    races, title = [], None
+    races, printed = [], None
     # By a quarter larger than the cache, so that no replacement policy keeps a part of it.
     modes = {"warm": 0} | ({"cold": last_level_cache(args.device) * 5 // 4} if args.cold else {})
     for mode, cold_bytes in modes.items():
@@ -85,9 +85,10 @@ def _measured(args: argparse.Namespace, allocator: str) -> list[dict]:
             turn_seconds = 0 if args.quick else _TURN_SECONDS
             measured = race(case, args.device, cold_bytes=cold_bytes, rounds=_rounds(args), turn_seconds=turn_seconds)
             races.append(summary(measured, mode=mode, allocator=allocator))
-            if title != (title := heading(case.op, mode=mode, allocator=allocator)):
-                print(title)
-            print("\n".join(rows(races[-1])), flush=True)
+            title = heading(case.op, mode=mode, allocator=allocator)
+            lines = rows(races[-1])
+            print(*(lines if title == printed else [title, *lines]), sep="\n", flush=True)
+            printed = title
     return races
 
 

@@ -10,6 +10,8 @@ import datetime
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,6 +67,31 @@ def last_level_cache(device: str) -> int:
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((1024 * int(size[:-1]) for size in sizes if re.fullmatch(r"\d+K", size)), default=64 << 20)
+
+
+def watch_others() -> Callable[[], float | None]:
+    """A function that gives the share of the machine's cores that others have held since now: other processes, and the
+    host of a virtual machine. Beyond a few hundredths, times say little: the threads of a kernel wait for each other.
+    """
+    start = _cpu_seconds()
+
+    def share() -> float | None:
+        if start is None:
+            return None
+        everyone, own, elapsed = (after - before for after, before in zip(_cpu_seconds(), start, strict=True))
+        return min(1.0, max(0.0, everyone - own) / (os.cpu_count() * max(elapsed, 0.01)))
+
+    return share
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Of all processes, of this one, and by the clock; None where the system does not say."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    everyone = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return everyone, time.process_time(), time.perf_counter()
 
 
 def current_allocator() -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gafext.bench.cases import Case, Contestant
+from gafext.bench.environment import watch_others
 
 # Largest difference to ours, relative to the largest value of the result.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -34,6 +35,7 @@ class Race:
     gemm_flops: int
     times: dict[str, list[float]] = field(default_factory=dict)  # seconds a call by contestant, one a round
     skipped: dict[str, str] = field(default_factory=dict)  # the reason by contestant
+    others: float | None = None  # share of the cores that other processes held meanwhile
 
 
 class Entrant:
@@ -130,9 +132,11 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
     for entrant in entrants:
         entrant.calibrate(turn_seconds, device)
     result.times = {entrant.contestant.name: [] for entrant in entrants}
+    share_of_others = watch_others()
     for _ in range(rounds):
         for entrant in entrants:
             result.times[entrant.contestant.name].append(entrant.turn())
+    result.others = share_of_others()
     return result
 
 

@@ -7,18 +7,20 @@ from pathlib import Path
 
 from gafext.bench.measure import CEILINGS, Race, quartiles, ratio
 
+_QUIET = 0.05  # share of the cores that others may hold before the table warns
+
 
 def summary(race: Race, *, mode: str, allocator: str) -> dict:
     """A race as the JSON holds it; all its ratios follow from its times."""
     case = race.case
-    times = {name: [_rounded(1e3 * seconds) for seconds in values] for name, values in race.times.items()}
+    times = {name: [_four_digits(1e3 * seconds) for seconds in values] for name, values in race.times.items()}
     gemm, copy = (times[name] for name in CEILINGS)
     contestants = []
     for name, values in times.items():
         if name in CEILINGS:
             continue
         first, median, third = quartiles(values)
-        slow, speedup, fast = ratio(values, times[case.ours])
+        slow, speedup, fast = map(_four_digits, ratio(values, times[case.ours]))
         contestants.append(
             {
                 "name": name,
@@ -26,10 +28,10 @@ def summary(race: Race, *, mode: str, allocator: str) -> dict:
                 "quartiles_ms": [first, third],
                 "speedup": speedup,  # of ours over this contestant: the median over the rounds
                 "speedup_quartiles": [slow, fast],
-                "gflops": 1e-6 * case.flops / median,
-                "of_gemm": ratio(gemm, values)[1] * case.flops / race.gemm_flops,
-                "gbps": 1e-6 * race.bytes / median,
-                "of_copy": ratio(copy, values)[1],
+                "gflops": _four_digits(1e-6 * case.flops / median),
+                "of_gemm": _four_digits(ratio(gemm, values)[1] * case.flops / race.gemm_flops),
+                "gbps": _four_digits(1e-6 * race.bytes / median),
+                "of_copy": _four_digits(ratio(copy, values)[1]),
                 "times_ms": values,
             }
         )
@@ -43,9 +45,10 @@ def summary(race: Race, *, mode: str, allocator: str) -> dict:
         "flops": case.flops,
         "bytes": race.bytes,
         "ours": case.ours,
+        "others_busy": None if race.others is None else _four_digits(race.others),
         "ceilings": {
-            "gemm_gflops": 1e-6 * race.gemm_flops / quartiles(gemm)[1],
-            "copy_gbps": 1e-6 * race.bytes / quartiles(copy)[1],
+            "gemm_gflops": _four_digits(1e-6 * race.gemm_flops / quartiles(gemm)[1]),
+            "copy_gbps": _four_digits(1e-6 * race.bytes / quartiles(copy)[1]),
             "gemm_flops": race.gemm_flops,
             "gemm_times_ms": gemm,
             "copy_times_ms": copy,
@@ -55,8 +58,8 @@ def summary(race: Race, *, mode: str, allocator: str) -> dict:
     }
 
 
-def _rounded(milliseconds: float) -> float:
-    return float(f"{milliseconds:.5g}")
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def heading(op: str, *, mode: str, allocator: str) -> str:
@@ -68,10 +71,10 @@ def heading(op: str, *, mode: str, allocator: str) -> str:
 def rows(summary: dict) -> list[str]:
     """A line for the shape and one for each contestant."""
     ceilings = summary["ceilings"]
-    lines = [
-        f"{summary['shape']}   {summary['where']}"
-        + f"   (gemm {ceilings['gemm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gbps']:.1f} GB/s)"
-    ]
+    reached = f"gemm {ceilings['gemm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gbps']:.1f} GB/s"
+    lines = [f"{summary['shape']}   {summary['where']}   ({reached})"]
+    if (summary["others_busy"] or 0) > _QUIET:
+        lines.append(f"  not to be trusted: other processes held {summary['others_busy']:.0%} of the cores")
     for row in summary["contestants"]:
         if summary["bound"] == "compute":
             roofline = f"{row['gflops']:7.0f} GFLOP/s {row['of_gemm']:6.0%} of gemm"
