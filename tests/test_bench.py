@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -186,13 +187,25 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         assert any(part in text for part in message.split("|"))
 
 
-def test_the_readme_names_real_options_and_the_figure_is_there(capsys):
+def test_the_readmes_command_and_figure(capsys):
     root = Path(__file__).parent.parent
     readme = (root / "README.md").read_text()
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     text = capsys.readouterr().out
-    commands = [line.split("`")[0] for line in readme.split("gafext bench")[1:]]
-    options = {word for command in commands for word in command.split() if word.startswith("--")}
+    options = {
+        word for command in re.findall(r"gafext bench([^`\n]*)", readme) for word in re.findall("--[a-z]+", command)
+    }
     assert "--json" in options and not [option for option in options if option not in text]
-    assert (root / readme.split("](benchmarks/")[1].split(")")[0].join(("benchmarks/", ""))).is_file()
+    figures = re.findall(r"\]\((benchmarks/.*?)\)", readme)
+    assert figures and all((root / figure).is_file() for figure in figures)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    shapes = ("--shape", "4,20,64x77", "--shape", "V=4,(64", "--shape", "256x1280", "--cold")
+    written = measured(tmp_path, "--device", "cuda", "--dtype", "float16", *shapes)
+    assert len(written["races"]) == 6 and written["environment"]["gpu"]["name"]
+    attention = written["races"][0]
+    named = {row["name"] for row in attention["contestants"]} | set(attention["skipped"])
+    assert {"sdpa cudnn", "sdpa flash", "sdpa efficient", "sdpa math"} <= named
