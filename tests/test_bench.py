@@ -99,6 +99,16 @@ def test_torch_compile_takes_part(tmp_path):
     assert {"sdpa compiled", "elementwise compiled"} <= {row["name"] for row in result["contestants"]}
 
 
+def test_patience_takes_the_least_disturbed(monkeypatch, tmp_path):
+    shares = [0.5, 0.2, 0.3, 0.01, 0.0]
+    monkeypatch.setattr("gafext.bench.measure.watch_others", lambda: lambda: shares.pop(0))
+    (result,) = measured(tmp_path, "--shape", "V=4,(64", "--patience", "100")["races"]
+    assert result["others_busy"] == 0.01 and shares == [0.0]
+    shares[:] = [0.5, 0.2]
+    (result,) = measured(tmp_path, "--shape", "V=4,(64")["races"]
+    assert result["others_busy"] == 0.5 and shares == [0.2]
+
+
 def test_half_precision_agrees(tmp_path):
     shapes = ("--shape", "4,20,64x64", "--shape", "V=4,(64", "--shape", "256x1280")
     assert len(measured(tmp_path, "--dtype", "bfloat16", *shapes)["races"]) == 3

@@ -146,6 +146,13 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         default="default",
         help="keep: glibc's malloc keeps big blocks, in place of giving them back to the kernel; default: default",
     )
+    add(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="measure a shape again for up to S seconds while other processes disturb it; the least disturbed counts",
+    )
     add("--json", metavar="FILE", help="write the environment and all times there")
 
 

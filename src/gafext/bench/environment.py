@@ -20,6 +20,7 @@ from gafext import _C
 from gafext.versions import versions
 
 KEEP_BLOCKS = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={1 << 40}"
+QUIET = 0.05  # share of the cores that others may hold while times are still to be trusted
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
 
@@ -71,7 +72,7 @@ def last_level_cache(device: str) -> int:
 
 def watch_others() -> Callable[[], float | None]:
     """A function that gives the share of the machine's cores that others have held since now: other processes, and the
-    host of a virtual machine. Beyond a few hundredths, times say little: the threads of a kernel wait for each other.
+    host of a virtual machine. Beyond QUIET, times say little: the threads of a kernel wait for the one that is held up.
     """
     start = _cpu_seconds()
 

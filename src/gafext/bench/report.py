@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gafext.bench.environment import QUIET
 from gafext.bench.measure import CEILINGS, Race, quartiles, ratio
-
-_QUIET = 0.05  # share of the cores that others may hold before the table warns
 
 
 def summary(race: Race, *, mode: str, allocator: str) -> dict:
@@ -73,7 +72,7 @@ def rows(summary: dict) -> list[str]:
     ceilings = summary["ceilings"]
     reached = f"gemm {ceilings['gemm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gbps']:.1f} GB/s"
     lines = [f"{summary['shape']}   {summary['where']}   ({reached})"]
-    if (summary["others_busy"] or 0) > _QUIET:
+    if (summary["others_busy"] or 0) > QUIET:
         lines.append(f"  not to be trusted: other processes held {summary['others_busy']:.0%} of the cores")
     for row in summary["contestants"]:
         if summary["bound"] == "compute":
