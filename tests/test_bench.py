@@ -124,7 +124,9 @@ def test_a_wrong_result_is_no_opponent():
     with pytest.raises(RuntimeError, match=r"doubling 16: sloppy differs from gafext by 0\.01"):
         quick_race(doubling(Contestant("sloppy", lambda x: 2.01 * x)))
     with pytest.raises(RuntimeError, match="sloppy differs"):
-        quick_race(doubling(Contestant("sloppy", lambda x: 2 * x / (x - 1), optional=True)))
+        quick_race(doubling(Contestant("sloppy", lambda x: 2 * x * float("nan"), optional=True)))
+    with pytest.raises(RuntimeError, match="sloppy differs"):
+        quick_race(doubling(Contestant("sloppy", lambda x: 2 * x[:8])))
 
 
 def test_what_cannot_run_is_left_out_with_its_reason():

@@ -114,21 +114,17 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
         RuntimeError: a contestant's result differs from ours.
     """
     sets = [case.inputs()]
-    input_bytes = sum(x.nbytes for x in sets[0])
-    copies = min(math.ceil(cold_bytes / input_bytes), _MAX_SETS)
+    copies = min(math.ceil(cold_bytes / _bytes(sets[0])), _MAX_SETS)
     sets += [tuple(x.clone() for x in sets[0]) for _ in range(copies)]
     prepared: dict[Callable, list[tuple]] = {}
-    entrants = [Entrant(contestant, sets, prepared) for contestant in case.contestants]
-    result = Race(case, bytes=0, gemm_flops=0)
-    expected = entrants[0].result()
-    result.bytes = input_bytes + expected.nbytes
-    for entrant in entrants[1:]:
-        reason = _disagreement_or_reason(case, entrant, expected)
-        if reason:
-            result.skipped[entrant.contestant.name] = reason
-    entrants = [entrant for entrant in entrants if entrant.contestant.name not in result.skipped]
-    gemm, result.gemm_flops = _gemm(device, expected.dtype)
-    entrants += [Entrant(ceiling, sets, prepared) for ceiling in (gemm, _copy(device, result.bytes))]
+    ours, *others = (Entrant(contestant, sets, prepared) for contestant in case.contestants)
+    expected = ours.result()
+    skipped = {entrant.contestant.name: _why_not(case, entrant, expected) for entrant in others}
+    skipped = {name: reason for name, reason in skipped.items() if reason}
+    gemm, gemm_flops = _gemm(device, expected.dtype)
+    result = Race(case, bytes=_bytes(sets[0]) + expected.nbytes, gemm_flops=gemm_flops, skipped=skipped)
+    ceilings = [Entrant(ceiling, sets, prepared) for ceiling in (gemm, _copy(device, result.bytes))]
+    entrants = [entrant for entrant in (ours, *others, *ceilings) if entrant.contestant.name not in skipped]
     for entrant in entrants:
         entrant.calibrate(turn_seconds, device)
     result.times = {entrant.contestant.name: [] for entrant in entrants}
@@ -149,7 +145,11 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def _disagreement_or_reason(case: Case, entrant: Entrant, expected: Tensor) -> str:
+def _bytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+def _why_not(case: Case, entrant: Entrant, expected: Tensor) -> str:
     """Why an optional contestant cannot run, or "". A contestant that runs must give our result."""
     name = entrant.contestant.name
     try:
@@ -160,10 +160,12 @@ def _disagreement_or_reason(case: Case, entrant: Entrant, expected: Tensor) -> s
         if not entrant.contestant.optional:
             raise
         return str(error).strip().splitlines()[0]
-    difference = (result.double() - expected.double()).abs().max().item()
+    same_shape = result.shape == expected.shape
+    difference = (result.double() - expected.double()).abs().max().item() if same_shape else math.inf
     allowed = TOLERANCE[expected.dtype] * max(1.0, expected.abs().max().item())
-    if result.shape != expected.shape or not difference <= allowed:
-        raise RuntimeError(f"{case.op} {case.shape}: {name} differs from {case.ours} by {difference:.3g}")
+    if not difference <= allowed:  # true for NaN too
+        first = case.contestants[0].name
+        raise RuntimeError(f"{case.op} {case.shape}: {name} differs from {first} by {difference:.3g}")
     return ""
 
 
