@@ -23,8 +23,8 @@ device=$(python3 -c "import torch; print(torch.cuda.get_device_name().replace(' 
 GAFEXT_CUDA=ON step build python3 -m pip install -q --no-build-isolation --no-deps --no-index --target "$site" .
 export PYTHONPATH=$site
 step info python3 -m gafext info
-step tests python3 -m pytest tests/test_build.py tests/test_flash_attention.py tests/test_cross_view_attention.py tests/test_geglu.py
-step kernels python3 benchmarks/bench_ops.py --device cuda --dtype float16 --json "$results/kernels-$device.json"
+step tests python3 -m pytest tests/test_build.py tests/test_flash_attention.py tests/test_cross_view_attention.py tests/test_geglu.py tests/test_bench.py
+step kernels python3 -m gafext bench --device cuda --dtype float16 --json "$results/kernels-$device.json"
 step pipeline python3 benchmarks/full_size.py --device cuda --dtype float16 --steps 20 --rounds 3 \
   --backend auto sdpa --json "$results/full-size-$device.json"
 

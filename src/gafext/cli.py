@@ -1,4 +1,4 @@
-"""The command line: `gafext generate`, `gafext assemble` and `gafext info`."""
+"""The command line: `gafext generate`, `gafext assemble`, `gafext bench` and `gafext info`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_assemble(commands)
+    _add_bench(commands)
     info = commands.add_parser(
         "info", help="versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
     )
@@ -112,6 +113,47 @@ def _add_assemble(commands: argparse._SubParsersAction) -> None:
     add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
     add("--dtype", choices=_DTYPES, default="float32", help="of the weights written (default: float32)")
     add("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="gafext's operations against PyTorch's, on this machine",
+        description="Time every operation at the shapes of the published networks, contestants taking turns. "
+        "Columns: median and quartiles of a call, how many times faster gafext is, and the share of what a matrix "
+        "product or a copy reaches in the same run.",
+        epilog=EXIT_CODES,
+    )
+    add = bench.add_argument
+    ops = ("flash_attention", "cross_view_attention", "geglu")
+    add("--op", choices=ops, action="append", help="only this operation; may be repeated")
+    add("--shape", metavar="TEXT", action="append", help="only shapes that contain this; may be repeated")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--dtype", choices=_DTYPES, default="float32", help="default: float32")
+    add("--rounds", type=int, default=11, metavar="N", help="turns of each contestant, 7 or more; default: 11")
+    add("--threads", type=int, metavar="N", help="of PyTorch and gafext; default: PyTorch's")
+    add("--quick", action="store_true", help="3 rounds of one call: shows that all runs and agrees, measures nothing")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="race torch.compile's forms too, for which it needs a C++ compiler; default: yes",
+    )
+    add("--cold", action="store_true", help="measure with inputs that are in no cache, too")
+    add(
+        "--allocator",
+        choices=("default", "keep", "both"),
+        default="default",
+        help="keep: glibc's malloc keeps big blocks, in place of giving them back to the kernel; default: default",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="measure a shape again for up to S seconds while other processes disturb it; the least disturbed counts",
+    )
+    add("--json", metavar="FILE", help="write the environment and all times there")
 
 
 def _assemble(args: argparse.Namespace) -> int:
@@ -253,6 +295,12 @@ def _device(name: str | None):
     return device
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from gafext.bench.command import bench
+
+    return bench(args)
+
+
 def _info(args: argparse.Namespace) -> int:
     import torch
 
@@ -285,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on stderr, never in a traceback."""
     args = _parser().parse_args(argv)
     try:
-        return {"generate": _generate, "assemble": _assemble, "info": _info}[args.command](args)
+        return {"generate": _generate, "assemble": _assemble, "bench": _bench, "info": _info}[args.command](args)
     except KeyboardInterrupt:
         print("gafext: interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -1,0 +1,104 @@
+"""Draws how many times faster gafext is than PyTorch's forms, from the JSON of `gafext bench`.
+
+    python benchmarks/plot.py RESULTS.json FIGURE.svg [--mode warm] [--allocator default]
+
+A row for each shape, in the order of the table. Its bar is the comparison with the fastest of PyTorch's forms, red
+where that one wins; its marks are those with every form. The axis is logarithmic: 1/2 is as far from 1 as 2 is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+WIN, LOSS = "#4c78a8", "#d62728"
+MARKS = "osD^vPX<>*"
+TITLES = {
+    "flash_attention": "flash attention: batch, heads, queries × keys, head width",
+    "cross_view_attention": "attention across V views: (positions, channels)",
+    "geglu": "GEGLU: rows × channels",
+}
+
+
+def opponents(race: dict) -> list[dict]:
+    return [row for row in race["contestants"] if not row["name"].startswith("gafext")]
+
+
+def draw(axes: Axes, races: list[dict], limits: tuple[float, float]) -> None:
+    names = list(dict.fromkeys(row["name"] for race in races for row in opponents(race)))
+    for y, race in enumerate(races):
+        fastest = min(row["speedup"] for row in opponents(race))
+        axes.barh(y, fastest - 1, left=1, height=0.72, color=WIN if fastest >= 1 else LOSS, alpha=0.55)
+        axes.annotate(
+            f"{fastest:.2f}", (limits[0] * 1.02, y), va="center", fontsize=8, color="black" if fastest >= 1 else LOSS
+        )
+    for name, mark in zip(names, MARKS, strict=False):
+        points = [(row["speedup"], y) for y, race in enumerate(races) for row in opponents(race) if row["name"] == name]
+        axes.plot(*zip(*points, strict=True), mark, color="black", markersize=3.5, alpha=0.75, label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(races)), [race["shape"].replace("x", "×") for race in races], fontsize=8)
+    axes.set_ylim(len(races) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlim(*limits)
+    axes.xaxis.set_major_locator(FixedLocator([0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.grid(axis="x", linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.set_title(TITLES[races[0]["op"]], loc="left", fontsize=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7.5, frameon=False)
+
+
+def subtitle(environment: dict, mode: str, allocator: str) -> str:
+    if environment["gpu"]:
+        place = environment["gpu"]["name"]
+    else:
+        kernels = environment["build"]["instruction_set"]
+        place = f"{environment['cpu']['model']}, {kernels} kernels, {environment['threads']} threads"
+    kept = ", malloc keeps big blocks" if allocator == "keep" else ""
+    return f"{place}, torch {environment['versions']['torch']}, {environment['dtype']}, {mode} inputs{kept}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("figure", type=Path, help=".svg or .png")
+    parser.add_argument("--mode", choices=["warm", "cold"], default="warm")
+    parser.add_argument("--allocator", choices=["default", "keep"], default="default")
+    args = parser.parse_args()
+    results = json.loads(args.json.read_text())
+    races = [r for r in results["races"] if r["mode"] == args.mode and r["allocator"] == args.allocator]
+    if not races:
+        parser.error(f"{args.json} has no races of mode {args.mode} and allocator {args.allocator}")
+
+    groups = [[race for race in races if race["op"] == op] for op in TITLES]
+    groups = [group for group in groups if group]
+    speedups = [row["speedup"] for race in races for row in opponents(race)]
+    limits = (min(0.45, *speedups) * 0.9, max(3, *speedups) * 1.1)
+    # The same file from the same JSON.
+    plt.rcParams.update({"svg.hashsalt": "gafext", "font.family": "DejaVu Sans"})
+    figure, panels = plt.subplots(
+        len(groups),
+        figsize=(9, 0.21 * len(races) + 0.75 * len(groups) + 0.6),
+        height_ratios=[len(group) + 0.5 for group in groups],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, group in zip(panels[:, 0], groups, strict=True):
+        draw(axes, group, limits)
+    panels[-1, 0].set_xlabel("times as fast as PyTorch; bar: its fastest form, marks: each", fontsize=9)
+    figure.suptitle(subtitle(results["environment"], args.mode, args.allocator), fontsize=9)
+    svg = args.figure.suffix == ".svg"
+    figure.savefig(args.figure, dpi=130, metadata={"Date": None} if svg else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What is measured: every operation at the shapes of the published networks, and the forms of PyTorch it competes with.
+
+An opponent is the code that one would write without gafext, in the form that suits it best. Inputs lie in memory as a
+projection leaves them, (B, L, H * D); "contiguous" is given copies in its own layout before the clock starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gafext.ops import cross_view_attention, flash_attention, geglu
+from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
+from gafext.ops.geglu import reference_geglu
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    run: Callable[..., Tensor]
+    prepare: Callable[..., tuple] | None = None  # of the inputs, before the clock starts: copies, packed weights
+    context: Callable[[], AbstractContextManager] = nullcontext  # entered around a turn
+    optional: bool = False  # left out, with its reason, where it cannot run
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: str
+    where: str
+    bound: str  # "compute" or "memory": which ceiling the table shows
+    flops: int  # a multiplication and an addition count two; softmax and gelu none
+    inputs: Callable[[], tuple[Tensor, ...]]
+    contestants: list[Contestant]  # ours first
+    ours: str = "gafext"  # whom the opponents are compared with
+
+
+# (batch, heads, queries, keys, head_dim, where it occurs)
+ATTENTION_SHAPES = [
+    (4, 5, 1024, 1024, 64, "self-attention, 4 views, 32x32 latents"),
+    (1, 5, 4096, 4096, 64, "self-attention, 64x64 latents, or dense over 4 views"),
+    (4, 10, 256, 256, 64, "self-attention, 16x16"),
+    (4, 20, 64, 64, 64, "self-attention, 8x8"),
+    (4, 5, 1024, 257, 64, "image tokens, 32x32"),
+    (4, 10, 256, 257, 64, "image tokens, 16x16"),
+    (4, 20, 64, 257, 64, "image tokens, 8x8"),
+    (4, 5, 1024, 77, 64, "text, 32x32"),
+    (4, 10, 256, 77, 64, "text, 16x16"),
+    (4, 20, 64, 77, 64, "text, 8x8"),
+    (1, 16, 257, 257, 80, "CLIP ViT-H, one portrait"),
+    (4, 16, 257, 257, 80, "CLIP ViT-H, four portraits"),
+    (1, 1, 1024, 1024, 512, "autoencoder, 32x32: PyTorch's own"),
+    (1, 1, 4096, 4096, 512, "autoencoder, 64x64: PyTorch's own"),
+    (4, 8, 1024, 1024, 40, "heads of Stable Diffusion 1, 32x32"),
+    (4, 8, 256, 256, 96, "other heads"),
+    (4, 8, 256, 256, 128, "other heads"),
+    (4, 8, 256, 256, 160, "heads of Stable Diffusion 1, inner stages"),
+]
+# (views, positions, heads of 64, where)
+CROSS_VIEW_SHAPES = [
+    (4, 1024, 5, "4 views, 32x32"),
+    (4, 256, 10, "4 views, 16x16"),
+    (4, 64, 20, "4 views, 8x8"),
+    (6, 1024, 5, "6 views, 32x32"),
+    (8, 1024, 5, "8 views, 32x32"),
+    (16, 256, 10, "16 views, 16x16"),
+]
+# (rows, channels, where); the inner width is 4 * channels
+GEGLU_SHAPES = [
+    (4096, 320, "4 views, 32x32"),
+    (1024, 640, "4 views, 16x16"),
+    (256, 1280, "4 views, 8x8"),
+]
+
+
+def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
+    """Every case, in the order of the table; `compiled` adds the contestants that torch.compile makes."""
+    kind = {"device": device, "dtype": dtype}
+    for *sizes, where in ATTENTION_SHAPES:
+        yield attention_case(*sizes, where, compiled=compiled, **kind)
+    for *sizes, where in CROSS_VIEW_SHAPES:
+        yield cross_view_case(*sizes, where, compiled=compiled, **kind)
+    for *sizes, where in GEGLU_SHAPES:
+        yield geglu_case(*sizes, where, compiled=compiled, **kind)
+
+
+def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
+    """One shape at a time: what torch.compile makes of known sizes is faster."""
+    return Contestant(f"{name} compiled", torch.compile(run, dynamic=False, fullgraph=True), optional=True)
+
+
+def heads_first(batch: int, length: int, heads: int, head_dim: int, **kind) -> Tensor:
+    """[B,H,L,D] in the memory of [B,L,H*D]."""
+    return torch.randn(batch, length, heads * head_dim, **kind).unflatten(-1, (heads, head_dim)).transpose(1, 2)
+
+
+def contiguous(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def attention_case(
+    batch: int, heads: int, queries: int, keys: int, head_dim: int, where: str, *, compiled: bool, device: str, **kind
+) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        lengths = (queries, keys, keys)
+        return tuple(heads_first(batch, length, heads, head_dim, device=device, **kind) for length in lengths)
+
+    def pinned(name: str, backend: SDPBackend) -> Contestant:
+        return Contestant(name, sdpa, context=partial(sdpa_kernel, backend), optional=True)
+
+    contestants = [
+        Contestant("gafext", flash_attention),
+        Contestant("sdpa", sdpa),
+        Contestant("sdpa contiguous", sdpa, prepare=contiguous),
+    ]
+    if compiled:
+        # SDPA again, behind a guard. torch.compile(flex_attention), the form that Inductor writes itself, took 1.25
+        # times as long as that on the CPU (4,5,1024x1024,64).
+        contestants.append(compiled_form("sdpa", sdpa))
+    if device == "cuda":
+        contestants += [
+            pinned("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
+            pinned("sdpa flash", SDPBackend.FLASH_ATTENTION),
+            pinned("sdpa efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ]
+    contestants.append(pinned("sdpa math", SDPBackend.MATH))
+    return Case(
+        op="flash_attention",
+        shape=f"{batch},{heads},{queries}x{keys},{head_dim}",
+        where=where,
+        bound="compute",
+        flops=4 * batch * heads * queries * keys * head_dim,
+        inputs=inputs,
+        contestants=contestants,
+    )
+
+
+def cross_view_elementwise(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> Tensor:
+    """Products and sums over broadcast pairs of views: no copies, and the form that torch.compile fuses best."""
+    query, key, value = (x.unflatten(0, (-1, num_views)) for x in (query, key, value))
+    weights = ((query[:, :, None] * key[:, None]).sum(-1, keepdim=True) * query.shape[-1] ** -0.5).softmax(2)
+    return (weights * value[:, None]).sum(2).flatten(0, 1)
+
+
+def cross_view_case(views: int, positions: int, heads: int, where: str, *, compiled: bool, **kind) -> Case:
+    forms = {"sdpa": sdpa_cross_view_attention, "elementwise": cross_view_elementwise}
+
+    def of_views(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda query, key, value: form(query, key, value, views)
+
+    contestants = [Contestant("gafext", of_views(cross_view_attention))]
+    contestants += [Contestant(name, of_views(form)) for name, form in forms.items()]
+    if compiled:
+        contestants += [compiled_form(name, of_views(form)) for name, form in forms.items()]
+    contestants.append(Contestant("matmul", of_views(reference_cross_view_attention)))
+    return Case(
+        op="cross_view_attention",
+        shape=f"V={views},({positions},{heads * 64})",
+        where=where,
+        bound="memory",
+        flops=4 * views * views * heads * positions * 64,
+        inputs=lambda: tuple(heads_first(views, positions, heads, 64, **kind) for _ in range(3)),
+        contestants=contestants,
+    )
+
+
+def pack_by_mkl(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+    return x, torch.ops.mkl._mkl_reorder_linear_weight(weight, len(x)), weight, bias
+
+
+def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What Inductor makes of a linear layer whose weights are frozen, and PyTorch's GELU after it."""
+    value, gate = torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x)).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        weight = torch.randn(8 * channels, channels, **kind) * channels**-0.5
+        return torch.randn(rows, channels, **kind), weight, torch.randn(8 * channels, **kind)
+
+    # An operation that takes its weights packed becomes a contestant here, "gafext packed", with the packing in its
+    # `prepare`, and the `ours` of this case.
+    contestants = [Contestant("gafext", geglu), Contestant("eager", reference_geglu)]
+    if compiled:
+        contestants.append(compiled_form("eager", reference_geglu))
+    if kind["device"] == "cpu" and kind["dtype"] == torch.float32 and torch.backends.mkl.is_available():
+        contestants.append(Contestant("eager packed by MKL", geglu_packed_by_mkl, prepare=pack_by_mkl))
+    return Case(
+        op="geglu",
+        shape=f"{rows}x{channels}",
+        where=where,
+        bound="compute",
+        flops=2 * rows * channels * 8 * channels,
+        inputs=inputs,
+        contestants=contestants,
+    )

@@ -1,0 +1,188 @@
+"""How it is measured: contestants and ceilings take turns, round by round, in one process.
+
+A machine that changes its speed changes it for all of a round, so what is compared are times of the same round. Warm:
+every call has the same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache.
+The ceilings race along: a large matrix product, and a copy that moves as many bytes as the operation must, as warm or
+as cold. On a GPU a turn is the replay of a CUDA graph between two events, so that no launch is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gafext.bench.cases import Case, Contestant
+from gafext.bench.environment import watch_others
+
+# Largest difference to ours, relative to the largest value of the result.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+CEILINGS = ("gemm", "copy")
+_MAX_SETS = 256
+
+
+@dataclass
+class Race:
+    case: Case
+    bytes: int  # that must be moved: every input read once, the result written once
+    gemm_flops: int
+    times: dict[str, list[float]] = field(default_factory=dict)  # seconds a call by contestant, one a round
+    skipped: dict[str, str] = field(default_factory=dict)  # the reason by contestant
+    others: float | None = None  # share of the cores that other processes held meanwhile
+
+
+class Entrant:
+    """A contestant with its inputs; `turn()` gives the seconds a call."""
+
+    def __init__(self, contestant: Contestant, sets: list[tuple], prepared: dict[Callable, list[tuple]]):
+        self.contestant = contestant
+        if contestant.prepare is None:
+            self.arguments = sets
+        else:  # copies are shared by the contestants that want the same
+            if contestant.prepare not in prepared:
+                prepared[contestant.prepare] = [contestant.prepare(*inputs) for inputs in sets]
+            self.arguments = prepared[contestant.prepare]
+        self._arguments = itertools.cycle(self.arguments)
+        self._calls = 1
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def result(self) -> Tensor:
+        with self.contestant.context():
+            return self.contestant.run(*self.arguments[0])
+
+    def calls(self, number: int) -> None:
+        for arguments in itertools.islice(self._arguments, number):
+            self.contestant.run(*arguments)
+
+    def calibrate(self, turn_seconds: float, device: str) -> None:
+        with self.contestant.context():
+            self.calls(2)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.calls(1)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            self._calls = max(1, math.ceil(turn_seconds / (time.perf_counter() - start)))
+            if device == "cuda":
+                self._calls = max(self._calls, len(self.arguments))
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self.calls(self._calls)
+
+    def turn(self) -> float:
+        return self._graph_turn() if self._graph is not None else self._cpu_turn()
+
+    def _cpu_turn(self) -> float:
+        with self.contestant.context():
+            if self._calls > 1 and len(self.arguments) == 1:
+                self.calls(1)  # what the contestant before has put out of the cache comes back
+            start = time.perf_counter()
+            self.calls(self._calls)
+            return (time.perf_counter() - start) / self._calls
+
+    def _graph_turn(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end) / self._calls
+
+
+def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds: float) -> Race:
+    """The times of all contestants of a case, once they are seen to agree.
+
+    Args:
+        case: what to measure.
+        device: "cpu" or "cuda".
+        cold_bytes: size that the inputs of a contestant must have in all; 0 measures warm.
+        rounds: turns of each contestant.
+        turn_seconds: a turn repeats its call until about so long; 0 calls once.
+
+    Returns:
+        The times of the contestants and of the ceilings.
+
+    Raises:
+        RuntimeError: a contestant's result differs from ours.
+    """
+    sets = [case.inputs()]
+    copies = min(math.ceil(cold_bytes / _bytes(sets[0])), _MAX_SETS)
+    sets += [tuple(x.clone() for x in sets[0]) for _ in range(copies)]
+    prepared: dict[Callable, list[tuple]] = {}
+    ours, *others = (Entrant(contestant, sets, prepared) for contestant in case.contestants)
+    expected = ours.result()
+    skipped = {entrant.contestant.name: _why_not(case, entrant, expected) for entrant in others}
+    skipped = {name: reason for name, reason in skipped.items() if reason}
+    gemm, gemm_flops = _gemm(device, expected.dtype)
+    result = Race(case, bytes=_bytes(sets[0]) + expected.nbytes, gemm_flops=gemm_flops, skipped=skipped)
+    ceilings = [Entrant(ceiling, sets, prepared) for ceiling in (gemm, _copy(device, result.bytes))]
+    entrants = [entrant for entrant in (ours, *others, *ceilings) if entrant.contestant.name not in skipped]
+    for entrant in entrants:
+        entrant.calibrate(turn_seconds, device)
+    result.times = {entrant.contestant.name: [] for entrant in entrants}
+    share_of_others = watch_others()
+    for _ in range(rounds):
+        for entrant in entrants:
+            result.times[entrant.contestant.name].append(entrant.turn())
+    result.others = share_of_others()
+    return result
+
+
+def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
+    """Quartiles of the ratio within a round."""
+    return quartiles([a / b for a, b in zip(over, under, strict=True)])
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def _bytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+def _why_not(case: Case, entrant: Entrant, expected: Tensor) -> str:
+    """Why an optional contestant cannot run, or "". A contestant that runs must give our result."""
+    name = entrant.contestant.name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SDPA's list of what each backend lacks
+            result = entrant.result()
+    except RuntimeError as error:
+        if not entrant.contestant.optional:
+            raise
+        return str(error).strip().splitlines()[0]
+    same_shape = result.shape == expected.shape
+    difference = (result.double() - expected.double()).abs().max().item() if same_shape else math.inf
+    allowed = TOLERANCE[expected.dtype] * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:  # true for NaN too
+        first = case.contestants[0].name
+        raise RuntimeError(f"{case.op} {case.shape}: {name} differs from {first} by {difference:.3g}")
+    return ""
+
+
+def _gemm(device: str, dtype: torch.dtype) -> tuple[Contestant, int]:
+    size = 8192 if device == "cuda" else 1024
+    matrices = tuple(torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+
+    def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        return torch.mm(left, right, out=out)
+
+    return Contestant("gemm", multiply, prepare=lambda *_: matrices), 2 * size**3
+
+
+def _copy(device: str, moved: int) -> Contestant:
+    """Half of the bytes read, half written, to pages that are there already."""
+
+    def prepare(*_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ones(moved // 8, device=device) for _ in range(2))
+
+    return Contestant("copy", lambda source, target: target.copy_(source), prepare=prepare)

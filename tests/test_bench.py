@@ -1,0 +1,223 @@
+"""`gafext bench`: what it writes follows from what it measured, and its contestants do the same work."""
+
+import json
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gafext.bench.cases import Case, Contestant, cases
+from gafext.bench.environment import with_allocator
+from gafext.bench.measure import race
+from gafext.bench.report import rows, summary
+from gafext.cli import main
+
+QUICK = ["bench", "--quick", "--no-compile"]
+
+
+def measured(tmp_path, *arguments) -> dict:
+    path = tmp_path / "bench.json"
+    assert main([*QUICK, *arguments, "--json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def doubling(*contestants: Contestant) -> Case:
+    """A tiny case, with contestants beside one that doubles its input."""
+    return Case(
+        op="doubling",
+        shape="16",
+        where="nowhere",
+        bound="memory",
+        flops=16,
+        inputs=lambda: (torch.ones(16),),
+        contestants=[Contestant("gafext", lambda x: 2 * x), *contestants],
+    )
+
+
+def quick_race(case: Case, *, cold_bytes: int = 0):
+    return race(case, "cpu", cold_bytes=cold_bytes, rounds=3, turn_seconds=0)
+
+
+def test_the_json_follows_from_its_times(tmp_path, capsys):
+    shapes = {"flash_attention": "4,20,64x64,64", "cross_view_attention": "V=4,(64,1280)", "geglu": "256x1280"}
+    written = measured(tmp_path, *(word for shape in shapes.values() for word in ("--shape", shape)))
+    assert {race["op"]: race["shape"] for race in written["races"]} == shapes
+    table = capsys.readouterr().out
+    for result in written["races"]:
+        ceilings, contestants = result["ceilings"], {row["name"]: row for row in result["contestants"]}
+        ours = contestants[result["ours"]]
+        assert ours["speedup"] == 1 and len(contestants) >= 3 and not result["skipped"]
+        for name, row in contestants.items():
+            times = row["times_ms"]
+            assert len(times) == 3 and min(times) > 0
+            assert row["median_ms"] == statistics.median(times)
+            assert row["quartiles_ms"][0] <= row["median_ms"] <= row["quartiles_ms"][1]
+            over_ours = statistics.median(t / o for t, o in zip(times, ours["times_ms"], strict=True))
+            of_copy = statistics.median(c / t for c, t in zip(ceilings["copy_times_ms"], times, strict=True))
+            of_gemm = statistics.median(g / t for g, t in zip(ceilings["gemm_times_ms"], times, strict=True))
+            assert row["speedup"] == pytest.approx(over_ours, rel=1e-3)
+            assert row["of_copy"] == pytest.approx(of_copy, rel=1e-3)
+            assert row["of_gemm"] == pytest.approx(of_gemm * result["flops"] / ceilings["gemm_flops"], rel=1e-3)
+            assert row["gflops"] == pytest.approx(1e-6 * result["flops"] / row["median_ms"], rel=1e-3)
+            assert row["gbps"] == pytest.approx(1e-6 * result["bytes"] / row["median_ms"], rel=1e-3)
+            assert f"  {name:22}{row['median_ms']:10.3f}" in table
+
+
+def test_flops_and_bytes(tmp_path):
+    by_op = {race["op"]: race for race in measured(tmp_path, "--shape", "4,20,64x77", "--shape", "256x1280")["races"]}
+    attention, geglu = by_op["flash_attention"], by_op["geglu"]
+    assert attention["flops"] == 2 * 2 * (4 * 20) * 64 * 77 * 64
+    assert attention["bytes"] == 4 * (4 * 20) * (64 + 77 + 77 + 64) * 64
+    assert geglu["flops"] == 2 * 256 * 1280 * (2 * 5120)
+    assert geglu["bytes"] == 4 * (256 * 1280 + 10240 * 1280 + 10240 + 256 * 5120)
+
+
+def test_the_environment_and_the_command(tmp_path):
+    environment = measured(tmp_path, "--shape", "V=4,(64", "--threads", "1")["environment"]
+    assert environment["threads"] == 1 and environment["dtype"] == "float32" and environment["rounds"] == 3
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["build"]["instruction_set"] in environment["build"]["instruction_sets"]
+    assert environment["cpu"]["model"] and environment["gpu"] is None
+    program, *arguments = shlex.split(environment["command"])
+    assert program == "gafext"
+    (tmp_path / "bench.json").unlink()
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "bench.json").read_text())["environment"]["command"] == environment["command"]
+
+
+def test_torch_compile_takes_part(tmp_path):
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--quick", "--shape", "V=4,(64,1280)", "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["races"]
+    assert {"sdpa compiled", "elementwise compiled"} <= {row["name"] for row in result["contestants"]}
+
+
+def test_patience_takes_the_least_disturbed(monkeypatch, tmp_path):
+    shares = [0.5, 0.2, 0.3, 0.01, 0.0]
+    monkeypatch.setattr("gafext.bench.measure.watch_others", lambda: lambda: shares.pop(0))
+    (result,) = measured(tmp_path, "--shape", "V=4,(64", "--patience", "100")["races"]
+    assert result["others_busy"] == 0.01 and shares == [0.0]
+    shares[:] = [0.5, 0.2]
+    (result,) = measured(tmp_path, "--shape", "V=4,(64")["races"]
+    assert result["others_busy"] == 0.5 and shares == [0.2]
+
+
+def test_half_precision_agrees(tmp_path):
+    shapes = ("--shape", "4,20,64x64", "--shape", "V=4,(64", "--shape", "256x1280")
+    assert len(measured(tmp_path, "--dtype", "bfloat16", *shapes)["races"]) == 3
+
+
+def test_every_shape_once():
+    listed = list(cases("cpu", torch.float32, compiled=False))
+    assert len({(case.op, case.shape) for case in listed}) == len(listed) == 27
+    assert all(case.contestants[0].name == case.ours for case in listed)
+
+
+def test_a_wrong_result_is_no_opponent():
+    with pytest.raises(RuntimeError, match=r"doubling 16: sloppy differs from gafext by 0\.01"):
+        quick_race(doubling(Contestant("sloppy", lambda x: 2.01 * x)))
+    with pytest.raises(RuntimeError, match="sloppy differs"):
+        quick_race(doubling(Contestant("sloppy", lambda x: 2 * x * float("nan"), optional=True)))
+    with pytest.raises(RuntimeError, match="sloppy differs"):
+        quick_race(doubling(Contestant("sloppy", lambda x: 2 * x[:8])))
+
+
+def test_what_cannot_run_is_left_out_with_its_reason():
+    def absent(x):
+        raise RuntimeError("no such backend\nand a long story")
+
+    result = quick_race(doubling(Contestant("absent", absent, optional=True)))
+    assert result.skipped == {"absent": "no such backend"} and set(result.times) == {"gafext", "gemm", "copy"}
+    assert any("absent" in line and "no such backend" in line for line in rows(summary(result, mode="", allocator="")))
+    with pytest.raises(RuntimeError, match="no such backend"):
+        quick_race(doubling(Contestant("absent", absent)))
+
+
+def test_a_loss_is_shown_as_one():
+    result = quick_race(doubling(Contestant("faster", lambda x: 2 * x)))
+    result.times = {**result.times, "gafext": [0.4, 0.4, 0.4], "faster": [0.1, 0.2, 0.3]}
+    lines = rows(summary(result, mode="warm", allocator="default"))
+    assert " 0.50x " in next(line for line in lines if "faster" in line)
+    packed = replace(result.case, ours="faster")
+    lines = rows(summary(replace(result, case=packed), mode="warm", allocator="default"))
+    assert " 2.00x " in next(line for line in lines if "gafext" in line)
+
+
+@pytest.mark.parametrize(("cold_bytes", "sets"), [(0, 1), (1000, 17)])
+def test_cold_inputs_rotate(cold_bytes, sets):
+    seen = []
+    spy = Contestant("spy", lambda x: seen.append(x.data_ptr()) or 2 * x)
+    quick_race(doubling(spy), cold_bytes=cold_bytes)
+    calls = seen[1:]  # the first one was for its result
+    assert len(calls) == 6 and len(set(calls)) == min(sets, 6)
+    prepared = []
+    quick_race(
+        doubling(Contestant("spy", lambda x: 2 * x, prepare=lambda x: (prepared.append(x) or x,))), cold_bytes=64
+    )
+    assert len(prepared) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_both_allocators(tmp_path, capfd):
+    races = measured(tmp_path, "--shape", "4,20,64x64", "--cold", "--allocator", "both")["races"]
+    assert [(race["allocator"], race["mode"]) for race in races] == [
+        (allocator, mode) for allocator in ("default", "keep") for mode in ("warm", "cold")
+    ]
+    assert "malloc keeps big blocks" in capfd.readouterr().out
+    faults = (
+        "import resource, torch\n"
+        "for _ in range(20): torch.ones(1 << 24)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): torch.ones(1 << 24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    default, keep = (
+        int(subprocess.check_output([sys.executable, "-c", faults], env=with_allocator(allocator)))
+        for allocator in ("default", "keep")
+    )
+    assert keep < 0.1 * default
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    for words, message in (
+        (["--shape", "9,9"], "no shape contains 9,9"),
+        (["--rounds", "6"], "--rounds: expected at least 7"),
+        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--json", str(tmp_path / "no" / "file.json")], "there is no such folder"),
+        (["--device", "cuda", "--allocator", "keep"], "--device cuda|the CPU's allocator"),
+    ):
+        assert main([*QUICK, *words]) == 1
+        text = capsys.readouterr().err
+        assert text.startswith("gafext: error: ") and text.count("\n") == 1
+        assert any(part in text for part in message.split("|"))
+
+
+def test_the_readmes_command_and_figure(capsys):
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = capsys.readouterr().out
+    options = {
+        word for command in re.findall(r"gafext bench([^`\n]*)", readme) for word in re.findall("--[a-z]+", command)
+    }
+    assert "--json" in options and not [option for option in options if option not in text]
+    figures = re.findall(r"\]\((benchmarks/.*?)\)", readme)
+    assert figures and all((root / figure).is_file() for figure in figures)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    shapes = ("--shape", "4,20,64x77", "--shape", "V=4,(64", "--shape", "256x1280", "--cold")
+    written = measured(tmp_path, "--device", "cuda", "--dtype", "float16", *shapes)
+    assert len(written["races"]) == 6 and written["environment"]["gpu"]["name"]
+    attention = written["races"][0]
+    named = {row["name"] for row in attention["contestants"]} | set(attention["skipped"])
+    assert {"sdpa cudnn", "sdpa flash", "sdpa efficient", "sdpa math"} <= named
