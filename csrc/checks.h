@@ -187,6 +187,19 @@ inline GegluArgs check_geglu(const Tensor& x, const Tensor& weight, const std::o
   return args;
 }
 
+// Sizes and dtype only, as check_geglu.
+inline GegluGateArgs check_geglu_gate(const Tensor& projected) {
+  const int64_t last = projected.dim() - 1;
+  require(last >= 0 && projected.size(last) % 2 == 0, "geglu_gate: projected must have shape (..., 2 * inner), got ",
+          shape_of(projected));
+  GegluGateArgs args{};
+  args.dtype = check_dtype("geglu_gate", projected);
+  args.inner = projected.size(last) / 2;
+  args.rows = 1;
+  for (int64_t i = 0; i < last; ++i) args.rows *= projected.size(i);
+  return args;
+}
+
 inline Conv3x3Args check_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "conv3x3";
   require(x.dim() == 4, op, ": x must have shape (batch, channels, height, width), got ", shape_of(x));

@@ -70,13 +70,14 @@ struct GegluArgs {
   DType dtype;
 };
 
-// The second half of GEGLU where the first, h = projected, is another library's work (cuBLAS).
+// The second half of GEGLU where the first, h = projected, is another library's work.
 //
-//   projected (rows, 2 * inner)   out (rows, inner), both contiguous
+//   projected (rows, 2 * inner)   out (rows, inner), contiguous
 struct GegluGateArgs {
   const void* projected;
   void* out;
   int64_t rows, inner;
+  int64_t projected_stride;  // from row to row
   DType dtype;
 };
 
@@ -99,6 +100,7 @@ struct Conv3x3Args {
 void flash_attention_cpu(const FlashAttentionArgs& args);
 void cross_view_attention_cpu(const CrossViewAttentionArgs& args);
 void geglu_cpu(const GegluArgs& args);
+void geglu_gate_cpu(const GegluGateArgs& args);
 void conv3x3_cpu(const Conv3x3Args& args);
 
 #ifdef GAFEXT_WITH_CUDA

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from gafext import _C
-from gafext.ops import geglu
-from gafext.ops.geglu import _mps, reference_geglu, unsupported_reasons
+from gafext.ops import geglu, geglu_gate
+from gafext.ops.geglu import _mps, reference_geglu, reference_geglu_gate, unsupported_reasons
 
-OP = torch.ops.gafext.geglu
+OP, GATE = torch.ops.gafext.geglu, torch.ops.gafext.geglu_gate
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HAS_CUDA = torch.cuda.is_available() and _C.build_info()["cuda"]
 on_devices = pytest.mark.parametrize("device", ["cpu", "cuda"] if HAS_CUDA else ["cpu"])
@@ -198,3 +198,40 @@ def test_autocast_as_pytorch():
 def test_the_mps_route_has_the_values_of_the_kernel():
     x, weight, bias = problem(9, 33, 24)
     torch.testing.assert_close(_mps(x, weight, bias), geglu(x, weight, bias))
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2,), (7, 126), (2, 3, 514), (65, 66), (0, 8), (3, 0)], ids=str)
+def test_gate_alone(shape, dtype, device):
+    wide = torch.randn(*shape[:-1], shape[-1] + 6, device=device).to(dtype)
+    for projected in (wide[..., 3:-3], wide[..., 3:-3].contiguous(), wide[..., 3:-3].flip(0)):
+        out = geglu_gate(projected)
+        exact = reference_geglu_gate(projected.double())
+        torchs = reference_geglu_gate(projected)
+        assert out.shape == torchs.shape and out.dtype == dtype and out.is_contiguous()
+        if out.numel():
+            error, allowed = ((t.double() - exact).abs().max() for t in (out, torchs))
+            assert error <= 2 * allowed + 1e-6
+
+
+def test_gate_misuse_gradient_and_opcheck():
+    for function, device, error in (
+        (geglu_gate, "cpu", ValueError),
+        (GATE, "cpu", RuntimeError),
+        (GATE, "meta", ValueError),
+    ):
+        with pytest.raises(error) as raised:
+            function(torch.zeros(3, 5, device=device))
+        assert str(raised.value) == "geglu_gate: projected must have shape (..., 2 * inner), got (3, 5)"
+    h = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    reference_geglu_gate(h).sum().backward()
+    for function in (GATE, geglu_gate):
+        ours = h.detach().float().requires_grad_()
+        function(ours).sum().backward()
+        torch.testing.assert_close(ours.grad.double(), h.grad, atol=1e-5, rtol=1e-5)
+    torch.library.opcheck(GATE.default, (h.detach().float().requires_grad_(),))
+    compiled = torch.compile(geglu_gate, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 9):
+        h = torch.randn(rows, 24)
+        assert torch.equal(compiled(h), geglu_gate(h))

@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kColumns = kPanel / 2;  // output columns of a panel
 constexpr int64_t kDepth = 256;     // features of a step: one float32 chain of 640 loses a digit, sums of 256 do not
 constexpr int64_t kMaxRows = 1008;  // of a unit; their sums take 258 KB
-constexpr int64_t kMinRows = 96;    // of a unit, below which transposing the weights shows
+constexpr int64_t kGateFloats = 16384;  // of the result, that a thread takes at a time where the projection is given
+constexpr int64_t kMinRows = 96;        // of a unit, below which transposing the weights shows
 
 // One thread's memory. Every part begins at a whole vector.
 struct Scratch {
@@ -122,6 +123,23 @@ void geglu(const GegluArgs& args) {
       const int64_t first = index % panels * kColumns, row = index / panels * rows;
       const Unit unit{first, min_of(kColumns, args.inner - first), row, min_of(rows, args.rows - row)};
       project<decltype(element)>(args, unit, Scratch(memory + thread * floats));
+    });
+  });
+}
+
+void geglu_gate(const GegluGateArgs& args) {
+  const int64_t block = max_of(1, kGateFloats / max_of(args.inner, 1)), blocks = ceil_div(args.rows, block);
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    parallel_for(args.inner == 0 ? 0 : blocks, [&](int64_t, int64_t unit) {
+      for (int64_t r = unit * block; r < min_of(args.rows, (unit + 1) * block); ++r) {
+        const T *value = static_cast<const T*>(args.projected) + r * args.projected_stride, *gate = value + args.inner;
+        T* out = static_cast<T*>(args.out) + r * args.inner;
+        int64_t c = 0;
+        for (; c + kLanes <= args.inner; c += kLanes) store(out + c, load(value + c) * gelu_of(load(gate + c)));
+        const int64_t rest = args.inner - c;
+        if (rest > 0) store_first(out + c, load_first(value + c, rest) * gelu_of(load_first(gate + c, rest)), rest);
+      }
     });
   });
 }

@@ -59,6 +59,14 @@ InstructionSet instruction_set() {
   return chosen;
 }
 
+bool multiplies_bfloat16() {
+#ifdef GAFEXT_X86
+  return instruction_set() == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const char* name_of(InstructionSet set) {
   switch (set) {
     case InstructionSet::kAvx512:
@@ -115,6 +123,7 @@ void release_freed_memory() {
   void flash_attention(const FlashAttentionArgs& args);          \
   void cross_view_attention(const CrossViewAttentionArgs& args); \
   void geglu(const GegluArgs& args);                             \
+  void geglu_gate(const GegluGateArgs& args);                    \
   void conv3x3(const Conv3x3Args& args);
 
 namespace portable {
@@ -148,6 +157,7 @@ static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512) {
 void flash_attention_cpu(const FlashAttentionArgs& args) { GAFEXT_KERNEL(flash_attention)(args); }
 void cross_view_attention_cpu(const CrossViewAttentionArgs& args) { GAFEXT_KERNEL(cross_view_attention)(args); }
 void geglu_cpu(const GegluArgs& args) { GAFEXT_KERNEL(geglu)(args); }
+void geglu_gate_cpu(const GegluGateArgs& args) { GAFEXT_KERNEL(geglu_gate)(args); }
 void conv3x3_cpu(const Conv3x3Args& args) { GAFEXT_KERNEL(conv3x3)(args); }
 
 }  // namespace gafext

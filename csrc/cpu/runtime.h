@@ -14,6 +14,10 @@ enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 // GAFEXT_INSTRUCTION_SET names (portable, avx2, avx512). Throws std::runtime_error if that is unknown or unsupported.
 InstructionSet instruction_set();
 
+// Whether the processor has instructions that multiply bfloat16 (AVX512_BF16, and as a rule AMX), which these kernels
+// do not use and PyTorch's libraries do: matrix products in bfloat16 are then several times as fast there.
+bool multiplies_bfloat16();
+
 const char* name_of(InstructionSet set);
 
 // The threads that a parallel region gets: what torch.set_num_threads said.

@@ -21,7 +21,7 @@ __global__ void geglu_gate_kernel(const GegluGateArgs args) {
   const int64_t count = args.rows * args.inner, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
     const int64_t row = i / args.inner, column = i % args.inner;
-    const T* pair = projected + row * 2 * args.inner + column;
+    const T* pair = projected + row * args.projected_stride + column;
     const float value = to_float(pair[0]), gate = to_float(pair[args.inner]);
     out[i] = from_float<T>(value * (0.5f * gate * (1.0f + erff(gate * 0.70710678f))));
   }

@@ -10,6 +10,6 @@ from gafext import _C  # noqa: F401  registers torch.ops.gafext
 from gafext.ops.conv3x3 import conv3x3
 from gafext.ops.cross_view_attention import cross_view_attention
 from gafext.ops.flash_attention import flash_attention
-from gafext.ops.geglu import geglu
+from gafext.ops.geglu import geglu, geglu_gate
 
-__all__ = ["conv3x3", "cross_view_attention", "flash_attention", "geglu"]
+__all__ = ["conv3x3", "cross_view_attention", "flash_attention", "geglu", "geglu_gate"]

@@ -41,9 +41,34 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.gafext.geglu(x, weight, bias)
 
 
+def geglu_gate(projected: Tensor) -> Tensor:
+    """The gate of GEGLU for who has the projection already: the first half times the GELU of the second.
+
+    out = h[..., :inner] * gelu(h[..., inner:])
+
+    Args:
+        projected: h, [..., 2 * inner], float32, float16 or bfloat16.
+
+    Returns:
+        [..., inner], contiguous.
+
+    Raises:
+        ValueError: the last dimension is odd.
+    """
+    check_geglu_gate(projected)
+    if _common.dtype_reasons(projected) + _common.place_reasons(projected):
+        return reference_geglu_gate(projected)
+    return torch.ops.gafext.geglu_gate(projected)
+
+
 def reference_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
-    value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return reference_geglu_gate(F.linear(x, weight, bias))
+
+
+def reference_geglu_gate(projected: Tensor) -> Tensor:
+    """The gate's formula in plain PyTorch."""
+    value, gate = projected.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
@@ -76,6 +101,15 @@ def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         _common.check_same_kind(_OP, "x", x, "bias", bias)
 
 
+def check_geglu_gate(projected: Tensor) -> None:
+    """Raises ValueError for a tensor that has no two halves, in the words of csrc/checks.h."""
+    _common.require(
+        projected.dim() >= 1 and projected.shape[-1] % 2 == 0,
+        "geglu_gate",
+        lambda: f"projected must have shape (..., 2 * inner), got {tuple(projected.shape)}",
+    )
+
+
 @torch.library.register_fake("gafext::geglu")
 def _fake(x, weight, bias=None):
     check_geglu(x, weight, bias)
@@ -83,26 +117,37 @@ def _fake(x, weight, bias=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
+@torch.library.register_fake("gafext::geglu_gate")
+def _fake_gate(projected):
+    check_geglu_gate(projected)
+    _common.require_supported("geglu_gate", _common.dtype_reasons(projected))
+    return projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
+
+
 def _mps(x, weight, bias=None):
     return reference_geglu(x, weight, bias)
 
 
 torch.library.impl("gafext::geglu", "MPS", _mps)
+torch.library.impl("gafext::geglu_gate", "MPS", reference_geglu_gate)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+def _gate_backward(grad, value, gate):
+    """dh = [grad * gelu(gate), grad * value * gelu'(gate)], gelu'(g) = cdf(g) + g pdf(g), of float32 arguments."""
+    cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+    pdf = torch.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
+    return torch.cat([grad * gate * cdf, grad * value * (cdf + gate * pdf)], dim=-1)  # [..., 2 * inner]
+
+
 def _backward(ctx, grad):
-    """dh = [grad * gelu(gate), grad * value * gelu'(gate)]; gelu'(g) = cdf(g) + g pdf(g). In float32."""
     x, weight, bias = ctx.saved_tensors
     dtype = x.dtype
     grad, x, weight = (t.float() for t in (grad, x, weight))
-    value, gate = F.linear(x, weight, None if bias is None else bias.float()).chunk(2, dim=-1)
-    cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
-    pdf = torch.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
-    grad_h = torch.cat([grad * gate * cdf, grad * value * (cdf + gate * pdf)], dim=-1)  # [..., 2 * inner]
+    grad_h = _gate_backward(grad, *F.linear(x, weight, None if bias is None else bias.float()).chunk(2, dim=-1))
     rows = grad_h.flatten(0, -2) if grad_h.dim() > 1 else grad_h[None]  # [rows, 2 * inner]
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -115,3 +160,8 @@ def _backward(ctx, grad):
 
 
 torch.library.register_autograd("gafext::geglu", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "gafext::geglu_gate",
+    lambda ctx, grad: _gate_backward(grad.float(), *ctx.saved_tensors[0].float().chunk(2, dim=-1)).to(grad.dtype),
+    setup_context=_setup_context,
+)
