@@ -154,7 +154,7 @@ GAFEXT_INLINE void copy_row(float* to, const T* from, int64_t count, float facto
 GAFEXT_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
 
 // 2^x for x <= 0: a polynomial over the fraction (minimax with 2^0 = 1 exactly, relative error 1.4e-7), the whole part
-// into the exponent. Below -127 it is 0, exactly; NaN stays NaN.
+// into the exponent. Below -126 it is subnormal with AVX-512 and 0 without, at -infinity 0; NaN stays NaN.
 GAFEXT_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512F__)
   const Vec fraction = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), 0x01));  // x - floor(x)
@@ -178,10 +178,11 @@ GAFEXT_INLINE Vec exp2_of(Vec x) {
 }
 
 // gelu(g) = g/2 (1 + erf(g / sqrt 2)) = max(g, 0) - |g| 2^Q(|g|), where 2^Q(a) = erfc(a / sqrt 2) / 2. Q is fitted so
-// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0.
+// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0. At plus and
+// minus infinity it is infinity times 0, NaN, which is what PyTorch's vectorised gelu gives.
 GAFEXT_INLINE Vec gelu_of(Vec gate) {
-  Vec a = gate < 0.0f ? -gate : gate;
-  a = a > 16.0f ? broadcast(16.0f) : a;
+  const Vec magnitude = gate < 0.0f ? -gate : gate;
+  const Vec a = magnitude > 16.0f ? broadcast(16.0f) : magnitude;
   Vec q = broadcast(-1.6903895e-06f);
   q = q * a + 2.508314e-05f;
   q = q * a - 0.00011446175f;
@@ -191,7 +192,7 @@ GAFEXT_INLINE Vec gelu_of(Vec gate) {
   q = q * a - 0.45911545f;
   q = q * a - 1.1511233f;
   q = q * a - 0.99999887f;
-  return (gate > 0.0f ? gate : Vec{}) - a * exp2_of(q);
+  return (gate > 0.0f ? gate : Vec{}) - magnitude * exp2_of(q);
 }
 
 // 0, 1, ..., kLanes - 1 as template arguments, for the shuffles. (std::integer_sequence is a std:: template.)
