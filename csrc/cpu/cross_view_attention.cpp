@@ -161,9 +161,8 @@ GAFEXT_INLINE void combine(const Tensors<T>& tensors, int64_t views, int64_t fir
 }
 
 // One (position, head), head_dim >= kLanes.
-template <int kViews, typename T>
-GAFEXT_INLINE void attend(const Tensors<T>& tensors, int64_t runtime_views, int64_t head_dim, float scale) {
-  const int64_t views = kViews > 0 ? kViews : runtime_views;
+template <typename T>
+GAFEXT_INLINE void attend(const Tensors<T>& tensors, int64_t views, int64_t head_dim, float scale) {
   alignas(64) float weights[kMaxViews / kQuad * kLanes];
   for (int64_t i = 0; i < views; i += kTileQueries) {
     weigh(tensors, views, head_dim, i, scale, weights);
@@ -184,42 +183,44 @@ void attend_narrow(const Tensors<T>& tensors, int64_t views, int64_t head_dim, f
     store(key + i * kLanes, load_first(tensors.key[i], head_dim));
     store(value + i * kLanes, load_first(tensors.value[i], head_dim));
   }
-  attend<0>(Tensors<float>{{query, kLanes}, {key, kLanes}, {value, kLanes}, {out, kLanes}}, views, kLanes, scale);
+  attend(Tensors<float>{{query, kLanes}, {key, kLanes}, {value, kLanes}, {out, kLanes}}, views, kLanes, scale);
   for (int64_t i = 0; i < views; ++i) store_first(tensors.out[i], load(out + i * kLanes), head_dim);
 }
 
-// The (position, head) from `begin` to `end`, each with the next one on its way from memory.
-template <int kViews, typename T>
+// Units [begin, end) of the (batch, position, head), each with the next one on its way from memory. The sizes are
+// known at compile time unless they are 0.
+template <int kViews, int kHeadDim, typename T>
 void attend_run(const CrossViewAttentionArgs& args, int64_t begin, int64_t end) {
-  const int64_t views = kViews > 0 ? kViews : args.views;
-  Place next(args, begin);
-  Tensors<T> tensors = tensors_at<T>(args, next);
+  const int64_t views = kViews > 0 ? kViews : args.views, head_dim = kHeadDim > 0 ? kHeadDim : args.head_dim;
+  Place place(args, begin);
+  Tensors<T> next = tensors_at<T>(args, place);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Tensors<T> here = tensors;
-    next.advance(args);
-    tensors = tensors_at<T>(args, next);
-    prefetch(tensors, views, args.head_dim);
-    if (args.head_dim < kLanes) {
-      attend_narrow(here, views, args.head_dim, args.scale);
+    const Tensors<T> here = next;
+    place.advance(args);
+    next = tensors_at<T>(args, place);
+    prefetch(next, views, head_dim);
+    if (head_dim < kLanes) {
+      attend_narrow(here, views, head_dim, args.scale);
     } else {
-      attend<kViews>(here, views, args.head_dim, args.scale);
+      attend(here, views, head_dim, args.scale);
     }
   }
 }
 
 template <typename T>
-auto run_for(int64_t views) {
-  switch (views) {
+auto run_for(const CrossViewAttentionArgs& args) {
+  if (args.head_dim != 64) return attend_run<0, 0, T>;
+  switch (args.views) {
     case 4:
-      return attend_run<4, T>;
+      return attend_run<4, 64, T>;
     case 6:
-      return attend_run<6, T>;
+      return attend_run<6, 64, T>;
     case 8:
-      return attend_run<8, T>;
+      return attend_run<8, 64, T>;
     case 16:
-      return attend_run<16, T>;
+      return attend_run<16, 64, T>;
     default:
-      return attend_run<0, T>;
+      return attend_run<0, 64, T>;
   }
 }
 
@@ -233,7 +234,7 @@ void cross_view_attention(const CrossViewAttentionArgs& given) {
     using T = decltype(element);
     const int64_t bytes = units * args.views * args.head_dim * int64_t(sizeof(T));
     const int64_t runs = min_of(units, min_of(max_threads(), ceil_div(bytes, kMinRunBytes)));
-    const auto attend_run = run_for<T>(args.views);
+    const auto attend_run = run_for<T>(args);
     parallel_for(runs, [&](int64_t, int64_t run) { attend_run(args, units * run / runs, units * (run + 1) / runs); });
   });
 }

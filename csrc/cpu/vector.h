@@ -241,16 +241,23 @@ GAFEXT_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane i of the result is the sum of the lanes of rows[i].
+// Lane i of the result: of `a` if i lacks the bit kBit, else of `b`, the sum of the lanes i and i ^ kBit.
+template <int kBit, int... I>
+GAFEXT_INLINE Vec sum_pairs(Vec a, Vec b, Lanes<I...>) {
+  return GAFEXT_SHUFFLE(a, b, (I & kBit ? I + kLanes : I)) +
+         GAFEXT_SHUFFLE(a, b, ((I ^ kBit) + (I & kBit ? kLanes : 0)));
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]: log2(kLanes) rounds that halve the rows.
+template <int kBit = kLanes / 2>
 GAFEXT_INLINE Vec sums_of(Vec (&rows)[kLanes]) {
   GAFEXT_UNROLL
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    GAFEXT_UNROLL
-    for (int i = 0; i < half; ++i) {
-      rows[i] = zip_low(rows[i], rows[i + half], AllLanes()) + zip_high(rows[i], rows[i + half], AllLanes());
-    }
+  for (int i = 0; i < kBit; ++i) rows[i] = sum_pairs<kBit>(rows[i], rows[i + kBit], AllLanes());
+  if constexpr (kBit > 1) {
+    return sums_of<kBit / 2>(rows);
+  } else {
+    return rows[0];
   }
-  return rows[0];
 }
 
 // One number out of all lanes, by folding the vector in halves.
