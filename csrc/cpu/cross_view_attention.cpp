@@ -1,4 +1,28 @@
-// Attention over the views of one portrait, at each spatial position by itself: read in place, in registers throughout.
+// Attention over the views of one portrait, at each spatial position by itself: V rows of each tensor, read in place.
+//
+// A (position, head) moves 4 V D elements and takes 4 V^2 D operations: in float32 V/4 operations a byte, where a core
+// could do about 10. So the work is memory traffic, and memory sets the plan:
+//
+//   thread   one contiguous run of the (batch, position, head), heads fastest: in (batch, length, heads, head_dim)
+//            memory V ascending streams of each tensor, touched once and never copied
+//   ahead    all 4 V rows of the next (position, head), by software: 16 streams and more are beyond the hardware's
+//            prefetchers. A prefetch past the end is harmless
+//
+// The rest stays in registers and in 2 KB of weights. For kLanes / 4 queries at a time (with AVX-512 all of V = 4):
+//
+//   scores   tiles of kLanes / 4 queries by 4 keys: kLanes running products, then all their sums at once, so that lane
+//            4 i + j is <q_i, k_j>. Missing queries and keys count a view again, and its scores are dropped or
+//            -infinity
+//   softmax  across the tiles lane by lane, then within each 4 lanes
+//   values   out[i, :] = sum_j weights[i, j] v_j, 4 vectors of columns at a time
+//
+// Columns beyond the last whole vector are read by one more vector that ends with the row: the scores mask what it has
+// in common with the one before, and the values write that twice.
+//
+// Measured on two cores of a Sapphire Rapids, float32, caches cold: 1.15 to 1.2 times the speed of a large copy of the
+// same bytes for V = 4, 6 and 8, and 1.0 for V = 16, whose sums keep the ports busy. Packing Q, K and V first took
+// twice the time. Non-temporal stores make the kernel 1.2 times faster, but the kernel and a pass over its result 3 to
+// 5% slower. Prefetching `out` as well is worth 2% cold, and nothing in the caches.
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -80,7 +104,7 @@ GAFEXT_INLINE Vec fold_quads(Vec v, Fold fold, Lanes<I...>) {
   return fold(v, GAFEXT_SHUFFLE(v, v, (I ^ 2)));
 }
 
-// Lane i * kQuad + j is <query[first_query + i], key[first_key + j]>. Past the last view, it counts again.
+// Lane i * kQuad + j is <query[first_query + i], key[first_key + j]>. Past the last view that one counts again.
 template <typename T>
 GAFEXT_INLINE Vec score_tile(const Tensors<T>& tensors, int64_t views, int64_t head_dim, int64_t first_query,
                              int64_t first_key) {

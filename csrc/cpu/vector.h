@@ -178,10 +178,11 @@ GAFEXT_INLINE Vec exp2_of(Vec x) {
 }
 
 // gelu(g) = g/2 (1 + erf(g / sqrt 2)) = max(g, 0) - |g| 2^Q(|g|), where 2^Q(a) = erfc(a / sqrt 2) / 2. Q is fitted so
-// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0. At plus and
-// minus infinity it is infinity times 0, NaN, which is what PyTorch's vectorised gelu gives.
+// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0. At -infinity
+// it is infinity times 0, NaN, as in PyTorch's gelu.
 GAFEXT_INLINE Vec gelu_of(Vec gate) {
-  const Vec magnitude = gate < 0.0f ? -gate : gate;
+  const Vec capped = gate > 16.0f ? broadcast(16.0f) : gate;
+  const Vec magnitude = capped < 0.0f ? -capped : capped;
   const Vec a = magnitude > 16.0f ? broadcast(16.0f) : magnitude;
   Vec q = broadcast(-1.6903895e-06f);
   q = q * a + 2.508314e-05f;
