@@ -3,10 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gafext import _C
 from gafext.ops import cross_view_attention
-from gafext.ops.cross_view_attention import _mps, reference_cross_view_attention, unsupported_reasons
+from gafext.ops.cross_view_attention import (
+    _mps,
+    reference_cross_view_attention,
+    sdpa_cross_view_attention,
+    unsupported_reasons,
+)
 
 OP = torch.ops.gafext.cross_view_attention
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -47,9 +53,10 @@ def assert_as_exact_as_torch(query, key, value, num_views, scale=None):
 
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_views", [1, 2, 3, 4, 5, 8, 13, 16, 17, 32])
-def test_every_number_of_views(num_views, dtype, device):
-    query, key, value = (heads(2 * num_views, 7, 3, 40, dtype, device) for _ in range(3))
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("num_views", [1, 2, 3, 4, 5, 6, 8, 13, 16, 17, 32])
+def test_every_number_of_views(num_views, head_dim, dtype, device):
+    query, key, value = (heads(2 * num_views, 7, 3, head_dim, dtype, device) for _ in range(3))
     assert_as_exact_as_torch(query, key, value, num_views)
 
 
@@ -111,12 +118,47 @@ def test_empty_inputs(shape, device):
 @on_devices
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_nan_and_infinity_spread_as_in_pytorch(where, poison, device):
+def test_nan_and_infinity_stay_at_their_position(where, poison, device):
     tensors = {name: heads(8, 9, 2, 8, device=device) for name in ("query", "key", "value")}
     tensors[where][2, 1, 4, 3] = poison
     out = cross_view_attention(*tensors.values(), 4)
     torch.testing.assert_close(out, position_by_position(*tensors.values(), 4, None), equal_nan=True)
     assert out[4:].isfinite().all() and out[:, :, :4].isfinite().all()  # another portrait, another position
+
+
+def poisoned(num_views, head_dim, dtype):
+    """Query, key and value whose positions have up to three infinities, NaNs and numbers of huge products each."""
+    tensors = [heads(num_views, 100, 2, head_dim) for _ in range(3)]
+    large = 1.0 if dtype == torch.float16 else 1e30  # float16 holds nothing of huge products
+    poison = torch.tensor([float("nan"), float("inf"), float("-inf"), large, -large, 0.0])
+    for position in range(100):
+        for _ in range(torch.randint(4, ())):
+            tensor = tensors[torch.randint(3, ())]
+            view, column = torch.randint(num_views, ()), torch.randint(head_dim, ())
+            tensor[view, :, position, column] = poison[torch.randint(len(poison), (2,))]
+        if position % 10 == 0:  # columns of infinity: scores that are infinite one and all
+            tensors[position // 10 % 2][:, :, position, 0] = poison[1 + position // 20 % 2]
+            tensors[1 - position // 10 % 2][:, :, position, 0] = 1.0
+    return [t.to(dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24, 64])
+@pytest.mark.parametrize("num_views", [1, 2, 4, 6, 8, 16, 21, 32])
+def test_nan_infinity_and_huge_scores_as_in_pytorch(num_views, head_dim, dtype):
+    """What is compared: PyTorch's "math" attention in float32: it spreads NaN as IEEE arithmetic does and gives zeros
+    where every score is -infinity. PyTorch's CPU flash kernel agrees where it works in whole vectors (float32, 16 views
+    and more); its scalar tail loses NaN (a row of NaN scores becomes zeros) and its half precision infinity.
+    """
+    tensors = poisoned(num_views, head_dim, dtype)
+    out = cross_view_attention(*tensors, num_views)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = sdpa_cross_view_attention(*(t.float() for t in tensors), num_views).to(dtype)
+    assert expected.isnan().any() and (expected == 0).all(-1).any() and expected.isfinite().all(-1).any()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+    if dtype == torch.float32 and num_views % 16 == 0:
+        torch.testing.assert_close(out, sdpa_cross_view_attention(*tensors, num_views), equal_nan=True)
 
 
 def test_all_scores_minus_infinity_give_zeros_as_in_pytorch():

@@ -154,7 +154,7 @@ GAFEXT_INLINE void copy_row(float* to, const T* from, int64_t count, float facto
 GAFEXT_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
 
 // 2^x for x <= 0: a polynomial over the fraction (minimax with 2^0 = 1 exactly, relative error 1.4e-7), the whole part
-// into the exponent. Below -127 it is 0, exactly; NaN stays NaN.
+// into the exponent. Below -126 it is subnormal with AVX-512 and 0 without, at -infinity 0; NaN stays NaN.
 GAFEXT_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512F__)
   const Vec fraction = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), 0x01));  // x - floor(x)
@@ -178,10 +178,12 @@ GAFEXT_INLINE Vec exp2_of(Vec x) {
 }
 
 // gelu(g) = g/2 (1 + erf(g / sqrt 2)) = max(g, 0) - |g| 2^Q(|g|), where 2^Q(a) = erfc(a / sqrt 2) / 2. Q is fitted so
-// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0.
+// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0. At -infinity
+// it is infinity times 0, NaN, as in PyTorch's gelu.
 GAFEXT_INLINE Vec gelu_of(Vec gate) {
-  Vec a = gate < 0.0f ? -gate : gate;
-  a = a > 16.0f ? broadcast(16.0f) : a;
+  const Vec capped = gate > 16.0f ? broadcast(16.0f) : gate;
+  const Vec magnitude = capped < 0.0f ? -capped : capped;
+  const Vec a = magnitude > 16.0f ? broadcast(16.0f) : magnitude;
   Vec q = broadcast(-1.6903895e-06f);
   q = q * a + 2.508314e-05f;
   q = q * a - 0.00011446175f;
@@ -191,7 +193,7 @@ GAFEXT_INLINE Vec gelu_of(Vec gate) {
   q = q * a - 0.45911545f;
   q = q * a - 1.1511233f;
   q = q * a - 0.99999887f;
-  return (gate > 0.0f ? gate : Vec{}) - a * exp2_of(q);
+  return (gate > 0.0f ? gate : Vec{}) - magnitude * exp2_of(q);
 }
 
 // 0, 1, ..., kLanes - 1 as template arguments, for the shuffles. (std::integer_sequence is a std:: template.)
@@ -240,16 +242,23 @@ GAFEXT_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane i of the result is the sum of the lanes of rows[i].
+// Lane i of the result: of `a` if i lacks the bit kBit, else of `b`, the sum of the lanes i and i ^ kBit.
+template <int kBit, int... I>
+GAFEXT_INLINE Vec sum_pairs(Vec a, Vec b, Lanes<I...>) {
+  return GAFEXT_SHUFFLE(a, b, (I & kBit ? I + kLanes : I)) +
+         GAFEXT_SHUFFLE(a, b, ((I ^ kBit) + (I & kBit ? kLanes : 0)));
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]: log2(kLanes) rounds that halve the rows.
+template <int kBit = kLanes / 2>
 GAFEXT_INLINE Vec sums_of(Vec (&rows)[kLanes]) {
   GAFEXT_UNROLL
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    GAFEXT_UNROLL
-    for (int i = 0; i < half; ++i) {
-      rows[i] = zip_low(rows[i], rows[i + half], AllLanes()) + zip_high(rows[i], rows[i + half], AllLanes());
-    }
+  for (int i = 0; i < kBit; ++i) rows[i] = sum_pairs<kBit>(rows[i], rows[i + kBit], AllLanes());
+  if constexpr (kBit > 1) {
+    return sums_of<kBit / 2>(rows);
+  } else {
+    return rows[0];
   }
-  return rows[0];
 }
 
 // One number out of all lanes, by folding the vector in halves.
