@@ -1,38 +1,50 @@
 // Attention by tiles, with an online softmax (FlashAttention, arXiv 2205.14135, algorithm 1).
 //
-// A unit of work is a block of query rows of one (batch, head). It walks over the keys in tiles:
+// A unit of work is a block of query rows of one (batch, head). A thread that claims one walks over the keys in tiles:
 //
-//   pack      key tile transposed, value tile, both float32          K^T, V in panels of kTileVectors vectors
+//   pack      the tile's keys transposed and its values, both float32, in panels     L2 cache, 128 KiB each
 //   for each group of up to kTileRows query rows:
-//     scores  S = Q K^T in registers, a panel of keys at a time      S [kTileRows, keys], in the L1 cache
+//     scores  S = Q K^T, a panel of keys at a time in registers, with the rows'
+//             maxima and the mask; meanwhile rows needed next are prefetched         L1 cache, [kTileRows, keys]
 //     softmax running maximum m, sum l; S becomes P = 2^(S - m)
-//     values  O = alpha O + P V, a panel of columns at a time        O [rows, D], in the L2 cache
+//     values  O = alpha O + P V, a panel of columns at a time in registers           L2 cache, [rows, D]
+//
+// The last tile divides by l and writes straight to the result, so O exists only where there are several tiles. Scale
+// and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 1.5 MiB. Each row's
+// arithmetic is the same however rows are dealt out, so the result does not depend on the number of threads.
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
+
+// Of a key tile. Keys and values of 128 KiB each leave room for O in an L2 cache of 1 MiB; smaller tiles touch O more
+// often.
 constexpr int64_t kTileFloats = 32768;
 constexpr int64_t kMaxTileKeys = 512;
-constexpr int64_t kMaxRows = 512;
-constexpr int64_t kMinRows = 96;
 
-// Constants, so that all rows of a group are one pointer and immediate offsets; a vector more than a power of two, so
-// that they fall into different sets of the cache.
+// Of a block of several tiles: packing a tile costs as much as attending 6 to 8 rows to it.
+constexpr int64_t kMaxRows = 1024;
+constexpr int64_t kMinRows = 96;  // to share out a head among threads
+
+// Constants, so that a group's rows are one pointer and immediate offsets; a vector more than a power of two, so that
+// they fall into different sets of the L1 cache.
 constexpr int64_t kQueryStride = kMaxHeadDim + 16;
 constexpr int64_t kScoreStride = kMaxTileKeys + 16;
 
-// The softmax's numbers of a group of rows lie in one array, lane r for row r.
-constexpr int kMaxRowsOfGroup = 8;  // kTileRows in a power of two
-constexpr int64_t kGroupLanes = kLanes > kMaxRowsOfGroup ? kLanes : kMaxRowsOfGroup;
+// The softmax's numbers of a group's rows are one array, row r in lane r.
+constexpr int kMaxGroupRows = 8;  // kTileRows as a power of two
+constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
 
-// How a problem is cut. Lengths in vectors are of kLanes.
+// How a problem is cut.
 struct Plan {
-  int64_t rows;         // of a query block
+  int64_t rows;         // of a block
   int64_t row_blocks;   // in query_length
-  int64_t keys;         // of a key tile, a multiple of kLanes
+  int64_t groups;       // in a block
+  int64_t keys;         // of a tile, in whole vectors
   int64_t head_floats;  // head_dim in whole vectors
+  int64_t past_rows;    // of O
   int64_t scratch_floats;
 };
 
@@ -44,44 +56,52 @@ Plan make_plan(const FlashAttentionArgs& args) {
   const int64_t tiles = max_of(1, ceil_div(args.key_length, max_keys));
   plan.keys = round_up(max_of(1, ceil_div(args.key_length, tiles)), kLanes);
 
-  const int64_t heads = args.batch * args.heads, max_rows = tiles == 1 ? args.query_length : kMaxRows;
-  const int64_t fewest = ceil_div(args.query_length, max_rows), most = max_of(fewest, args.query_length / kMinRows);
-  plan.row_blocks = max_of(fewest, min_of(most, ceil_div(4 * max_threads(), heads)));
+  const int64_t enough = ceil_div(4 * max_threads(), args.batch * args.heads);
+  const int64_t fewest = tiles == 1 ? 1 : ceil_div(args.query_length, kMaxRows);
+  plan.row_blocks = max_of(fewest, min_of(enough, args.query_length / kMinRows));
   plan.rows = ceil_div(args.query_length, plan.row_blocks);
   plan.row_blocks = ceil_div(args.query_length, plan.rows);
+  plan.groups = ceil_div(plan.rows, kTileRows);
+  plan.past_rows = tiles == 1 ? kTileRows : plan.groups * kTileRows;
 
-  const int64_t groups = ceil_div(plan.rows, kTileRows);
-  const int64_t past_rows = tiles == 1 ? kTileRows : plan.rows;
-  plan.scratch_floats = kTileRows * (kQueryStride + kScoreStride) + 2 * groups * kGroupLanes +
-                        (past_rows + 2 * plan.keys) * plan.head_floats;
+  plan.scratch_floats = kTileRows * (kQueryStride + kScoreStride) + 2 * plan.groups * kGroupLanes +
+                        (2 * plan.keys + plan.past_rows) * plan.head_floats;
   return plan;
 }
 
 // One thread's memory. Every part begins at a whole vector.
 struct Scratch {
-  float* query;        // [kTileRows, kQueryStride]
-  float* scores;       // [kTileRows, kScoreStride]
-  float *max, *sum;    // [groups, kGroupLanes]
-  float* keys;         // panels of up to kTileVectors vectors of keys: [head_dim, panel]
-  float* values;       // panels of up to kTileVectors vectors of columns: [keys, panel]
-  float* past;         // [rows, head_floats]; of one group where a block has only one tile
+  float* query;      // [kTileRows, kQueryStride]
+  float* scores;     // [kTileRows, kScoreStride]
+  float *max, *sum;  // [groups, kGroupLanes]
+  float* keys;       // panels of up to kTileVectors vectors of keys: [head_dim, panel]
+  float* values;     // panels of up to kTileVectors vectors of columns: [keys, panel]
+  float* past;       // [past_rows, head_floats]: O
 
   Scratch(const Plan& plan, float* memory) {
-    const int64_t groups = ceil_div(plan.rows, kTileRows);
     query = memory;
     scores = query + kTileRows * kQueryStride;
     max = scores + kTileRows * kScoreStride;
-    sum = max + groups * kGroupLanes;
-    keys = sum + groups * kGroupLanes;
+    sum = max + plan.groups * kGroupLanes;
+    keys = sum + plan.groups * kGroupLanes;
     values = keys + plan.keys * plan.head_floats;
     past = values + plan.keys * plan.head_floats;
   }
 };
 
-// Rows that are needed soon, brought into the L2 cache one at a time from inside the score loop: a burst would stall it.
+// Rows of a tensor that are needed soon. They are brought into the L2 cache one at a time from inside the score loop,
+// which a burst would stall.
 struct RowStream {
-  const char* row;
-  int64_t stride, bytes, count;
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, count = 0;
+
+  RowStream() = default;
+  template <typename T>
+  RowStream(const T* first, int64_t row_stride, int64_t columns, int64_t rows)
+      : row(reinterpret_cast<const char*>(first)),
+        stride(row_stride * static_cast<int64_t>(sizeof(T))),
+        bytes(columns * static_cast<int64_t>(sizeof(T))),
+        count(rows) {}
 
   GAFEXT_INLINE void fetch_one() {
     for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
@@ -89,9 +109,12 @@ struct RowStream {
     --count;
   }
 };
+
+// In the order of need. After them come rows of no bytes without end, so that the score loop need not ask for one.
 struct RowsAhead {
-  // The next group's queries, this group's results, the next tile's keys and values, and no end of nothing.
-  RowStream waiting[5];
+  RowStream next_queries, results, next_keys, next_values, nothing;
+
+  RowsAhead() { nothing.count = INT64_MAX; }
 };
 
 // Cuts `vectors` into panels of at most kTileVectors, as even as can be (5 is 3 + 2: a lone vector would leave the
@@ -104,7 +127,7 @@ template <typename Body>
 GAFEXT_INLINE void for_each_panel(int64_t vectors, const Body& body) {
   int64_t panels = ceil_div(vectors, kTileVectors);
   for (int64_t first = 0; first < vectors; --panels) {
-    const int64_t width = min_of(kTileVectors, vectors - first);
+    const int64_t width = ceil_div(vectors - first, panels);
     if (width == 1) body(first, PanelWidth<1>());
     if (width == 2) body(first, PanelWidth<2>());
     if constexpr (kTileVectors == 4) {
@@ -115,7 +138,7 @@ GAFEXT_INLINE void for_each_panel(int64_t vectors, const Body& body) {
   }
 }
 
-// tile[r][:] += left[r * Stride] * panel[:]
+// tile[r, :] += left[r * Stride] * panel[:]
 template <int64_t Stride, int Rows, int Width>
 GAFEXT_INLINE void add_product(Vec (&tile)[Rows][Width], const float* left, const float* panel) {
   Vec right[Width];
@@ -134,40 +157,44 @@ GAFEXT_INLINE IntVec lane_numbers(Lanes<I...>) {
   return IntVec{I...};
 }
 
-// scores[r, :] = sum_d query[r, d] keys[d, :] for one panel of keys; `highest` goes up to the highest of each row, lane
-// by lane. Row r sees the panel's first min(count, diagonal + r) keys: the others score -inf.
+// Row r keeps the panel's first min(count, diagonal + r) scores, the others become -inf.
 template <int Rows, int Width>
-__attribute__((noinline)) void score_panel(const float* query, const float* keys, int64_t head_dim, int64_t count, int64_t diagonal, float* scores,
-                 Vec* highest, RowsAhead& ahead) {
-  constexpr int kStep = 4;  // of the head's numbers, for one row ahead
+GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t diagonal) {
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const int visible = static_cast<int>(min_of(count, diagonal + r));
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) {
+      tile[r][c] = lane_numbers(AllLanes()) < visible - c * kLanes ? tile[r][c] : broadcast(-kInfinity);
+    }
+  }
+}
+
+// scores[r, :] = sum_d query[r, d] keys[d, :] for one panel of keys, masked; highest[r] keeps the highest of a row so
+// far, lane by lane.
+template <int Rows, int Width>
+void score_panel(const float* query, const float* keys, int64_t head_dim, int64_t count, int64_t diagonal,
+                 float* scores, Vec* highest, RowsAhead& ahead) {
+  constexpr int kStep = 4;  // multiply-adds of a row for each row ahead; 2 and 8 are no faster
+  constexpr int kPanel = Width * kLanes;
+  RowStream* waiting = &ahead.next_queries;
+  RowStream stream = *waiting;
+
   Vec tile[Rows][Width] = {};
-  RowStream* current = ahead.waiting;
-  RowStream rows = *current;
   int64_t d = 0;
   for (; d + kStep <= head_dim; d += kStep) {
-    while (rows.count == 0) {
-      current->count = 0;
-      rows = *++current;
+    while (stream.count == 0) {
+      waiting->count = 0;
+      stream = *++waiting;
     }
-    rows.fetch_one();
+    stream.fetch_one();
     GAFEXT_UNROLL
-    for (int i = 0; i < kStep; ++i) {
-      add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * Width * kLanes);
-    }
+    for (int i = 0; i < kStep; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
   }
-  for (; d < head_dim; ++d) add_product<kQueryStride>(tile, query + d, keys + d * Width * kLanes);
-  *current = rows;
+  for (; d < head_dim; ++d) add_product<kQueryStride>(tile, query + d, keys + d * kPanel);
+  *waiting = stream;
 
-  if (min_of(count, diagonal) < Width * kLanes) {
-    GAFEXT_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      const int visible = static_cast<int>(min_of(count, diagonal + r));
-      GAFEXT_UNROLL
-      for (int c = 0; c < Width; ++c) {
-        tile[r][c] = lane_numbers(AllLanes()) < visible - c * kLanes ? tile[r][c] : broadcast(-kInfinity);
-      }
-    }
-  }
+  if (min_of(count, diagonal) < kPanel) mask_scores(tile, count, diagonal);
   GAFEXT_UNROLL
   for (int r = 0; r < Rows; ++r) {
     Vec row_highest = highest[r];
@@ -180,10 +207,13 @@ __attribute__((noinline)) void score_panel(const float* query, const float* keys
   }
 }
 
-// out[r, :] = factor[r] (alpha[r] past[r, :] + sum_j weights[r, j] values[j, :]) for one panel of columns. No past: 0.
+// out[r, :] = factor[r] (alpha[r] past[r, :] + sum_j weights[r, j] values[j, :]) for one panel of columns, without the
+// past where that is null.
 template <int Rows, int Width>
-__attribute__((noinline)) void value_panel(const float* weights, const float* values, int64_t keys, const float* past, int64_t past_stride,
+void value_panel(const float* weights, const float* values, int64_t keys, const float* past, int64_t past_stride,
                  const float* alpha, const float* factor, float* out, int64_t out_stride) {
+  constexpr int kStep = 4;
+  constexpr int kPanel = Width * kLanes;
   Vec tile[Rows][Width] = {};
   if (past != nullptr) {
     GAFEXT_UNROLL
@@ -193,11 +223,11 @@ __attribute__((noinline)) void value_panel(const float* weights, const float* va
     }
   }
   int64_t j = 0;
-  for (; j + 4 <= keys; j += 4) {
+  for (; j + kStep <= keys; j += kStep) {
     GAFEXT_UNROLL
-    for (int i = 0; i < 4; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * Width * kLanes);
+    for (int i = 0; i < kStep; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * kPanel);
   }
-  for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * Width * kLanes);
+  for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * kPanel);
   GAFEXT_UNROLL
   for (int r = 0; r < Rows; ++r) {
     GAFEXT_UNROLL
@@ -205,79 +235,78 @@ __attribute__((noinline)) void value_panel(const float* weights, const float* va
   }
 }
 
-// lanes[r] = the fold of all lanes of rows[r]. All rows at once: a shuffle works on two of them.
+// lanes[r] = the fold of all lanes of rows[r], all rows at once: a shuffle serves two of them.
 template <typename Fold>
-GAFEXT_INLINE void fold_rows(Vec (&rows)[kMaxRowsOfGroup], float* lanes, Fold fold) {
-  if constexpr (kLanes < kMaxRowsOfGroup) {
-    for (int r = 0; r < kMaxRowsOfGroup; ++r) lanes[r] = reduce(rows[r], fold);
+GAFEXT_INLINE void fold_rows(Vec (&rows)[kMaxGroupRows], float* lanes, Fold fold) {
+  if constexpr (kLanes < kMaxGroupRows) {
+    for (int r = 0; r < kMaxGroupRows; ++r) lanes[r] = reduce(rows[r], fold);
   } else {
     GAFEXT_UNROLL
-    for (int half = kMaxRowsOfGroup / 2; half > 0; half /= 2) {
+    for (int half = kMaxGroupRows / 2; half > 0; half /= 2) {
       GAFEXT_UNROLL
       for (int i = 0; i < half; ++i) {
         rows[i] = fold(zip_low(rows[i], rows[i + half], AllLanes()), zip_high(rows[i], rows[i + half], AllLanes()));
       }
     }
-    if constexpr (kLanes > kMaxRowsOfGroup) rows[0] = fold(rows[0], rotate<kMaxRowsOfGroup>(rows[0], AllLanes()));
+    if constexpr (kLanes > kMaxGroupRows) rows[0] = fold(rows[0], rotate<kMaxGroupRows>(rows[0], AllLanes()));
     store(lanes, rows[0]);
   }
 }
 
 // A group of query rows against a tile of keys.
 struct Step {
-  int64_t seen;      // keys of the tile that the group's last row sees
-  int64_t diagonal;  // that its first row sees by the causal mask, each further row one more
-  bool is_last;      // tile of the group
-  float *max, *sum;  // [kGroupLanes], of the tiles before
-  const float* past; // [rows, head_floats], of the tiles before, null at the first
-  float* out;        // where past and this tile go
+  int64_t keys;       // of the tile
+  int64_t seen;       // of which the group's last row sees this many
+  int64_t diagonal;   // and, with a causal mask, its first row, each further row one more
+  bool is_last;       // of the group's tiles
+  float *max, *sum;   // [kGroupLanes], of the tiles before
+  const float* past;  // [rows, head_floats], of the tiles before; null at the first
+  float* out;         // [rows, out_stride], the past with this tile
   int64_t out_stride;
 };
 
-// Scores become weights relative to the new maximum; max and sum move on. `alpha` gets what the past is worth now, and
-// `factor` what normalises the result.
-__attribute__((noinline)) void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxRowsOfGroup], const Step& step, float* alpha,
+// The scores become weights relative to the new maximum; max and sum move on. alpha[r] is what row r's past is worth
+// now, factor[r] normalises it at the last tile.
+void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const Step& step, float* alpha,
                   float* factor) {
   alignas(64) float reference[kGroupLanes], total[kGroupLanes];
   fold_rows(highest, reference, [](Vec a, Vec b) { return max_of(a, b); });
   for (int64_t i = 0; i < kGroupLanes; i += kLanes) {
     const Vec old_max = load(step.max + i), new_max = max_of(load(reference + i), old_max);
+    store(step.max + i, new_max);
     // All of them -inf: any finite reference makes every weight 0, where -inf - -inf would be NaN.
     const Vec finite = new_max == -kInfinity ? Vec{} : new_max;
-    store(step.max + i, new_max);
     store(reference + i, finite);
     store(alpha + i, exp2_of(old_max - finite));
   }
 
-  Vec sums[kMaxRowsOfGroup] = {};
+  Vec sums[kMaxGroupRows] = {};
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kScoreStride;
     const Vec zero = broadcast(reference[r]);
-    Vec sum = {};
     for (int64_t j = 0; j < step.seen; j += kLanes) {
       const Vec weight = exp2_of(load(row + j) - zero);
       store(row + j, weight);
-      sum += weight;
+      sums[r] += weight;
     }
-    sums[r] = sum;
   }
   fold_rows(sums, total, [](Vec a, Vec b) { return a + b; });
   for (int64_t i = 0; i < kGroupLanes; i += kLanes) {
     const Vec sum = load(alpha + i) * load(step.sum + i) + load(total + i);
     store(step.sum + i, sum);
-    // No key, or every score -inf: zeros.
-    store(factor + i, !step.is_last ? broadcast(1.0f) : sum == 0.0f ? Vec{} : 1.0f / sum);
+    const Vec inverse = sum == 0.0f ? Vec{} : 1.0f / sum;  // no key, or every score -inf: zeros
+    store(factor + i, step.is_last ? inverse : broadcast(1.0f));
   }
 }
 
 template <int Rows>
-void attend_group(const Scratch& scratch, const Step& step, int64_t count, int64_t head_dim, RowsAhead& ahead) {
-  Vec highest[kMaxRowsOfGroup];
+void attend_rows(const Scratch& scratch, const Step& step, int64_t head_dim, RowsAhead& ahead) {
+  Vec highest[kMaxGroupRows];
   for (Vec& row : highest) row = broadcast(-kInfinity);
-  for_each_panel(ceil_div(count, kLanes), [&](int64_t first, auto width) {
+  for_each_panel(ceil_div(step.keys, kLanes), [&](int64_t first, auto width) {
     const int64_t key = first * kLanes;
     if (key >= step.seen) return;
-    score_panel<Rows, width.value>(scratch.query, scratch.keys + key * head_dim, head_dim, count - key,
+    score_panel<Rows, width.value>(scratch.query, scratch.keys + key * head_dim, head_dim, step.keys - key,
                                    step.diagonal - key, scratch.scores + key, highest, ahead);
   });
 
@@ -287,46 +316,37 @@ void attend_group(const Scratch& scratch, const Step& step, int64_t count, int64
   const int64_t head_vectors = ceil_div(head_dim, kLanes);
   for_each_panel(head_vectors, [&](int64_t first, auto width) {
     const int64_t column = first * kLanes;
-    value_panel<Rows, width.value>(scratch.scores, scratch.values + column * count, step.seen,
-                                   step.past ? step.past + column : nullptr, head_vectors * kLanes, alpha, factor,
-                                   step.out + column, step.out_stride);
+    value_panel<Rows, width.value>(scratch.scores, scratch.values + column * step.keys, step.seen,
+                                   step.past != nullptr ? step.past + column : nullptr, head_vectors * kLanes, alpha,
+                                   factor, step.out + column, step.out_stride);
   });
 }
 
-// The keys and values of one tile, where they lie.
-template <typename T>
-struct Tile {
-  const T *key, *value;
-  int64_t count;
-};
-
-template <typename T>
-__attribute__((noinline)) void pack_tile(const Tile<T>& tile, const FlashAttentionArgs& args, const Scratch& scratch) {
-  for_each_panel(ceil_div(tile.count, kLanes), [&](int64_t first, auto width) {
-    constexpr int64_t panel = width.value * kLanes;
-    for (int64_t c = 0; c < panel; c += kLanes) {
-      const int64_t j = first * kLanes + c;
-      transpose_rows(scratch.keys + first * kLanes * args.head_dim + c, panel, tile.key + j * args.key_stride.row,
-                     args.key_stride.row, min_of(kLanes, tile.count - j), args.head_dim);
-    }
-  });
-  for_each_panel(ceil_div(args.head_dim, kLanes), [&](int64_t first, auto width) {
-    constexpr int64_t panel = width.value * kLanes;
-    const int64_t columns = min_of(panel, args.head_dim - first * kLanes);
-    for (int64_t j = 0; j < tile.count; ++j) {
-      copy_row(scratch.values + first * kLanes * tile.count + j * panel,
-               tile.value + j * args.value_stride.row + first * kLanes, columns);
-    }
-  });
+void attend_rows(int64_t rows, const Scratch& scratch, const Step& step, int64_t head_dim, RowsAhead& ahead) {
+  static_assert(kTileRows == 6);
+  switch (rows) {
+    case 1:
+      return attend_rows<1>(scratch, step, head_dim, ahead);
+    case 2:
+      return attend_rows<2>(scratch, step, head_dim, ahead);
+    case 3:
+      return attend_rows<3>(scratch, step, head_dim, ahead);
+    case 4:
+      return attend_rows<4>(scratch, step, head_dim, ahead);
+    case 5:
+      return attend_rows<5>(scratch, step, head_dim, ahead);
+    default:
+      return attend_rows<6>(scratch, step, head_dim, ahead);
+  }
 }
 
-// A block of query rows of one (batch, head), and where its tensors begin.
+// A block of query rows of one (batch, head): where its tensors begin.
 template <typename T>
 struct Block {
   const T *query, *key, *value;
   T* out;
   int64_t begin, rows;
-  int64_t keys;  // that any row of the block sees
+  int64_t keys;  // that its last row sees
 
   Block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit) {
     const int64_t head = unit / plan.row_blocks % args.heads, batch = unit / plan.row_blocks / args.heads;
@@ -341,92 +361,104 @@ struct Block {
     value = head_of(args.value, args.value_stride);
     out = const_cast<T*>(head_of(args.out, args.out_stride)) + begin * args.out_stride.row;
   }
-
-  Tile<T> tile(const FlashAttentionArgs& args, const Plan& plan, int64_t first) const {
-    return {key + first * args.key_stride.row, value + first * args.value_stride.row, min_of(plan.keys, keys - first)};
-  }
 };
 
+// One thread at work.
 template <typename T>
-void attend_block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit, int64_t next_unit, const Scratch& scratch) {
-  const Block<T> block(args, plan, unit);
-  const int64_t groups = ceil_div(block.rows, kTileRows);
-  for (int64_t i = 0; i < groups * kGroupLanes; ++i) {
-    scratch.max[i] = -kInfinity;
-    scratch.sum[i] = 0.0f;
+struct Worker {
+  const FlashAttentionArgs& args;
+  const Plan& plan;
+  const Scratch scratch;
+
+  void pack_tile(const T* key, const T* value, int64_t count) const {
+    for_each_panel(ceil_div(count, kLanes), [&](int64_t first, auto width) {
+      constexpr int64_t kPanel = width.value * kLanes;
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        const int64_t j = first * kLanes + c;
+        transpose_rows(scratch.keys + first * kLanes * args.head_dim + c, kPanel, key + j * args.key_stride.row,
+                       args.key_stride.row, min_of(kLanes, count - j), args.head_dim);
+      }
+    });
+    for_each_panel(plan.head_floats / kLanes, [&](int64_t first, auto width) {
+      constexpr int64_t kPanel = width.value * kLanes;
+      const int64_t column = first * kLanes, columns = min_of(kPanel, args.head_dim - column);
+      for (int64_t j = 0; j < count; ++j) {
+        copy_row(scratch.values + column * count + j * kPanel, value + j * args.value_stride.row + column, columns);
+      }
+    });
   }
 
-  int64_t first = 0;
-  do {
-    const Tile<T> tile = block.tile(args, plan, first);
-    pack_tile(tile, args, scratch);
-    const int64_t nothing = int64_t{1} << 62;
-    RowsAhead ahead = {{{}, {}, {}, {}, {nullptr, 0, 0, nothing}}};
-    const bool more = first + plan.keys < block.keys;
-    if (more || next_unit >= 0) {
-      const Tile<T> next = more ? block.tile(args, plan, first + plan.keys) : Block<T>(args, plan, next_unit).tile(args, plan, 0);
-      const int64_t size = sizeof(T);
-      ahead.waiting[2] = {reinterpret_cast<const char*>(next.key), args.key_stride.row * size, args.head_dim * size, next.count};
-      ahead.waiting[3] = {reinterpret_cast<const char*>(next.value), args.value_stride.row * size, args.head_dim * size, next.count};
+  // Rows [row, row + rows) of a block against the packed tile of `count` keys that begins at key `first`.
+  void attend_group(const Block<T>& block, int64_t row, int64_t rows, int64_t first, int64_t count,
+                    RowsAhead& ahead) const {
+    const int64_t group = row / kTileRows;
+    const int64_t keys = args.is_causal ? min_of(args.key_length, block.begin + row + rows) : args.key_length;
+    if (first > 0 && first >= keys) return;
+
+    for (int64_t r = 0; r < rows; ++r) {
+      copy_row(scratch.query + r * kQueryStride, block.query + (row + r) * args.query_stride.row, args.head_dim,
+               args.scale * kLog2E);
+    }
+    float* past = scratch.past + min_of(row, plan.past_rows - kTileRows) * plan.head_floats;
+    T* result = block.out + row * args.out_stride.row;
+
+    Step step;
+    step.keys = count;
+    step.seen = min_of(count, keys - first);
+    step.diagonal = args.is_causal ? block.begin + row + 1 - first : count;
+    step.is_last = first + count >= keys;
+    step.max = scratch.max + group * kGroupLanes;
+    step.sum = scratch.sum + group * kGroupLanes;
+    step.past = first == 0 ? nullptr : past;
+    const bool direct = step.is_last && args.dtype == DType::kFloat32 && args.head_dim == plan.head_floats;
+    step.out = direct ? reinterpret_cast<float*>(result) : past;
+    step.out_stride = direct ? args.out_stride.row : plan.head_floats;
+    if (step.is_last) ahead.results = RowStream(result, args.out_stride.row, args.head_dim, rows);
+
+    attend_rows(rows, scratch, step, args.head_dim, ahead);
+    if (!step.is_last || direct) return;
+    for (int64_t r = 0; r < rows; ++r) copy_result(result + r * args.out_stride.row, past + r * plan.head_floats);
+  }
+
+  void copy_result(T* to, const float* from) const {
+    int64_t d = 0;
+    for (; d + kLanes <= args.head_dim; d += kLanes) store(to + d, load(from + d));
+    if (d < args.head_dim) store_first(to + d, load(from + d), args.head_dim - d);
+  }
+
+  // `next` is the unit that this thread does afterwards.
+  void attend_block(int64_t unit, int64_t next) const {
+    const Block<T> block(args, plan, unit), next_block(args, plan, next);
+    for (int64_t i = 0; i < plan.groups * kGroupLanes; ++i) {
+      scratch.max[i] = -kInfinity;
+      scratch.sum[i] = 0.0f;
     }
 
-    int64_t row = 0;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t rows = ceil_div(block.rows - row, groups - group);
-      const int64_t group_keys = args.is_causal ? min_of(args.key_length, block.begin + row + rows) : args.key_length;
-      if (first == 0 || first < group_keys) {
-        Step step;
-        step.seen = min_of(tile.count, group_keys - first);
-        step.diagonal = args.is_causal ? block.begin + row + 1 - first : tile.count;
-        step.is_last = first + tile.count >= group_keys;
-        step.max = scratch.max + group * kGroupLanes;
-        step.sum = scratch.sum + group * kGroupLanes;
-        float* past = scratch.past + (plan.keys < args.key_length ? row * plan.head_floats : 0);
-        step.past = first == 0 ? nullptr : past;
-        step.out = past;
-        step.out_stride = plan.head_floats;
-        T* out = block.out + row * args.out_stride.row;
-        bool direct = false;
-        if constexpr (sizeof(T) == sizeof(float)) {
-          if (step.is_last && args.head_dim % kLanes == 0) {
-            direct = true;
-            step.out = out;
-            step.out_stride = args.out_stride.row;
-          }
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          copy_row(scratch.query + r * kQueryStride, block.query + (row + r) * args.query_stride.row, args.head_dim, args.scale * kLog2E);
-        }
-        const int64_t next_row = row + rows;
-        if (group + 1 < groups) {
-          ahead.waiting[0] = {reinterpret_cast<const char*>(block.query + next_row * args.query_stride.row), args.query_stride.row * (int64_t)sizeof(T), args.head_dim * (int64_t)sizeof(T), ceil_div(block.rows - next_row, groups - group - 1)};
-        } else if (more || next_unit >= 0) {
-          ahead.waiting[0] = {reinterpret_cast<const char*>(more ? block.query : Block<T>(args, plan, next_unit).query), args.query_stride.row * (int64_t)sizeof(T), args.head_dim * (int64_t)sizeof(T), min_of(6, block.rows)};
-        }
-        if (step.is_last) ahead.waiting[1] = {reinterpret_cast<const char*>(out), args.out_stride.row * (int64_t)sizeof(T), args.head_dim * (int64_t)sizeof(T), rows};
-        switch (rows) {
-          case 1: attend_group<1>(scratch, step, tile.count, args.head_dim, ahead); break;
-          case 2: attend_group<2>(scratch, step, tile.count, args.head_dim, ahead); break;
-          case 3: attend_group<3>(scratch, step, tile.count, args.head_dim, ahead); break;
-          case 4: attend_group<4>(scratch, step, tile.count, args.head_dim, ahead); break;
-          case 5: attend_group<5>(scratch, step, tile.count, args.head_dim, ahead); break;
-          case 6: attend_group<6>(scratch, step, tile.count, args.head_dim, ahead); break;
-        }
-        if (step.is_last && !direct) {
-          for (int64_t r = 0; r < rows; ++r) {
-            const float* from = past + r * plan.head_floats;
-            T* to = out + r * args.out_stride.row;
-            int64_t d = 0;
-            for (; d + kLanes <= args.head_dim; d += kLanes) store(to + d, load(from + d));
-            if (d < args.head_dim) store_first(to + d, load(from + d), args.head_dim - d);
-          }
-        }
+    int64_t first = 0;
+    do {
+      const int64_t count = min_of(plan.keys, block.keys - first);
+      pack_tile(block.key + first * args.key_stride.row, block.value + first * args.value_stride.row, count);
+
+      const int64_t after = first + plan.keys < block.keys ? first + plan.keys : 0;
+      const Block<T>& from = after > 0 ? block : next_block;
+      const int64_t next_count = min_of(plan.keys, from.keys - after);
+      RowsAhead ahead;
+      ahead.next_keys =
+          RowStream(from.key + after * args.key_stride.row, args.key_stride.row, args.head_dim, next_count);
+      ahead.next_values =
+          RowStream(from.value + after * args.value_stride.row, args.value_stride.row, args.head_dim, next_count);
+
+      for (int64_t row = 0; row < block.rows; row += kTileRows) {
+        const int64_t next_row = row + kTileRows < block.rows ? row + kTileRows : 0;
+        const Block<T>& next_from = next_row > 0 ? block : from;
+        ahead.next_queries = RowStream(next_from.query + next_row * args.query_stride.row, args.query_stride.row,
+                                       args.head_dim, min_of(kTileRows, next_from.rows - next_row));
+        attend_group(block, row, min_of(kTileRows, block.rows - row), first, count, ahead);
       }
-      row += rows;
-    }
-    first += plan.keys;
-  } while (first < block.keys);
-}
+      first += plan.keys;
+    } while (first < block.keys);
+  }
+};
 
 }  // namespace
 
@@ -434,19 +466,11 @@ void flash_attention(const FlashAttentionArgs& args) {
   if (args.batch * args.heads * args.query_length * args.head_dim == 0) return;
   const Plan plan = make_plan(args);
   float* memory = scratch(max_threads() * plan.scratch_floats);
-  const int64_t units = args.batch * args.heads * plan.row_blocks;
   with_element_type(args.dtype, [&](auto element) {
-    int64_t claimed = 0;
-#pragma omp parallel num_threads(min_of(units, max_threads())) if (units > 1)
-    {
-      const Scratch scratch(plan, memory + omp_get_thread_num() * plan.scratch_floats);
-      int64_t unit = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
-      while (unit < units) {
-        const int64_t next = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
-        attend_block<decltype(element)>(args, plan, unit, next < units ? next : -1, scratch);
-        unit = next;
-      }
-    }
+    parallel_for_ahead(args.batch * args.heads * plan.row_blocks, [&](int64_t thread, int64_t unit, int64_t next) {
+      const Scratch scratch(plan, memory + thread * plan.scratch_floats);
+      Worker<decltype(element)>{args, plan, scratch}.attend_block(unit, next);
+    });
   });
 }
 
