@@ -1,31 +1,50 @@
 // Attention by tiles, with an online softmax (FlashAttention, arXiv 2205.14135, algorithm 1).
 //
-// A unit of work is a block of query rows of one (batch, head). It walks over the keys in tiles:
+// A unit of work is a block of query rows of one (batch, head). A thread that claims one walks over the keys in tiles:
 //
-//   pack      key tile transposed, value tile, both float32          K^T [D, keys], V [keys, D']
-//   for each group of kTileRows query rows:
-//     scores  S = Q K^T in registers, a panel of keys at a time      S [kTileRows, keys], in the L1 cache
+//   pack      the tile's keys transposed and its values, both float32, in panels     L2 cache, 128 KiB each
+//   for each group of up to kTileRows query rows:
+//     scores  S = Q K^T, a panel of keys at a time in registers, with the rows'
+//             maxima and the mask; meanwhile rows needed next are prefetched         L1 cache, [kTileRows, keys]
 //     softmax running maximum m, sum l; S becomes P = 2^(S - m)
-//     values  O = alpha O + P V, a panel of columns at a time        O [rows, D']
+//     values  O = alpha O + P V, a panel of columns at a time in registers           L2 cache, [rows, D]
 //
-// and divides by l at the end. D' is D in whole vectors; scale and log2(e) are folded into Q. What the inner loops
-// touch (Q, O, K^T, V: 128 KiB each at most) stays in the L2 cache, whatever the lengths. Each row's arithmetic is the
-// same however rows are dealt out, so the result does not depend on the number of threads.
+// The last tile divides by l and writes straight to the result, so O exists only where there are several tiles. Scale
+// and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 1.5 MiB. Each row's
+// arithmetic is the same however rows are dealt out, so the result does not depend on the number of threads.
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr int64_t kTileFloats = 32768;  // of a key tile; 64..512 keys: fewer rescale too often, more leave the cache
-constexpr int64_t kMinRows = 96;        // of a query block, below which packing the keys shows
 
-// How a problem is cut. Lengths in vectors are of kLanes.
+// Of a key tile. Keys and values of 128 KiB each leave room for O in an L2 cache of 1 MiB; smaller tiles touch O more
+// often.
+constexpr int64_t kTileFloats = 32768;
+constexpr int64_t kMaxTileKeys = 512;
+
+// Of a block of several tiles: packing a tile costs as much as attending 6 to 8 rows to it.
+constexpr int64_t kMaxRows = 1024;
+constexpr int64_t kMinRows = 96;  // to share out a head among threads
+
+// Constants, so that a group's rows are one pointer and immediate offsets; a vector more than a power of two, so that
+// they fall into different sets of the L1 cache.
+constexpr int64_t kQueryStride = kMaxHeadDim + 16;
+constexpr int64_t kScoreStride = kMaxTileKeys + 16;
+
+// The softmax's numbers of a group's rows are one array, row r in lane r.
+constexpr int kMaxGroupRows = 8;  // kTileRows as a power of two
+constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
+
+// How a problem is cut.
 struct Plan {
-  int64_t rows;         // of a query block, a multiple of kTileRows
+  int64_t rows;         // of a block
   int64_t row_blocks;   // in query_length
-  int64_t keys;         // of a key tile, a multiple of kLanes
+  int64_t groups;       // in a block
+  int64_t keys;         // of a tile, in whole vectors
   int64_t head_floats;  // head_dim in whole vectors
+  int64_t past_rows;    // of O
   int64_t scratch_floats;
 };
 
@@ -33,38 +52,69 @@ Plan make_plan(const FlashAttentionArgs& args) {
   Plan plan;
   plan.head_floats = round_up(args.head_dim, kLanes);
 
-  const int64_t max_keys = max_of(64, min_of(512, kTileFloats / plan.head_floats / kLanes * kLanes));
+  const int64_t max_keys = max_of(64, min_of(kMaxTileKeys, kTileFloats / plan.head_floats / kLanes * kLanes));
   const int64_t tiles = max_of(1, ceil_div(args.key_length, max_keys));
   plan.keys = round_up(max_of(1, ceil_div(args.key_length, tiles)), kLanes);
 
-  int64_t max_rows = max_of(kMinRows, min_of(384, kTileFloats / plan.head_floats));
-  const int64_t heads = args.batch * args.heads;
-  while (max_rows >= 2 * kMinRows && heads * ceil_div(args.query_length, max_rows) < 4 * max_threads()) max_rows /= 2;
-  plan.row_blocks = ceil_div(args.query_length, max_rows);
-  plan.rows = round_up(ceil_div(args.query_length, plan.row_blocks), kTileRows);
+  const int64_t enough = ceil_div(4 * max_threads(), args.batch * args.heads);
+  const int64_t fewest = tiles == 1 ? 1 : ceil_div(args.query_length, kMaxRows);
+  plan.row_blocks = max_of(fewest, min_of(enough, args.query_length / kMinRows));
+  plan.rows = ceil_div(args.query_length, plan.row_blocks);
+  plan.row_blocks = ceil_div(args.query_length, plan.rows);
+  plan.groups = ceil_div(plan.rows, kTileRows);
+  plan.past_rows = tiles == 1 ? kTileRows : plan.groups * kTileRows;
 
-  const int64_t rows = plan.rows, keys = plan.keys, head = plan.head_floats;
-  plan.scratch_floats = 2 * rows * head + 2 * keys * head + kTileRows * keys + round_up(2 * rows, kLanes);
+  plan.scratch_floats = kTileRows * (kQueryStride + kScoreStride) + 2 * plan.groups * kGroupLanes +
+                        (2 * plan.keys + plan.past_rows) * plan.head_floats;
   return plan;
 }
 
 // One thread's memory. Every part begins at a whole vector.
 struct Scratch {
-  float *query, *out;  // [rows, head_floats]
-  float* keys;         // panels of up to kTileVectors vectors of keys: [head_dim, panel]
-  float* values;       // [keys, head_floats]
-  float* scores;       // [kTileRows, keys]
-  float *max, *sum;    // [rows]
+  float* query;      // [kTileRows, kQueryStride]
+  float* scores;     // [kTileRows, kScoreStride]
+  float *max, *sum;  // [groups, kGroupLanes]
+  float* keys;       // panels of up to kTileVectors vectors of keys: [head_dim, panel]
+  float* values;     // panels of up to kTileVectors vectors of columns: [keys, panel]
+  float* past;       // [past_rows, head_floats]: O
 
   Scratch(const Plan& plan, float* memory) {
     query = memory;
-    out = query + plan.rows * plan.head_floats;
-    keys = out + plan.rows * plan.head_floats;
+    scores = query + kTileRows * kQueryStride;
+    max = scores + kTileRows * kScoreStride;
+    sum = max + plan.groups * kGroupLanes;
+    keys = sum + plan.groups * kGroupLanes;
     values = keys + plan.keys * plan.head_floats;
-    scores = values + plan.keys * plan.head_floats;
-    max = scores + kTileRows * plan.keys;
-    sum = max + plan.rows;
+    past = values + plan.keys * plan.head_floats;
   }
+};
+
+// Rows of a tensor that are needed soon. They are brought into the L2 cache one at a time from inside the score loop,
+// which a burst would stall.
+struct RowStream {
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, count = 0;
+
+  RowStream() = default;
+  template <typename T>
+  RowStream(const T* first, int64_t row_stride, int64_t columns, int64_t rows)
+      : row(reinterpret_cast<const char*>(first)),
+        stride(row_stride * static_cast<int64_t>(sizeof(T))),
+        bytes(columns * static_cast<int64_t>(sizeof(T))),
+        count(rows) {}
+
+  GAFEXT_INLINE void fetch_one() {
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+    row += stride;
+    --count;
+  }
+};
+
+// In the order of need. After them come rows of no bytes without end, so that the score loop need not ask for one.
+struct RowsAhead {
+  RowStream next_queries, results, next_keys, next_values, nothing;
+
+  RowsAhead() { nothing.count = INT64_MAX; }
 };
 
 // Cuts `vectors` into panels of at most kTileVectors, as even as can be (5 is 3 + 2: a lone vector would leave the
@@ -88,164 +138,327 @@ GAFEXT_INLINE void for_each_panel(int64_t vectors, const Body& body) {
   }
 }
 
-// scores[r, :] = sum_d query[r, d] keys[d, :], for kTileRows rows and one panel of keys.
-template <int Width>
-void score_panel(const float* query, int64_t query_stride, const float* keys, int64_t head_dim, float* scores,
-                 int64_t scores_stride) {
-  Vec tile[kTileRows][Width] = {};
-  for (int64_t d = 0; d < head_dim; ++d) {
-    Vec key[Width];
+// tile[r, :] += left[r * Stride] * panel[:]
+template <int64_t Stride, int Rows, int Width>
+GAFEXT_INLINE void add_product(Vec (&tile)[Rows][Width], const float* left, const float* panel) {
+  Vec right[Width];
+  GAFEXT_UNROLL
+  for (int c = 0; c < Width; ++c) right[c] = load(panel + c * kLanes);
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const Vec factor = broadcast(left[r * Stride]);
     GAFEXT_UNROLL
-    for (int c = 0; c < Width; ++c) key[c] = load(keys + (d * Width + c) * kLanes);
+    for (int c = 0; c < Width; ++c) tile[r][c] += factor * right[c];
+  }
+}
+
+template <int... I>
+GAFEXT_INLINE IntVec lane_numbers(Lanes<I...>) {
+  return IntVec{I...};
+}
+
+// Row r keeps the panel's first min(count, diagonal + r) scores, the others become -inf.
+template <int Rows, int Width>
+GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t diagonal) {
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const int visible = static_cast<int>(min_of(count, diagonal + r));
     GAFEXT_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vec q = broadcast(query[r * query_stride + d]);
+    for (int c = 0; c < Width; ++c) {
+      tile[r][c] = lane_numbers(AllLanes()) < visible - c * kLanes ? tile[r][c] : broadcast(-kInfinity);
+    }
+  }
+}
+
+// scores[r, :] = sum_d query[r, d] keys[d, :] for one panel of keys, masked; highest[r] keeps the highest of a row so
+// far, lane by lane.
+template <int Rows, int Width>
+void score_panel(const float* query, const float* keys, int64_t head_dim, int64_t count, int64_t diagonal,
+                 float* scores, Vec* highest, RowsAhead& ahead) {
+  constexpr int kStep = 4;  // multiply-adds of a row for each row ahead; 2 and 8 are no faster
+  constexpr int kPanel = Width * kLanes;
+  RowStream* waiting = &ahead.next_queries;
+  RowStream stream = *waiting;
+
+  Vec tile[Rows][Width] = {};
+  int64_t d = 0;
+  for (; d + kStep <= head_dim; d += kStep) {
+    while (stream.count == 0) {
+      waiting->count = 0;
+      stream = *++waiting;
+    }
+    stream.fetch_one();
+    GAFEXT_UNROLL
+    for (int i = 0; i < kStep; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
+  }
+  for (; d < head_dim; ++d) add_product<kQueryStride>(tile, query + d, keys + d * kPanel);
+  *waiting = stream;
+
+  if (min_of(count, diagonal) < kPanel) mask_scores(tile, count, diagonal);
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    Vec row_highest = highest[r];
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) {
+      store(scores + r * kScoreStride + c * kLanes, tile[r][c]);
+      row_highest = max_of(tile[r][c], row_highest);
+    }
+    highest[r] = row_highest;
+  }
+}
+
+// out[r, :] = factor[r] (alpha[r] past[r, :] + sum_j weights[r, j] values[j, :]) for one panel of columns, without the
+// past where that is null.
+template <int Rows, int Width>
+void value_panel(const float* weights, const float* values, int64_t keys, const float* past, int64_t past_stride,
+                 const float* alpha, const float* factor, float* out, int64_t out_stride) {
+  constexpr int kStep = 4;
+  constexpr int kPanel = Width * kLanes;
+  Vec tile[Rows][Width] = {};
+  if (past != nullptr) {
+    GAFEXT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
       GAFEXT_UNROLL
-      for (int c = 0; c < Width; ++c) tile[r][c] += q * key[c];
+      for (int c = 0; c < Width; ++c) tile[r][c] = load(past + r * past_stride + c * kLanes) * alpha[r];
     }
   }
-  GAFEXT_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
+  int64_t j = 0;
+  for (; j + kStep <= keys; j += kStep) {
     GAFEXT_UNROLL
-    for (int c = 0; c < Width; ++c) store(scores + r * scores_stride + c * kLanes, tile[r][c]);
+    for (int i = 0; i < kStep; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * kPanel);
+  }
+  for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * kPanel);
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) store(out + r * out_stride + c * kLanes, tile[r][c] * factor[r]);
   }
 }
 
-// out[r, :] = alpha[r] out[r, :] + sum_j weights[r, j] values[j, :], for kTileRows rows and one panel of columns.
-template <int Width>
-void value_panel(const float* weights, int64_t weights_stride, const float* values, int64_t head_floats, int64_t keys,
-                 const float* alpha, float* out) {
-  Vec tile[kTileRows][Width];
-  GAFEXT_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
+// lanes[r] = the fold of all lanes of rows[r], all rows at once: a shuffle serves two of them.
+template <typename Fold>
+GAFEXT_INLINE void fold_rows(Vec (&rows)[kMaxGroupRows], float* lanes, Fold fold) {
+  if constexpr (kLanes < kMaxGroupRows) {
+    for (int r = 0; r < kMaxGroupRows; ++r) lanes[r] = reduce(rows[r], fold);
+  } else {
     GAFEXT_UNROLL
-    for (int c = 0; c < Width; ++c) tile[r][c] = load(out + r * head_floats + c * kLanes) * alpha[r];
-  }
-  for (int64_t j = 0; j < keys; ++j) {
-    Vec value[Width];
-    GAFEXT_UNROLL
-    for (int c = 0; c < Width; ++c) value[c] = load(values + j * head_floats + c * kLanes);
-    GAFEXT_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vec p = broadcast(weights[r * weights_stride + j]);
+    for (int half = kMaxGroupRows / 2; half > 0; half /= 2) {
       GAFEXT_UNROLL
-      for (int c = 0; c < Width; ++c) tile[r][c] += p * value[c];
+      for (int i = 0; i < half; ++i) {
+        rows[i] = fold(zip_low(rows[i], rows[i + half], AllLanes()), zip_high(rows[i], rows[i + half], AllLanes()));
+      }
+    }
+    if constexpr (kLanes > kMaxGroupRows) rows[0] = fold(rows[0], rotate<kMaxGroupRows>(rows[0], AllLanes()));
+    store(lanes, rows[0]);
+  }
+}
+
+// A group of query rows against a tile of keys.
+struct Step {
+  int64_t keys;       // of the tile
+  int64_t seen;       // of which the group's last row sees this many
+  int64_t diagonal;   // and, with a causal mask, its first row, each further row one more
+  bool is_last;       // of the group's tiles
+  float *max, *sum;   // [kGroupLanes], of the tiles before
+  const float* past;  // [rows, head_floats], of the tiles before; null at the first
+  float* out;         // [rows, out_stride], the past with this tile
+  int64_t out_stride;
+};
+
+// The scores become weights relative to the new maximum; max and sum move on. alpha[r] is what row r's past is worth
+// now, factor[r] normalises it at the last tile.
+void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const Step& step, float* alpha,
+                  float* factor) {
+  alignas(64) float reference[kGroupLanes], total[kGroupLanes];
+  fold_rows(highest, reference, [](Vec a, Vec b) { return max_of(a, b); });
+  for (int64_t i = 0; i < kGroupLanes; i += kLanes) {
+    const Vec old_max = load(step.max + i), new_max = max_of(load(reference + i), old_max);
+    store(step.max + i, new_max);
+    // All of them -inf: any finite reference makes every weight 0, where -inf - -inf would be NaN.
+    const Vec finite = new_max == -kInfinity ? Vec{} : new_max;
+    store(reference + i, finite);
+    store(alpha + i, exp2_of(old_max - finite));
+  }
+
+  Vec sums[kMaxGroupRows] = {};
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + r * kScoreStride;
+    const Vec zero = broadcast(reference[r]);
+    for (int64_t j = 0; j < step.seen; j += kLanes) {
+      const Vec weight = exp2_of(load(row + j) - zero);
+      store(row + j, weight);
+      sums[r] += weight;
     }
   }
-  GAFEXT_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
-    GAFEXT_UNROLL
-    for (int c = 0; c < Width; ++c) store(out + r * head_floats + c * kLanes, tile[r][c]);
+  fold_rows(sums, total, [](Vec a, Vec b) { return a + b; });
+  for (int64_t i = 0; i < kGroupLanes; i += kLanes) {
+    const Vec sum = load(alpha + i) * load(step.sum + i) + load(total + i);
+    store(step.sum + i, sum);
+    const Vec inverse = sum == 0.0f ? Vec{} : 1.0f / sum;  // no key, or every score -inf: zeros
+    store(factor + i, step.is_last ? inverse : broadcast(1.0f));
   }
 }
 
-// One row's step of the online softmax over the first `visible` scores of `length` (whole vectors): scores become
-// weights relative to the new maximum, max and sum move on. Returns alpha, what the row's past is worth now.
-GAFEXT_INLINE float softmax_row(float* scores, int64_t visible, int64_t length, float* max, float* sum) {
-  for (int64_t j = visible; j < length; ++j) scores[j] = -kInfinity;
-  Vec highest = broadcast(*max);
-  for (int64_t j = 0; j < length; j += kLanes) highest = max_of(load(scores + j), highest);
-  const float new_max = max_in(highest);
-  // All of them -inf: any finite reference makes every weight 0, where -inf - -inf would be NaN.
-  const float reference = new_max == -kInfinity ? 0.0f : new_max;
+template <int Rows>
+void attend_rows(const Scratch& scratch, const Step& step, int64_t head_dim, RowsAhead& ahead) {
+  Vec highest[kMaxGroupRows];
+  for (Vec& row : highest) row = broadcast(-kInfinity);
+  for_each_panel(ceil_div(step.keys, kLanes), [&](int64_t first, auto width) {
+    const int64_t key = first * kLanes;
+    if (key >= step.seen) return;
+    score_panel<Rows, width.value>(scratch.query, scratch.keys + key * head_dim, head_dim, step.keys - key,
+                                   step.diagonal - key, scratch.scores + key, highest, ahead);
+  });
 
-  Vec total = {};
-  for (int64_t j = 0; j < length; j += kLanes) {
-    const Vec weight = exp2_of(load(scores + j) - reference);
-    store(scores + j, weight);
-    total += weight;
-  }
-  const float alpha = exp2_of(broadcast(*max - reference))[0];
-  *max = new_max;
-  *sum = alpha * *sum + sum_in(total);
-  return alpha;
+  alignas(64) float alpha[kGroupLanes], factor[kGroupLanes];
+  softmax_rows(scratch.scores, Rows, highest, step, alpha, factor);
+
+  const int64_t head_vectors = ceil_div(head_dim, kLanes);
+  for_each_panel(head_vectors, [&](int64_t first, auto width) {
+    const int64_t column = first * kLanes;
+    value_panel<Rows, width.value>(scratch.scores, scratch.values + column * step.keys, step.seen,
+                                   step.past != nullptr ? step.past + column : nullptr, head_vectors * kLanes, alpha,
+                                   factor, step.out + column, step.out_stride);
+  });
 }
 
+void attend_rows(int64_t rows, const Scratch& scratch, const Step& step, int64_t head_dim, RowsAhead& ahead) {
+  static_assert(kTileRows == 6);
+  switch (rows) {
+    case 1:
+      return attend_rows<1>(scratch, step, head_dim, ahead);
+    case 2:
+      return attend_rows<2>(scratch, step, head_dim, ahead);
+    case 3:
+      return attend_rows<3>(scratch, step, head_dim, ahead);
+    case 4:
+      return attend_rows<4>(scratch, step, head_dim, ahead);
+    case 5:
+      return attend_rows<5>(scratch, step, head_dim, ahead);
+    default:
+      return attend_rows<6>(scratch, step, head_dim, ahead);
+  }
+}
+
+// A block of query rows of one (batch, head): where its tensors begin.
 template <typename T>
-void pack_tile(const T* key, const T* value, const FlashAttentionArgs& args, const Plan& plan, int64_t count,
-               const Scratch& scratch) {
-  for_each_panel(ceil_div(count, kLanes), [&](int64_t first, auto width) {
-    constexpr int64_t panel = width.value * kLanes;
-    float* to = scratch.keys + first * kLanes * args.head_dim;
-    for (int64_t c = 0; c < width.value; ++c) {
-      const int64_t j = (first + c) * kLanes;
-      transpose_rows(to + c * kLanes, panel, key + j * args.key_stride.row, args.key_stride.row,
-                     min_of(kLanes, count - j), args.head_dim);
-    }
-  });
-  for (int64_t j = 0; j < count; ++j) {
-    copy_row(scratch.values + j * plan.head_floats, value + j * args.value_stride.row, args.head_dim);
+struct Block {
+  const T *query, *key, *value;
+  T* out;
+  int64_t begin, rows;
+  int64_t keys;  // that its last row sees
+
+  Block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit) {
+    const int64_t head = unit / plan.row_blocks % args.heads, batch = unit / plan.row_blocks / args.heads;
+    const auto head_of = [&](const void* base, const HeadStrides& stride) {
+      return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
+    };
+    begin = unit % plan.row_blocks * plan.rows;
+    rows = min_of(plan.rows, args.query_length - begin);
+    keys = args.is_causal ? min_of(args.key_length, begin + rows) : args.key_length;
+    query = head_of(args.query, args.query_stride) + begin * args.query_stride.row;
+    key = head_of(args.key, args.key_stride);
+    value = head_of(args.value, args.value_stride);
+    out = const_cast<T*>(head_of(args.out, args.out_stride)) + begin * args.out_stride.row;
   }
-}
+};
 
-// Rows [group, group + kTileRows) of the block against the packed tile of `count` keys. With a causal mask the group's
-// first row sees `diagonal` of them, the next row one more.
-void attend_group(const FlashAttentionArgs& args, const Plan& plan, int64_t group, int64_t count, int64_t diagonal,
-                  const Scratch& scratch) {
-  const int64_t seen = args.is_causal ? min_of(count, diagonal + kTileRows - 1) : count;  // by the last row
-  if (seen <= 0) return;
-
-  const float* query = scratch.query + group * plan.head_floats;
-  for_each_panel(ceil_div(count, kLanes), [&](int64_t first, auto width) {
-    if (first * kLanes >= seen) return;
-    score_panel<width.value>(query, plan.head_floats, scratch.keys + first * kLanes * args.head_dim, args.head_dim,
-                             scratch.scores + first * kLanes, plan.keys);
-  });
-
-  float alpha[kTileRows];
-  for (int r = 0; r < kTileRows; ++r) {
-    const int64_t visible = args.is_causal ? max_of(0, min_of(seen, diagonal + r)) : seen;
-    alpha[r] = softmax_row(scratch.scores + r * plan.keys, visible, round_up(seen, kLanes), scratch.max + group + r,
-                           scratch.sum + group + r);
-  }
-
-  float* out = scratch.out + group * plan.head_floats;
-  for_each_panel(plan.head_floats / kLanes, [&](int64_t first, auto width) {
-    value_panel<width.value>(scratch.scores, plan.keys, scratch.values + first * kLanes, plan.head_floats, seen, alpha,
-                             out + first * kLanes);
-  });
-}
-
-// A block of query rows of one (batch, head) from packing to the division by the sum.
+// One thread at work.
 template <typename T>
-void attend_block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit, const Scratch& scratch) {
-  const int64_t begin = unit % plan.row_blocks * plan.rows, rows = min_of(plan.rows, args.query_length - begin);
-  const int64_t head = unit / plan.row_blocks % args.heads, batch = unit / plan.row_blocks / args.heads;
-  const auto head_of = [&](const void* base, const HeadStrides& stride) {
-    return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
-  };
-  const T* query = head_of(args.query, args.query_stride) + begin * args.query_stride.row;
-  const T* key = head_of(args.key, args.key_stride);
-  const T* value = head_of(args.value, args.value_stride);
-  T* out = const_cast<T*>(head_of(args.out, args.out_stride)) + begin * args.out_stride.row;
+struct Worker {
+  const FlashAttentionArgs& args;
+  const Plan& plan;
+  const Scratch scratch;
 
-  const int64_t groups_end = round_up(rows, kTileRows);
-  for (int64_t i = 0; i < groups_end; ++i) {
-    copy_row(scratch.query + i * plan.head_floats, query + min_of(i, rows - 1) * args.query_stride.row, args.head_dim,
-             args.scale * kLog2E);
-    scratch.max[i] = -kInfinity;
-    scratch.sum[i] = 0.0f;
+  void pack_tile(const T* key, const T* value, int64_t count) const {
+    for_each_panel(ceil_div(count, kLanes), [&](int64_t first, auto width) {
+      constexpr int64_t kPanel = width.value * kLanes;
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        const int64_t j = first * kLanes + c;
+        transpose_rows(scratch.keys + first * kLanes * args.head_dim + c, kPanel, key + j * args.key_stride.row,
+                       args.key_stride.row, min_of(kLanes, count - j), args.head_dim);
+      }
+    });
+    for_each_panel(plan.head_floats / kLanes, [&](int64_t first, auto width) {
+      constexpr int64_t kPanel = width.value * kLanes;
+      const int64_t column = first * kLanes, columns = min_of(kPanel, args.head_dim - column);
+      for (int64_t j = 0; j < count; ++j) {
+        copy_row(scratch.values + column * count + j * kPanel, value + j * args.value_stride.row + column, columns);
+      }
+    });
   }
-  for (int64_t i = 0; i < groups_end * plan.head_floats; ++i) scratch.out[i] = 0.0f;
 
-  const int64_t end = args.is_causal ? min_of(args.key_length, begin + rows) : args.key_length;
-  for (int64_t first = 0; first < end; first += plan.keys) {
-    const int64_t count = min_of(plan.keys, end - first);
-    pack_tile(key + first * args.key_stride.row, value + first * args.value_stride.row, args, plan, count, scratch);
-    for (int64_t group = 0; group < groups_end; group += kTileRows) {
-      attend_group(args, plan, group, count, begin + group + 1 - first, scratch);
+  // Rows [row, row + rows) of a block against the packed tile of `count` keys that begins at key `first`.
+  void attend_group(const Block<T>& block, int64_t row, int64_t rows, int64_t first, int64_t count,
+                    RowsAhead& ahead) const {
+    const int64_t group = row / kTileRows;
+    const int64_t keys = args.is_causal ? min_of(args.key_length, block.begin + row + rows) : args.key_length;
+    if (first > 0 && first >= keys) return;
+
+    for (int64_t r = 0; r < rows; ++r) {
+      copy_row(scratch.query + r * kQueryStride, block.query + (row + r) * args.query_stride.row, args.head_dim,
+               args.scale * kLog2E);
     }
+    float* past = scratch.past + min_of(row, plan.past_rows - kTileRows) * plan.head_floats;
+    T* result = block.out + row * args.out_stride.row;
+
+    Step step;
+    step.keys = count;
+    step.seen = min_of(count, keys - first);
+    step.diagonal = args.is_causal ? block.begin + row + 1 - first : count;
+    step.is_last = first + count >= keys;
+    step.max = scratch.max + group * kGroupLanes;
+    step.sum = scratch.sum + group * kGroupLanes;
+    step.past = first == 0 ? nullptr : past;
+    const bool direct = step.is_last && args.dtype == DType::kFloat32 && args.head_dim == plan.head_floats;
+    step.out = direct ? reinterpret_cast<float*>(result) : past;
+    step.out_stride = direct ? args.out_stride.row : plan.head_floats;
+    if (step.is_last) ahead.results = RowStream(result, args.out_stride.row, args.head_dim, rows);
+
+    attend_rows(rows, scratch, step, args.head_dim, ahead);
+    if (!step.is_last || direct) return;
+    for (int64_t r = 0; r < rows; ++r) copy_result(result + r * args.out_stride.row, past + r * plan.head_floats);
   }
 
-  for (int64_t i = 0; i < rows; ++i) {
-    const float inverse = scratch.sum[i] == 0.0f ? 0.0f : 1.0f / scratch.sum[i];  // no key, or every score -inf: zeros
-    const float* from = scratch.out + i * plan.head_floats;
-    T* to = out + i * args.out_stride.row;
+  void copy_result(T* to, const float* from) const {
     int64_t d = 0;
-    for (; d + kLanes <= args.head_dim; d += kLanes) store(to + d, load(from + d) * inverse);
-    if (d < args.head_dim) store_first(to + d, load(from + d) * inverse, args.head_dim - d);
+    for (; d + kLanes <= args.head_dim; d += kLanes) store(to + d, load(from + d));
+    if (d < args.head_dim) store_first(to + d, load(from + d), args.head_dim - d);
   }
-}
+
+  // `next` is the unit that this thread does afterwards.
+  void attend_block(int64_t unit, int64_t next) const {
+    const Block<T> block(args, plan, unit), next_block(args, plan, next);
+    for (int64_t i = 0; i < plan.groups * kGroupLanes; ++i) {
+      scratch.max[i] = -kInfinity;
+      scratch.sum[i] = 0.0f;
+    }
+
+    int64_t first = 0;
+    do {
+      const int64_t count = min_of(plan.keys, block.keys - first);
+      pack_tile(block.key + first * args.key_stride.row, block.value + first * args.value_stride.row, count);
+
+      const int64_t after = first + plan.keys < block.keys ? first + plan.keys : 0;
+      const Block<T>& from = after > 0 ? block : next_block;
+      const int64_t next_count = min_of(plan.keys, from.keys - after);
+      RowsAhead ahead;
+      ahead.next_keys =
+          RowStream(from.key + after * args.key_stride.row, args.key_stride.row, args.head_dim, next_count);
+      ahead.next_values =
+          RowStream(from.value + after * args.value_stride.row, args.value_stride.row, args.head_dim, next_count);
+
+      for (int64_t row = 0; row < block.rows; row += kTileRows) {
+        const int64_t next_row = row + kTileRows < block.rows ? row + kTileRows : 0;
+        const Block<T>& next_from = next_row > 0 ? block : from;
+        ahead.next_queries = RowStream(next_from.query + next_row * args.query_stride.row, args.query_stride.row,
+                                       args.head_dim, min_of(kTileRows, next_from.rows - next_row));
+        attend_group(block, row, min_of(kTileRows, block.rows - row), first, count, ahead);
+      }
+      first += plan.keys;
+    } while (first < block.keys);
+  }
+};
 
 }  // namespace
 
@@ -254,8 +467,9 @@ void flash_attention(const FlashAttentionArgs& args) {
   const Plan plan = make_plan(args);
   float* memory = scratch(max_threads() * plan.scratch_floats);
   with_element_type(args.dtype, [&](auto element) {
-    parallel_for(args.batch * args.heads * plan.row_blocks, [&](int64_t thread, int64_t unit) {
-      attend_block<decltype(element)>(args, plan, unit, Scratch(plan, memory + thread * plan.scratch_floats));
+    parallel_for_ahead(args.batch * args.heads * plan.row_blocks, [&](int64_t thread, int64_t unit, int64_t next) {
+      const Scratch scratch(plan, memory + thread * plan.scratch_floats);
+      Worker<decltype(element)>{args, plan, scratch}.attend_block(unit, next);
     });
   });
 }

@@ -316,4 +316,24 @@ void with_element_type(DType dtype, const Body& body) {
   }
 }
 
+// body(thread, unit, next) for every unit, as parallel_for; `next` is the unit that this thread gets afterwards, so
+// that its memory can be prefetched, and `unit` itself where there is none.
+template <typename Body>
+void parallel_for_ahead(int64_t units, const Body& body) {
+#ifdef _OPENMP
+  int64_t claimed = 0;
+#pragma omp parallel num_threads(min_of(units, max_threads())) if (units > 1)
+  {
+    int64_t unit = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
+    while (unit < units) {
+      const int64_t next = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
+      body(omp_get_thread_num(), unit, next < units ? next : unit);
+      unit = next;
+    }
+  }
+#else
+  for (int64_t unit = 0; unit < units; ++unit) body(0, unit, min_of(unit + 1, units - 1));
+#endif
+}
+
 }  // namespace gafext::GAFEXT_ISA
