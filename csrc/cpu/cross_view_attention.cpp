@@ -19,10 +19,10 @@
 // Columns beyond the last whole vector are read by one more vector that ends with the row: the scores mask what it has
 // in common with the one before, and the values write that twice.
 //
-// Measured on two cores of a Sapphire Rapids, float32, caches cold: 1.15 to 1.2 times the speed of a large copy of the
-// same bytes for V = 4, 6 and 8, and 1.0 for V = 16, whose sums keep the ports busy. Packing Q, K and V first took
-// twice the time. Non-temporal stores make the kernel 1.2 times faster, but the kernel and a pass over its result 3 to
-// 5% slower. Prefetching `out` as well is worth 2% cold, and nothing in the caches.
+// Measured on two cores of a Sapphire Rapids, float32, caches cold: 1.1 to 1.2 times the speed of a large copy of the
+// same bytes for V = 4, 6 and 8, and 0.95 for V = 16, where the arithmetic shows. Packing Q, K and V first took twice
+// the time. Non-temporal stores make the kernel 1.2 times faster, but the kernel and a pass over its result 3 to 5%
+// slower. Prefetching `out` as well is worth 2% cold.
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -32,7 +32,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kQuad = 4;                      // keys of a score tile
 constexpr int kTileQueries = kLanes / kQuad;  // queries of a score tile: every lane is one score
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kMinRunBytes = 64 * 1024;  // of one tensor; waking a thread takes as long as about this much
+constexpr int64_t kMinRunBytes = 64 * 1024;  // of one tensor: less is not worth waking a thread for
 
 // The rows of one (position, head): row i is view i.
 template <typename T>
