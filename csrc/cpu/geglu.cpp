@@ -6,28 +6,30 @@
 //   product  sums += x W^T in register tiles, while the next step's weights come in   [rows, kPanel], in the L2 cache
 //
 // and after the last step out = value * gelu(gate). Transposing takes 16 shuffles a vector of weights, once in a block
-// of rows, which is 1 % of the time from 500 rows on: weights packed at load were no faster.
+// of rows, which is 3 % of the time for 500 rows.
 #include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
 
 constexpr int64_t kColumns = kPanel / 2;  // output columns of a panel
-constexpr int64_t kDepth = 256;     // features of a step: one float32 chain of 640 loses a digit, sums of 256 do not
-constexpr int64_t kMaxRows = 1008;  // of a unit; their sums take 258 KB
+constexpr int64_t kDepth = 128;         // features of a step: their weights fit the L1 cache, and short sums round less
+constexpr int64_t kMaxRows = 504;       // of a unit; their sums take 129 KB
 constexpr int64_t kGateFloats = 16384;  // of the result, that a thread takes at a time where the projection is given
 constexpr int64_t kMinRows = 96;        // of a unit, below which transposing the weights shows
 
 // One thread's memory. Every part begins at a whole vector.
 struct Scratch {
   float* weight;  // [kDepth, kPanel]: kColumns values, kColumns gates
+  float* bias;    // [kPanel]
   float* x;       // [kTileRows, kDepth], for rows that are not float32
   float* sums;    // [rows, kPanel]
 
-  static int64_t floats(int64_t rows) { return (kDepth + rows) * kPanel + kTileRows * kDepth; }
+  static int64_t floats(int64_t rows) { return (kDepth + 1 + rows) * kPanel + kTileRows * kDepth; }
   explicit Scratch(float* memory) {
     weight = memory;
-    x = weight + kDepth * kPanel;
+    bias = weight + kDepth * kPanel;
+    x = bias + kPanel;
     sums = x + kTileRows * kDepth;
   }
 };
@@ -50,6 +52,14 @@ void pack_weight(const GegluArgs& args, const Unit& unit, int64_t k, int64_t dep
   for (int64_t c = 0; c < kPanel; c += kLanes) {
     const T* from = static_cast<const T*>(args.weight) + weight_row(args, unit, c) * args.weight_stride + k;
     transpose_rows(to + c, kPanel, from, args.weight_stride, weight_rows(unit, c), depth);
+  }
+}
+
+template <typename T>
+void pack_bias(const GegluArgs& args, const Unit& unit, float* to) {
+  const T* bias = static_cast<const T*>(args.bias);
+  for (int64_t c = 0; c < kPanel; c += kLanes) {
+    store(to + c, bias == nullptr ? Vec{} : load_first(bias + weight_row(args, unit, c), weight_rows(unit, c)));
   }
 }
 
@@ -80,16 +90,13 @@ void multiply_step(const GegluArgs& args, const Unit& unit, int64_t k, int64_t d
 
 template <typename T>
 void write_gated(const GegluArgs& args, const Unit& unit, const Scratch& scratch) {
-  const T* bias = static_cast<const T*>(args.bias);
-  for (int64_t c = 0; c < unit.columns; c += kLanes) {
-    const int64_t lanes = min_of(kLanes, unit.columns - c);
-    const Vec value_bias = bias != nullptr ? load_first(bias + unit.first + c, lanes) : Vec{};
-    const Vec gate_bias = bias != nullptr ? load_first(bias + args.inner + unit.first + c, lanes) : Vec{};
-    for (int64_t r = 0; r < unit.rows; ++r) {
-      const float* sums = scratch.sums + r * kPanel + c;
-      const Vec gated = (load(sums) + value_bias) * gelu_of(load(sums + kColumns) + gate_bias);
-      T* to = static_cast<T*>(args.out) + (unit.row + r) * args.inner + unit.first + c;
-      lanes == kLanes ? store(to, gated) : store_first(to, gated, lanes);
+  for (int64_t r = 0; r < unit.rows; ++r) {
+    T* out = static_cast<T*>(args.out) + (unit.row + r) * args.inner + unit.first;
+    for (int64_t c = 0; c < unit.columns; c += kLanes) {
+      const float *sums = scratch.sums + r * kPanel + c, *bias = scratch.bias + c;
+      const Vec gate = load(sums + kColumns) + load(bias + kColumns);
+      const Vec gated = (load(sums) + load(bias)) * gelu_of(gate);
+      unit.columns - c >= kLanes ? store(out + c, gated) : store_first(out + c, gated, unit.columns - c);
     }
   }
 }
@@ -99,6 +106,7 @@ void project(const GegluArgs& args, const Unit& unit, const Scratch& scratch) {
   if (args.in_features == 0) {
     for (int64_t i = 0; i < unit.rows * kPanel; ++i) scratch.sums[i] = 0.0f;
   }
+  pack_bias<T>(args, unit, scratch.bias);
   for (int64_t k = 0; k < args.in_features; k += kDepth) {
     const int64_t depth = min_of(kDepth, args.in_features - k);
     pack_weight<T>(args, unit, k, depth, scratch.weight);
