@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,14 +34,15 @@ def flash_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
 
-    What the kernel cannot serve (see `unsupported_reasons`) goes to torch's scaled_dot_product_attention.
+    What the kernel cannot serve (see `unsupported_reasons`) or PyTorch serves faster (see `slower_reasons`) goes to
+    torch's scaled_dot_product_attention; torch.ops.gafext.flash_attention is always the kernel.
 
     Source: FlashAttention (arXiv 2205.14135), algorithm 1; online softmax (arXiv 1805.02867), algorithm 3.
     """
     query, key, value = _common.autocast(query, key, value)
     check_flash_attention(query, key, value)
-    if unsupported_reasons(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=is_causal)
+    if unsupported_reasons(query, key, value) or slower_reasons(query, key):
+        return _pytorchs(query, key, value, scale=scale, is_causal=is_causal)
     return torch.ops.gafext.flash_attention(query, key, value, scale=scale, is_causal=is_causal)
 
 
@@ -53,6 +56,45 @@ def reference_flash_attention(
 def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
     return _common.head_reasons(query, key, value) + _common.place_reasons(query, key, value)
+
+
+# Measured on two cores of a Sapphire Rapids, gafext against torch 2.13.
+_FEW_QUERIES = 12  # 8 queries 0.85x, 12 queries 1.02x: packing the keys pays from then on
+_LITTLE_WORK = 2**20  # multiply-adds of the scores; half of it 0.7x, as much 1.06x: a call through PyTorch's stable ABI
+
+
+def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
+    """Why PyTorch's own operation is the faster one for what the kernel could serve too; empty when it is not."""
+    if query.device.type != "cpu":
+        return []
+    reasons = []
+    dtype, any_size = query.dtype, torch.compiler.is_compiling()  # no guards on sizes
+    batch, heads, length, head_dim = query.shape
+    keys = key.shape[2]
+    # PyTorch's bfloat16 is slow over few keys that are not whole blocks: 77 keys 1.5x..1.9x.
+    few_odd_keys = not any_size and keys < 128 and keys % 32 != 0 and head_dim < 128
+    if dtype in _native_halves() and not few_odd_keys:
+        reasons.append(f"this processor multiplies {_common.dtype_name(query)} natively in PyTorch's operation")
+    if not any_size and length < _FEW_QUERIES and dtype != torch.float16:
+        reasons.append(f"fewer than {_FEW_QUERIES} queries do not pay for packing the keys")
+    if not any_size and batch * heads * length * keys * head_dim < _LITTLE_WORK:
+        reasons.append("so little work that the time is that of a call")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _native_halves() -> tuple[torch.dtype, ...]:
+    """The dtypes that PyTorch's operation multiplies without conversion on this processor."""
+    return _look_up_native_halves()
+
+
+@functools.cache
+def _look_up_native_halves() -> tuple[torch.dtype, ...]:
+    def has(feature: str) -> bool:
+        return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
+
+    bfloat16 = (torch.bfloat16,) if has("amx_tile") or has("avx512_bf16") else ()
+    return bfloat16 + ((torch.float16,) if has("amx_fp16") else ())
 
 
 def check_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -117,11 +159,11 @@ def _fake(query, key, value, *, scale=None, is_causal=False):
     return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _mps(query, key, value, *, scale=None, is_causal=False):
+def _pytorchs(query, key, value, *, scale=None, is_causal=False):
     return _common.heads_like(F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=is_causal))
 
 
-torch.library.impl("gafext::flash_attention", "MPS", _mps)
+torch.library.impl("gafext::flash_attention", "MPS", _pytorchs)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
