@@ -14,6 +14,7 @@ from gafext.ops import conv3x3 as _conv3x3_kernel
 from gafext.ops import cross_view_attention as _cross_view_kernel
 from gafext.ops import flash_attention as _flash_kernel
 from gafext.ops import geglu as _geglu_kernel
+from gafext.ops import geglu_gate as _geglu_gate_kernel
 from gafext.ops.conv3x3 import unsupported_reasons as _conv3x3_unsupported
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.cross_view_attention import unsupported_reasons as _cross_view_unsupported
@@ -147,6 +148,11 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
     if _use_kernel(backend, "geglu", x, reasons):
         return _geglu_kernel(x, weight, bias)
     return reference_geglu(x, weight, bias)
+
+
+def geglu_gate(projected: Tensor) -> Tensor:
+    """The gate of GEGLU where there is a projection h [...,2*inner] already: h[:inner] · gelu(h[inner:])."""
+    return _geglu_gate_kernel(projected)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

@@ -15,6 +15,7 @@ from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.guidance import check_guidance_scale
 from gafext.lora import merge_lora
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.int8 import is_quantized
 from gafext.models.unet import MultiViewUNet
 from gafext.models.upsampler import EMPTY_PROMPT_NAME as EMPTY_PROMPT
 from gafext.models.upsampler import LatentUpsampler
@@ -107,6 +108,8 @@ def _empty_prompt(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> 
 
 def save_parts(pipeline: MultiViewDiffusionPipeline, folder: Path) -> None:
     """Write a folder that `load_parts` reads; `model_index.json` comes last, and says null for what is not there."""
+    if is_quantized(pipeline.unet):
+        raise ValueError("save_pretrained: expected floating-point weights, got the 8-bit ones of dtype='int8'")
     parts = {
         "unet": ("gafext", pipeline.unet),
         "vae": ("diffusers", pipeline.vae),

@@ -83,7 +83,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="double the latents before decoding; default: auto, by the checkpoint's upsampler",
     )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
-    add("--dtype", choices=_DTYPES, default="float32", help="of weights and activations; default: float32")
+    add(
+        "--dtype",
+        choices=(*_DTYPES, "int8"),
+        default="float32",
+        help="of weights and activations; int8: the U-Net's linear layers, on a CPU; default: float32",
+    )
     add(
         "--backend",
         choices=("auto", "kernel", "sdpa", "reference"),
@@ -232,7 +237,7 @@ def _load(args: argparse.Namespace):
         warnings.simplefilter("always")
         pipeline = MultiViewDiffusionPipeline.from_pretrained(
             args.model,
-            getattr(torch, args.dtype),
+            args.dtype if args.dtype == "int8" else getattr(torch, args.dtype),
             _device(args.device),
             args.variant,
             scheduler=args.scheduler,

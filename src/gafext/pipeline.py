@@ -26,6 +26,7 @@ from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.head_proxy import ellipsoid_normals
 from gafext.hub import checkpoint_folder
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.int8 import is_quantized, quantize_transformers
 from gafext.models.unet import MultiViewUNet
 from gafext.models.upsampler import NOISE_STEP, LatentUpsampler
 from gafext.models.vae import AutoencoderKL
@@ -102,7 +103,7 @@ class MultiViewDiffusionPipeline:
     def from_pretrained(
         cls,
         path_or_repo_id: str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         variant: str | None = None,
         *,
@@ -117,7 +118,8 @@ class MultiViewDiffusionPipeline:
 
         Args:
             path_or_repo_id: a folder, or a hub id such as "owner/name"; None is the small built-in model.
-            dtype: of the weights; None is float32.
+            dtype: of the weights; None is float32. "int8" is float32 with the U-Net's linear layers in 8-bit integers:
+                faster, about 1 % off a layer, for CPUs with VNNI.
             device: None is CUDA, else MPS, else the CPU.
             variant: "fp16" reads the files that carry it in their name.
             revision: of a hub id: a branch, tag or commit.
@@ -134,6 +136,14 @@ class MultiViewDiffusionPipeline:
             CheckpointError: something is missing, damaged or does not fit together.
         """
         device = torch.device(device) if device is not None else default_device()
+        if dtype == "int8":
+            options = {"revision": revision, "scheduler": scheduler, "lora": lora, "lora_scale": lora_scale}
+            options |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
+            pipeline = cls.from_pretrained(path_or_repo_id, torch.float32, device, variant, **options)
+            quantize_transformers(pipeline.unet)
+            return pipeline
+        if not isinstance(dtype, torch.dtype | None):
+            raise ValueError(f"dtype: expected a torch.dtype, 'int8' or None, got {dtype!r}")
         adapters = {"lora": lora, "lora_scale": lora_scale}
         adapters |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
         if path_or_repo_id is None:
@@ -316,7 +326,7 @@ class MultiViewDiffusionPipeline:
             "upsample": "upsampler" if learned else "none" if upsample == "none" else "bilinear",
             "attention_backend": self.attention_backend,
             "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": "int8" if is_quantized(self.unet) else str(self.dtype).removeprefix("torch."),
             "versions": versions(),
         }
 

@@ -112,6 +112,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if not isinstance(self.proj, nn.Linear):  # 8-bit weights
+            return ops.geglu_gate(self.proj(hidden_states))
         return ops.geglu(hidden_states, self.proj.weight, self.proj.bias, backend=self.attention_backend)
 
 
