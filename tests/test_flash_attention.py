@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from gafext import _C
-from gafext.ops import flash_attention
+from gafext.ops import _common, flash_attention
 from gafext.ops.flash_attention import (
-    _native_halves,
     _pytorchs,
     reference_flash_attention,
     slower_reasons,
@@ -280,13 +279,17 @@ def test_unsupported_goes_to_pytorch_with_the_reason(dtype, head_dim, step, reas
 SLOWER = {
     "few queries": ((8, 500, 64), torch.float32, "fewer than 12 queries do not pay for packing the keys"),
     "little work": ((16, 16, 16), torch.float16, "so little work that the time is that of a call"),
-    "native": ((256, 256, 64), torch.bfloat16, "this processor multiplies bfloat16 natively in PyTorch's operation"),
+    "native": (
+        (256, 256, 64),
+        torch.bfloat16,
+        "this processor multiplies bfloat16, and PyTorch makes use of it",
+    ),
 }
 
 
 @pytest.mark.parametrize("size, dtype, reason", SLOWER.values(), ids=SLOWER)
 def test_what_pytorch_does_faster_goes_to_pytorch(size, dtype, reason, monkeypatch):
-    monkeypatch.setattr(sys.modules[slower_reasons.__module__], "_native_halves", lambda: (torch.bfloat16,))
+    monkeypatch.setattr(_common, "MULTIPLIES_BFLOAT16", True)
     length, keys, head_dim = size
     query, key, value = (heads(2, n, 4, head_dim, dtype) for n in (length, keys, keys))
     assert slower_reasons(query, key) == [reason]
@@ -303,10 +306,10 @@ def test_what_the_kernel_does_faster_stays(dtype, keys):
     assert torch.equal(flash_attention(query, key, key), OP(query, key, key))
 
 
-def test_the_processor_is_asked_once_and_within_compiled_code():
+def test_the_same_choice_within_compiled_code():
     query = heads(1, 64, 2, 32, torch.bfloat16)
     compiled = torch.compile(flash_attention, backend="aot_eager", fullgraph=True)
-    wanted = F.scaled_dot_product_attention if torch.bfloat16 in _native_halves() else OP
+    wanted = F.scaled_dot_product_attention if _common.MULTIPLIES_BFLOAT16 else OP
     assert torch.equal(compiled(query, query, query), wanted(query, query, query))
 
 

@@ -1,7 +1,7 @@
 """The only place that picks a backend: "kernel" (gafext's C++/CUDA ops), "sdpa" (PyTorch's ops), "reference".
 
-"auto" takes the kernel unless `*_reasons` names a reason not to. The choice is an argument, never a global: every
-module keeps its own `attention_backend`, and `set_attention_backend` sets those of a whole tree.
+"auto" takes the kernel unless it cannot serve the inputs or PyTorch is faster at it. The choice is an argument, never a
+global: every module keeps its own `attention_backend`, and `set_attention_backend` sets those of a whole tree.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from gafext.ops import conv3x3 as _conv3x3_kernel
 from gafext.ops import cross_view_attention as _cross_view_kernel
-from gafext.ops import flash_attention as _flash_kernel
 from gafext.ops import geglu as _geglu_kernel
 from gafext.ops import geglu_gate as _geglu_gate_kernel
+from gafext.ops._common import autocast
 from gafext.ops.conv3x3 import unsupported_reasons as _conv3x3_unsupported
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.cross_view_attention import unsupported_reasons as _cross_view_unsupported
 from gafext.ops.flash_attention import reference_flash_attention
+from gafext.ops.flash_attention import slower_reasons as _flash_slower
 from gafext.ops.flash_attention import unsupported_reasons as _flash_unsupported
 from gafext.ops.geglu import reference_geglu
 from gafext.ops.geglu import unsupported_reasons as _geglu_unsupported
@@ -48,18 +49,11 @@ def set_attention_backend(module: nn.Module, backend: str) -> None:
             submodule.attention_backend = backend
 
 
-def _slower_reasons(op: str, tensor: Tensor) -> list[str]:
-    # What the kernel can do, but "auto" should not ask of it yet.
-    if op == "flash_attention" and tensor.device.type == "cuda":
-        return ["the CUDA kernel has no tensor cores yet: PyTorch's is faster"]
-    return []
-
-
-def _use_kernel(backend: str, op: str, tensor: Tensor, reasons: list[str]) -> bool:
+def _use_kernel(backend: str, op: str, reasons: list[str]) -> bool:
     check_backend(backend)
     if backend == "kernel" and reasons:
         raise ValueError(f"backend='kernel' cannot serve this {op}: " + "; ".join(reasons))
-    return backend == "kernel" or (backend == "auto" and not reasons and not _slower_reasons(op, tensor))
+    return backend == "kernel" or (backend == "auto" and not reasons)
 
 
 def attention_reasons(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None) -> list[str]:
@@ -95,8 +89,12 @@ def attention(
             no such backend.
     """
     reasons = attention_reasons(query, key, value, attn_mask=attn_mask) if backend in ("auto", "kernel") else []
-    if _use_kernel(backend, "flash_attention", query, reasons):
-        return _flash_kernel(query, key, value, is_causal=is_causal)
+    if backend == "auto":
+        reasons += _flash_slower(query, key)
+        if query.device.type == "cuda":
+            reasons.append("the CUDA kernel has no tensor cores yet")
+    if _use_kernel(backend, "flash_attention", reasons):
+        return torch.ops.gafext.flash_attention(*autocast(query, key, value), is_causal=is_causal)
     if backend == "reference" and attn_mask is None:
         return reference_flash_attention(query, key, value, is_causal=is_causal)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
@@ -121,7 +119,7 @@ def cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: i
     reasons = []
     if backend in ("auto", "kernel"):
         reasons = _cross_view_unsupported(query, key, value, num_views)
-    if _use_kernel(backend, "cross_view_attention", query, reasons):
+    if _use_kernel(backend, "cross_view_attention", reasons):
         return _cross_view_kernel(query, key, value, num_views)
     form = reference_cross_view_attention if backend == "reference" else sdpa_cross_view_attention
     return form(query, key, value, num_views)
@@ -145,7 +143,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
     reasons = []
     if backend in ("auto", "kernel"):
         reasons = _geglu_unsupported(x, weight, bias)
-    if _use_kernel(backend, "geglu", x, reasons):
+    if _use_kernel(backend, "geglu", reasons):
         return _geglu_kernel(x, weight, bias)
     return reference_geglu(x, weight, bias)
 

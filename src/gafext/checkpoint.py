@@ -13,9 +13,9 @@ from torch import Tensor
 from gafext import weights
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.guidance import check_guidance_scale
+from gafext.int8 import is_quantized
 from gafext.lora import merge_lora
 from gafext.models.clip import CLIPVisionEncoder
-from gafext.int8 import is_quantized
 from gafext.models.unet import MultiViewUNet
 from gafext.models.upsampler import EMPTY_PROMPT_NAME as EMPTY_PROMPT
 from gafext.models.upsampler import LatentUpsampler

@@ -25,8 +25,8 @@ from gafext.errors import CheckpointError
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.head_proxy import ellipsoid_normals
 from gafext.hub import checkpoint_folder
-from gafext.models.clip import CLIPVisionEncoder
 from gafext.int8 import is_quantized, quantize_transformers
+from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.upsampler import NOISE_STEP, LatentUpsampler
 from gafext.models.vae import AutoencoderKL

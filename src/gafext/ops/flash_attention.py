@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,28 +71,13 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
     keys = key.shape[2]
     # PyTorch's bfloat16 is slow over few keys that are not whole blocks: 77 keys 1.5x..1.9x.
     few_odd_keys = not any_size and keys < 128 and keys % 32 != 0 and head_dim < 128
-    if dtype in _native_halves() and not few_odd_keys:
-        reasons.append(f"this processor multiplies {_common.dtype_name(query)} natively in PyTorch's operation")
+    if dtype == torch.bfloat16 and _common.MULTIPLIES_BFLOAT16 and not few_odd_keys:
+        reasons.append("this processor multiplies bfloat16, and PyTorch makes use of it")
     if not any_size and length < _FEW_QUERIES and dtype != torch.float16:
         reasons.append(f"fewer than {_FEW_QUERIES} queries do not pay for packing the keys")
     if not any_size and batch * heads * length * keys * head_dim < _LITTLE_WORK:
         reasons.append("so little work that the time is that of a call")
     return reasons
-
-
-@torch.compiler.assume_constant_result
-def _native_halves() -> tuple[torch.dtype, ...]:
-    """The dtypes that PyTorch's operation multiplies without conversion on this processor."""
-    return _look_up_native_halves()
-
-
-@functools.cache
-def _look_up_native_halves() -> tuple[torch.dtype, ...]:
-    def has(feature: str) -> bool:
-        return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
-
-    bfloat16 = (torch.bfloat16,) if has("amx_tile") or has("avx512_bf16") else ()
-    return bfloat16 + ((torch.float16,) if has("amx_fp16") else ())
 
 
 def check_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
