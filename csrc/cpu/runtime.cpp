@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdlib>
 #include <limits>
@@ -84,6 +86,14 @@ int64_t max_threads() {
 #else
   return 1;
 #endif
+}
+
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes >= 1 << 18) return bytes;
+#endif
+  return 1 << 20;
 }
 
 float* scratch(int64_t floats) {

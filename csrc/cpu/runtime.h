@@ -23,6 +23,9 @@ const char* name_of(InstructionSet set);
 // The threads that a parallel region gets: what torch.set_num_threads said.
 int64_t max_threads();
 
+// Bytes of a core's L2 cache; 1 MiB where the system does not say.
+int64_t l2_bytes();
+
 // At least `floats` floats, aligned to 64 bytes, uninitialised, valid until the calling thread asks again. Kept between
 // calls: malloc would take blocks of this size from the kernel, page by page, each time.
 float* scratch(int64_t floats);
