@@ -62,8 +62,12 @@ def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
 
 
 # Measured on two cores of a Sapphire Rapids, gafext against torch 2.13.
-_FEW_QUERIES = 12  # 8 queries 0.85x, 12 queries 1.02x: packing the keys pays from then on
-_LITTLE_WORK = 2**20  # multiply-adds of the scores; half of it 0.7x, as much 1.06x: a call through PyTorch's stable ABI
+# Packing the keys pays from 12 queries on at head size 64: 1.03x, 8 had 0.85x. (257 keys of size 40: 0.65x at 12, 1x at
+# 36.)
+_FEW_QUERIES = 12
+# Multiply-adds of the scores. With fewer the time is that of a call: on one thread (1,8,64,40) with 1.3 million 1.04x,
+# (1,4,64,80) against 77 keys with 1.6 million 1.46x.
+_LITTLE_WORK = 3 * 2**19
 
 
 def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
