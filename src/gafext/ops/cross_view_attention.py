@@ -41,6 +41,9 @@ def cross_view_attention(
     temporal attention in diffusers (models/attention.py, TemporalBasicTransformerBlock).
     """
     query, key, value = _common.autocast(query, key, value)
+    if _common.are_plain_heads(query, key, value) and _are_views(query, key, num_views):
+        op = torch.ops.gafext.cross_view_attention.default
+        return _common.call_without_gradient(op, query, key, value, num_views, scale=scale)
     check_cross_view_attention(query, key, value, num_views)
     if unsupported_reasons(query, key, value, num_views):
         return sdpa_cross_view_attention(query, key, value, num_views, scale=scale)
@@ -73,6 +76,10 @@ def check_cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_vi
     )
     _common.check_same_kind(_OP, "query", query, "key", key)
     _common.check_same_kind(_OP, "query", query, "value", value)
+
+
+def _are_views(query: Tensor, key: Tensor, num_views: int) -> bool:
+    return key.shape == query.shape and 1 <= num_views <= MAX_VIEWS and query.shape[0] % num_views == 0
 
 
 def views_last(tensor: Tensor, num_views: int) -> Tensor:

@@ -38,6 +38,11 @@ def flash_attention(
     Source: FlashAttention (arXiv 2205.14135), algorithm 1; online softmax (arXiv 1805.02867), algorithm 3.
     """
     query, key, value = _common.autocast(query, key, value)
+    if _common.are_plain_heads(query, key, value) and _same_but_length(query, key):
+        if slower_reasons(query, key):
+            return _pytorchs(query, key, value, scale=scale, is_causal=is_causal)
+        op = torch.ops.gafext.flash_attention.default
+        return _common.call_without_gradient(op, query, key, value, scale=scale, is_causal=is_causal)
     check_flash_attention(query, key, value)
     if unsupported_reasons(query, key, value) or slower_reasons(query, key):
         return _pytorchs(query, key, value, scale=scale, is_causal=is_causal)
@@ -57,8 +62,12 @@ def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
 
 
 # Measured on two cores of a Sapphire Rapids, gafext against torch 2.13.
-_FEW_QUERIES = 12  # 8 queries 0.85x, 12 queries 1.02x: packing the keys pays from then on
-_LITTLE_WORK = 2**20  # multiply-adds of the scores; half of it 0.7x, as much 1.06x: a call through PyTorch's stable ABI
+# Packing the keys pays from 12 queries on at head size 64: 1.03x, 8 had 0.85x. (257 keys of size 40: 0.65x at 12, 1x at
+# 36.)
+_FEW_QUERIES = 12
+# Multiply-adds of the scores. With fewer the time is that of a call: on one thread (1,8,64,40) with 1.3 million 1.04x,
+# (1,4,64,80) against 77 keys with 1.6 million 1.46x.
+_LITTLE_WORK = 3 * 2**19
 
 
 def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
@@ -85,13 +94,18 @@ def check_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _common.check_heads_shape(_OP, name, tensor)
     _common.require(
-        key.shape[:2] == query.shape[:2] and key.shape[3] == query.shape[3],
+        _same_but_length(query, key),
         _OP,
         lambda: f"key must have the batch, heads and head_dim of query, {tuple(query.shape)}, got {tuple(key.shape)}",
     )
     _common.check_equal_shape(_OP, "key", key, "value", value)
     _common.check_same_kind(_OP, "query", query, "key", key)
     _common.check_same_kind(_OP, "query", query, "value", value)
+
+
+def _same_but_length(query: Tensor, key: Tensor) -> bool:
+    (batch, heads, _, head_dim), (key_batch, key_heads, _, key_dim) = query.shape, key.shape
+    return key_batch == batch and key_heads == heads and key_dim == head_dim
 
 
 def attention_weights(query: Tensor, key: Tensor, *, scale: float | None, is_causal: bool = False) -> Tensor:

@@ -1,0 +1,188 @@
+// The register tiles of flash_attention.cpp: the scores, the values, and the fold of a group's rows.
+//
+// A panel is up to kTileVectors vectors of a matrix's columns. A tile is a group of query rows by a panel, and stays in
+// registers while a loop runs over what is summed.
+#pragma once
+
+#include "vector.h"
+
+namespace gafext::GAFEXT_ISA {
+namespace {
+
+constexpr int64_t kMaxTileKeys = 512;
+
+// Constants, so that a group's rows are one pointer and immediate offsets; a vector more than a power of two, so that
+// they fall into different sets of the L1 cache.
+constexpr int64_t kQueryStride = kMaxHeadDim + 16;
+constexpr int64_t kScoreStride = kMaxTileKeys + 16;
+
+// The softmax's numbers of a group's rows are one array, row r in lane r.
+constexpr int kMaxGroupRows = 8;  // kTileRows as a power of two
+constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
+
+// Rows of a tensor that are needed soon. They are brought into the L2 cache one at a time from inside the score loop,
+// which a burst would stall.
+struct RowStream {
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, count = 0;
+
+  RowStream() = default;
+  template <typename T>
+  RowStream(const T* first, int64_t row_stride, int64_t columns, int64_t rows)
+      : row(reinterpret_cast<const char*>(first)),
+        stride(row_stride * static_cast<int64_t>(sizeof(T))),
+        bytes(columns * static_cast<int64_t>(sizeof(T))),
+        count(rows) {}
+
+  GAFEXT_INLINE void fetch_one() {
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+    row += stride;
+    --count;
+  }
+};
+
+// In the order of need. After them come rows of no bytes without end, so that the score loop need not ask for one.
+struct RowsAhead {
+  RowStream next_queries, results, next_keys, next_values, nothing;
+
+  RowsAhead() { nothing.count = INT64_MAX; }
+};
+
+// Cuts `vectors` into panels of at most kTileVectors, as even as can be (5 is 3 + 2: a lone vector would leave the
+// multipliers waiting), and calls body(first, PanelWidth<n>()) for each.
+template <int Width>
+struct PanelWidth {
+  static constexpr int value = Width;
+};
+template <typename Body>
+GAFEXT_INLINE void for_each_panel(int64_t vectors, const Body& body) {
+  int64_t panels = ceil_div(vectors, kTileVectors);
+  for (int64_t first = 0; first < vectors; --panels) {
+    const int64_t width = ceil_div(vectors - first, panels);
+    if (width == 1) body(first, PanelWidth<1>());
+    if (width == 2) body(first, PanelWidth<2>());
+    if constexpr (kTileVectors == 4) {
+      if (width == 3) body(first, PanelWidth<3>());
+      if (width == 4) body(first, PanelWidth<4>());
+    }
+    first += width;
+  }
+}
+
+// tile[r, :] += left[r * Stride] * panel[:]
+template <int64_t Stride, int Rows, int Width>
+GAFEXT_INLINE void add_product(Vec (&tile)[Rows][Width], const float* left, const float* panel) {
+  Vec right[Width];
+  GAFEXT_UNROLL
+  for (int c = 0; c < Width; ++c) right[c] = load(panel + c * kLanes);
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const Vec factor = broadcast(left[r * Stride]);
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) tile[r][c] += factor * right[c];
+  }
+}
+
+template <int... I>
+GAFEXT_INLINE IntVec lane_numbers(Lanes<I...>) {
+  return IntVec{I...};
+}
+
+// Row r keeps the panel's first min(count, diagonal + r) scores, the others become -inf.
+template <int Rows, int Width>
+GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t diagonal) {
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const int visible = static_cast<int>(min_of(count, diagonal + r));
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) {
+      tile[r][c] = lane_numbers(AllLanes()) < visible - c * kLanes ? tile[r][c] : broadcast(-kInfinity);
+    }
+  }
+}
+
+// scores[r, :] = sum_d query[r, d] keys[d, :] for one panel of keys, masked; highest[r] keeps the highest of a row so
+// far, lane by lane.
+template <int Rows, int Width>
+void score_panel(const float* query, const float* keys, int64_t head_dim, int64_t count, int64_t diagonal,
+                 float* scores, Vec* highest, RowsAhead& ahead) {
+  constexpr int kStep = 4;  // multiply-adds of a row for each row ahead; 2 stall it
+  constexpr int kPanel = Width * kLanes;
+  RowStream* waiting = &ahead.next_queries;
+  RowStream stream = *waiting;
+
+  Vec tile[Rows][Width] = {};
+  int64_t d = 0;
+  for (; d + kStep <= head_dim; d += kStep) {
+    while (stream.count == 0) {
+      waiting->count = 0;
+      stream = *++waiting;
+    }
+    stream.fetch_one();
+    GAFEXT_UNROLL
+    for (int i = 0; i < kStep; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
+  }
+  for (; d < head_dim; ++d) add_product<kQueryStride>(tile, query + d, keys + d * kPanel);
+  *waiting = stream;
+
+  if (min_of(count, diagonal) < kPanel) mask_scores(tile, count, diagonal);
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    Vec row_highest = highest[r];
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) {
+      store(scores + r * kScoreStride + c * kLanes, tile[r][c]);
+      row_highest = max_of(tile[r][c], row_highest);
+    }
+    highest[r] = row_highest;
+  }
+}
+
+// out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] past[r, :]) for one panel of columns, without the
+// past where that is null.
+template <int Rows, int Width>
+void value_panel(const float* weights, const float* values, int64_t keys, const float* past, int64_t past_stride,
+                 const float* alpha, const float* factor, float* out, int64_t out_stride) {
+  constexpr int kStep = 4;
+  constexpr int kPanel = Width * kLanes;
+  Vec tile[Rows][Width] = {};
+  int64_t j = 0;
+  for (; j + kStep <= keys; j += kStep) {
+    GAFEXT_UNROLL
+    for (int i = 0; i < kStep; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * kPanel);
+  }
+  for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * kPanel);
+  if (past != nullptr) {
+    GAFEXT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      GAFEXT_UNROLL
+      for (int c = 0; c < Width; ++c) tile[r][c] += load(past + r * past_stride + c * kLanes) * alpha[r];
+    }
+  }
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) store(out + r * out_stride + c * kLanes, tile[r][c] * factor[r]);
+  }
+}
+
+// lanes[r] = the fold of all lanes of rows[r], all rows at once: a shuffle serves two of them.
+template <typename Fold>
+GAFEXT_INLINE void fold_rows(Vec (&rows)[kMaxGroupRows], float* lanes, Fold fold) {
+  if constexpr (kLanes < kMaxGroupRows) {
+    for (int r = 0; r < kMaxGroupRows; ++r) lanes[r] = reduce(rows[r], fold);
+  } else {
+    GAFEXT_UNROLL
+    for (int half = kMaxGroupRows / 2; half > 0; half /= 2) {
+      GAFEXT_UNROLL
+      for (int i = 0; i < half; ++i) {
+        rows[i] = fold(zip_low(rows[i], rows[i + half], AllLanes()), zip_high(rows[i], rows[i + half], AllLanes()));
+      }
+    }
+    if constexpr (kLanes > kMaxGroupRows) rows[0] = fold(rows[0], rotate<kMaxGroupRows>(rows[0], AllLanes()));
+    store(lanes, rows[0]);
+  }
+}
+
+}  // namespace
+}  // namespace gafext::GAFEXT_ISA
