@@ -49,7 +49,7 @@ def test_the_kernel_is_taken_where_there_is_no_reason_against_it(monkeypatch):
     monkeypatch.setattr(attention, "_flash_kernel", lambda *a, **k: taken.append("flash"))
     monkeypatch.setattr(attention, "_cross_view_kernel", lambda *a, **k: taken.append("cross view"))
     monkeypatch.setattr(attention, "_geglu_kernel", lambda *a, **k: taken.append("geglu"))
-    inputs = heads(2, 3, 5, 8)
+    inputs = heads(2, 4, 64, 64)
     for backend in ("auto", "kernel", "sdpa", "reference"):
         attention.attention(*inputs, backend=backend)
         attention.cross_view_attention(*inputs, 2, backend=backend)

@@ -56,6 +56,11 @@ def _use_kernel(backend: str, op: str, reasons: list[str]) -> bool:
     return backend == "kernel" or (backend == "auto" and not reasons)
 
 
+def _flash_kernel(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+    # The bare operation: gafext.ops.flash_attention goes to PyTorch where that is faster, also when asked for by name.
+    return torch.ops.gafext.flash_attention(*autocast(query, key, value), is_causal=is_causal)
+
+
 def attention_reasons(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None) -> list[str]:
     """Why the flash-attention kernel cannot serve these inputs; empty when it can."""
     mask = ["a mask is given, and the kernel knows only causal masking"] if attn_mask is not None else []
@@ -94,7 +99,7 @@ def attention(
         if query.device.type == "cuda":
             reasons.append("the CUDA kernel has no tensor cores yet")
     if _use_kernel(backend, "flash_attention", reasons):
-        return torch.ops.gafext.flash_attention(*autocast(query, key, value), is_causal=is_causal)
+        return _flash_kernel(query, key, value, is_causal=is_causal)
     if backend == "reference" and attn_mask is None:
         return reference_flash_attention(query, key, value, is_causal=is_causal)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
