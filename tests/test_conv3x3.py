@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gafext import attention
-from gafext.ops import conv3x3
-from gafext.ops.conv3x3 import reference_conv3x3, unsupported_reasons
+from gafext import attention, ops
+from gafext.ops.conv3x3 import reference_conv3x3, slower_reasons, unsupported_reasons
 
 OP = torch.ops.gafext.conv3x3
 
@@ -18,6 +17,11 @@ def _seed():
 
 def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3(x, weight, bias=None):
+    """The kernel, also where PyTorch is faster."""
+    return OP(channels_last(x), weight, bias)
 
 
 def problem(batch, in_channels, out_channels, height, width):
@@ -129,7 +133,11 @@ BAD_INPUTS = {
 
 @pytest.mark.parametrize("make, words", BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_bad_input_has_one_message_everywhere(make, words):
-    for function, device, error in ((conv3x3, "cpu", ValueError), (OP, "cpu", RuntimeError), (OP, "meta", ValueError)):
+    for function, device, error in (
+        (ops.conv3x3, "cpu", ValueError),
+        (OP, "cpu", RuntimeError),
+        (OP, "meta", ValueError),
+    ):
         with pytest.raises(error) as raised:
             function(*make(lambda *shape, device=device: torch.zeros(shape, device=device)))
         assert str(raised.value) == f"conv3x3: {words}"
@@ -155,7 +163,7 @@ def test_the_bare_operation_says_what_it_cannot_do(change, words):
 def test_unsupported_goes_to_pytorch_with_the_reason(dtype):
     inputs = [t.to(dtype) for t in problem(2, 8, 4, 5, 6)]
     assert unsupported_reasons(*inputs) == [f"dtype must be float32, got {str(dtype).removeprefix('torch.')}"]
-    assert torch.equal(conv3x3(*inputs), reference_conv3x3(*inputs))
+    assert torch.equal(ops.conv3x3(*inputs), reference_conv3x3(*inputs))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -164,7 +172,7 @@ def test_gradients(with_bias):
     factor = torch.randn(2, 4, 5, 6)
     exact = [t.double().requires_grad_() for t in tensors]
     (reference_conv3x3(*exact) * factor).sum().backward()
-    for function in (OP, conv3x3):
+    for function in (OP, ops.conv3x3):
         ours = [t.clone().requires_grad_() for t in tensors]
         (function(*ours) * factor).sum().backward()
         for mine, reference in zip(ours, exact, strict=True):
@@ -197,3 +205,12 @@ def test_the_network_uses_it_for_wide_convolutions_in_inference():
             out = attention.conv3x3(*inputs, backend=backend)
         assert ("gafext::conv3x3" in {event.key for event in profile.key_averages()}) == used
         torch.testing.assert_close(out, reference_conv3x3(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason():
+    few_channels, few_tiles, enough = problem(4, 127, 128, 8, 8), problem(3, 128, 128, 4, 4), problem(4, 128, 128, 4, 4)
+    assert slower_reasons(*few_channels[:2]) == ["fewer than 128 channels: the transforms outweigh the products"]
+    assert slower_reasons(*few_tiles[:2]) == ["fewer than 4 tiles of 4×4 do not pay for transforming the weights"]
+    assert slower_reasons(*enough[:2]) == []
+    for inputs, kernel in ((few_channels, reference_conv3x3), (few_tiles, reference_conv3x3), (enough, OP)):
+        assert torch.equal(ops.conv3x3(*inputs), kernel(*inputs))

@@ -28,7 +28,6 @@
 namespace gafext::GAFEXT_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kQuad = 4;                      // keys of a score tile
 constexpr int kTileQueries = kLanes / kQuad;  // queries of a score tile: every lane is one score
 constexpr int64_t kLineBytes = 64;
@@ -91,11 +90,6 @@ GAFEXT_INLINE void prefetch(const Tensors<T>& tensors, int64_t first, int64_t en
       __builtin_prefetch(tensors.out[i] + d, 1);
     }
   }
-}
-
-template <int... I>
-GAFEXT_INLINE IntVec lane_numbers(Lanes<I...>) {
-  return IntVec{I...};
 }
 
 // Every lane becomes the fold over the kQuad lanes that it is one of.

@@ -17,8 +17,6 @@
 namespace gafext::GAFEXT_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
-
 // Of a key tile. Keys and values of 128 KiB each leave room for O in an L2 cache of 1 MiB; smaller tiles touch O more
 // often.
 constexpr int64_t kTileFloats = 32768;

@@ -83,11 +83,6 @@ GAFEXT_INLINE void add_product(Vec (&tile)[Rows][Width], const float* left, cons
   }
 }
 
-template <int... I>
-GAFEXT_INLINE IntVec lane_numbers(Lanes<I...>) {
-  return IntVec{I...};
-}
-
 // Row r keeps the panel's first min(count, diagonal + r) scores, the others become -inf.
 template <int Rows, int Width>
 GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t diagonal) {

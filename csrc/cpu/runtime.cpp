@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -115,8 +114,9 @@ float* scratch(int64_t floats) {
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  mallopt(M_MMAP_MAX, 0);  // M_MMAP_THRESHOLD cannot be more than 32 MiB
-  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+  // Larger blocks are mapped and given back still: keeping them too left holes, and half as much again for a VAE.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, -1);
   mallopt(M_TOP_PAD, 64 << 20);
 #endif
 }

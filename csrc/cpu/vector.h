@@ -47,6 +47,7 @@ typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfBits __attribute__((vector_size(2 * kLanes)));
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504088896341f;
 
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -206,6 +207,11 @@ struct CountLanes<0, I...> {
   using type = Lanes<I...>;
 };
 using AllLanes = CountLanes<kLanes>::type;
+
+template <int... I>
+GAFEXT_INLINE IntVec lane_numbers(Lanes<I...>) {
+  return IntVec{I...};
+}
 
 // Lane i of the result is lane Pick(i) of (a, b), counted through both.
 #if defined(__clang__)

@@ -15,17 +15,18 @@ from gafext.ops import cross_view_attention as _cross_view_kernel
 from gafext.ops import geglu as _geglu_kernel
 from gafext.ops import geglu_gate as _geglu_gate_kernel
 from gafext.ops._common import autocast
+from gafext.ops.conv3x3 import FEW_CHANNELS
+from gafext.ops.conv3x3 import slower_reasons as _conv3x3_slower
 from gafext.ops.conv3x3 import unsupported_reasons as _conv3x3_unsupported
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.cross_view_attention import unsupported_reasons as _cross_view_unsupported
 from gafext.ops.flash_attention import reference_flash_attention
 from gafext.ops.flash_attention import slower_reasons as _flash_slower
 from gafext.ops.flash_attention import unsupported_reasons as _flash_unsupported
-from gafext.ops.geglu import reference_geglu
+from gafext.ops.geglu import reference_geglu, reference_geglu_gate
 from gafext.ops.geglu import unsupported_reasons as _geglu_unsupported
 
 BACKENDS = ("auto", "kernel", "sdpa", "reference")
-_FEW_CHANNELS = 128  # of a convolution: with fewer, transforming its inputs and outputs outweighs the products
 
 
 def check_backend(backend: str) -> None:
@@ -58,7 +59,7 @@ def _use_kernel(backend: str, op: str, reasons: list[str]) -> bool:
 
 def _flash_kernel(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
     # The bare operation: gafext.ops.flash_attention goes to PyTorch where that is faster, also when asked for by name.
-    return torch.ops.gafext.flash_attention(*autocast(query, key, value), is_causal=is_causal)
+    return torch.ops.gafext.flash_attention(query, key, value, is_causal=is_causal)
 
 
 def attention_reasons(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None) -> list[str]:
@@ -93,6 +94,7 @@ def attention(
         ValueError: backend "kernel" was asked for and cannot serve the inputs (the reasons are listed), or there is
             no such backend.
     """
+    query, key, value = autocast(query, key, value)
     reasons = attention_reasons(query, key, value, attn_mask=attn_mask) if backend in ("auto", "kernel") else []
     if backend == "auto":
         reasons += _flash_slower(query, key)
@@ -153,9 +155,10 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
     return reference_geglu(x, weight, bias)
 
 
-def geglu_gate(projected: Tensor) -> Tensor:
+def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
     """The gate of GEGLU where there is a projection h [...,2*inner] already: h[:inner] · gelu(h[inner:])."""
-    return _geglu_gate_kernel(projected)
+    check_backend(backend)
+    return _geglu_gate_kernel(projected) if backend in ("auto", "kernel") else reference_geglu_gate(projected)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -175,9 +178,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
         ValueError: there is no such backend.
     """
     check_backend(backend)
-    fewer, more = sorted(weight.shape[:2])
-    if backend in ("auto", "kernel") and more >= _FEW_CHANNELS and not _conv3x3_unsupported(x, weight, bias):
-        x = x.contiguous(memory_format=torch.channels_last)
-        if fewer >= _FEW_CHANNELS:
+    if backend in ("auto", "kernel") and not _conv3x3_unsupported(x, weight, bias):
+        if not _conv3x3_slower(x, weight):
             return _conv3x3_kernel(x, weight, bias)
+        if max(weight.shape[:2]) >= FEW_CHANNELS:  # at the ends of a network: its neighbours take the kernel
+            x = x.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x, weight, bias, padding=1)

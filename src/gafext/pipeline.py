@@ -199,6 +199,7 @@ class MultiViewDiffusionPipeline:
             set_attention_backend(network, "auto" if network is self.vae and backend == "kernel" else backend)
 
     @torch.no_grad()
+    @memory.release_afterwards
     def __call__(
         self,
         image: Any,
@@ -308,12 +309,9 @@ class MultiViewDiffusionPipeline:
             **{"seed": seed, "strength": strength, "eta": eta, "output_type": output_type},
             **{name: "default" if value is None else "given" for name, value in given.items()},
         }
-        finished = [self._finish(part, output_type) for part in latents.split(num_views)]
-        if self.device.type == "cpu":
-            memory.release_freed_memory()
         outputs = [
-            MultiViewOutput(pictures, cameras, {**run, "portrait_index": index})
-            for index, pictures in enumerate(finished)
+            MultiViewOutput(self._finish(part, output_type), cameras, {**run, "portrait_index": index})
+            for index, part in enumerate(latents.split(num_views))
         ]
         return outputs if several else outputs[0]
 

@@ -113,7 +113,7 @@ class GEGLU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not isinstance(self.proj, nn.Linear):  # 8-bit weights
-            return ops.geglu_gate(self.proj(hidden_states))
+            return ops.geglu_gate(self.proj(hidden_states), backend=self.attention_backend)
         return ops.geglu(hidden_states, self.proj.weight, self.proj.bias, backend=self.attention_backend)
 
 
