@@ -266,7 +266,7 @@ def conv3x3_case(batch: int, in_channels: int, out_channels: int, side: int, whe
         Contestant("conv2d contiguous", reference_conv3x3, prepare=contiguous),
     ]
     if torch.backends.mkldnn.is_available():
-        contestants.append(Contestant("conv2d packed by oneDNN", conv_packed_by_onednn, prepare=pack_by_onednn))
+        contestants.append(Contestant("conv2d prepacked", conv_packed_by_onednn, prepare=pack_by_onednn))
     return Case(
         op="conv3x3",
         shape=f"{batch},{in_channels}->{out_channels},{side}x{side}",
