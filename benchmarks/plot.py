@@ -25,6 +25,8 @@ TITLES = {
     "flash_attention": "flash attention: batch, heads, queries × keys, head width",
     "cross_view_attention": "attention across V views: (positions, channels)",
     "geglu": "GEGLU: rows × channels",
+    "geglu_gate": "gate of GEGLU: rows, channels",
+    "conv3x3": "3×3 convolution: batch, channels, height × width",
 }
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from gafext.bench.cases import Case, Contestant, cases
-from gafext.bench.environment import with_allocator
 from gafext.bench.measure import race
 from gafext.bench.report import rows, summary
 from gafext.cli import main
@@ -46,14 +45,20 @@ def quick_race(case: Case, *, cold_bytes: int = 0):
 
 
 def test_the_json_follows_from_its_times(tmp_path, capsys):
-    shapes = {"flash_attention": "4,20,64x64,64", "cross_view_attention": "V=4,(64,1280)", "geglu": "256x1280"}
+    shapes = {
+        "flash_attention": "4,20,64x64,64",
+        "cross_view_attention": "V=4,(64,1280)",
+        "geglu": "256x1280",
+        "geglu_gate": "256,10240->5120",
+        "conv3x3": "8,1280->1280,4x4",
+    }
     written = measured(tmp_path, *(word for shape in shapes.values() for word in ("--shape", shape)))
     assert {race["op"]: race["shape"] for race in written["races"]} == shapes
     table = capsys.readouterr().out
     for result in written["races"]:
         ceilings, contestants = result["ceilings"], {row["name"]: row for row in result["contestants"]}
         ours = contestants[result["ours"]]
-        assert ours["speedup"] == 1 and len(contestants) >= 3 and not result["skipped"]
+        assert ours["speedup"] == 1 and len(contestants) >= 2 and not result["skipped"]
         for name, row in contestants.items():
             times = row["times_ms"]
             assert len(times) == 3 and min(times) > 0
@@ -71,8 +76,12 @@ def test_the_json_follows_from_its_times(tmp_path, capsys):
 
 
 def test_flops_and_bytes(tmp_path):
-    by_op = {race["op"]: race for race in measured(tmp_path, "--shape", "4,20,64x77", "--shape", "256x1280")["races"]}
-    attention, geglu = by_op["flash_attention"], by_op["geglu"]
+    shapes = ("4,20,64x77", "256x1280", "256,10240", "8,1280->1280,4x4")
+    races = measured(tmp_path, *(word for shape in shapes for word in ("--shape", shape)))["races"]
+    attention, geglu, gate, conv = races
+    assert gate["bytes"] == 4 * 256 * (10240 + 5120)
+    assert conv["flops"] == 2 * 8 * 4 * 4 * 1280 * 1280 * 9
+    assert conv["bytes"] == 4 * (2 * 8 * 4 * 4 * 1280 + 1280 * 1280 * 9 + 1280)
     assert attention["flops"] == 2 * 2 * (4 * 20) * 64 * 77 * 64
     assert attention["bytes"] == 4 * (4 * 20) * (64 + 77 + 77 + 64) * 64
     assert geglu["flops"] == 2 * 256 * 1280 * (2 * 5120)
@@ -110,14 +119,18 @@ def test_patience_takes_the_least_disturbed(monkeypatch, tmp_path):
 
 
 def test_half_precision_agrees(tmp_path):
-    shapes = ("--shape", "4,20,64x64", "--shape", "V=4,(64", "--shape", "256x1280")
-    assert len(measured(tmp_path, "--dtype", "bfloat16", *shapes)["races"]) == 3
+    shapes = ("--shape", "4,20,64x64", "--shape", "V=4,(64", "--shape", "256x1280", "--shape", "256,10240")
+    assert len(measured(tmp_path, "--dtype", "bfloat16", *shapes)["races"]) == 4
 
 
 def test_every_shape_once():
     listed = list(cases("cpu", torch.float32, compiled=False))
-    assert len({(case.op, case.shape) for case in listed}) == len(listed) == 27
+    assert len({(case.op, case.shape) for case in listed}) == len(listed) == 38
     assert all(case.contestants[0].name == case.ours for case in listed)
+
+
+def test_a_convolution_races_only_where_there_is_a_kernel():
+    assert "conv3x3" not in {case.op for case in cases("cpu", torch.bfloat16, compiled=False)}
 
 
 def test_a_wrong_result_is_no_opponent():
@@ -165,24 +178,33 @@ def test_cold_inputs_rotate(cold_bytes, sets):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
-def test_both_allocators(tmp_path, capfd):
-    races = measured(tmp_path, "--shape", "4,20,64x64", "--cold", "--allocator", "both")["races"]
+def test_both_allocators(tmp_path):
+    """In a process of its own, as there is no way back."""
+    watched = """
+import json, resource, sys
+from gafext.bench import command
+from gafext.cli import main
+faults, measured = [], command._measured
+def watch(*args):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    races = measured(*args)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return races
+command._measured = watch
+status = main(sys.argv[1:])
+print("faults", *faults)
+sys.exit(status)
+"""
+    path = tmp_path / "bench.json"
+    words = [*QUICK, "--op", "geglu_gate", "--shape", "4096", "--cold", "--allocator", "both", "--json", str(path)]
+    text = subprocess.check_output([sys.executable, "-c", watched, *words], text=True)
+    races = json.loads(path.read_text())["races"]
     assert [(race["allocator"], race["mode"]) for race in races] == [
         (allocator, mode) for allocator in ("default", "keep") for mode in ("warm", "cold")
     ]
-    assert "malloc keeps big blocks" in capfd.readouterr().out
-    faults = (
-        "import resource, torch\n"
-        "for _ in range(20): torch.ones(1 << 24)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(10): torch.ones(1 << 24)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-    )
-    default, keep = (
-        int(subprocess.check_output([sys.executable, "-c", faults], env=with_allocator(allocator)))
-        for allocator in ("default", "keep")
-    )
-    assert keep < 0.1 * default
+    assert "malloc keeps big blocks" in text
+    default, keep = map(int, re.search(r"faults (\d+) (\d+)", text).groups())
+    assert keep < 0.5 * default
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -38,7 +38,9 @@ def assert_as_exact_as_torch(x, weight, bias=None):
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (7, 33, 24), (65, 257, 63), (13, 640, 257), (257, 65, 31), (5, 1280, 128)], ids=str
+    "sizes",
+    [(1, 1, 1), (7, 33, 24), (65, 257, 63), (13, 640, 257), (257, 65, 31), (5, 1280, 128), (1009, 9, 5)],
+    ids=str,
 )
 def test_odd_sizes(sizes, dtype, device):
     x, weight, bias = problem(*sizes, dtype, device)
@@ -228,7 +230,9 @@ def test_the_mps_route_has_the_values_of_the_kernel():
 
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2,), (7, 126), (2, 3, 514), (65, 66), (0, 8), (3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2,), (7, 126), (2, 3, 514), (65, 66), (700, 66), (3, 20000), (0, 8), (3, 0)], ids=str
+)
 def test_gate_alone(shape, dtype, device):
     wide = torch.randn(*shape[:-1], shape[-1] + 6, device=device).to(dtype)
     for projected in (wide[..., 3:-3], wide[..., 3:-3].contiguous(), wide[..., 3:-3].flip(0)):

@@ -130,7 +130,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = bench.add_argument
-    ops = ("flash_attention", "cross_view_attention", "geglu")
+    ops = ("flash_attention", "cross_view_attention", "geglu", "geglu_gate", "conv3x3")
     add("--op", choices=ops, action="append", help="only this operation; may be repeated")
     add("--shape", metavar="TEXT", action="append", help="only shapes that contain this; may be repeated")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")

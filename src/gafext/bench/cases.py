@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gafext.ops import cross_view_attention, flash_attention, geglu
+from gafext.ops import conv3x3, cross_view_attention, flash_attention, geglu, geglu_gate
+from gafext.ops.conv3x3 import reference_conv3x3
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
-from gafext.ops.geglu import reference_geglu
+from gafext.ops.geglu import reference_geglu, reference_geglu_gate
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Case:
     shape: str
     where: str
     bound: str  # "compute" or "memory": which ceiling the table shows
-    flops: int  # a multiplication and an addition count two; softmax and gelu none
+    flops: int  # of the formula: a multiplication and an addition count two; softmax and gelu none
     inputs: Callable[[], tuple[Tensor, ...]]
     contestants: list[Contestant]  # ours first
     ours: str = "gafext"  # whom the opponents are compared with
@@ -78,6 +79,17 @@ GEGLU_SHAPES = [
     (1024, 640, "4 views, 16x16"),
     (256, 1280, "4 views, 8x8"),
 ]
+# (batch, input channels, output channels, side, where); with guidance, 4 views are a batch of 8
+CONV_SHAPES = [
+    (8, 320, 320, 32, "4 views with guidance, 32x32"),
+    (8, 640, 320, 32, "32x32, on the way up"),
+    (8, 640, 640, 16, "16x16"),
+    (8, 1280, 640, 16, "16x16, on the way up"),
+    (8, 1280, 1280, 8, "8x8"),
+    (8, 2560, 1280, 8, "8x8, on the way up"),
+    (8, 1280, 1280, 4, "4x4"),
+    (1, 512, 512, 64, "autoencoder, 64x64"),
+]
 
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
@@ -89,6 +101,11 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
         yield cross_view_case(*sizes, where, compiled=compiled, **kind)
     for *sizes, where in GEGLU_SHAPES:
         yield geglu_case(*sizes, where, compiled=compiled, **kind)
+    for *sizes, where in GEGLU_SHAPES:
+        yield geglu_gate_case(*sizes, where, compiled=compiled, **kind)
+    if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
+        for *sizes, where in CONV_SHAPES:
+            yield conv3x3_case(*sizes, where)
 
 
 def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
@@ -190,8 +207,6 @@ def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) 
         weight = torch.randn(8 * channels, channels, **kind) * channels**-0.5
         return torch.randn(rows, channels, **kind), weight, torch.randn(8 * channels, **kind)
 
-    # An operation that takes its weights packed becomes a contestant here, "gafext packed", with the packing in its
-    # `prepare`, and the `ours` of this case.
     contestants = [Contestant("gafext", geglu), Contestant("eager", reference_geglu)]
     if compiled:
         contestants.append(compiled_form("eager", reference_geglu))
@@ -203,6 +218,61 @@ def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) 
         where=where,
         bound="compute",
         flops=2 * rows * channels * 8 * channels,
+        inputs=inputs,
+        contestants=contestants,
+    )
+
+
+def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) -> Case:
+    inner = 4 * channels
+    contestants = [Contestant("gafext", geglu_gate), Contestant("eager", reference_geglu_gate)]
+    if compiled:
+        contestants.append(compiled_form("eager", reference_geglu_gate))
+    return Case(
+        op="geglu_gate",
+        shape=f"{rows},{2 * inner}->{inner}",
+        where=where,
+        bound="memory",
+        flops=rows * inner,
+        inputs=lambda: (torch.randn(rows, 2 * inner, **kind),),
+        contestants=contestants,
+    )
+
+
+def channels_last(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+
+
+def pack_by_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [1, 1], [1, 1], [1, 1], 1, list(x.shape))
+    return x, packed, bias
+
+
+def conv_packed_by_onednn(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    """What Inductor makes of a convolution whose weights are frozen."""
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
+
+
+def conv3x3_case(batch: int, in_channels: int, out_channels: int, side: int, where: str) -> Case:
+    """torch.compile is no contestant: it calls the same conv2d."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        weight = torch.randn(out_channels, in_channels, 3, 3) * (9 * in_channels) ** -0.5
+        return *channels_last(torch.randn(batch, in_channels, side, side)), weight, torch.randn(out_channels)
+
+    contestants = [
+        Contestant("gafext", conv3x3),
+        Contestant("conv2d channels-last", reference_conv3x3, prepare=channels_last),
+        Contestant("conv2d contiguous", reference_conv3x3, prepare=contiguous),
+    ]
+    if torch.backends.mkldnn.is_available():
+        contestants.append(Contestant("conv2d prepacked", conv_packed_by_onednn, prepare=pack_by_onednn))
+    return Case(
+        op="conv3x3",
+        shape=f"{batch},{in_channels}->{out_channels},{side}x{side}",
+        where=where,
+        bound="compute",
+        flops=2 * 9 * batch * in_channels * out_channels * side * side,  # Winograd's algorithm does a quarter of them
         inputs=inputs,
         contestants=contestants,
     )

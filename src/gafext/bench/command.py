@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
+import platform
 import shlex
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from gafext import _C
 from gafext.bench.cases import Case, cases
-from gafext.bench.environment import QUIET, current_allocator, environment, last_level_cache, with_allocator
+from gafext.bench.environment import QUIET, environment, last_level_cache
 from gafext.bench.measure import Race, race
 from gafext.bench.report import heading, rows, summary, write_json
 
@@ -24,7 +22,7 @@ _TURN_SECONDS = 0.01  # long enough that neither the clock nor the change of con
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure, print the table, and write the JSON.
+    """Measure, print the table, and write the JSON; in a process whose malloc nobody has changed.
 
     Raises:
         ValueError: options that do not go together, or no case that they leave.
@@ -32,11 +30,11 @@ def bench(args: argparse.Namespace) -> int:
     _check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = ("default", "keep") if args.allocator == "both" else (args.allocator,)
     races = []
-    for allocator in settings:
-        here = allocator == current_allocator()
-        races += _measured(args, allocator) if here else _measured_by_a_child(args, allocator)
+    for allocator in ("default", "keep") if args.allocator == "both" else (args.allocator,):
+        if allocator == "keep":
+            _C.keep_freed_memory()  # last, as there is no way back
+        races += _measured(args, allocator)
     if args.json:
         described = {**environment(args.device), "dtype": args.dtype, "rounds": _rounds(args)}
         described["command"] = shlex.join(["gafext", *_words(args)])
@@ -55,8 +53,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--allocator {args.allocator}: that is a setting of the CPU's allocator")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no such folder")
-    if args.allocator != "default":
-        with_allocator("keep")
+    if args.allocator != "default" and platform.libc_ver()[0] != "glibc":
+        raise ValueError(f"--allocator {args.allocator}: only glibc's malloc has that setting")
     if not _chosen(args):
         raise ValueError(f"--shape: no shape contains {' or '.join(args.shape)}")
 
@@ -102,18 +100,10 @@ def _least_disturbed(args: argparse.Namespace, case: Case, cold_bytes: int) -> R
     return best
 
 
-def _measured_by_a_child(args: argparse.Namespace, allocator: str) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "races.json"
-        words = _words(args, allocator=allocator, json=str(path))
-        subprocess.run([sys.executable, "-m", "gafext", *words], env=with_allocator(allocator), check=True)
-        return json.loads(path.read_text())["races"]
-
-
-def _words(args: argparse.Namespace, **changed) -> list[str]:
+def _words(args: argparse.Namespace) -> list[str]:
     """The command line that gives these arguments."""
     words = ["bench"]
-    for name, value in {**vars(args), **changed}.items():
+    for name, value in vars(args).items():
         if name == "command" or value is None:
             continue
         if isinstance(value, bool):

@@ -1,7 +1,7 @@
 """On what it is measured: the machine, the versions, and glibc's malloc with and without its big blocks kept.
 
 By default glibc gives a big block back to the kernel when it is freed, and the next tensor of that size is paged in
-anew. GLIBC_TUNABLES, read when a process starts, makes it keep them; so that setting is measured in a child process.
+anew; `gafext.memory.keep_freed_memory` makes it keep them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from gafext import _C
 from gafext.versions import versions
 
-KEEP_BLOCKS = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={1 << 40}"
 QUIET = 0.05  # share of the cores that others may hold while times are still to be trusted
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
@@ -93,16 +92,3 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
     everyone = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return everyone, time.process_time(), time.perf_counter()
-
-
-def current_allocator() -> str:
-    """ "keep" where this process's malloc keeps big blocks, or "default"."""
-    return "keep" if KEEP_BLOCKS in os.environ.get("GLIBC_TUNABLES", "") else "default"
-
-
-def with_allocator(allocator: str) -> dict[str, str]:
-    """The environment variables of a process with that allocator."""
-    if allocator == "keep" and platform.libc_ver()[0] != "glibc":
-        raise ValueError("--allocator keep: only glibc's malloc has that setting")
-    others = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    return {**others, "GLIBC_TUNABLES": KEEP_BLOCKS} if allocator == "keep" else others
