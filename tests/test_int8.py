@@ -1,6 +1,8 @@
 """The U-Net's linear layers in 8-bit integers."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -35,8 +37,34 @@ def test_layer(shape, bias):
     assert Int8Linear(linear)(x.new_empty(0, 64)).shape == (0, 130)
 
 
+@torch.no_grad()
+def test_rows_do_not_depend_on_each_other():
+    linear = nn.Linear(64, 130)
+    x = torch.randn(9, 64) * torch.logspace(-2, 2, 9)[:, None]
+    out = Int8Linear(linear)(x)
+    for row in range(9):
+        assert torch.equal(Int8Linear(linear)(x[row : row + 1])[0], out[row])
+        assert relative_error(out[row], linear(x[row])) < 0.03
+
+
+@torch.no_grad()
+def test_layer_can_be_copied_pickled_and_compiled():
+    layer, x = Int8Linear(nn.Linear(64, 32)), torch.randn(5, 64)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
 def test_layer_refuses_what_it_is_not_for():
     layer = Int8Linear(nn.Linear(64, 32))
+    with pytest.raises(ValueError, match="expected an input without gradient"):
+        layer(torch.zeros(1, 64, requires_grad=True))
+    with pytest.raises(ValueError, match="expected floating-point weights, got 8-bit ones in 0"):
+        nn.Sequential(layer).state_dict()
+    with pytest.raises(ValueError, match="expected float32 weights, got torch.float16"):
+        quantize_transformers(nn.Linear(2, 2).half())
     with pytest.raises(ValueError, match="expected float32 on the CPU, got torch.float16 on cpu"):
         layer(torch.zeros(1, 64, dtype=torch.float16))
     with pytest.raises(ValueError, match="8-bit linear layers are for CPUs, got meta"):
@@ -56,6 +84,9 @@ def test_pipeline(checkpoint, tmp_path):
     assert (a.run["dtype"], b.run["dtype"]) == ("float32", "int8")
     with pytest.raises(ValueError, match="expected floating-point weights, got the 8-bit ones"):
         rounded.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="expected float32 on the CPU for dtype='int8', got torch.float16"):
+        rounded.to(torch.float16)
+    rounded.to("cpu")
     assert not (tmp_path / "saved").exists()
 
 

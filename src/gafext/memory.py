@@ -17,8 +17,8 @@ def keep_freed_memory() -> None:
     """Let malloc keep what tensors free, for the tensors that come after them; a U-Net calls it on a CPU.
 
     glibc's default maps every block above some size anew from the kernel: a U-Net of Stable Diffusion's size then takes
-    640 thousand page faults a forward pass, and 1.15 to 1.25 times as long. It is a setting of the whole process, holds
-    for blocks of up to 32 MiB and works in the main thread; `GAFEXT_KEEP_MEMORY=0` in the environment leaves malloc alone.
+    640 thousand page faults a forward pass, and 1.15 to 1.25 times as long. It is a setting of the whole process, for
+    blocks of up to 32 MiB in the main thread; `GAFEXT_KEEP_MEMORY=0` in the environment leaves malloc alone.
     """
     if os.environ.get("GAFEXT_KEEP_MEMORY", "1") != "0":
         _C.keep_freed_memory()

@@ -25,7 +25,7 @@ from gafext.errors import CheckpointError
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.head_proxy import ellipsoid_normals
 from gafext.hub import checkpoint_folder
-from gafext.int8 import is_quantized, quantize_transformers
+from gafext.int8 import is_quantized, quantize_transformers, require_supported
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.upsampler import NOISE_STEP, LatentUpsampler
@@ -137,6 +137,7 @@ class MultiViewDiffusionPipeline:
         """
         device = torch.device(device) if device is not None else default_device()
         if dtype == "int8":
+            require_supported(device)
             options = {"revision": revision, "scheduler": scheduler, "lora": lora, "lora_scale": lora_scale}
             options |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
             pipeline = cls.from_pretrained(path_or_repo_id, torch.float32, device, variant, **options)
@@ -182,7 +183,16 @@ class MultiViewDiffusionPipeline:
         return self.unet.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> MultiViewDiffusionPipeline:
-        """Move every network: the arguments are those of `torch.nn.Module.to`."""
+        """Move every network: the arguments are those of `torch.nn.Module.to`.
+
+        Raises:
+            ValueError: the weights are 8-bit integers, which stay on the CPU, with float32 around them.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # as torch.nn.Module.to reads them
+        if is_quantized(self.unet) and (
+            dtype not in (None, torch.float32) or torch.device(device or "cpu").type != "cpu"
+        ):
+            raise ValueError("to: expected float32 on the CPU for dtype='int8', got " + str(dtype or device))
         for network in self._networks:
             network.to(*args, **kwargs)
         return self
