@@ -24,6 +24,11 @@ class Rung:
     unet_batch: int
     """Latents a step: heads times views."""
     upsampler_batch: int
+    pool_heads: int
+    """How many heads, of 8 views each, lie ready for the U-Net."""
+    fresh_heads: int
+    """How many of them a step replaces by new ones."""
+    measured_heads: int = 16
     vae_rate: float = 2e-3
     unet_rate: float = 1e-3
     upsampler_rate: float = 1e-3
@@ -99,11 +104,14 @@ RUNGS = {
         image_size=64,
         vae=_vae((16, 32, 64), groups=2),
         image_encoder=_clip(64, 8, layers=2),
-        unet=_unet(16, (64, 96), (True, True)),
+        unet=_unet(16, (64, 96), (False, True)),
         upsampler=_upsampler((32, 64, 64)),
-        vae_batch=32,
+        vae_batch=16,
         unet_batch=24,
-        upsampler_batch=16,
+        upsampler_batch=8,
+        pool_heads=160,
+        fresh_heads=1,
+        measured_heads=8,
     ),
     "gpu": Rung(
         image_size=128,
@@ -114,5 +122,7 @@ RUNGS = {
         vae_batch=192,
         unet_batch=256,
         upsampler_batch=192,
+        pool_heads=1024,
+        fresh_heads=24,
     ),
 }

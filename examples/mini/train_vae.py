@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, view_cameras
+from export import export_vae
 from PIL import Image
 from torch import Tensor
-from training import Trainer, arguments, mixed_precision, psnr, rung_of
+from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, heads
+from gafext.evaluate import psnr
 
 KL_WEIGHT = 3e-5
 NORMAL_MAPS = 3 / 8  # share of the pictures that are normal maps
@@ -56,18 +58,20 @@ def main() -> None:
 
     @torch.no_grad()
     def measure(averaged: dict[str, torch.nn.Module], step: int) -> dict[str, float]:
-        numbers, rows = {}, []
+        numbers, rows, moments = {}, [], []
         for size, renders in truth.items():
             for kind, wanted in (("images", renders.rgb[:, 0]), ("normals", renders.normals[:, 0])):
                 mean = torch.cat([averaged["vae"].encode(part * 2 - 1)[0] for part in wanted.split(8)])
                 made = torch.cat([averaged["vae"].decode(part) for part in mean.split(8)]) / 2 + 0.5
-                numbers[f"{kind}_{size}"] = psnr(made, wanted)
+                numbers[f"{kind}_{size}"] = psnr(made, wanted).mean().item()
                 if size == rung.image_size:
-                    numbers[f"{kind}_latent_std"] = mean.std().item()
+                    moments.append((mean.mean().item(), mean.std().item()))
                     rows += [wanted[:16], made[:16].clamp(0, 1)]
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
         Image.fromarray((sheet.permute(1, 2, 0).cpu() * 255).byte().numpy()).save(args.out / "vae.png")
-        return numbers
+        shift, spread = moments[0]  # of the images' latents, which the U-Net makes
+        export_vae(args.out, averaged["vae"], scale=1 / spread, shift=shift)
+        return numbers | {"latent_mean": shift, "latent_std": spread}
 
     Trainer("vae", args, {"vae": vae}, rate=rung.vae_rate, loss=loss, measure=measure).run()
 

@@ -152,9 +152,3 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 def rung_of(args: argparse.Namespace) -> Rung:
     return RUNGS[args.rung]
-
-
-def psnr(left: Tensor, right: Tensor) -> float:
-    """Of pictures in [0,1], in dB: the mean over pictures of each one's own."""
-    errors = (left.clamp(0, 1) - right).square().flatten(1).mean(1)
-    return (-10 * errors.log10()).mean().item()

@@ -80,6 +80,10 @@ class Heads:
     def __len__(self) -> int:
         return len(self.centre)
 
+    def repeat(self, count: int) -> Heads:
+        """Every head `count` times."""
+        return Heads(**{f.name: getattr(self, f.name).repeat_interleave(count, dim=0) for f in fields(self)})
+
     def to(self, device: torch.device | str) -> Heads:
         return Heads(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
