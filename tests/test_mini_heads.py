@@ -147,7 +147,7 @@ def test_a_camera_inside_or_turned_away_sees_background(eye):
 def test_the_neutral_head_faces_front():
     maps = heads.head_normals(orbit(4), 64)
     assert maps.shape == (4, 3, 64, 64) and maps.dtype == torch.float32
-    assert 0 <= maps.min() and maps.max() <= 1 and (maps[:, :, 0, 0] == 0.5).all()
+    assert maps.min() >= 0 and maps.max() <= 1 and (maps[:, :, 0, 0] == 0.5).all()
     flipped = torch.stack([1 - maps[0, 0], *maps[0, 1:]]).flip(-1)
     assert (flipped - maps[0]).abs().mean() < 1e-3  # left is right
     assert (maps[0] - maps[2]).abs().mean() > 0.01  # but a face is no back of a head

@@ -33,7 +33,7 @@ def _matrices(azimuth: Tensor, elevation: Tensor, radius: Tensor) -> Tensor:
 
 
 def view_cameras(count: int, views: int, random: torch.Generator) -> Tensor:
-    """[count,views,4,4]: orbits like the command's own for two heads of three, single views of the face for the rest."""
+    """[count,views,4,4]: two heads of three on orbits like the command's own, the rest from anywhere in front."""
     start = torch.where(_between(0, 1, (count, 1), random) < 0.4, 0.0, _between(-180, 180, (count, 1), random))
     orbit = start + torch.arange(views) * 360 / views
     orbits = _between(0, 1, (count, 1), random) < 2 / 3

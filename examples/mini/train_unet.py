@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, portrait_cameras, view_cameras
-from export import export, load_vae
-from PIL import Image
+from export import GUIDANCE_SCALE, export, load_vae
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.attention import set_attention_backend
 from gafext.config import SD_SCHEDULE
-from gafext.evaluate import Subject, as_portrait, psnr, rows, subjects
+from gafext.evaluate import Evaluation, Scores
 from gafext.models.clip import MEAN, STD
 from gafext.schedulers import schedule
 
@@ -24,7 +23,6 @@ POOL_VIEWS = 8  # of a head in the pool; a step takes 1, 2, 4 or 8 of them
 VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # by turns
 NO_IMAGE = 0.1  # share of the heads without image tokens, for guidance
 NEUTRAL = 0.3  # share of the heads whose normal maps are the neutral head's
-GUIDANCE = 2.0
 
 SCHEDULE = replace(
     SD_SCHEDULE,
@@ -38,7 +36,7 @@ SCHEDULE = replace(
 
 @dataclass
 class Pool:
-    """Heads ready to be trained on. Rendering and encoding cost as much as a step, so each head is taken several times."""
+    """Heads ready to be trained on, several times each: rendering and encoding cost as much as a step."""
 
     latents: Tensor  # [K,8,4,h,w], scaled
     normals: Tensor  # [K,8,4,h,w], scaled
@@ -80,6 +78,12 @@ def fresh_heads(count: int, random: torch.Generator, vae: AutoencoderKL, size: i
     )
 
 
+def diffuse(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network sees of latents [N,4,h,w] at ᾱ [N], and v, which it has to predict."""
+    signal, level = alphas_cumprod.sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod).sqrt().view(-1, 1, 1, 1)
+    return signal * clean + level * noise, signal * noise - level * clean
+
+
 def initialise(unet: MultiViewUNet) -> None:
     """Every block starts as the identity: the last layer of each is zero."""
     last = ("conv2.weight", "conv2.bias", "proj_out.weight", "proj_out.bias", "conv_out.weight", "conv_out.bias")
@@ -88,28 +92,17 @@ def initialise(unet: MultiViewUNet) -> None:
             nn.init.zeros_(parameter)
 
 
-@torch.no_grad()
-def show(pipe: MultiViewDiffusionPipeline, who: list[Subject], path: Path) -> dict[str, float]:
-    """Views of held-out heads beside the truth, and how good they are with normal maps of their own and without."""
-    numbers: dict[str, list[Tensor]] = {"own": [], "neutral": [], "copy": []}
-    sheet = []
-    for subject in who:
-        options = {"num_inference_steps": 20, "generator": 0, "guidance_scale": GUIDANCE}
-        options |= {"output_type": "pt", "upsample": "none", "progress_bar": False}
-        for kind, normals in (("own", subject.views.normals), ("neutral", subject.neutral)):
-            portrait = as_portrait(subject.portrait)
-            made = pipe(portrait, subject.cameras, list(normals), **options).images.cpu()
-            numbers[kind].append(psnr(made, subject.views.rgb))
-            if len(sheet) < 16:
-                sheet.append(rows([subject.portrait, *normals, *made, *subject.views.rgb]))
-        numbers["copy"].append(psnr(subject.portrait.expand_as(made), subject.views.rgb))
-    pixels = torch.cat(sheet, dim=1).permute(1, 2, 0) * 255
-    Image.fromarray(pixels.byte().numpy()).save(path)
-    return {kind: torch.cat(values).mean().item() for kind, values in numbers.items()}
+def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
+    """How good the views of held-out heads are, and a sheet of them."""
+    made = evaluation.generate()
+    evaluation.figure(made).save(path)
+    own = Scores.of("own", evaluation.subjects, made)
+    neutral, copy = evaluation.main()[1], evaluation.baselines()[2]
+    return {"own": own.psnr, "own_ssim": own.ssim, "neutral": neutral.psnr, "copy": copy.psnr}
 
 
-def main() -> None:
-    args = arguments(__doc__).parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__).parse_args(argv)
     rung, device = rung_of(args), torch.device(args.device)
     torch.manual_seed(args.seed)
     vae = load_vae(args.out, device)
@@ -122,7 +115,7 @@ def main() -> None:
     sizes = (rung.image_size, rung.image_encoder.image_size)
     pool = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int) -> Tensor:
         random, noises = generator(args.seed, step), generator(args.seed, step, device)
         pool.replace_oldest(fresh_heads(rung.fresh_heads, random, vae, *sizes))
         views = VIEWS[step % len(VIEWS)]
@@ -133,26 +126,25 @@ def main() -> None:
         clean, normals, poses = (x[chosen][:, seen].flatten(0, 1) for x in (pool.latents, pool.normals, pool.poses))
         timesteps = torch.randint(len(alphas), (count,), generator=random).to(device).repeat_interleave(views)
         noise = torch.randn(clean.shape, generator=noises, device=device)
-        signal, level = alphas[timesteps].sqrt().view(-1, 1, 1, 1), (1 - alphas[timesteps]).sqrt().view(-1, 1, 1, 1)
-        sample = torch.cat([signal * clean + level * noise, normals], dim=1).contiguous(
-            memory_format=torch.channels_last
-        )
+        noised, wanted = diffuse(clean, noise, alphas[timesteps])
+        sample = torch.cat([noised, normals], dim=1).contiguous(memory_format=torch.channels_last)
         # The rows before the first portrait see no image: see MultiViewTransformerBlock.
         dropped = int((torch.rand(count, generator=random) < NO_IMAGE).sum())
         with mixed_precision(device):
             tokens = unet.image_projection(encoder(pool.portraits[chosen[dropped:]]).last_hidden_state)
             told = unet.precompute(pose=poses, image_embeds=tokens)
             predicted = unet(sample, timesteps, conditioning=told, num_views=views).float()
-        return F.mse_loss(predicted, signal * noise - level * clean), {}
-
-    held_out = subjects(rung.measured_heads, rung.image_size)
+        return F.mse_loss(predicted, wanted)
 
     def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
         for module in averaged.values():
             set_attention_backend(module, "auto")
-        pipe = MultiViewDiffusionPipeline(vae=vae, scheduler=DDIMScheduler(SCHEDULE), guidance_scale=GUIDANCE, **averaged)
+        pipe = MultiViewDiffusionPipeline(
+            vae=vae, scheduler=DDIMScheduler(SCHEDULE), guidance_scale=GUIDANCE_SCALE, **averaged
+        )
         export(args.out, unet=averaged["unet"], image_encoder=averaged["image_encoder"], scheduler=pipe.scheduler)
-        return show(pipe, held_out, args.out / "unet.png")
+        evaluation = Evaluation(pipe, rung.measured_heads, num_inference_steps=20, upsample="none")
+        return show(evaluation, args.out / "unet.png")
 
     modules = {"unet": unet, "image_encoder": encoder}
     Trainer("unet", args, modules, rate=rung.unet_rate, loss=loss, measure=measure).run()

@@ -1,4 +1,4 @@
-"""Trains the autoencoder on renders and normal maps, each a picture to it. The gate: held-out shirts have their colours."""
+"""Trains the autoencoder on renders and normal maps. The gate: held-out shirts have the right colours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, heads
-from gafext.evaluate import psnr
+from gafext.evaluate_measures import psnr
 
 KL_WEIGHT = 3e-5
 NORMAL_MAPS = 3 / 8  # share of the pictures that are normal maps
@@ -34,13 +34,13 @@ def distance(made: Tensor, wanted: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * edges + F.avg_pool2d(error, 4).abs().mean()
 
 
-def main() -> None:
-    args = arguments(__doc__).parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__).parse_args(argv)
     rung, device = rung_of(args), torch.device(args.device)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(rung.vae).to(device, memory_format=torch.channels_last)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int) -> Tensor:
         large = step % LARGE == LARGE - 1
         size, count = (2 * rung.image_size, rung.vae_batch // 4) if large else (rung.image_size, rung.vae_batch)
         wanted = pictures(step, args.seed, size, count, device).contiguous(memory_format=torch.channels_last)
@@ -49,7 +49,7 @@ def main() -> None:
             noise = torch.randn(mean.shape, generator=generator(args.seed, step, device), device=device)
             made = vae.decode(mean + (logvar / 2).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return distance(made, wanted) + KL_WEIGHT * kl, {}
+        return distance(made, wanted) + KL_WEIGHT * kl
 
     random = generator(10**6, 0)
     held_out = heads.make_heads(heads.TEST_IDENTITIES[:32], device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 WARMUP = 200  # steps until the learning rate is reached
 DECAY = 0.3  # the last part of the time box, over which it falls to nothing
+RECORD = 50  # steps between two losses in the log
 AVERAGE = 0.999  # of the averaged weights, which are what is measured and exported
 
 
@@ -26,7 +28,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("mini"), help="folder of checkpoints, logs and weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--minutes", type=float, default=60, help="time box: processor time on a CPU, the clock on a GPU")
-    add("--steps", type=int, help="stop after so many, whatever the time")
+    add("--steps", type=int, help="stop after so many steps, whatever the time; run again, it goes on")
     add("--seed", type=int, default=0)
     add("--checkpoint-every", type=float, default=120, metavar="SECONDS")
     add("--measure-every", type=float, default=240, metavar="SECONDS")
@@ -41,7 +43,7 @@ class Trainer:
         args: of the command line.
         modules: what is trained, by name; already on the device.
         rate: learning rate of AdamW.
-        loss: step -> (loss, numbers to log).
+        loss: of a step.
         measure: averaged modules -> numbers to log; run now and then, and at the end.
     """
 
@@ -52,7 +54,7 @@ class Trainer:
         modules: dict[str, nn.Module],
         *,
         rate: float,
-        loss: Callable[[int], tuple[Tensor, dict[str, float]]],
+        loss: Callable[[int], Tensor],
         measure: Callable[[dict[str, nn.Module], int], dict[str, float]],
     ):
         self.args, self.modules, self.rate, self.loss, self.measure = args, modules, rate, loss, measure
@@ -90,10 +92,14 @@ class Trainer:
     def _clock(self) -> float:
         return time.process_time() if self.device.type == "cpu" else time.monotonic()
 
+    @property
     def _progress(self) -> float:
-        """How much of the run is behind: 0 to 1, by time or by steps."""
-        by_steps = self.step / self.args.steps if self.args.steps else 0.0
-        return max(self.seconds / (60 * self.args.minutes), by_steps)
+        """How much of the time box is behind."""
+        return self.seconds / (60 * self.args.minutes)
+
+    @property
+    def _done(self) -> bool:
+        return self._progress >= 1 or (self.args.steps is not None and self.step >= self.args.steps)
 
     def _record(self, **numbers: float) -> None:
         entry = {"step": self.step, "seconds": round(self.seconds, 1)}
@@ -108,31 +114,33 @@ class Trainer:
             averaged = list(self.averaged[key].parameters())
             torch._foreach_lerp_(averaged, list(module.parameters()), 1 - decay)
 
-    def _advance(self) -> tuple[Tensor, dict[str, float]]:
+    def _advance(self) -> Tensor:
         """One step of the optimizer."""
-        fall = min(1.0, (1 - self._progress()) / DECAY)
+        fall = min(1.0, (1 - self._progress) / DECAY)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (self.step + 1) / WARMUP) * max(fall, 0.01)
-        loss, numbers = self.loss(self.step)
+        loss = self.loss(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
         self._average()
-        return loss.detach(), numbers
+        return loss.detach()
 
     def run(self) -> dict[str, nn.Module]:
         """Train until the time or the steps are up; returns the averaged modules."""
         losses, before = [], self._clock()
         last_saved = last_measured = self.seconds
-        while self._progress() < 1:
-            loss, numbers = self._advance()
-            losses.append(loss)
+        while not self._done:
+            losses.append(self._advance())
             now = self._clock()
             self.seconds, before = self.seconds + now - before, now
-            if self.step % 50 == 0:
-                self._record(loss=torch.stack(losses).mean().item(), **numbers)
+            if self.step % RECORD == 0:
+                mean = torch.stack(losses).mean().item()
+                if not math.isfinite(mean):
+                    raise SystemExit(f"the loss is {mean} at step {self.step}: start again from {self.checkpoint}")
+                self._record(loss=mean)
                 losses.clear()
             if self.seconds - last_saved > self.args.checkpoint_every:
                 self.save()

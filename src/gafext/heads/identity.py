@@ -6,7 +6,6 @@ upper chest fit into the default orbit's frame. World axes as in `gafext.cameras
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -231,7 +230,9 @@ def _add_face(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor]
     skin, hair = colours["skin"], colours["hair"]
     width, length, depth = u["nose_width"], u["nose_length"], u["nose_depth"]
     front = 0.14 + u["jaw_depth"]
-    parts.add("bridge", (0, -0.12, front - 0.04), (width, length, depth), skin * 0.97, turn=_rotation(0, u["nose_slope"]))
+    parts.add(
+        "bridge", (0, -0.12, front - 0.04), (width, length, depth), skin * 0.97, turn=_rotation(0, u["nose_slope"])
+    )
     tip = (0, -0.12 - 0.6 * length, front + 0.45 * depth)
     parts.add("tip", tip, (1.25 * width, width, width), skin * 0.93)
 
@@ -283,4 +284,3 @@ def _add_hair(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor]
     line = -(mouth[0] + u["beard_line"]) - 0.25 * mouth[1]
     bearded = u["beard"] > 1 - _BEARDED
     parts.add("beard", (0, -0.36, 0.14), radii, hair * 0.9, clip=((0, -1, -0.25), line), active=bearded)
-

@@ -123,7 +123,7 @@ def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tenso
     looking = ((part == _EYES[0]) | (part == _EYES[1])) & (forward > _IRIS)
     colour = torch.where(looking[:, None], heads.iris[rows][..., None], colour)
     colour = torch.where((looking & (forward > _PUPIL))[:, None], 0.03, colour)
-    light = (rotation.float() @ heads.light[rows][..., None])  # [B,3,1]
+    light = rotation.float() @ heads.light[rows][..., None]  # [B,3,1]
     shade = ((normal * light).sum(1, keepdim=True) * 0.75 + 0.25).clamp(0, 1)
     colour = colour * torch.lerp(heads.ambient[rows][:, None, None], torch.ones_like(shade), shade)
 
