@@ -94,15 +94,15 @@ def test_the_unet_is_trained_on_what_the_solvers_undo(scripts):
 
 def test_the_upsampler_is_trained_on_what_its_loop_undoes(scripts, trained, monkeypatch):
     upsampler = LatentUpsampler.from_pretrained(trained / "model" / "upsampler")
-    clean, noise, sigma = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), 1.7
+    clean, noise, sigma = torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 16), 1.7
     noised, wanted = scripts["upsampler"].diffuse(clean, noise, torch.full((2, 1, 1, 1), sigma))
 
     def answer(sample, timestep, *prompt):
-        assert torch.allclose(sample[:, :4], noised, atol=1e-6)
+        assert torch.allclose(sample[:, :8], noised, atol=1e-6)
         return torch.cat([wanted, wanted[:, :1]], dim=1)
 
     monkeypatch.setattr(upsampler.unet, "forward", answer)
-    made = upsampler._denoise(clean + sigma * noise, sigma, torch.zeros(2, 4, 16, 16), (None, None))
+    made = upsampler._denoise(clean + sigma * noise, sigma, torch.zeros(2, 8, 16, 16), (None, None))
     assert torch.allclose(made, clean, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_blocks_start_as_the_identity(scripts):
     unet = scripts["unet"].MultiViewUNet(RUNGS["test"].unet)
     scripts["unet"].initialise(unet)
     pose, image = torch.randn(2, 12), torch.randn(1, 3, 96)
-    assert (unet(torch.randn(2, 8, 16, 16), 5, pose=pose, image_embeds=image, num_views=2) == 0).all()
+    assert (unet(torch.randn(2, 16, 16, 16), 5, pose=pose, image_embeds=image, num_views=2) == 0).all()
 
 
 def test_a_resumed_run_goes_on_as_the_one_that_was_stopped(scripts, tmp_path):

@@ -38,8 +38,8 @@ SCHEDULE = replace(
 class Pool:
     """Heads ready to be trained on, several times each: rendering and encoding cost as much as a step."""
 
-    latents: Tensor  # [K,8,4,h,w], scaled
-    normals: Tensor  # [K,8,4,h,w], scaled
+    latents: Tensor  # [K,8,C,h,w], scaled
+    normals: Tensor  # [K,8,C,h,w], scaled
     poses: Tensor  # [K,8,12]
     portraits: Tensor  # [K,3,S,S], as the image encoder takes them
     oldest: int = 0
@@ -53,7 +53,7 @@ class Pool:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures [N,V,3,S,S] in [0,1] -> scaled latents [N,V,4,h,w] float32, as the pipeline's own."""
+    """Pictures [N,V,3,S,S] in [0,1] -> scaled latents [N,V,C,h,w] float32, as the pipeline's own."""
     with mixed_precision(vae.device):
         mean = vae.encode((pictures * 2 - 1).flatten(0, 1).contiguous(memory_format=torch.channels_last))[0].float()
     return ((mean - vae.config.shift_factor) * vae.config.scaling_factor).unflatten(0, pictures.shape[:2])
@@ -79,7 +79,7 @@ def fresh_heads(count: int, random: torch.Generator, vae: AutoencoderKL, size: i
 
 
 def diffuse(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network sees of latents [N,4,h,w] at ᾱ [N], and v, which it has to predict."""
+    """What the network sees of latents [N,C,h,w] at ᾱ [N], and v, which it has to predict."""
     signal, level = alphas_cumprod.sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod).sqrt().view(-1, 1, 1, 1)
     return signal * clean + level * noise, signal * noise - level * clean
 

@@ -21,7 +21,7 @@ NOISE = 0.15  # at most, in the small latents: those of the U-Net are not as cle
 
 
 def diffuse(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """What LatentUpsampler's network sees of latents [N,4,h,w] at σ [N,1,1,1], and what it has to answer.
+    """What LatentUpsampler's network sees of latents [N,C,h,w] at σ [N,1,1,1], and what it has to answer.
 
     D = x s^2 + σ s F, of which the clean latents are to come, with x = clean + σ noise and s = 1/√(σ²+1).
     """

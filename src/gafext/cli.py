@@ -73,7 +73,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--elevation", type=float, metavar="DEG", help="of the orbit; default: 0")
     add("--radius", type=float, metavar="R", help="of the orbit; default: 4")
     add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
-    add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of an ellipsoid")
+    add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of a neutral head")
     add("--renders", metavar="DIR", help="folder with one picture a view to start from, with --strength")
     add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders; default: 1")
     add(
