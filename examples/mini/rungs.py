@@ -29,7 +29,9 @@ class Rung:
     pool_heads: int
     """How many heads, of 8 views each, lie ready for the U-Net."""
     fresh_heads: int
-    """How many of them a step replaces by new ones."""
+    """How many of them are replaced by new ones at a time."""
+    fresh_every: int = 1
+    """After how many steps."""
     measured_heads: int = 16
     vae_rate: float = 2e-3
     unet_rate: float = 1e-3
@@ -115,13 +117,14 @@ RUNGS = {
         upsampler_batch=8,
         pool_heads=160,
         fresh_heads=1,
+        fresh_every=2,
         measured_heads=8,
     ),
     "gpu": Rung(
         image_size=128,
         vae=_vae((32, 64, 64), groups=4),
         image_encoder=_clip(96, 8, layers=3),
-        unet=_unet(32, (64, 96, 128), (False, True, True)),
+        unet=_unet(32, (64, 96, 96), (False, True, True)),
         upsampler=_upsampler((32, 64, 64)),
         vae_batch=192,
         unet_batch=256,

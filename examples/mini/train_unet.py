@@ -65,7 +65,7 @@ def fresh_heads(count: int, random: torch.Generator, vae: AutoencoderKL, size: i
     w2c = view_cameras(count, POOL_VIEWS, random)
     made = heads.render(drawn, w2c, size)
     normals = made.normals
-    neutral = round(NEUTRAL * count)
+    neutral = int((torch.rand(count, generator=random) < NEUTRAL).sum())
     if neutral:
         normals[:neutral] = heads.render(heads.neutral_head(vae.device).repeat(neutral), w2c[:neutral], size).normals
     mean, std = (torch.tensor(values, device=vae.device).view(3, 1, 1) for values in (MEAN, STD))
@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def loss(step: int) -> Tensor:
         random, noises = generator(args.seed, step), generator(args.seed, step, device)
-        pool.replace_oldest(fresh_heads(rung.fresh_heads, random, vae, *sizes))
+        if step % rung.fresh_every == 0:
+            pool.replace_oldest(fresh_heads(rung.fresh_heads, random, vae, *sizes))
         views = VIEWS[step % len(VIEWS)]
         count = rung.unet_batch // views
         chosen = torch.randint(len(pool.latents), (count,), generator=random).to(device)

@@ -61,7 +61,7 @@ class Trainer:
         self.device = torch.device(args.device)
         self.averaged = {key: deepcopy(module).eval().requires_grad_(False) for key, module in modules.items()}
         self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
         self.checkpoint, self.log = args.out / f"{name}.pt", args.out / f"{name}.json"
         self.step, self.seconds, self.curves = 0, 0.0, []
         args.out.mkdir(parents=True, exist_ok=True)
