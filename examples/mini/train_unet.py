@@ -132,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         # The rows before the first portrait see no image: see MultiViewTransformerBlock.
         dropped = int((torch.rand(count, generator=random) < NO_IMAGE).sum())
         with mixed_precision(device):
-            tokens = unet.image_projection(encoder(pool.portraits[chosen[dropped:]]).last_hidden_state)
+            tokens = None
+            if dropped < count:
+                tokens = unet.image_projection(encoder(pool.portraits[chosen[dropped:]]).last_hidden_state)
             told = unet.precompute(pose=poses, image_embeds=tokens)
             predicted = unet(sample, timesteps, conditioning=told, num_views=views).float()
         return F.mse_loss(predicted, wanted)
