@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gafext.config import CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
 
 LATENTS = 8
-"""Channels. With 4, the edges of grey values use them up, and shirts and hair stay brown for the first 400 steps."""
+"""Channels: a 4 x 4 patch has three colours, and edges."""
 _LEVEL = 128  # gafext.models.upsampler.LEVEL_CHANNELS: the condition's first part
 _TEXT = 8  # width of the upsampler's empty prompt, which is zero
 
@@ -33,7 +33,7 @@ class Rung:
     fresh_every: int = 1
     """After how many steps."""
     measured_heads: int = 16
-    vae_rate: float = 2e-3
+    vae_rate: float = 1e-3
     unet_rate: float = 1e-3
     upsampler_rate: float = 1e-3
 

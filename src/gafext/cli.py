@@ -133,7 +133,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     add("--upsample", choices=("auto", "bilinear", "none"), default="auto", help="default: auto")
     add("--ablations", action="store_true", help="also what becomes worse when something is taken away or changed")
     add("--json", metavar="FILE", help="write the numbers")
-    add("--figure", metavar="FILE", help="write a picture: portrait, normal maps, generated views, truth, a row a head")
+    add("--figure", metavar="FILE", help="write a picture: portraits beside normal maps, generated views and the truth")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
     add("--quiet", action="store_true", help="no progress")
 

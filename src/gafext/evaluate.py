@@ -207,12 +207,14 @@ class Evaluation:
         return lines
 
     def figure(self, made: list[Tensor]) -> PIL.Image.Image:
-        """One row a head: portrait, normal maps, generated views, the truth."""
-        lines = [
-            torch.cat([s.portrait, *s.views.normals, *pictures.clamp(0, 1), *s.views.rgb], dim=2)
-            for s, pictures in zip(self.subjects, made, strict=True)
-        ]
-        return as_portrait(torch.cat(lines, dim=1))
+        """Each head's portrait, and to the right of it three rows: normal maps, generated views, the truth."""
+        blocks = []
+        for subject, pictures in zip(self.subjects, made, strict=True):
+            rows = (subject.views.normals, pictures.clamp(0, 1), subject.views.rgb)
+            blank = torch.ones_like(subject.portrait)
+            columns = zip((blank, subject.portrait, blank), rows, strict=True)
+            blocks += [torch.cat([first, *row], dim=2) for first, row in columns]
+        return as_portrait(torch.cat(blocks, dim=1))
 
 
 def _without_cross_view(unet):
