@@ -106,15 +106,6 @@ def test_the_upsampler_is_trained_on_what_its_loop_undoes(scripts, trained, monk
     assert torch.allclose(made, clean, atol=1e-5)
 
 
-def test_blocks_start_as_the_identity(scripts):
-    from rungs import RUNGS
-
-    unet = scripts["unet"].MultiViewUNet(RUNGS["test"].unet)
-    scripts["unet"].initialise(unet)
-    pose, image = torch.randn(2, 12), torch.randn(1, 3, 96)
-    assert (unet(torch.randn(2, 16, 16, 16), 5, pose=pose, image_embeds=image, num_views=2) == 0).all()
-
-
 def test_a_resumed_run_goes_on_as_the_one_that_was_stopped(scripts, tmp_path):
     train(scripts["vae"], tmp_path / "whole", "--steps", 6)
     train(scripts["vae"], tmp_path / "halves", "--steps", 3)
@@ -132,6 +123,7 @@ def test_the_autoencoder_learns(scripts, tmp_path, monkeypatch):
     curves = json.loads((tmp_path / "vae.json").read_text())
     losses = [entry["loss"] for entry in curves if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
+    assert curves[-1]["images_32"] > 14
     assert {"images_32", "normals_32", "images_64", "latent_std"} <= set(curves[-1])
 
 

@@ -34,7 +34,7 @@ class Rung:
     """After how many steps."""
     measured_heads: int = 16
     vae_rate: float = 1e-3
-    unet_rate: float = 1e-3
+    unet_rate: float = 2e-3
     upsampler_rate: float = 1e-3
 
 
@@ -128,6 +128,7 @@ RUNGS = {
         upsampler=_upsampler((32, 64, 64)),
         vae_batch=192,
         unet_batch=256,
+        unet_rate=1.5e-3,
         upsampler_batch=192,
         pool_heads=1024,
         fresh_heads=24,

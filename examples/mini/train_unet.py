@@ -84,14 +84,6 @@ def diffuse(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> tuple[Tenso
     return signal * clean + level * noise, signal * noise - level * clean
 
 
-def initialise(unet: MultiViewUNet) -> None:
-    """Every block starts as the identity: the last layer of each is zero."""
-    last = ("conv2.weight", "conv2.bias", "proj_out.weight", "proj_out.bias", "conv_out.weight", "conv_out.bias")
-    for name, parameter in unet.named_parameters():
-        if name.endswith(last):
-            nn.init.zeros_(parameter)
-
-
 def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
     """How good the views of held-out heads are, and a sheet of them."""
     made = evaluation.generate()
@@ -107,7 +99,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     vae = load_vae(args.out, device)
     unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
-    initialise(unet)
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
     if device.type == "cpu":  # PyTorch's own backward pass of attention takes twice as long there
         set_attention_backend(unet, "reference")
