@@ -66,7 +66,7 @@ def test_guidance_is_two_passes(pipe):
         callback_on_step_end=lambda p, i, t, kw: seen.update(t=t, **kw),
     )
     cameras = gafext.cameras.orbit(4)
-    normals = pipe.encode(gafext.pipeline.ellipsoid_normals(cameras, 4 * SIZE) * 2 - 1)
+    normals = pipe.encode(gafext.pipeline.head_normals(cameras, 4 * SIZE) * 2 - 1)
     image_embeds = pipe.encode_portraits([portrait()]).conditional
     common = {"pose": cameras.pose(12), "num_views": 4}
     sample = torch.cat([latents, normals], 1)
@@ -271,7 +271,7 @@ def test_an_ip_adapter_and_a_lora(tmp_path):
 
     features = adapted.image_encoder(adapted.image_encoder.preprocess(portrait())).image_embeds
     cameras = gafext.cameras.orbit(4)
-    normals = adapted.encode(gafext.pipeline.ellipsoid_normals(cameras, 4 * SIZE) * 2 - 1)
+    normals = adapted.encode(gafext.pipeline.head_normals(cameras, 4 * SIZE) * 2 - 1)
     sample = torch.cat([latents, normals], dim=1)
     negative, positive = (
         adapted.unet(sample, 1, pose=cameras.pose(12), image_embeds=adapted.unet.image_projection(x), num_views=4)
@@ -303,7 +303,7 @@ def test_schedulers_by_name(name, checkpoint):
         "image_embeds": pipe.encode_portraits([portrait()]).conditional,
         "num_views": 4,
     }
-    normals = pipe.encode(gafext.pipeline.ellipsoid_normals(cameras, 4 * SIZE) * 2 - 1)
+    normals = pipe.encode(gafext.pipeline.head_normals(cameras, 4 * SIZE) * 2 - 1)
     sample = latents * theirs.init_noise_sigma
     for t in theirs.timesteps:
         output = pipe.unet(torch.cat([theirs.scale_model_input(sample, t), normals], dim=1), t, **told)

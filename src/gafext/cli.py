@@ -1,4 +1,4 @@
-"""The command line: `gafext generate`, `gafext assemble`, `gafext bench` and `gafext info`."""
+"""The command line: `gafext generate`, `assemble`, `eval`, `bench` and `info`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_assemble(commands)
+    _add_eval(commands)
     _add_bench(commands)
     info = commands.add_parser(
         "info", help="versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
@@ -73,7 +74,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--elevation", type=float, metavar="DEG", help="of the orbit; default: 0")
     add("--radius", type=float, metavar="R", help="of the orbit; default: 4")
     add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
-    add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of an ellipsoid")
+    add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of a neutral head")
     add("--renders", metavar="DIR", help="folder with one picture a view to start from, with --strength")
     add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders; default: 1")
     add(
@@ -159,6 +160,59 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         help="measure a shape again for up to S seconds while other processes disturb it; the least disturbed counts",
     )
     add("--json", metavar="FILE", help="write the environment and all times there")
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="how good the views of held-out procedural heads are",
+        description="PSNR, SSIM and cross-view consistency on heads that the built-in model was not trained on, beside "
+        "baselines and ablations.",
+        epilog=EXIT_CODES,
+    )
+    add = evaluate.add_argument
+    add("--model", metavar="DIR", help="checkpoint folder; default: the small built-in model")
+    add("--heads", type=int, default=8, metavar="N", help="default: 8")
+    add("--views", type=int, default=4, metavar="V", help="on an orbit; default: 4")
+    add("--steps", type=int, default=25, metavar="N", help="denoising steps; default: 25")
+    add("--guidance", type=float, metavar="G", help="guidance scale; default: the checkpoint's")
+    add("--seed", type=int, default=0, metavar="S", help="of all noise; default: 0")
+    add("--upsample", choices=("auto", "bilinear", "none"), default="auto", help="default: auto")
+    add("--ablations", action="store_true", help="also what becomes worse when something is taken away or changed")
+    add("--json", metavar="FILE", help="write the numbers")
+    add("--figure", metavar="FILE", help="write a picture: portraits beside normal maps, generated views and the truth")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add("--quiet", action="store_true", help="no progress")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from gafext import cameras
+    from gafext.evaluate import Evaluation, table
+    from gafext.pipeline import MultiViewDiffusionPipeline
+    from gafext.versions import versions
+
+    pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
+    evaluation = Evaluation(
+        pipeline,
+        args.heads,
+        cameras.orbit(args.views),
+        progress=lambda name: None if args.quiet else print(f"gafext: {name}", file=sys.stderr),
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=args.seed,
+        upsample=args.upsample,
+    )
+    lines = evaluation.baselines() + evaluation.main() + (evaluation.ablations() if args.ablations else [])
+    print(table(lines))
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "figure")}
+        report = {"settings": settings, "versions": versions(), "lines": [asdict(line) for line in lines]}
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    if args.figure:
+        evaluation.figure(evaluation.generate()).save(args.figure)
+    return 0
 
 
 def _assemble(args: argparse.Namespace) -> int:
@@ -338,7 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on stderr, never in a traceback."""
     args = _parser().parse_args(argv)
     try:
-        return {"generate": _generate, "assemble": _assemble, "bench": _bench, "info": _info}[args.command](args)
+        commands = {"generate": _generate, "assemble": _assemble, "eval": _eval, "bench": _bench, "info": _info}
+        return commands[args.command](args)
     except KeyboardInterrupt:
         print("gafext: interrupted; nothing was written", file=sys.stderr)
         return 130

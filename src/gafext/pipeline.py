@@ -23,7 +23,7 @@ from gafext.checkpoint import load_parts, save_parts
 from gafext.embedded import NOTICE, UntrainedWarning, embedded_parts
 from gafext.errors import CheckpointError
 from gafext.guidance import check_guidance_scale, needs_unconditional
-from gafext.head_proxy import ellipsoid_normals
+from gafext.heads import head_normals
 from gafext.hub import checkpoint_folder
 from gafext.int8 import is_quantized, quantize_transformers, require_supported
 from gafext.models.clip import CLIPVisionEncoder
@@ -236,7 +236,7 @@ class MultiViewDiffusionPipeline:
                 any size and mode; or a list of them.
             cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes, taken to have a field of view
                 of 30 degrees; None is an orbit of `num_views`.
-            normal_maps: V pictures of camera-space normals, n/2 + 1/2; None shows an ellipsoid to the cameras.
+            normal_maps: V pictures of camera-space normals, n/2 + 1/2; None are those of a neutral head.
             num_views: V, when no cameras are given. The reference frame of ImageDream's family does not count.
             num_inference_steps: 1 to 1000.
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None is the checkpoint's own, 7.5 as a rule.
@@ -367,7 +367,7 @@ class MultiViewDiffusionPipeline:
                 raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
             return None
         if normal_maps is None:
-            return ellipsoid_normals(cameras, pixels) * 2 - 1
+            return head_normals(cameras, pixels) * 2 - 1
         return imaging.to_square_tensor(
             imaging.load_images(normal_maps, count=len(cameras), name="normal_maps"), pixels
         )

@@ -1,0 +1,136 @@
+"""The ladder: what is trained at which size. A rung is all that the scripts disagree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gafext.config import CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
+
+LATENTS = 8
+"""Channels: a 4 x 4 patch has three colours, and edges."""
+_LEVEL = 128  # gafext.models.upsampler.LEVEL_CHANNELS: the condition's first part
+_TEXT = 8  # width of the upsampler's empty prompt, which is zero
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Sizes, batches and learning rates of one step of the ladder."""
+
+    image_size: int
+    """Pixels a side of what the U-Net's latents decode to; the upsampler's decode to twice that."""
+    vae: VAEConfig
+    image_encoder: CLIPVisionConfig
+    unet: UNetConfig
+    upsampler: KUNetConfig
+    vae_batch: int
+    unet_batch: int
+    """Latents a step: heads times views."""
+    upsampler_batch: int
+    pool_heads: int
+    """How many heads, of 8 views each, lie ready for the U-Net."""
+    fresh_heads: int
+    """How many of them are replaced by new ones at a time."""
+    fresh_every: int = 1
+    """After how many steps."""
+    measured_heads: int = 16
+    vae_rate: float = 1e-3
+    unet_rate: float = 2e-3
+    upsampler_rate: float = 1e-3
+
+
+def _vae(widths: tuple[int, ...], groups: int) -> VAEConfig:
+    return VAEConfig(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        latent_channels=LATENTS,
+        norm_num_groups=groups,
+    )
+
+
+def _clip(image_size: int, patch_size: int, layers: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        projection_dim=None,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_act="gelu",
+    )
+
+
+def _unet(sample_size: int, widths: tuple[int, ...], attended: tuple[bool, ...]) -> UNetConfig:
+    return UNetConfig(
+        sample_size=sample_size,
+        in_channels=2 * LATENTS,
+        out_channels=LATENTS,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
+        block_out_channels=widths,
+        layers_per_block=1,
+        attention_head_dim=tuple(width // 32 for width in widths),
+        cross_attention_dim=96,
+        use_linear_projection=True,
+        norm_num_groups=4,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=12,
+        cross_view="position",
+        image_attention="block",
+        image_embed_dim=96,
+    )
+
+
+def _upsampler(widths: tuple[int, ...]) -> KUNetConfig:
+    stages = len(widths)
+    return KUNetConfig(
+        in_channels=2 * LATENTS,
+        out_channels=LATENTS + 1,
+        down_block_types=("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * (stages - 1),
+        up_block_types=("KCrossAttnUpBlock2D",) * (stages - 1) + ("KUpBlock2D",),
+        block_out_channels=widths,
+        layers_per_block=1,
+        attention_head_dim=32,
+        cross_attention_dim=_TEXT,
+        time_embedding_dim=widths[-1],
+        time_cond_proj_dim=_LEVEL + _TEXT,
+        conv_in_kernel=3,
+        conv_out_kernel=3,
+        act_fn="gelu",
+        mid_block_type=None,
+        norm_num_groups=None,
+        time_embedding_type="fourier",
+        timestep_post_act="gelu",
+    )
+
+
+RUNGS = {
+    "cpu": Rung(
+        image_size=64,
+        vae=_vae((16, 32, 64), groups=2),
+        image_encoder=_clip(64, 8, layers=2),
+        unet=_unet(16, (64, 96), (False, True)),
+        upsampler=_upsampler((32, 64, 64)),
+        vae_batch=16,
+        unet_batch=24,
+        upsampler_batch=8,
+        pool_heads=160,
+        fresh_heads=1,
+        fresh_every=2,
+        measured_heads=8,
+    ),
+    "gpu": Rung(
+        image_size=128,
+        vae=_vae((32, 64, 64), groups=4),
+        image_encoder=_clip(96, 8, layers=3),
+        unet=_unet(32, (64, 96, 96), (False, True, True)),
+        upsampler=_upsampler((32, 64, 64)),
+        vae_batch=192,
+        unet_batch=256,
+        unet_rate=1.5e-3,
+        upsampler_batch=192,
+        pool_heads=1024,
+        fresh_heads=24,
+    ),
+}

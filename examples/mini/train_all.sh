@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains all of the built-in model in one time box; run again, it goes on where it was stopped.
+# train_all.sh [--device cuda|cpu] [--rung gpu|cpu] [--budget-minutes 18] [--out mini] [--seed 0]
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+device=cuda rung= budget=18 out=mini seed=0
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device) device=$2 ;;
+        --rung) rung=$2 ;;
+        --budget-minutes) budget=$2 ;;
+        --out) out=$2 ;;
+        --seed) seed=$2 ;;
+        *) echo "train_all.sh: unknown option $1" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+if [ -z "$rung" ]; then
+    case $device in cuda*) rung=gpu ;; *) rung=cpu ;; esac
+fi
+python=${PYTHON:-python3}
+
+# Shares of the time box; what is left over goes into loading, measuring and saving.
+train() {
+    minutes=$("$python" -c "print($budget * $2)")
+    echo "== $1: $minutes minutes"
+    "$python" "$here/train_$1.py" --rung "$rung" --device "$device" --out "$out" --seed "$seed" --minutes "$minutes" \
+        --checkpoint-every 60 --measure-every 90
+}
+train vae 0.25
+train unet 0.57
+train upsampler 0.10
+du -sh "$out/model"

@@ -1,0 +1,148 @@
+"""Trains the image encoder and the multi-view U-Net on latents of the finished autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from data import draw_heads, generator, portrait_cameras, view_cameras
+from export import GUIDANCE_SCALE, export, load_vae
+from torch import Tensor, nn
+from training import Trainer, arguments, mixed_precision, rung_of
+
+from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
+from gafext.attention import set_attention_backend
+from gafext.config import SD_SCHEDULE
+from gafext.evaluate import Evaluation, Scores
+from gafext.models.clip import MEAN, STD
+from gafext.schedulers import schedule
+
+POOL_VIEWS = 8  # of a head in the pool; a step takes 1, 2, 4 or 8 of them
+VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # by turns
+NO_IMAGE = 0.1  # share of the heads without image tokens, for guidance
+NEUTRAL = 0.3  # share of the heads whose normal maps are the neutral head's
+
+SCHEDULE = replace(
+    SD_SCHEDULE,
+    prediction_type="v_prediction",
+    timestep_spacing="trailing",
+    rescale_betas_zero_snr=True,  # a run starts from noise alone: the white background has to come from the network
+    set_alpha_to_one=True,
+    steps_offset=0,
+)
+
+
+@dataclass
+class Pool:
+    """Heads ready to be trained on, several times each: rendering and encoding cost as much as a step."""
+
+    latents: Tensor  # [K,8,C,h,w], scaled
+    normals: Tensor  # [K,8,C,h,w], scaled
+    poses: Tensor  # [K,8,12]
+    portraits: Tensor  # [K,3,S,S], as the image encoder takes them
+    oldest: int = 0
+
+    def replace_oldest(self, fresh: Pool) -> None:
+        slots = (self.oldest + torch.arange(len(fresh.latents))) % len(self.latents)
+        for name in ("latents", "normals", "poses", "portraits"):
+            getattr(self, name)[slots] = getattr(fresh, name)
+        self.oldest = (self.oldest + len(slots)) % len(self.latents)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Pictures [N,V,3,S,S] in [0,1] -> scaled latents [N,V,C,h,w] float32, as the pipeline's own."""
+    with mixed_precision(vae.device):
+        mean = vae.encode((pictures * 2 - 1).flatten(0, 1).contiguous(memory_format=torch.channels_last))[0].float()
+    return ((mean - vae.config.shift_factor) * vae.config.scaling_factor).unflatten(0, pictures.shape[:2])
+
+
+def fresh_heads(count: int, random: torch.Generator, vae: AutoencoderKL, size: int, portrait_size: int) -> Pool:
+    """Render and encode new heads."""
+    drawn = draw_heads(count, random, vae.device)
+    w2c = view_cameras(count, POOL_VIEWS, random)
+    made = heads.render(drawn, w2c, size)
+    normals = made.normals
+    neutral = int((torch.rand(count, generator=random) < NEUTRAL).sum())
+    if neutral:
+        normals[:neutral] = heads.render(heads.neutral_head(vae.device).repeat(neutral), w2c[:neutral], size).normals
+    mean, std = (torch.tensor(values, device=vae.device).view(3, 1, 1) for values in (MEAN, STD))
+    portraits = heads.render(drawn, portrait_cameras(count, random), portrait_size).rgb[:, 0]
+    return Pool(
+        encode(vae, made.rgb),
+        encode(vae, normals),
+        w2c[..., :3, :].flatten(2).float().to(vae.device),
+        (portraits - mean) / std,
+    )
+
+
+def diffuse(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network sees of latents [N,C,h,w] at ᾱ [N], and v, which it has to predict."""
+    signal, level = alphas_cumprod.sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod).sqrt().view(-1, 1, 1, 1)
+    return signal * clean + level * noise, signal * noise - level * clean
+
+
+def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
+    """How good the views of held-out heads are, and a sheet of them."""
+    made = evaluation.generate()
+    evaluation.figure(made).save(path)
+    own = Scores.of("own", evaluation.subjects, made)
+    neutral, copy = evaluation.main()[1], evaluation.baselines()[2]
+    return {"own": own.psnr, "own_ssim": own.ssim, "neutral": neutral.psnr, "copy": copy.psnr}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__).parse_args(argv)
+    rung, device = rung_of(args), torch.device(args.device)
+    torch.manual_seed(args.seed)
+    vae = load_vae(args.out, device)
+    unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
+    unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
+    if device.type == "cpu":  # PyTorch's own backward pass of attention takes twice as long there
+        set_attention_backend(unet, "reference")
+    alphas = schedule.alphas_cumprod(SCHEDULE).to(device)
+    sizes = (rung.image_size, rung.image_encoder.image_size)
+    pool = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
+
+    def loss(step: int) -> Tensor:
+        random, noises = generator(args.seed, step), generator(args.seed, step, device)
+        if step % rung.fresh_every == 0:
+            pool.replace_oldest(fresh_heads(rung.fresh_heads, random, vae, *sizes))
+        views = VIEWS[step % len(VIEWS)]
+        count = rung.unet_batch // views
+        chosen = torch.randint(len(pool.latents), (count,), generator=random).to(device)
+        first = int(torch.randint(POOL_VIEWS // views, (1,), generator=random))
+        seen = slice(first, None, POOL_VIEWS // views)
+        clean, normals, poses = (x[chosen][:, seen].flatten(0, 1) for x in (pool.latents, pool.normals, pool.poses))
+        timesteps = torch.randint(len(alphas), (count,), generator=random).to(device).repeat_interleave(views)
+        noise = torch.randn(clean.shape, generator=noises, device=device)
+        noised, wanted = diffuse(clean, noise, alphas[timesteps])
+        sample = torch.cat([noised, normals], dim=1).contiguous(memory_format=torch.channels_last)
+        # The rows before the first portrait see no image: see MultiViewTransformerBlock.
+        dropped = int((torch.rand(count, generator=random) < NO_IMAGE).sum())
+        with mixed_precision(device):
+            tokens = None
+            if dropped < count:
+                tokens = unet.image_projection(encoder(pool.portraits[chosen[dropped:]]).last_hidden_state)
+            told = unet.precompute(pose=poses, image_embeds=tokens)
+            predicted = unet(sample, timesteps, conditioning=told, num_views=views).float()
+        return F.mse_loss(predicted, wanted)
+
+    def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
+        for module in averaged.values():
+            set_attention_backend(module, "auto")
+        pipe = MultiViewDiffusionPipeline(
+            vae=vae, scheduler=DDIMScheduler(SCHEDULE), guidance_scale=GUIDANCE_SCALE, **averaged
+        )
+        export(args.out, unet=averaged["unet"], image_encoder=averaged["image_encoder"], scheduler=pipe.scheduler)
+        evaluation = Evaluation(pipe, rung.measured_heads, num_inference_steps=20, upsample="none")
+        return show(evaluation, args.out / "unet.png")
+
+    modules = {"unet": unet, "image_encoder": encoder}
+    Trainer("unet", args, modules, rate=rung.unet_rate, loss=loss, measure=measure).run()
+
+
+if __name__ == "__main__":
+    main()

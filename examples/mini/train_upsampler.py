@@ -1,0 +1,92 @@
+"""Trains the x2 upsampler: latents of the picture at twice the size, from those of the picture."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from data import draw_heads, generator, view_cameras
+from export import export, load_vae
+from PIL import Image
+from torch import Tensor, nn
+from train_unet import encode
+from training import Trainer, arguments, mixed_precision, rung_of
+
+from gafext import LatentUpsampler, heads
+from gafext.config import SD_X2_SCHEDULE
+from gafext.evaluate_measures import psnr
+from gafext.models.k_unet import KUNet
+from gafext.models.upsampler import LEVEL_CHANNELS, PromptEmbeds, noise_levels
+
+NOISE = 0.15  # at most, in the small latents: those of the U-Net are not as clean as the autoencoder's
+
+
+def diffuse(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """What LatentUpsampler's network sees of latents [N,C,h,w] at σ [N,1,1,1], and what it has to answer.
+
+    D = x s^2 + σ s F, of which the clean latents are to come, with x = clean + σ noise and s = 1/√(σ²+1).
+    """
+    x, scale = clean + sigma * noise, (sigma.square() + 1).rsqrt()
+    return x * scale, (clean - x * scale**2) / (sigma * scale)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__).parse_args(argv)
+    rung, device = rung_of(args), torch.device(args.device)
+    torch.manual_seed(args.seed)
+    vae, unet = load_vae(args.out, device), KUNet(rung.upsampler)
+    nn.init.zeros_(unet.conv_out.weight)
+    unet = unet.to(device, memory_format=torch.channels_last)
+    width, pooled = rung.upsampler.cross_attention_dim, rung.upsampler.time_cond_proj_dim - LEVEL_CHANNELS
+    empty = PromptEmbeds(torch.zeros(1, 1, width, device=device), torch.zeros(1, pooled, device=device))
+    condition = torch.cat([torch.ones(1, LEVEL_CHANNELS // 2), torch.zeros(1, LEVEL_CHANNELS // 2 + pooled)], dim=1)
+    condition = condition.to(device)
+    largest, *_, smallest = noise_levels(SD_X2_SCHEDULE, 1000)[:-1]
+
+    def pairs(who: heads.Heads, w2c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of one view of each head at both sizes, and the large picture."""
+        large = heads.render(who, w2c, 2 * rung.image_size).rgb
+        small = F.avg_pool2d(large[:, 0], 2)[:, None]
+        return encode(vae, small)[:, 0], encode(vae, large)[:, 0], large[:, 0]
+
+    def loss(step: int) -> Tensor:
+        random, noises = generator(args.seed, step), generator(args.seed, step, device)
+        count = rung.upsampler_batch
+        small, clean, _ = pairs(draw_heads(count, random, device), view_cameras(count, 1, random))
+        where = torch.rand(count, 1, 1, 1, generator=random).to(device)
+        sigma = smallest * (largest / smallest) ** where
+        noised, wanted = diffuse(clean, torch.randn(clean.shape, generator=noises, device=device), sigma)
+        dirt = NOISE * torch.rand(count, 1, 1, 1, generator=random).to(device)
+        small = small + dirt * torch.randn(small.shape, generator=noises, device=device)
+        sample = torch.cat([noised, F.interpolate(small, scale_factor=2.0, mode="nearest")], dim=1)
+        with mixed_precision(device):
+            text = empty.prompt_embeds
+            made = unet(
+                sample.contiguous(memory_format=torch.channels_last), sigma.flatten().log() / 4, text, condition
+            )
+        return F.mse_loss(made[:, :-1].float(), wanted)
+
+    held_out = heads.make_heads(heads.TEST_IDENTITIES[: rung.measured_heads], device)
+    truth = pairs(held_out, view_cameras(len(held_out), 1, generator(10**6, 1)))
+
+    @torch.no_grad()
+    def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
+        upsampler = LatentUpsampler(averaged["unet"], SD_X2_SCHEDULE, empty_prompt=empty).eval()
+        if (args.out / "model" / "unet").is_dir():
+            export(args.out, upsampler=upsampler)
+        small, _, large = truth
+
+        def decoded(latents: Tensor) -> Tensor:
+            latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+            return torch.cat([vae.decode(part) for part in latents.split(4)]) / 2 + 0.5
+
+        made, plain = decoded(upsampler(small)), decoded(F.interpolate(small, scale_factor=2.0, mode="bilinear"))
+        sheet = torch.cat([torch.cat(list(row[:8].clamp(0, 1)), dim=2) for row in (plain, made, large)], dim=1)
+        Image.fromarray((sheet.permute(1, 2, 0).cpu() * 255).byte().numpy()).save(args.out / "upsampler.png")
+        pictures = {"upsampled": made, "bilinear": plain, "codec": decoded(truth[1])}
+        return {name: psnr(pictures, large).mean().item() for name, pictures in pictures.items()}
+
+    Trainer("upsampler", args, {"unet": unet}, rate=rung.upsampler_rate, loss=loss, measure=measure).run()
+
+
+if __name__ == "__main__":
+    main()

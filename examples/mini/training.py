@@ -1,0 +1,162 @@
+"""The loop that the three scripts share: a time box, resumable checkpoints, averaged weights, a log of curves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from rungs import RUNGS, Rung
+from torch import Tensor, nn
+
+WARMUP = 200  # steps until the learning rate is reached
+DECAY = 0.3  # the last part of the time box, over which it falls to nothing
+RECORD = 50  # steps between two losses in the log
+AVERAGE = 0.999  # of the averaged weights, which are what is measured and exported
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--rung", choices=RUNGS, default="cpu", help="of the ladder in rungs.py")
+    add("--out", type=Path, default=Path("mini"), help="folder of checkpoints, logs and weights")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--minutes", type=float, default=60, help="time box: processor time on a CPU, the clock on a GPU")
+    add("--steps", type=int, help="stop after so many steps, whatever the time; run again, it goes on")
+    add("--seed", type=int, default=0)
+    add("--checkpoint-every", type=float, default=120, metavar="SECONDS")
+    add("--measure-every", type=float, default=240, metavar="SECONDS")
+    return parser
+
+
+class Trainer:
+    """Trains modules on what `loss` says of a step.
+
+    Args:
+        name: of the stage; its files are `<out>/<name>.{pt,json}`.
+        args: of the command line.
+        modules: what is trained, by name; already on the device.
+        rate: learning rate of AdamW.
+        loss: of a step.
+        measure: averaged modules -> numbers to log; run now and then, and at the end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        modules: dict[str, nn.Module],
+        *,
+        rate: float,
+        loss: Callable[[int], Tensor],
+        measure: Callable[[dict[str, nn.Module], int], dict[str, float]],
+    ):
+        self.args, self.modules, self.rate, self.loss, self.measure = args, modules, rate, loss, measure
+        self.device = torch.device(args.device)
+        self.averaged = {key: deepcopy(module).eval().requires_grad_(False) for key, module in modules.items()}
+        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+        self.checkpoint, self.log = args.out / f"{name}.pt", args.out / f"{name}.json"
+        self.step, self.seconds, self.curves = 0, 0.0, []
+        args.out.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.is_file():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        for key, module in self.modules.items():
+            module.load_state_dict(state["modules"][key])
+            self.averaged[key].load_state_dict(state["averaged"][key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.curves = state["step"], state["seconds"], state["curves"]
+        print(f"{self.checkpoint}: resumed at step {self.step}", flush=True)
+
+    def save(self) -> None:
+        state = {
+            "modules": {key: module.state_dict() for key, module in self.modules.items()},
+            "averaged": {key: module.state_dict() for key, module in self.averaged.items()},
+            "optimizer": self.optimizer.state_dict(),
+            **{"step": self.step, "seconds": self.seconds, "curves": self.curves},
+        }
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.checkpoint)
+        self.log.write_text(json.dumps(self.curves, indent=0))
+
+    def _clock(self) -> float:
+        return time.process_time() if self.device.type == "cpu" else time.monotonic()
+
+    @property
+    def _progress(self) -> float:
+        """How much of the time box is behind."""
+        return self.seconds / (60 * self.args.minutes)
+
+    @property
+    def _done(self) -> bool:
+        return self._progress >= 1 or (self.args.steps is not None and self.step >= self.args.steps)
+
+    def _record(self, **numbers: float) -> None:
+        entry = {"step": self.step, "seconds": round(self.seconds, 1)}
+        entry |= {key: float(f"{value:.5g}") for key, value in numbers.items()}
+        self.curves.append(entry)
+        print(json.dumps(entry), flush=True)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(AVERAGE, (1 + self.step) / (10 + self.step))
+        for key, module in self.modules.items():
+            averaged = list(self.averaged[key].parameters())
+            torch._foreach_lerp_(averaged, list(module.parameters()), 1 - decay)
+
+    def _advance(self) -> Tensor:
+        """One step of the optimizer."""
+        fall = min(1.0, (1 - self._progress) / DECAY)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.step + 1) / WARMUP) * max(fall, 0.01)
+        loss = self.loss(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self._average()
+        return loss.detach()
+
+    def run(self) -> dict[str, nn.Module]:
+        """Train until the time or the steps are up; returns the averaged modules."""
+        losses, before = [], self._clock()
+        last_saved = last_measured = self.seconds
+        while not self._done:
+            losses.append(self._advance())
+            now = self._clock()
+            self.seconds, before = self.seconds + now - before, now
+            if self.step % RECORD == 0:
+                mean = torch.stack(losses).mean().item()
+                if not math.isfinite(mean):
+                    raise SystemExit(f"the loss is {mean} at step {self.step}: start again from {self.checkpoint}")
+                self._record(loss=mean)
+                losses.clear()
+            if self.seconds - last_saved > self.args.checkpoint_every:
+                self.save()
+                last_saved = self.seconds
+            if self.seconds - last_measured > self.args.measure_every:
+                self._record(**self.measure(self.averaged, self.step))
+                last_measured = self.seconds
+        self._record(**self.measure(self.averaged, self.step))
+        self.save()
+        return self.averaged
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is fast: on GPUs, and on CPUs with AMX."""
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def rung_of(args: argparse.Namespace) -> Rung:
+    return RUNGS[args.rung]

@@ -1,0 +1,147 @@
+"""Pictures of procedural heads: rays against ellipsoids in closed form, batched over heads and views.
+
+In camera axes a pixel's ray is t d with d = (x, y, 1). An ellipsoid |A (R^T (t d - p) - c)| = 1 is met where
+a t^2 + 2 b t + k = 0; a, b and the discriminant b^2 - a k are polynomials in (x, y), of degree 2, 1 and 2. Their
+coefficients are made in float64, once a part and view; the pixels then cost three polynomials and a square root a part.
+Only the nearest part of each pixel is shaded. The normal is the gradient g + t Q d, with Q = (A R^T)^T (A R^T).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.cameras import DEFAULT_FOV, Cameras
+from gafext.heads.identity import CLIPPED, PARTS, Heads, neutral_head
+
+BACKGROUND = 1.0  # white, on which `gafext.images` puts transparent portraits
+_CLIPPED = [PARTS.index(name) for name in CLIPPED]
+_EYES = [PARTS.index(name) for name in ("eye_left", "eye_right")]
+_PUPIL, _IRIS = 0.95, 0.80  # cosines
+_CPU_VIEWS = 1  # at once: what stays in a core's cache
+
+
+class Renders(NamedTuple):
+    """N heads seen by V cameras each."""
+
+    rgb: Tensor  # [N,V,3,S,S] in [0,1], over white
+    normals: Tensor  # [N,V,3,S,S]: n/2 + 1/2 in the viewer's axes (x right, y up, z to the viewer); background 0.5
+    alpha: Tensor  # [N,V,1,S,S] in [0,1]
+    depth: Tensor  # [N,V,1,S,S]: camera z of the nearest surface; infinite on the background
+
+
+@torch.no_grad()
+def render(heads: Heads, w2c: Tensor, size: int, *, fov: float = DEFAULT_FOV, supersample: int = 2) -> Renders:
+    """Render heads.
+
+    Args:
+        heads: N of them.
+        w2c: [N,V,4,4] world-to-camera matrices, OpenCV axes, or [V,4,4] for all heads.
+        size: S, height and width in pixels.
+        fov: of all cameras, in degrees.
+        supersample: rays a pixel along each side; colours, normals and alpha are their means, depth is the nearest.
+
+    Returns:
+        float32 on the heads' device.
+    """
+    w2c = w2c.to(heads.centre.device).double().expand(len(heads), -1, 4, 4)
+    rays = _rays(size * supersample, fov, w2c.device)
+    views = w2c.shape[1]
+    at_once = _CPU_VIEWS if w2c.device.type == "cpu" else max(1, 2**30 // (len(PARTS) * rays.shape[1] * 4))
+    owner = torch.arange(len(heads), device=w2c.device).repeat_interleave(views)
+    parts = [
+        _pool(_trace(heads, rows, matrices, rays), size, supersample)
+        for rows, matrices in zip(owner.split(at_once), w2c.flatten(0, 1).split(at_once), strict=True)
+    ]
+    return Renders(*(torch.cat(tensors).unflatten(0, (-1, views)) for tensors in zip(*parts, strict=True)))
+
+
+def head_normals(cameras: Cameras, size: int) -> Tensor:
+    """Normal maps of the neutral head, for portraits that come without any: [V,3,size,size] in [0,1]."""
+    return render(neutral_head(), cameras.w2c, size, fov=cameras.fov).normals[0]
+
+
+def _rays(size: int, fov: float, device: torch.device) -> Tensor:
+    """Monomials x^2, xy, y^2, x, y, 1 of the pixel centres' rays: [6,size*size] float32."""
+    focal = Cameras(torch.eye(4)[None], fov).focal(size)
+    offsets = (torch.arange(size, dtype=torch.float64, device=device) + 0.5 - size / 2) / focal
+    y, x = (t.flatten() for t in torch.meshgrid(offsets, offsets, indexing="ij"))
+    return torch.stack([x * x, x * y, y * y, x, y, torch.ones_like(x)]).float()
+
+
+def _quadratic(matrix: Tensor) -> Tensor:
+    """Coefficients [...,6] of d^T M d in the rays' monomials, M [...,3,3] symmetric."""
+    entries = [(0, 0, 1), (0, 1, 2), (1, 1, 1), (0, 2, 2), (1, 2, 2), (2, 2, 1)]
+    return torch.stack([factor * matrix[..., i, j] for i, j, factor in entries], dim=-1)
+
+
+def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RGB, encoded normals, alpha and depth of B views, [B,channels,pixels] each; `rows` says whose they are."""
+    rotation, eye = w2c[:, :3, :3], -(w2c[:, :3, :3].transpose(1, 2) @ w2c[:, :3, 3:])[..., 0]  # [B,3,3], [B,3]
+    inverse = heads.inverse[rows]
+    to_sphere = inverse @ rotation[:, None].transpose(2, 3)  # [B,P,3,3]
+    start = (inverse @ (eye[:, None] - heads.centre[rows])[..., None])[..., 0]  # [B,P,3]: the eye, seen from the sphere
+    quadric = to_sphere.transpose(2, 3) @ to_sphere
+    gradient = (to_sphere.transpose(2, 3) @ start[..., None])[..., 0]
+    outside = start.square().sum(-1) - 1
+    discriminant = gradient[..., :, None] * gradient[..., None, :] - outside[..., None, None] * quadric
+
+    never = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0], dtype=torch.float64, device=rays.device)
+    square = torch.where(heads.active[rows][..., None], _quadratic(discriminant), never).float() @ rays  # [B,P,pixels]
+    missed = square < 0
+    root = square.clamp_(min=1e-12).sqrt_()  # of zero, it takes MKL 17 times as long
+    a, b = _quadratic(quadric).float() @ rays, gradient.float() @ rays[3:]
+    far = (root[:, _CLIPPED] - b[:, _CLIPPED]) / a[:, _CLIPPED]
+    depth = root.add_(b).div_(a.neg_())
+    clip = heads.clip[rows][:, _CLIPPED]
+    slope = (clip[..., :3] @ rotation.transpose(1, 2)).float() @ rays[3:]  # of n·x along the ray
+    at_eye = ((clip[..., :3] * eye[:, None]).sum(-1) + clip[..., 3]).float()[..., None]
+    near = depth[:, _CLIPPED]
+    near = torch.where(at_eye + near * slope >= 0, near, far)
+    missed[:, _CLIPPED] |= at_eye + near * slope < 0
+    depth[:, _CLIPPED] = near
+    depth, part = depth.masked_fill_(missed, torch.inf).min(dim=1)  # [B,pixels]
+
+    hit = depth.isfinite() & (depth > 0)
+    depth = depth.masked_fill(~hit, torch.inf)
+    t, (x, y) = depth.masked_fill(~hit, 1.0), rays[3:5]
+    table = [quadric.flatten(2)[..., [0, 1, 2, 4, 5, 8]], gradient, heads.colour[rows], to_sphere[..., 2, :]]
+    table = torch.cat([*table, start[..., 2:]], dim=-1).float()  # [B,P,16]
+    xx, xy, xz, yy, yz, zz, gx, gy, gz, *rest = _look_up(table, part)
+    normal = torch.stack(
+        [gx + t * (xx * x + xy * y + xz), gy + t * (xy * x + yy * y + yz), gz + t * (xz * x + yz * y + zz)], dim=1
+    )
+    normal = normal * normal.square().sum(1, keepdim=True).rsqrt()
+    away = normal[:, 0] * x + normal[:, 1] * y + normal[:, 2] > 0  # the inner side of a cut part
+    normal = torch.where(away[:, None], -normal, normal)  # [B,3,pixels], OpenCV axes
+
+    colour = torch.stack(rest[:3], dim=1)
+    forward = rest[6] + t * (rest[3] * x + rest[4] * y + rest[5])  # how far the point lies to the front of its sphere
+    looking = ((part == _EYES[0]) | (part == _EYES[1])) & (forward > _IRIS)
+    colour = torch.where(looking[:, None], heads.iris[rows][..., None], colour)
+    colour = torch.where((looking & (forward > _PUPIL))[:, None], 0.03, colour)
+    light = rotation.float() @ heads.light[rows][..., None]  # [B,3,1]
+    shade = ((normal * light).sum(1, keepdim=True) * 0.75 + 0.25).clamp(0, 1)
+    colour = colour * torch.lerp(heads.ambient[rows][:, None, None], torch.ones_like(shade), shade)
+
+    flip = normal.new_tensor([0.5, -0.5, -0.5])[:, None]
+    alpha = hit[:, None].float()
+    rgb = torch.where(hit[:, None], colour, BACKGROUND)
+    return rgb, torch.where(hit[:, None], normal * flip + 0.5, 0.5), alpha, depth[:, None]
+
+
+def _look_up(table: Tensor, part: Tensor) -> tuple[Tensor, ...]:
+    """Each column of [B,P,C] at the part [B,pixels] of every pixel: C tensors [B,pixels]."""
+    return tuple(column.gather(1, part) for column in table.unbind(-1))
+
+
+def _pool(channels: tuple[Tensor, ...], size: int, supersample: int) -> tuple[Tensor, ...]:
+    """Flat pixels to pictures, with the means of neighbouring rays, and the nearest depth."""
+    rgb, normals, alpha, depth = (c.unflatten(2, (size * supersample, -1)) for c in channels)
+    if supersample == 1:
+        return rgb, normals, alpha, depth
+    means = [F.avg_pool2d(picture, supersample) for picture in (rgb, normals, alpha)]
+    return *means, -F.max_pool2d(-depth, supersample)

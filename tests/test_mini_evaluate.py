@@ -1,0 +1,130 @@
+"""The measures of generated views, and the lines of `gafext eval`."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from gafext import MultiViewDiffusionPipeline, heads
+from gafext.cameras import orbit
+from gafext.cli import main
+from gafext.evaluate import Evaluation, Scores, portrait_camera, subjects, table
+from gafext.evaluate_measures import consistency, psnr, ssim
+
+
+@pytest.fixture
+def evaluation(pipe):
+    return Evaluation(pipe, 1, orbit(2), num_inference_steps=2, upsample="none", guidance_scale=2.0)
+
+
+def test_psnr_of_known_differences():
+    left = torch.full((2, 3, 4, 4), 0.5)
+    right = left + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    assert psnr(left, right).tolist() == pytest.approx([20, 40], abs=1e-3)
+    assert psnr(left, left).tolist() == [pytest.approx(100)] * 2
+    assert psnr(left + 5, torch.ones_like(left)).tolist() == [pytest.approx(100)] * 2  # what is over 1 is shown as 1
+
+
+def test_ssim_of_known_pictures():
+    torch.manual_seed(0)
+    picture = torch.rand(1, 3, 32, 32)
+    assert ssim(picture, picture).item() == pytest.approx(1, abs=1e-5)
+    a, b = torch.full_like(picture, 0.2), torch.full_like(picture, 0.6)
+    assert ssim(a, b).item() == pytest.approx((2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4), abs=1e-4)
+    assert ssim(picture, 1 - picture).item() < 0
+    slightly, more = (picture + amount * torch.randn_like(picture) for amount in (0.05, 0.3))
+    assert 1 > ssim(slightly, picture).item() > ssim(more, picture).item() > 0
+
+
+def test_consistency_compares_the_same_surface_point():
+    cameras = orbit(8, elevation=10)
+    truth = heads.render(heads.make_heads([1_000_003]), cameras.w2c, 64)
+    pictures, depth = truth.rgb[0], truth.depth[0]
+    own = consistency(pictures, depth, cameras)
+    assert own > 27
+    assert consistency(pictures.roll(1, 0), depth, cameras) < own - 8
+    tinted = pictures.clone()
+    tinted[3] = (tinted[3] - 0.3).clamp(min=0)
+    assert consistency(tinted, depth, cameras) < own - 6
+    assert consistency(torch.full_like(pictures, 0.5), depth, cameras) > 60
+    assert math.isnan(consistency(pictures[:1], depth[:1], orbit(1)))
+
+
+def test_subjects_are_held_out_and_always_the_same():
+    first, second = subjects(2, 32)
+    assert first.identity in heads.TEST_IDENTITIES and first.identity != second.identity
+    assert torch.equal(subjects(1, 32, first=1)[0].portrait, second.portrait)
+    assert portrait_camera(first.identity).c2w[0, 2, 3] > 3.5  # from the front
+    with pytest.raises(ValueError, match="heads: expected 1 to"):
+        subjects(0, 32)
+
+
+def test_scores_of_the_truth_are_the_best(evaluation):
+    truth, codec, copy, mean = evaluation.baselines()
+    assert truth.psnr > 90 and truth.ssim > 0.999
+    for other in (codec, copy, mean):
+        assert other.psnr < truth.psnr and other.ssim < truth.ssim
+    assert copy.name == "copy of the portrait" and mean.name == "mean picture"
+
+
+def test_no_image_tokens_means_that_the_portrait_does_not_matter(pipe, evaluation):
+    from gafext.evaluate import _Blind
+
+    other = Evaluation(pipe, 1, orbit(2), num_inference_steps=2, upsample="none", guidance_scale=2.0)
+    other.subjects = subjects(1, 32, orbit(2), first=5)
+    normals = evaluation.subjects[0].views.normals
+    blind = _Blind(unet=pipe.unet, vae=pipe.vae, scheduler=pipe.scheduler, image_encoder=pipe.image_encoder)
+    for call, same in ((blind, True), (pipe, False)):
+        a, b = (each.generate(pipe=call, normals=lambda s: normals)[0] for each in (evaluation, other))
+        assert torch.equal(a, b) == same
+
+
+def test_without_cross_view_attention_the_views_are_apart(pipe, evaluation):
+    from gafext.evaluate import _without_cross_view
+
+    unet = _without_cross_view(pipe.unet)
+    assert pipe.unet.transformer_blocks()[0].attn_cv is not None  # the pipeline's own keeps it
+    apart = MultiViewDiffusionPipeline(
+        unet=unet, vae=pipe.vae, scheduler=pipe.scheduler, image_encoder=pipe.image_encoder
+    )
+    normals = evaluation.subjects[0].views.normals
+    changed = torch.stack([normals[0], torch.rand_like(normals[1])])
+    for call, same in ((apart, True), (pipe, False)):
+        a, b = (evaluation.generate(pipe=call, normals=lambda s, maps=maps: maps)[0] for maps in (normals, changed))
+        assert torch.allclose(a[0], b[0], atol=1e-6) == same
+        assert not torch.allclose(a[1], b[1], atol=1e-4)
+
+
+def test_every_line_of_the_ablations(evaluation, monkeypatch):
+    calls = []
+
+    def generate(**changes):
+        calls.append(changes)
+        return [subject.views.rgb for subject in evaluation.subjects]
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    names = [line.name for line in evaluation.ablations()]
+    assert names[:4] == ["no image tokens", "attn_cv off", "zero normals", "wrong cameras"]
+    assert {"5 steps", "50 steps", "guidance 1", "guidance 10", "ddim, 10 steps", "dpm++, 25 steps"} <= set(names)
+    assert len(calls) == len(names) == len(set(names))
+    assert (calls[2]["normals"](None) == 0.5).all()
+    assert torch.equal(calls[3]["cameras"].w2c[1], evaluation.cameras.w2c[0])
+    assert calls[4] == {"num_inference_steps": 5}
+
+
+def test_table_has_a_row_a_line():
+    lines = [Scores("one", 20.0, 0.5, math.nan), Scores("another", 9.25, 0.125, 30.0)]
+    assert table(lines).splitlines()[2].split() == ["another", "9.25", "0.125", "30.00"]
+
+
+def test_the_command(checkpoint, tmp_path, capsys):
+    numbers, figure = tmp_path / "eval.json", tmp_path / "eval.png"
+    arguments = ["--model", checkpoint, "--heads", 1, "--views", 2, "--steps", 1, "--device", "cpu", "--quiet"]
+    arguments += ["--upsample", "none", "--json", numbers, "--figure", figure]
+    assert main(["eval", *map(str, arguments)]) == 0
+    report = json.loads(numbers.read_text())
+    assert [line["name"] for line in report["lines"]][-2:] == ["generated", "generated, no normal maps given"]
+    assert report["settings"]["steps"] == 1
+    assert "codec round trip" in capsys.readouterr().out
+    assert figure.stat().st_size > 1000

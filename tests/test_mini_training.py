@@ -1,0 +1,158 @@
+"""The training scripts of the built-in model, at a size that trains in seconds."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gafext import LatentUpsampler, MultiViewDiffusionPipeline, heads
+from gafext.cameras import Cameras, orbit
+from gafext.evaluate import subjects
+from gafext.schedulers import schedule
+
+FOLDER = Path(__file__).parent.parent / "examples" / "mini"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of examples/mini, with a rung that is quick."""
+    sys.path.insert(0, str(FOLDER))
+    import data
+    import rungs
+    import train_unet
+    import train_upsampler
+    import train_vae
+
+    sys.path.remove(str(FOLDER))
+    small = rungs.RUNGS["cpu"]
+    rungs.RUNGS["test"] = replace(
+        small,
+        image_size=32,
+        vae=rungs._vae((8, 16), groups=1),
+        image_encoder=rungs._clip(32, 16, layers=1),
+        unet=rungs._unet(16, (32, 32), (False, True)),
+        upsampler=rungs._upsampler((32, 64, 64)),
+        **{"vae_batch": 8, "unet_batch": 8, "upsampler_batch": 2},
+        **{"pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
+    )
+    yield {"data": data, "vae": train_vae, "unet": train_unet, "upsampler": train_upsampler}
+    del rungs.RUNGS["test"]
+
+
+def train(script, out, *more):
+    script.main(["--rung", "test", "--device", "cpu", "--out", str(out), *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def trained(scripts, tmp_path_factory):
+    """A folder in which each stage was trained for a few steps, in turn."""
+    out = tmp_path_factory.mktemp("mini")
+    for stage in ("vae", "unet", "upsampler"):
+        train(scripts[stage], out, "--steps", 3)
+    return out
+
+
+def test_cameras_are_those_of_the_command(scripts):
+    azimuth = torch.tensor([[0.0, 90.0, 180.0, 270.0]], dtype=torch.float64)
+    made = scripts["data"]._matrices(azimuth, torch.full_like(azimuth, 12.0), torch.full_like(azimuth, 4.0))
+    assert torch.allclose(made[0].float(), orbit(4, elevation=12).w2c, atol=1e-6)
+    random = torch.Generator().manual_seed(0)
+    views = scripts["data"].view_cameras(500, 8, random)
+    cameras = Cameras(views.flatten(0, 1), 30)
+    places = cameras.c2w[:, :3, 3].unflatten(0, (500, 8))
+    assert places.norm(dim=-1).min() > 3.6 and places.norm(dim=-1).max() < 4.5
+    usual = (views - orbit(8).w2c).abs().amax(dim=(1, 2, 3)) < 1e-4
+    assert 0.03 < usual.float().mean() < 0.2  # the command's own orbit, among others
+    assert (places[:, :, 2] < -3).any(dim=1).float().mean() > 0.5  # most see the back of the head
+    portraits = Cameras(scripts["data"].portrait_cameras(200, random)[:, 0], 30).c2w[:, :3, 3]
+    assert (portraits[:, 2] > 3.3).all()
+
+
+def test_only_training_identities_are_drawn(scripts, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(heads, "make_heads", lambda numbers, device: drawn.append(numbers))
+    for step in range(20):
+        scripts["data"].draw_heads(50, scripts["data"].generator(0, step), "cpu")
+    drawn = torch.cat(drawn).tolist()
+    assert set(drawn) <= set(heads.TRAIN_IDENTITIES) and len(set(drawn)) > 990
+
+
+def test_the_unet_is_trained_on_what_the_solvers_undo(scripts):
+    clean, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    alphas = schedule.alphas_cumprod(scripts["unet"].SCHEDULE)
+    assert alphas[-1] == 0  # the last timestep is noise alone, where a run starts
+    for timestep in (0, 500, 999):
+        ours = alphas[timestep].expand(3)
+        noised, wanted = scripts["unet"].diffuse(clean, noise, ours)
+        signal, level = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
+        found, _ = schedule.predicted("v_prediction", wanted, noised, signal, level)
+        assert torch.allclose(found, clean, atol=1e-5)
+
+
+def test_the_upsampler_is_trained_on_what_its_loop_undoes(scripts, trained, monkeypatch):
+    upsampler = LatentUpsampler.from_pretrained(trained / "model" / "upsampler")
+    clean, noise, sigma = torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 16), 1.7
+    noised, wanted = scripts["upsampler"].diffuse(clean, noise, torch.full((2, 1, 1, 1), sigma))
+
+    def answer(sample, timestep, *prompt):
+        assert torch.allclose(sample[:, :8], noised, atol=1e-6)
+        return torch.cat([wanted, wanted[:, :1]], dim=1)
+
+    monkeypatch.setattr(upsampler.unet, "forward", answer)
+    made = upsampler._denoise(clean + sigma * noise, sigma, torch.zeros(2, 8, 16, 16), (None, None))
+    assert torch.allclose(made, clean, atol=1e-5)
+
+
+def test_a_resumed_run_goes_on_as_the_one_that_was_stopped(scripts, tmp_path):
+    train(scripts["vae"], tmp_path / "whole", "--steps", 6)
+    train(scripts["vae"], tmp_path / "halves", "--steps", 3)
+    train(scripts["vae"], tmp_path / "halves", "--steps", 6)
+    whole, halves = (torch.load(tmp_path / name / "vae.pt") for name in ("whole", "halves"))
+    assert halves["step"] == 6
+    for kind in ("modules", "averaged"):
+        for key, value in whole[kind]["vae"].items():
+            assert torch.allclose(value, halves[kind]["vae"][key], atol=1e-5), (kind, key)
+
+
+def test_the_autoencoder_learns(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.RECORD", 20)
+    train(scripts["vae"], tmp_path, "--steps", 80)
+    curves = json.loads((tmp_path / "vae.json").read_text())
+    losses = [entry["loss"] for entry in curves if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert curves[-1]["images_32"] > 14
+    assert {"images_32", "normals_32", "images_64", "latent_std"} <= set(curves[-1])
+
+
+def test_the_unet_learns(scripts, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.RECORD", 10)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "vae").symlink_to(trained / "model" / "vae")
+    train(scripts["unet"], tmp_path, "--steps", 40)
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "unet.json").read_text()) if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_stages_make_a_checkpoint_folder(trained):
+    pipe = MultiViewDiffusionPipeline.from_pretrained(trained / "model", device="cpu")
+    assert pipe.guidance_scale == 2.0 and pipe.upsampler is not None
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    portrait = subjects(1, 64)[0].portrait
+    output = pipe(portrait, num_views=2, num_inference_steps=2, generator=0, progress_bar=False)
+    assert [image.size for image in output.images] == [(64, 64)] * 2
+    files = list((trained / "model").rglob("*.safetensors"))
+    assert len(files) == 5
+    from safetensors.torch import load_file
+
+    assert {t.dtype for path in files for t in load_file(path).values()} == {torch.float16}
+
+
+def test_latents_are_normalised_by_what_was_measured(trained):
+    pipe = MultiViewDiffusionPipeline.from_pretrained(trained / "model", device="cpu")
+    cameras = orbit(1)
+    pictures = heads.render(heads.make_heads(heads.TEST_IDENTITIES[:32]), cameras.w2c, 32).rgb[:, 0]
+    latents = pipe.encode(pictures * 2 - 1)
+    assert latents.mean().abs() < 0.2 and 0.7 < latents.std() < 1.3
