@@ -35,7 +35,7 @@ class Rung:
     measured_heads: int = 16
     vae_rate: float = 1e-3
     unet_rate: float = 2e-3
-    upsampler_rate: float = 1e-3
+    upsampler_rate: float = 2e-3
 
 
 def _vae(widths: tuple[int, ...], groups: int) -> VAEConfig:

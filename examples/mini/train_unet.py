@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     vae = load_vae(args.out, device)
     unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
+    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would drown the patches
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
     if device.type == "cpu":  # PyTorch's own backward pass of attention takes twice as long there
         set_attention_backend(unet, "reference")

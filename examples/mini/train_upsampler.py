@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, view_cameras
 from export import export, load_vae
+from initial import start_linear
 from PIL import Image
 from torch import Tensor, nn
 from train_unet import encode
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     rung, device = rung_of(args), torch.device(args.device)
     torch.manual_seed(args.seed)
     vae, unet = load_vae(args.out, device), KUNet(rung.upsampler)
-    nn.init.zeros_(unet.conv_out.weight)
+    start_linear(unet, zero=(".conv2.",))
     unet = unet.to(device, memory_format=torch.channels_last)
     width, pooled = rung.upsampler.cross_attention_dim, rung.upsampler.time_cond_proj_dim - LEVEL_CHANNELS
     empty = PromptEmbeds(torch.zeros(1, 1, width, device=device), torch.zeros(1, pooled, device=device))
