@@ -34,7 +34,9 @@ class Rung:
     """After how many steps."""
     measured_heads: int = 16
     vae_rate: float = 1e-3
-    unet_rate: float = 2e-3
+    unet_rate: float = 1e-3
+    encoder_rate: float = 2e-4
+    """At the U-Net's own rate the image encoder blows up, and the U-Net learns to look away from it."""
     upsampler_rate: float = 2e-3
 
 
@@ -128,7 +130,6 @@ RUNGS = {
         upsampler=_upsampler((32, 64, 64)),
         vae_batch=192,
         unet_batch=256,
-        unet_rate=1.5e-3,
         upsampler_batch=192,
         pool_heads=1024,
         fresh_heads=24,

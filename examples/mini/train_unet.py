@@ -141,8 +141,16 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = Evaluation(pipe, rung.measured_heads, num_inference_steps=20, upsample="none")
         return show(evaluation, args.out / "unet.png")
 
-    modules = {"unet": unet, "image_encoder": encoder}
-    Trainer("unet", args, modules, rate=rung.unet_rate, loss=loss, measure=measure).run()
+    Trainer(
+        "unet",
+        args,
+        {"unet": unet, "image_encoder": encoder},
+        rate=rung.unet_rate,
+        slow=(encoder, unet.image_projection),
+        slow_rate=rung.encoder_rate,
+        loss=loss,
+        measure=measure,
+    ).run()
 
 
 if __name__ == "__main__":
