@@ -1,13 +1,16 @@
 """The built-in model makes the right heads: held-out ones, small pictures, and what each condition is worth."""
 
+import inspect
 import warnings
 
+import diffusers
 import pytest
 import torch
+from helpers import max_abs_diff
 
 import gafext
 from gafext.embedded import MODEL
-from gafext.evaluate import Evaluation
+from gafext.evaluate import Evaluation, _without_cross_view
 
 HEADS = 4
 
@@ -52,3 +55,28 @@ def test_every_condition_counts(lines, evaluation):
     assert named["no image tokens"].psnr < generated - 1.5
     assert named["zero normals"].psnr < generated - 1.5
     assert named["wrong cameras"].psnr < generated - 1
+
+
+def test_stock_diffusers_loads_the_autoencoder(evaluation):
+    stock = diffusers.AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32)
+    picture = evaluation.subjects[0].views.rgb[:1] * 2 - 1
+    with torch.no_grad():
+        latents = stock.encode(picture).latent_dist.mode()
+        assert max_abs_diff(latents, evaluation.pipe.vae.encode(picture)[0]) < 1e-3
+        assert max_abs_diff(stock.decode(latents).sample, evaluation.pipe.vae.decode(latents)) < 1e-3
+    assert stock.config.scaling_factor == evaluation.pipe.vae.config.scaling_factor
+
+
+def test_stock_diffusers_loads_the_trunk_of_the_unet(evaluation):
+    ours = _without_cross_view(evaluation.pipe.unet)
+    added = ("attn_cv.", "norm_cv.", "attn_ip.", "norm_ip.", "image_projection.")
+    trunk = {key: value for key, value in ours.state_dict().items() if not any(part in key for part in added)}
+    fields = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
+    config = {key: value for key, value in ours.config.to_dict().items() if key in fields}
+    stock = diffusers.UNet2DConditionModel(**config).eval()
+    stock.load_state_dict(trunk)
+    sample, pose = torch.randn(2, config["in_channels"], 16, 16), torch.randn(2, 12)
+    text = torch.zeros(2, 1, config["cross_attention_dim"])
+    with torch.no_grad():
+        expected = stock(sample, 500, text, class_labels=pose).sample
+        assert max_abs_diff(ours(sample, 500, pose=pose), expected) < 1e-3

@@ -32,7 +32,7 @@ class Rung:
     """How many of them are replaced by new ones at a time."""
     fresh_every: int = 1
     """After how many steps."""
-    measured_heads: int = 16
+    measured_heads: int = 8
     vae_rate: float = 1e-3
     unet_rate: float = 1e-3
     encoder_rate: float = 2e-4
@@ -120,7 +120,6 @@ RUNGS = {
         pool_heads=160,
         fresh_heads=1,
         fresh_every=2,
-        measured_heads=8,
     ),
     "gpu": Rung(
         image_size=128,
