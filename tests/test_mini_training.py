@@ -36,7 +36,7 @@ def scripts():
         unet=rungs._unet(16, (32, 32), (False, True)),
         upsampler=rungs._upsampler((32, 64, 64)),
         **{"vae_batch": 8, "unet_batch": 8, "upsampler_batch": 2},
-        **{"pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
+        **{"upsampler_pool": 4, "upsampler_fresh": 1, "pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
     )
     yield {"data": data, "vae": train_vae, "unet": train_unet, "upsampler": train_upsampler}
     del rungs.RUNGS["test"]

@@ -26,6 +26,10 @@ class Rung:
     unet_batch: int
     """Latents a step: heads times views."""
     upsampler_batch: int
+    upsampler_pool: int
+    """How many heads, of one view each, lie ready for the upsampler."""
+    upsampler_fresh: int
+    """How many of them a step replaces by new ones."""
     pool_heads: int
     """How many heads, of 8 views each, lie ready for the U-Net."""
     fresh_heads: int
@@ -117,6 +121,8 @@ RUNGS = {
         vae_batch=16,
         unet_batch=24,
         upsampler_batch=8,
+        upsampler_pool=256,
+        upsampler_fresh=2,
         pool_heads=160,
         fresh_heads=1,
         fresh_every=2,
@@ -130,6 +136,8 @@ RUNGS = {
         vae_batch=192,
         unet_batch=256,
         upsampler_batch=192,
+        upsampler_pool=1536,
+        upsampler_fresh=48,
         pool_heads=1024,
         fresh_heads=24,
     ),
