@@ -220,5 +220,5 @@ def test_a_fresh_process_with_the_embedded_default(tmp_path):
     command = [sys.executable, "-m", "gafext", "generate", "--steps", "2", "--views", "2", "--out", "views"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "untrained" in result.stderr and "Traceback" not in result.stderr
-    assert Image.open(tmp_path / "views" / "view_001.png").size == (512, 512)
+    assert "a cartoon" in result.stderr and "Traceback" not in result.stderr
+    assert Image.open(tmp_path / "views" / "view_001.png").size == (128, 128)

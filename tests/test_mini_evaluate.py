@@ -98,6 +98,7 @@ def test_without_cross_view_attention_the_views_are_apart(pipe, evaluation):
 
 def test_every_line_of_the_ablations(evaluation, monkeypatch):
     calls = []
+    evaluation.pipe.guidance_scale = 3.25
 
     def generate(**changes):
         calls.append(changes)
@@ -108,9 +109,11 @@ def test_every_line_of_the_ablations(evaluation, monkeypatch):
     assert names[:4] == ["no image tokens", "attn_cv off", "zero normals", "wrong cameras"]
     assert {"5 steps", "50 steps", "guidance 1", "guidance 10", "ddim, 10 steps", "dpm++, 25 steps"} <= set(names)
     assert len(calls) == len(names) == len(set(names))
-    assert (calls[2]["normals"](None) == 0.5).all()
+    assert (calls[2]["normals"](evaluation.subjects[0]) == 0.5).all()
     assert torch.equal(calls[3]["cameras"].w2c[1], evaluation.cameras.w2c[0])
     assert calls[4] == {"num_inference_steps": 5}
+    pipes = [call["pipe"] for call in calls if "pipe" in call]
+    assert len(pipes) == 6 and {each.guidance_scale for each in pipes} == {3.25}
 
 
 def test_table_has_a_row_a_line():

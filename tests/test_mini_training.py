@@ -36,7 +36,7 @@ def scripts():
         unet=rungs._unet(16, (32, 32), (False, True)),
         upsampler=rungs._upsampler((32, 64, 64)),
         **{"vae_batch": 8, "unet_batch": 8, "upsampler_batch": 2},
-        **{"pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
+        **{"upsampler_pool": 4, "upsampler_fresh": 1, "pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
     )
     yield {"data": data, "vae": train_vae, "unet": train_unet, "upsampler": train_upsampler}
     del rungs.RUNGS["test"]
@@ -138,7 +138,7 @@ def test_the_unet_learns(scripts, trained, tmp_path, monkeypatch):
 
 def test_the_stages_make_a_checkpoint_folder(trained):
     pipe = MultiViewDiffusionPipeline.from_pretrained(trained / "model", device="cpu")
-    assert pipe.guidance_scale == 2.0 and pipe.upsampler is not None
+    assert pipe.guidance_scale == 1.5 and pipe.upsampler is not None
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     portrait = subjects(1, 64)[0].portrait
     output = pipe(portrait, num_views=2, num_inference_steps=2, generator=0, progress_bar=False)

@@ -13,7 +13,7 @@ from helpers import max_abs_diff
 from safetensors.torch import save_file
 
 import gafext
-from gafext.embedded import PORTRAIT, UntrainedWarning
+from gafext.embedded import PORTRAIT, CartoonWarning
 from gafext.models.upsampler import NOISE_STEP
 from gafext.noise import view_noise
 
@@ -354,11 +354,11 @@ def test_to_and_half_precision(checkpoint):
     assert torch.equal(run(single.to(torch.bfloat16)).images, run(half).images)
 
 
-def test_embedded_default_says_that_it_is_untrained():
-    with pytest.warns(UntrainedWarning, match="untrained"):
+def test_embedded_default_says_what_it_knows():
+    with pytest.warns(CartoonWarning, match="a cartoon"):
         pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(device="cpu")
     output = pipe(PORTRAIT, num_inference_steps=2, generator=0, progress_bar=False)
-    assert [image.size for image in output.images] == [(512, 512)] * 4
+    assert [image.size for image in output.images] == [(128, 128)] * 4
     assert np.std(np.asarray(output.images[0])) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

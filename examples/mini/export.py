@@ -11,7 +11,7 @@ from torch import nn
 
 from gafext import AutoencoderKL, MultiViewDiffusionPipeline
 
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 
 
 def half(module: nn.Module) -> nn.Module:

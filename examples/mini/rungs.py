@@ -26,16 +26,22 @@ class Rung:
     unet_batch: int
     """Latents a step: heads times views."""
     upsampler_batch: int
+    upsampler_pool: int
+    """How many heads, of one view each, lie ready for the upsampler."""
+    upsampler_fresh: int
+    """How many of them a step replaces by new ones."""
     pool_heads: int
     """How many heads, of 8 views each, lie ready for the U-Net."""
     fresh_heads: int
     """How many of them are replaced by new ones at a time."""
     fresh_every: int = 1
     """After how many steps."""
-    measured_heads: int = 16
+    measured_heads: int = 8
     vae_rate: float = 1e-3
-    unet_rate: float = 2e-3
-    upsampler_rate: float = 1e-3
+    unet_rate: float = 1e-3
+    encoder_rate: float = 2e-4
+    """At the U-Net's own rate the image encoder blows up, and the U-Net learns to look away from it."""
+    upsampler_rate: float = 2e-3
 
 
 def _vae(widths: tuple[int, ...], groups: int) -> VAEConfig:
@@ -115,10 +121,11 @@ RUNGS = {
         vae_batch=16,
         unet_batch=24,
         upsampler_batch=8,
+        upsampler_pool=256,
+        upsampler_fresh=2,
         pool_heads=160,
         fresh_heads=1,
         fresh_every=2,
-        measured_heads=8,
     ),
     "gpu": Rung(
         image_size=128,
@@ -128,8 +135,9 @@ RUNGS = {
         upsampler=_upsampler((32, 64, 64)),
         vae_batch=192,
         unet_batch=256,
-        unet_rate=1.5e-3,
         upsampler_batch=192,
+        upsampler_pool=1536,
+        upsampler_fresh=48,
         pool_heads=1024,
         fresh_heads=24,
     ),

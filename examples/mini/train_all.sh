@@ -25,7 +25,7 @@ train() {
     minutes=$("$python" -c "print($budget * $2)")
     echo "== $1: $minutes minutes"
     "$python" "$here/train_$1.py" --rung "$rung" --device "$device" --out "$out" --seed "$seed" --minutes "$minutes" \
-        --checkpoint-every 60 --measure-every 90
+        --checkpoint-every 60 --measure-every 180
 }
 train vae 0.25
 train unet 0.57

@@ -54,8 +54,9 @@ class Pool:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Pictures [N,V,3,S,S] in [0,1] -> scaled latents [N,V,C,h,w] float32, as the pipeline's own."""
+    flat = (pictures * 2 - 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with mixed_precision(vae.device):
-        mean = vae.encode((pictures * 2 - 1).flatten(0, 1).contiguous(memory_format=torch.channels_last))[0].float()
+        mean = torch.cat([vae.encode(part)[0].float() for part in flat.split(256)])  # the first pool is thousands
     return ((mean - vae.config.shift_factor) * vae.config.scaling_factor).unflatten(0, pictures.shape[:2])
 
 
@@ -88,8 +89,10 @@ def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
     """How good the views of held-out heads are, and a sheet of them."""
     made = evaluation.generate()
     evaluation.figure(made).save(path)
-    own = Scores.of("own", evaluation.subjects, made)
-    neutral, copy = evaluation.main()[1], evaluation.baselines()[2]
+    who = evaluation.subjects
+    own = Scores.of("own", who, made)
+    neutral = Scores.of("neutral", who, evaluation.generate(normals=lambda subject: None))
+    copy = Scores.of("copy", who, [subject.portrait.expand_as(subject.views.rgb) for subject in who])
     return {"own": own.psnr, "own_ssim": own.ssim, "neutral": neutral.psnr, "copy": copy.psnr}
 
 
@@ -99,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     vae = load_vae(args.out, device)
     unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
+    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would drown the patches
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
     if device.type == "cpu":  # PyTorch's own backward pass of attention takes twice as long there
         set_attention_backend(unet, "reference")
@@ -140,8 +144,16 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = Evaluation(pipe, rung.measured_heads, num_inference_steps=20, upsample="none")
         return show(evaluation, args.out / "unet.png")
 
-    modules = {"unet": unet, "image_encoder": encoder}
-    Trainer("unet", args, modules, rate=rung.unet_rate, loss=loss, measure=measure).run()
+    Trainer(
+        "unet",
+        args,
+        {"unet": unet, "image_encoder": encoder},
+        rate=rung.unet_rate,
+        slow=(encoder, unet.image_projection),
+        slow_rate=rung.encoder_rate,
+        loss=loss,
+        measure=measure,
+    ).run()
 
 
 if __name__ == "__main__":

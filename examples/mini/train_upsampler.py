@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, view_cameras
 from export import export, load_vae
+from initial import start_linear
 from PIL import Image
 from torch import Tensor, nn
 from train_unet import encode
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     rung, device = rung_of(args), torch.device(args.device)
     torch.manual_seed(args.seed)
     vae, unet = load_vae(args.out, device), KUNet(rung.upsampler)
-    nn.init.zeros_(unet.conv_out.weight)
+    start_linear(unet, zero=(".conv2.",))
     unet = unet.to(device, memory_format=torch.channels_last)
     width, pooled = rung.upsampler.cross_attention_dim, rung.upsampler.time_cond_proj_dim - LEVEL_CHANNELS
     empty = PromptEmbeds(torch.zeros(1, 1, width, device=device), torch.zeros(1, pooled, device=device))
@@ -48,10 +49,20 @@ def main(argv: list[str] | None = None) -> None:
         small = F.avg_pool2d(large[:, 0], 2)[:, None]
         return encode(vae, small)[:, 0], encode(vae, large)[:, 0], large[:, 0]
 
+    def fresh(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        return pairs(draw_heads(count, random, device), view_cameras(count, 1, random))[:2]
+
+    # As the U-Net's: each head is taken several times, because rendering costs more than a step.
+    pool = fresh(rung.upsampler_pool, generator(args.seed + 1, 0))
+
     def loss(step: int) -> Tensor:
         random, noises = generator(args.seed, step), generator(args.seed, step, device)
+        oldest = (step * rung.upsampler_fresh + torch.arange(rung.upsampler_fresh)) % rung.upsampler_pool
+        for kept, new in zip(pool, fresh(rung.upsampler_fresh, random), strict=True):
+            kept[oldest] = new
         count = rung.upsampler_batch
-        small, clean, _ = pairs(draw_heads(count, random, device), view_cameras(count, 1, random))
+        chosen = torch.randint(rung.upsampler_pool, (count,), generator=random).to(device)
+        small, clean = (kept[chosen] for kept in pool)
         where = torch.rand(count, 1, 1, 1, generator=random).to(device)
         sigma = smallest * (largest / smallest) ** where
         noised, wanted = diffuse(clean, torch.randn(clean.shape, generator=noises, device=device), sigma)

@@ -43,6 +43,7 @@ class Trainer:
         args: of the command line.
         modules: what is trained, by name; already on the device.
         rate: learning rate of AdamW.
+        slow: modules, or parts of them, that learn at `slow_rate` instead.
         loss: of a step.
         measure: averaged modules -> numbers to log; run now and then, and at the end.
     """
@@ -54,14 +55,22 @@ class Trainer:
         modules: dict[str, nn.Module],
         *,
         rate: float,
+        slow: tuple[nn.Module, ...] = (),
+        slow_rate: float = 0.0,
         loss: Callable[[int], Tensor],
         measure: Callable[[dict[str, nn.Module], int], dict[str, float]],
     ):
-        self.args, self.modules, self.rate, self.loss, self.measure = args, modules, rate, loss, measure
+        self.args, self.modules, self.loss, self.measure = args, modules, loss, measure
         self.device = torch.device(args.device)
         self.averaged = {key: deepcopy(module).eval().requires_grad_(False) for key, module in modules.items()}
         self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+        slowly = {id(parameter) for module in slow for parameter in module.parameters()}
+        groups = [
+            {"params": [p for p in self.parameters if (id(p) in slowly) == chosen], "full_rate": full_rate}
+            for chosen, full_rate in ((False, rate), (True, slow_rate))
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
         self.checkpoint, self.log = args.out / f"{name}.pt", args.out / f"{name}.json"
         self.step, self.seconds, self.curves = 0, 0.0, []
         args.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +127,7 @@ class Trainer:
         """One step of the optimizer."""
         fall = min(1.0, (1 - self._progress) / DECAY)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * min(1.0, (self.step + 1) / WARMUP) * max(fall, 0.01)
+            group["lr"] = group["full_rate"] * min(1.0, (self.step + 1) / WARMUP) * max(fall, 0.01)
         loss = self.loss(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

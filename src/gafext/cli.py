@@ -193,7 +193,9 @@ def _eval(args: argparse.Namespace) -> int:
     from gafext.pipeline import MultiViewDiffusionPipeline
     from gafext.versions import versions
 
-    pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # drawn heads are what the built-in model is for
+        pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
     evaluation = Evaluation(
         pipeline,
         args.heads,

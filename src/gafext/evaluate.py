@@ -179,32 +179,32 @@ class Evaluation:
                 self._score("mean picture", mean),
             ]
 
-    def ablations(self) -> list[Scores]:
-        """One thing taken away or changed at a time; the rest as in "generated"."""
+    def ablations(self, only: Iterable[str] | None = None) -> list[Scores]:
+        """One thing taken away or changed at a time, the rest as in "generated"; `only` these lines, if given."""
+        changes = self._changes()
+        names = list(changes) if only is None else list(only)
+        return [self._score(name, lambda change=changes[name]: self.generate(**change)) for name in names]
+
+    def _changes(self) -> dict[str, dict[str, object]]:
+        """The arguments of `generate` that make each line."""
         parts = {name: getattr(self.pipe, name) for name in ("unet", "vae", "scheduler", "image_encoder", "upsampler")}
-        parts["prompt_embeds"] = self.pipe.prompt_embeds
-        turned = Cameras(self.cameras.w2c.roll(1, dims=0), self.cameras.fov)
-        lines = []
-        if self.pipe.unet.config.image_attention is not None:
-            lines.append(self._score("no image tokens", lambda: self.generate(pipe=_Blind(**parts))))
-        if self.pipe.unet.config.cross_view == "position":
-            apart = MultiViewDiffusionPipeline(**{**parts, "unet": _without_cross_view(self.pipe.unet)})
-            lines.append(self._score("attn_cv off", lambda: self.generate(pipe=apart)))
+        parts |= {"prompt_embeds": self.pipe.prompt_embeds, "guidance_scale": self.pipe.guidance_scale}
+        config, changes = self.pipe.unet.config, {}
+        if config.image_attention is not None:
+            changes["no image tokens"] = {"pipe": _Blind(**parts)}
+        if config.cross_view == "position":
+            apart = {**parts, "unet": _without_cross_view(self.pipe.unet)}
+            changes["attn_cv off"] = {"pipe": MultiViewDiffusionPipeline(**apart)}
         if self._takes_normals:
-            flat = torch.full_like(self.subjects[0].views.normals, 0.5)
-            lines.append(self._score("zero normals", lambda: self.generate(normals=lambda subject: flat)))
-        lines.append(self._score("wrong cameras", lambda: self.generate(cameras=turned)))
-        for steps in STEPS:
-            lines.append(self._score(f"{steps} steps", lambda n=steps: self.generate(num_inference_steps=n)))
-        for scale in GUIDANCE_SCALES:
-            lines.append(self._score(f"guidance {scale:g}", lambda s=scale: self.generate(guidance_scale=s)))
+            changes["zero normals"] = {"normals": lambda subject: torch.full_like(subject.views.normals, 0.5)}
+        changes["wrong cameras"] = {"cameras": Cameras(self.cameras.w2c.roll(1, dims=0), self.cameras.fov)}
+        changes |= {f"{steps} steps": {"num_inference_steps": steps} for steps in STEPS}
+        changes |= {f"guidance {scale:g}": {"guidance_scale": scale} for scale in GUIDANCE_SCALES}
         for solver in ("ddim", "dpm++"):
             scheduler = scheduler_class(solver).from_config(self.pipe.scheduler.config)
             other = MultiViewDiffusionPipeline(**{**parts, "scheduler": scheduler})
-            for steps in (10, 25):
-                name = f"{solver}, {steps} steps"
-                lines.append(self._score(name, lambda p=other, n=steps: self.generate(pipe=p, num_inference_steps=n)))
-        return lines
+            changes |= {f"{solver}, {n} steps": {"pipe": other, "num_inference_steps": n} for n in (10, 25)}
+        return changes
 
     def figure(self, made: list[Tensor]) -> PIL.Image.Image:
         """Each head's portrait, and to the right of it three rows: normal maps, generated views, the truth."""

@@ -20,7 +20,7 @@ from gafext import images as imaging
 from gafext.attention import check_backend, set_attention_backend
 from gafext.cameras import Cameras, as_cameras
 from gafext.checkpoint import load_parts, save_parts
-from gafext.embedded import NOTICE, UntrainedWarning, embedded_parts
+from gafext.embedded import MODEL, NOTICE, CartoonWarning
 from gafext.errors import CheckpointError
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
@@ -150,8 +150,8 @@ class MultiViewDiffusionPipeline:
         if path_or_repo_id is None:
             if not (lora is ip_adapter is variant is revision is None):
                 raise ValueError("lora, ip_adapter, variant, revision: expected None for the built-in model")
-            warnings.warn(NOTICE, UntrainedWarning, stacklevel=2)
-            pipeline = cls(**embedded_parts(scheduler)).to(device, dtype or torch.float32)
+            warnings.warn(NOTICE, CartoonWarning, stacklevel=2)
+            pipeline = cls(**load_parts(MODEL, dtype=dtype, device=device, variant=None, scheduler=scheduler))
             pipeline.origin = {"model": "built-in"}
             return pipeline
         folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant)

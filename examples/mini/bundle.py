@@ -1,0 +1,68 @@
+"""Puts a trained model into the package: its folder, its card, and the portrait that the first command shows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from gafext.evaluate import Scores, as_portrait, subjects, table
+
+PORTRAIT_IDENTITY = 34  # of the held-out ones
+ASSETS = Path(__file__).parents[2] / "src" / "gafext" / "assets"
+CARD = """\
+# The built-in model of gafext
+
+Trained from nothing by `examples/mini` (rung "{rung}") on {hardware}: {training}.
+Autoencoder, image encoder, multi-view U-Net and latent upsampler, {parameters:.1f} M parameters in float16; pictures of
+{size} pixels, {large} upsampled.
+
+**Data.** Procedural heads (`gafext.heads`, identities 0 to 999,999), drawn with their normal maps by a ray caster. No
+photographs, no people, no other model's output.
+
+**Numbers.** {settings}
+
+```
+{table}
+```
+
+**Limits.** It knows nothing but these drawn heads: of a photograph it makes a cartoon. Portraits from within 30 degrees
+of the front, cameras at a distance of 3.7 to 4.4 with a field of view of 30 degrees, elevations of -15 to 25 degrees.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("out", type=Path, help="folder that train_all.sh wrote, with eval.json of `gafext eval` in it")
+    add("--rung", required=True)
+    add("--hardware", required=True, metavar="TEXT")
+    args = parser.parse_args()
+    shutil.rmtree(ASSETS / "model", ignore_errors=True)
+    shutil.copytree(args.out / "model", ASSETS / "model")
+    as_portrait(subjects(1, 512, first=PORTRAIT_IDENTITY)[0].portrait).save(ASSETS / "portrait.png")
+
+    report = json.loads((args.out / "eval.json").read_text())
+    curves = {stage: json.loads((args.out / f"{stage}.json").read_text()) for stage in ("vae", "unet", "upsampler")}
+    (Path(__file__).parent / "curves.json").write_text(json.dumps(curves, indent=0) + "\n")
+    stages = [f"{name} {c[-1]['step']} steps, {c[-1]['seconds'] / 60:.0f} min" for name, c in curves.items()]
+    files = list((ASSETS / "model").rglob("*.safetensors"))
+    size = 4 * json.loads((ASSETS / "model" / "unet" / "config.json").read_text())["sample_size"]
+    settings = report["settings"]
+    card = CARD.format(
+        rung=args.rung,
+        hardware=args.hardware,
+        training="; ".join(stages),
+        parameters=sum(file.stat().st_size for file in files) / 2e6,
+        size=size,
+        large=2 * size,
+        settings=f"`gafext eval` on {settings['heads']} held-out heads, {settings['views']} views, "
+        f"{settings['steps']} steps, upsample {settings['upsample']}:",
+        table=table(Scores(**line) for line in report["lines"]),
+    )
+    (ASSETS / "model" / "README.md").write_text(card)
+
+
+if __name__ == "__main__":
+    main()
