@@ -113,3 +113,11 @@ def quantize_transformers(network: nn.Module) -> int:
 def is_quantized(network: nn.Module) -> bool:
     """Whether some of its linear layers are in 8-bit integers, so that it can neither be moved nor saved."""
     return any(isinstance(module, Int8Linear) for module in network.modules())
+
+
+def check_move(network: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Raises ValueError if `network.to(...)` with these arguments would take 8-bit weights from where they work."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # as torch.nn.Module.to reads them
+    stays = dtype in (None, torch.float32) and torch.device(device or "cpu").type == "cpu"
+    if is_quantized(network) and not stays:
+        raise ValueError("to: expected float32 on the CPU for dtype='int8', got " + str(dtype or device))

@@ -25,7 +25,7 @@ from gafext.errors import CheckpointError
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
 from gafext.hub import checkpoint_folder
-from gafext.int8 import is_quantized, quantize_transformers, require_supported
+from gafext.int8 import check_move, is_quantized, quantize_transformers, require_supported
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.upsampler import NOISE_STEP, LatentUpsampler
@@ -134,19 +134,19 @@ class MultiViewDiffusionPipeline:
 
         Raises:
             CheckpointError: something is missing, damaged or does not fit together.
+            ValueError: this machine does not have the dtype.
         """
         device = torch.device(device) if device is not None else default_device()
+        adapters = {"lora": lora, "lora_scale": lora_scale}
+        adapters |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
         if dtype == "int8":
             require_supported(device)
-            options = {"revision": revision, "scheduler": scheduler, "lora": lora, "lora_scale": lora_scale}
-            options |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
+            options = {"revision": revision, "scheduler": scheduler, **adapters}
             pipeline = cls.from_pretrained(path_or_repo_id, torch.float32, device, variant, **options)
             quantize_transformers(pipeline.unet)
             return pipeline
         if not isinstance(dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected a torch.dtype, 'int8' or None, got {dtype!r}")
-        adapters = {"lora": lora, "lora_scale": lora_scale}
-        adapters |= {"ip_adapter": ip_adapter, "ip_adapter_scale": ip_adapter_scale}
         if path_or_repo_id is None:
             if not (lora is ip_adapter is variant is revision is None):
                 raise ValueError("lora, ip_adapter, variant, revision: expected None for the built-in model")
@@ -188,11 +188,7 @@ class MultiViewDiffusionPipeline:
         Raises:
             ValueError: the weights are 8-bit integers, which stay on the CPU, with float32 around them.
         """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # as torch.nn.Module.to reads them
-        if is_quantized(self.unet) and (
-            dtype not in (None, torch.float32) or torch.device(device or "cpu").type != "cpu"
-        ):
-            raise ValueError("to: expected float32 on the CPU for dtype='int8', got " + str(dtype or device))
+        check_move(self.unet, *args, **kwargs)
         for network in self._networks:
             network.to(*args, **kwargs)
         return self

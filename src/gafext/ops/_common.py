@@ -55,6 +55,19 @@ def check_same_kind(op: str, first_name: str, first: Tensor, name: str, other: T
     require(other.device == first.device, op, lambda: f"{name} must be on the device of {first_name}")
 
 
+def check_weight_and_bias(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    shape = tuple(weight.shape)
+    if bias is not None:
+        require(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            op,
+            lambda: f"bias must have shape ({shape[0]},) to go with weight {shape}, got {tuple(bias.shape)}",
+        )
+    check_same_kind(op, "x", x, "weight", weight)
+    if bias is not None:
+        check_same_kind(op, "x", x, "bias", bias)
+
+
 def dtype_reasons(tensor: Tensor) -> list[str]:
     if tensor.dtype in KERNEL_DTYPES:
         return []

@@ -85,15 +85,7 @@ def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None
         _OP,
         lambda: f"weight must have shape (out_channels, {x.shape[1]}, 3, 3) to go with x {tuple(x.shape)}, got {shape}",
     )
-    if bias is not None:
-        _common.require(
-            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
-            _OP,
-            lambda: f"bias must have shape ({shape[0]},) to go with weight {shape}, got {tuple(bias.shape)}",
-        )
-    _common.check_same_kind(_OP, "x", x, "weight", weight)
-    if bias is not None:
-        _common.check_same_kind(_OP, "x", x, "bias", bias)
+    _common.check_weight_and_bias(_OP, x, weight, bias)
 
 
 @torch.library.register_fake("gafext::conv3x3")

@@ -90,15 +90,7 @@ def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         _OP,
         lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
     )
-    if bias is not None:
-        _common.require(
-            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
-            _OP,
-            lambda: f"bias must have shape ({shape[0]},) to go with weight {shape}, got {tuple(bias.shape)}",
-        )
-    _common.check_same_kind(_OP, "x", x, "weight", weight)
-    if bias is not None:
-        _common.check_same_kind(_OP, "x", x, "bias", bias)
+    _common.check_weight_and_bias(_OP, x, weight, bias)
 
 
 def check_geglu_gate(projected: Tensor) -> None:
