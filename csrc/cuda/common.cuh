@@ -1,13 +1,10 @@
 // What the CUDA kernels share: element types, sums over a warp, the launch.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
 #include "../ops.h"
+#include "device.cuh"
 
 namespace gafext::cuda {
 
@@ -75,7 +72,25 @@ cudaError_t with_chunks(int64_t head_dim, const Body& body) {
   return body(Chunks<8>());
 }
 
-// Blocks along x alone, whose limit is 2^31 - 1 and not 65535. A larger count is the caller's error to report.
-inline bool fits_grid(int64_t blocks) { return blocks <= 0x7fffffff; }
+// kernel<<<blocks, threads, shared_bytes, stream>>>(args...), blocks along x alone, whose limit is 2^31 - 1 and not
+// 65535. Nothing for 0 blocks.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
 
 }  // namespace gafext::cuda

@@ -72,13 +72,10 @@ __global__ void cross_view_attention_kernel(const CrossViewAttentionArgs args) {
 cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream) {
   using namespace cuda;
   const int64_t blocks = (args.batch * args.length * args.heads + kWarps - 1) / kWarps;
-  if (blocks == 0) return cudaSuccess;
-  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   return with_element_type(args.dtype, [&](auto element) {
     return with_chunks(args.head_dim, [&](auto chunks) {
-      cross_view_attention_kernel<decltype(element), decltype(chunks)::value>
-          <<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args);
-      return cudaGetLastError();
+      return launch(cross_view_attention_kernel<decltype(element), decltype(chunks)::value>, blocks, kWarps * kWarp, 0,
+                    stream, args);
     });
   });
 }

@@ -20,7 +20,7 @@ constexpr int kKeys = kWarp;
 
 template <typename T, int kChunks>
 __global__ void flash_attention_kernel(const FlashAttentionArgs args, int64_t row_blocks) {
-  extern __shared__ float shared[];
+  float* shared = reinterpret_cast<float*>(dynamic_shared_memory());
   const int64_t dim = args.head_dim, pitch = dim | 1;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float* my_query = shared + warp * pitch;  // [dim]
@@ -89,14 +89,11 @@ cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t st
   using namespace cuda;
   const int64_t row_blocks = (args.query_length + kRows - 1) / kRows;
   const int64_t blocks = args.batch * args.heads * row_blocks;
-  if (blocks == 0) return cudaSuccess;
-  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   const size_t shared_bytes = (kRows + kKeys) * (args.head_dim | 1) * sizeof(float);
   return with_element_type(args.dtype, [&](auto element) {
     return with_chunks(args.head_dim, [&](auto chunks) {
-      flash_attention_kernel<decltype(element), decltype(chunks)::value>
-          <<<static_cast<unsigned>(blocks), kRows * kWarp, shared_bytes, stream>>>(args, row_blocks);
-      return cudaGetLastError();
+      return launch(flash_attention_kernel<decltype(element), decltype(chunks)::value>, blocks, kRows * kWarp,
+                    shared_bytes, stream, args, row_blocks);
     });
   });
 }

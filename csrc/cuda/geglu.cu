@@ -33,11 +33,9 @@ __global__ void geglu_gate_kernel(const GegluGateArgs args) {
 cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream) {
   using namespace cuda;
   const int64_t blocks = (args.rows * args.inner + kThreads - 1) / kThreads;
-  if (blocks == 0) return cudaSuccess;
   return with_element_type(args.dtype, [&](auto element) {
-    geglu_gate_kernel<decltype(element)>
-        <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(args);
-    return cudaGetLastError();
+    return launch(geglu_gate_kernel<decltype(element)>, blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, stream,
+                  args);
   });
 }
 
