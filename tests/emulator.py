@@ -38,15 +38,16 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc/cuda"
 MACHINE = ROOT / "tests/cuda_emulator"
 
-# Of kernels: the thread sanitizer's hooks without its library, which cuda_emulator/memory.cpp has; and no local variable
-# that is 0 by chance.
+# Of kernels: the thread sanitizer's hooks without its library, for cuda_emulator/memory.cpp has them; and no local
+# variable that is 0 by chance.
 _HOOKS = [
+    "-O1",
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=alignment",
     "-ftrivial-auto-var-init=pattern",
 ]
-_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
+_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
           "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-DGAFEXT_EMULATOR", "-DGAFEXT_WITH_CUDA"]  # fmt: skip
 _INCLUDES = [MACHINE / "include", MACHINE, KERNELS, ROOT / "csrc"]
 
@@ -205,7 +206,7 @@ class Library:
 
     @classmethod
     def of_text(cls, texts, header):
-        """The same for changed sources: {"name.cu": text}. A changed "name.cuh" beside them comes before its original."""
+        """The same for changed sources: {"name.cu": text}. A "name.cuh" among them comes before its original."""
         folder = cache_folder() / _hash(*texts, *texts.values())
         folder.mkdir(exist_ok=True)
         for name, text in texts.items():
@@ -394,7 +395,7 @@ def _link(sources, entries):
     folder = cache_folder()
     entry = _once(folder / f"entries-{_hash(entries)}.cpp", lambda out: out.write_text(entries))
     parts = [(source, _HOOKS) for source in sources]
-    parts += [(source, ()) for source in [entry, *sorted(MACHINE.glob("*.cpp"))]]
+    parts += [(source, ["-O2"]) for source in [entry, *sorted(MACHINE.glob("*.cpp"))]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(lambda part: _compile(*part), parts)]
     library = folder / f"kernels-{_hash(*objects)}.so"
