@@ -4,11 +4,13 @@ import random
 
 import pytest
 import torch
-from emulator import KERNELS, MACHINE, EmulatorError, emulate, kernels
+from emulator import EmulatorError, emulate, kernels
+from emulator_build import KERNELS, MACHINE, needs_compiler
 from test_cuda_emulator import assert_right_product, unit_kernels
 
 import gafext.ops  # noqa: F401 - registers torch.ops.gafext
 
+pytestmark = needs_compiler
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
