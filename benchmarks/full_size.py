@@ -109,14 +109,14 @@ def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> li
         int8.quantize_transformers(quantized)
         contestants.append(contestant("int8", quantized, "auto"))
     if device.type == "cuda" and importlib.util.find_spec("diffusers"):
-        plain = random_network(sd21_of_diffusers, None, device, dtype)
+        plain = random_network(diffusers_sd21, None, device, dtype)
         text = torch.randn(2 * views, 77, 1024, generator=generator).to(device, dtype)
         run = lambda: plain(latents[:, :4], timestep, encoder_hidden_states=text).sample  # noqa: E731
         contestants.append(Contestant("diffusers, single view", run, comparable=False))
     return contestants
 
 
-def sd21_of_diffusers(_: None) -> nn.Module:
+def diffusers_sd21(_: None) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     widths, heads = (320, 640, 1280, 1280), (5, 10, 20, 20)

@@ -96,9 +96,8 @@ def full_size(results: dict) -> list[str]:
         first, times = next((key, value) for key, value in row.items() if key.startswith("times_"))
         against = f"{times:.3f} times {first.removeprefix('times_')} ({low:.3f}..{high:.3f})"
         lines.append(f"  {name:34}{1 / row['median']:8.2f} passes/s, {against}{peak}")
-    lines += [
-        f"  whole pipeline, {name}: {seconds:.4f} s a step" for name, seconds in results["seconds_a_step"].items()
-    ]
+    steps = results["seconds_a_step"].items()
+    lines += [f"  whole pipeline, {name}: {seconds:.4g} s a step" for name, seconds in steps]
     return lines
 
 
