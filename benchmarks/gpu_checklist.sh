@@ -84,9 +84,9 @@ bench=(python3 -m gafext bench --device cuda --rounds 7 --cold)
 others='from gafext.cli import BENCH_OPS
 print(*(f"--op {op}" for op in BENCH_OPS if op not in ("flash_attention", "conv3x3")))'
 read -ra others < <(python3 -c "$others")
-step attention 105 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-compile --seconds 75 \
+step attention 125 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-compile --seconds 90 \
   --json "$results/attention-bfloat16-$device.json"
-step others 115 "${bench[@]}" --dtype bfloat16 "${others[@]}" --seconds 85 --compile-seconds 50 \
+step others 120 "${bench[@]}" --dtype bfloat16 "${others[@]}" --seconds 85 --compile-seconds 50 \
   --json "$results/others-bfloat16-$device.json"
 step unet 60 python3 benchmarks/full_size.py --device cuda --dtype bfloat16 --backend auto kernel sdpa --rounds 0 \
   --unet-rounds 11 --json "$results/unet-$device.json"
