@@ -7,6 +7,7 @@ twice the cache is read, since another contestant may just have read the same se
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections import deque
@@ -78,11 +79,10 @@ def flush() -> None:
     _flush_buffer().sum()
 
 
-def _flush_buffer(buffers: list[Tensor] = []) -> Tensor:  # noqa: B006  made once
-    if not buffers:
-        size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
-        buffers.append(torch.ones(size // 4, device="cuda"))
-    return buffers[0]
+@functools.cache
+def _flush_buffer() -> Tensor:
+    size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    return torch.ones(size // 4, device="cuda")
 
 
 def ceilings() -> dict:
