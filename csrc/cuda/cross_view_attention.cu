@@ -16,7 +16,7 @@
 // Bytes     4 V D elements a (position, head), each read or written once: 2 KB in half precision at V = 4, 21 MB for
 //           (batch, V, positions, heads) = (2, 4, 1024, 5): 6.3 us at the 3.35 TB/s of an H100. A multiprocessor's
 //           share of that, 14 bytes a clock, leaves time for 570 instructions a (position, head) at V = 4 and 1140
-//           at V = 8; counted in the SASS are 215 (packs) and 319 (tensor cores).
+//           at V = 8; counted in the SASS are 208 (packs) and 310 (tensor cores).
 // In flight 12 accesses of 16 bytes a lane at V = 4, 6 at V = 8: 100 KB a multiprocessor where all its warps wait, and
 //           16 KB cover the latency. Heads are fastest in the grid, so that neighbouring warps read neighbouring
 //           columns.
@@ -38,7 +38,7 @@ __device__ Sequence sequence_at(const CrossViewAttentionArgs& args, uint32_t ind
 
 // What turns scores into weights, -inf for all of them into zeros.
 __device__ inline float finite_reference(float max) { return max == -INFINITY ? 0.0f : max; }
-__device__ inline float inverse_or_zero(float sum) { return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum); }
+__device__ inline float inverse_or_zero(float sum) { return sum == 0.0f ? 0.0f : reciprocal_approximate(sum); }
 
 template <int kLanes>
 __device__ float sum_over_lanes(float x) {

@@ -54,6 +54,13 @@ __device__ inline float exp2_approximate(float x) {
   return result;
 }
 
+// 1 / x to a unit in the last place, infinity -> 0; denormal results are flushed to zero.
+__device__ inline float reciprocal_approximate(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // c += A B with float32 accumulation, over the 32 lanes of a warp. Two products of half the depth on Turing.
 __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
 #if __CUDA_ARCH__ >= 800
