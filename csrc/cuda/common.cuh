@@ -76,6 +76,10 @@ __device__ inline void pair_to_floats(uint32_t bits, float& first, float& second
   memcpy(pair, &bits, 4);
   first = to_float(pair[0]), second = to_float(pair[1]);
 }
+template <>
+__device__ inline void pair_to_floats<__nv_bfloat16>(uint32_t bits, float& first, float& second) {
+  first = __uint_as_float(bits << 16), second = __uint_as_float(bits & 0xffff0000u);
+}
 
 template <typename T, int kSize>
 __device__ inline void to_floats(const Pack<T, kSize>& pack, float (&x)[kSize]) {
