@@ -112,7 +112,23 @@ def geglu_gate(projected):
     return Call(out, dict(projected=projected, out=out, **sizes))
 
 
-OPERATIONS = {f.__name__: f for f in (flash_attention, cross_view_attention, geglu_gate)}
+def group_norm_silu(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True):
+    """`x` [batch, channels, positions], with channels next to each other."""
+    batch, channels, positions = x.shape
+    out = torch.empty(batch, positions, channels, dtype=x.dtype).transpose(1, 2)
+    scratch = torch.empty(2 * batch * num_groups * positions)  # more than enough
+    sizes = dict(batch=batch, channels=channels, positions=positions, groups=num_groups)
+    strides = dict(image_stride=x.stride(0), position_stride=x.stride(2))
+    return Call(
+        out,
+        dict(x=x, weight=weight, bias=bias, out=out, scratch=scratch, eps=eps, silu=silu, dtype=x.dtype)
+        | sizes
+        | strides,
+        scratch=("scratch",),
+    )
+
+
+OPERATIONS = {f.__name__: f for f in (flash_attention, cross_view_attention, geglu_gate, group_norm_silu)}
 
 
 def emulate(operation, *args, library=None, orders=ORDERS, capability=80, multiprocessors=3, **kwargs):
