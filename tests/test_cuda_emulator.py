@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from emulator import Call, EmulatorError, Library, emulate_call
-from emulator_build import MACHINE, needs_compiler
+from emulator_build import KERNELS, MACHINE, needs_compiler
 
 pytestmark = needs_compiler
 LANES = torch.arange(32)
@@ -145,6 +145,15 @@ def test_a_workspace_has_no_byte_more_than_it_says():
     library = unit_kernels().with_changes({"unit_kernels.cu": text})
     with pytest.raises(EmulatorError, match="write of 4 bytes: out of bounds .* after the end of workspace"):
         run("sum", 1, torch.float32, library, value=torch.randn(33), count=33, workspace="sum_workspace")
+
+
+def test_a_changed_header_reaches_the_files_that_include_it():
+    text = (KERNELS / "common.cuh").read_text()
+    text = text.replace("x += __shfl_xor_sync(kAllLanes, x, offset)", "x += __shfl_xor_sync(kAllLanes, x, offset ^ 1)")
+    library, value = unit_kernels().with_changes({"common.cuh": text}), torch.randn(64)
+    assert not run("sum", 1, torch.float32, library, value=value, count=64, workspace="sum_workspace").allclose(
+        value.sum()
+    )
 
 
 MISTAKES = {
