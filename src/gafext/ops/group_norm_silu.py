@@ -89,9 +89,7 @@ def _kernel_reasons(x: Tensor, num_groups: int) -> list[str]:
     return reasons
 
 
-def check_group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None
-) -> None:
+def check_group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
     """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
     shape = tuple(x.shape)
     _common.require(
