@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "ops.h"
 
@@ -197,6 +198,38 @@ inline GegluGateArgs check_geglu_gate(const Tensor& projected) {
   args.inner = projected.size(last) / 2;
   args.rows = 1;
   for (int64_t i = 0; i < last; ++i) args.rows *= projected.size(i);
+  return args;
+}
+
+inline GroupNormSiluArgs check_group_norm_silu(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+                                               const std::optional<Tensor>& bias, double eps, bool silu) {
+  const char* op = "group_norm_silu";
+  require(x.dim() == 3 || x.dim() == 4, op,
+          ": x must have shape (batch, channels, length) or (batch, channels, height, width), got ", shape_of(x));
+  const int64_t channels = x.size(1);
+  require(num_groups >= 1 && channels % num_groups == 0, op, ": num_groups must divide the channels of x ", shape_of(x),
+          ", got ", num_groups);
+  for (const auto& [name, tensor] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}}) {
+    if (!*tensor) continue;
+    require((*tensor)->dim() == 1 && (*tensor)->size(0) == channels, op, ": ", name, " must have shape (", channels,
+            ",) to go with x ", shape_of(x), ", got ", shape_of(**tensor));
+    check_same_kind(op, {"x", x}, {name, **tensor});
+  }
+
+  GroupNormSiluArgs args{};
+  args.dtype = check_dtype(op, x);
+  require(channels / num_groups <= kMaxGroupChannels, op, ": a group must have at most ", kMaxGroupChannels,
+          " channels, got ", channels / num_groups);
+  require(channels == 1 || x.stride(1) == 1, op, ": x must be channels-last, got a stride of ", x.stride(1),
+          " from channel to channel");
+  const int64_t height = x.dim() == 4 ? x.size(2) : 1, width = x.size(x.dim() - 1);
+  args.position_stride = width == 1 ? x.stride(2) : x.stride(x.dim() - 1);
+  require(height == 1 || width == 1 || x.stride(2) == width * args.position_stride, op, ": x must have a stride of ",
+          width * args.position_stride, " from row to row, got ", x.stride(2));
+  args.batch = x.size(0), args.channels = channels, args.positions = height * width, args.groups = num_groups;
+  args.image_stride = x.stride(0);
+  args.eps = static_cast<float>(eps);
+  args.silu = silu;
   return args;
 }
 

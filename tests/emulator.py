@@ -116,15 +116,14 @@ def group_norm_silu(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=Tru
     """`x` [batch, channels, positions], with channels next to each other."""
     batch, channels, positions = x.shape
     out = torch.empty(batch, positions, channels, dtype=x.dtype).transpose(1, 2)
-    scratch = torch.empty(2 * batch * num_groups * positions)  # more than enough
     sizes = dict(batch=batch, channels=channels, positions=positions, groups=num_groups)
     strides = dict(image_stride=x.stride(0), position_stride=x.stride(2))
     return Call(
         out,
-        dict(x=x, weight=weight, bias=bias, out=out, scratch=scratch, eps=eps, silu=silu, dtype=x.dtype)
+        dict(x=x, weight=weight, bias=bias, out=out, scratch="group_norm_silu_scratch", eps=eps, silu=silu)
+        | dict(dtype=x.dtype)
         | sizes
         | strides,
-        scratch=("scratch",),
     )
 
 

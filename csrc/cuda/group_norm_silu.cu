@@ -5,8 +5,8 @@
 //           goes: 40 channels, 4 groups of 10, in half precision at 320 channels and 32 groups. Single elements and one
 //           group where memory is not aligned.
 // Mapping   a block takes a slab of one image, or a chunk of its positions. A thread keeps one pack of the channels and
-//           up to 12 positions of it in registers, all loaded before the first use, so that mean, variance (about the
-//           mean, in float32) and result are three passes over registers. A slab of up to 96 KB, 12 packs of 512
+//           up to 12 positions of it in registers, all loaded before the first use, so that moments and result (in
+//           float32) are two passes over registers. A slab of up to 96 KB, 12 packs of 512
 //           threads, is one kernel. A larger one goes in chunks of 32 KB: one kernel writes the moments of every chunk
 //           to scratch memory, a second one adds them up, each block for itself, and does the rest; so does a slab of
 //           more than 32 KB where the blocks are too few for the multiprocessors.
@@ -28,7 +28,7 @@ constexpr int kMaxGroups = 16;                       // of a slab: one channel e
 constexpr int kChunkPacks = 8, kChunkThreads = 256;  // where a slab goes in chunks; packs are those of a thread
 constexpr int kManyPacks = 12, kFewPacks = 4;        // where it does not
 constexpr int64_t kEnoughBlocks = 64;                // for half of an H100
-constexpr int kSharedFloats = kMaxGroups * (2 + kMaxWarps);
+constexpr int kSharedFloats = kMaxGroups * (3 + kMaxWarps);
 
 // How the work is divided; the same for every block.
 struct Division {
@@ -45,6 +45,7 @@ template <int kSize>
 struct Place {
   int64_t batch;
   int slab, chunk, first_position, channel;  // the channel of the whole image
+  int positions;                             // of the image
   bool is_active;
   int group[kSize];  // of each channel, within the slab
 
@@ -53,7 +54,7 @@ struct Place {
     slab = blockIdx.x % division.slabs, chunk = chunk_of_all % division.chunks, batch = chunk_of_all / division.chunks;
     const int row = threadIdx.x / division.packs, first = threadIdx.x % division.packs * kSize;
     const int channels_of_group = division.channels / division.groups;
-    is_active = row < division.rows;
+    positions = args.positions, is_active = row < division.rows;
     first_position = chunk * division.positions_of_chunk + row;
     channel = slab * division.channels + first;
     int in_group = first % channels_of_group, g = first / channels_of_group;
@@ -62,6 +63,22 @@ struct Place {
       group[e] = g;
       if (++in_group == channels_of_group) in_group = 0, ++g;
     }
+  }
+
+  // Whether this thread has a k-th position.
+  __device__ bool has(int k, const Division& division) const {
+    return is_active && first_position + k * division.rows < positions;
+  }
+};
+
+// In shared memory, by group: the moments of the distances from `origin`, a number close to the mean. The variance,
+// which is the mean square less the square of the mean, then loses few digits.
+struct Statistics {
+  float *origin, *mean, *square, *of_warps;
+
+  __device__ Statistics() {
+    origin = reinterpret_cast<float*>(dynamic_shared_memory());
+    mean = origin + kMaxGroups, square = mean + kMaxGroups, of_warps = square + kMaxGroups;
   }
 };
 
@@ -85,117 +102,118 @@ __device__ void means_by_group(const float (&x)[kSize], const Place<kSize>& plac
   __syncthreads();
 }
 
-struct Moments {
+// Of what the block holds. The origin is the mean of the first packs of its threads: at worst, where those differ from
+// all others, the variance loses a factor of kPacks in accuracy.
+template <typename T, int kSize, int kPacks>
+__device__ void take_statistics(const Pack<T, kSize> (&data)[kPacks], const GroupNormSiluArgs& args,
+                                const Division& division, const Place<kSize>& place, const Statistics& statistics) {
+  const int inside = min(division.positions_of_chunk, place.positions - place.chunk * division.positions_of_chunk);
+  const float channels = division.channels / division.groups;
+  float origin[kSize], sum[kSize] = {}, square[kSize] = {};
+  to_floats(data[0], origin);
+  means_by_group(origin, place, division.groups, min(division.rows, inside) * channels, statistics.of_warps,
+                 statistics.origin);
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) origin[e] = statistics.origin[place.group[e]];
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    float v[kSize];
+    to_floats(data[k], v);
+    if (!place.has(k, division)) continue;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float distance = v[e] - origin[e];
+      sum[e] += distance;
+      square[e] += distance * distance;
+    }
+  }
+  means_by_group(sum, place, division.groups, inside * channels, statistics.of_warps, statistics.mean);
+  means_by_group(square, place, division.groups, inside * channels, statistics.of_warps, statistics.square);
+}
+
+struct Moments {  // of a chunk and group, in scratch memory
   float mean, variance;
 };
 
-// Of a group, from those of its chunks. Every lane of a warp gets the result.
-__device__ Moments moments_of_chunks(const Moments* chunk, const GroupNormSiluArgs& args, const Division& division) {
-  const int lane = threadIdx.x % kWarp, positions = args.positions;
+// Of all chunks of an image, about the mean of the first. A warp takes a group.
+__device__ void add_up_chunks(const Moments* of_chunks, int positions, const Division& division,
+                              const Statistics& statistics) {
+  const int lane = threadIdx.x % kWarp;
   const float all = 1.0f / static_cast<float>(positions);
-  const auto share = [&](int i) {
-    return min(division.positions_of_chunk, positions - i * division.positions_of_chunk) * all;
-  };
-  Moments moments{};
+  for (int g = threadIdx.x / kWarp; g < division.groups; g += blockDim.x / kWarp) {
+    const Moments* chunk = of_chunks + g * division.chunks;
+    const float origin = chunk[0].mean;
+    float mean = 0.0f, square = 0.0f;
 #pragma unroll 1
-  for (int i = lane; i < division.chunks; i += kWarp) moments.mean += chunk[i].mean * share(i);
-  moments.mean = warp_sum(moments.mean);
-#pragma unroll 1
-  for (int i = lane; i < division.chunks; i += kWarp) {
-    const float distance = chunk[i].mean - moments.mean;
-    moments.variance += (chunk[i].variance + distance * distance) * share(i);
+    for (int i = lane; i < division.chunks; i += kWarp) {
+      const float share = min(division.positions_of_chunk, positions - i * division.positions_of_chunk) * all;
+      const float distance = chunk[i].mean - origin;
+      mean += share * distance;
+      square += share * (chunk[i].variance + distance * distance);
+    }
+    mean = warp_sum(mean), square = warp_sum(square);
+    if (lane == 0) statistics.origin[g] = origin, statistics.mean[g] = mean, statistics.square[g] = square;
   }
-  moments.variance = warp_sum(moments.variance);
-  return moments;
+  __syncthreads();
 }
 
 template <typename T, int kSize, int kPacks, Step step>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     group_norm_silu_kernel(const GroupNormSiluArgs args, const Division division) {
-  float* means = reinterpret_cast<float*>(dynamic_shared_memory());
-  float *variances = means + kMaxGroups, *of_warps = variances + kMaxGroups;
+  const Statistics statistics;
   const Place<kSize> place(args, division);
-  const int positions = args.positions, groups = division.groups;
-  const auto is_inside = [&](int k) { return place.is_active && place.first_position + k * division.rows < positions; };
-
   const T* x = static_cast<const T*>(args.x) + place.batch * args.image_stride +
                place.first_position * args.position_stride + place.channel;
   Pack<T, kSize> data[kPacks];
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
-    data[k] = load_pack<T, kSize>(x + k * division.rows * args.position_stride, is_inside(k));
+    data[k] = load_pack<T, kSize>(x + k * division.rows * args.position_stride, place.has(k, division));
   }
-
-  const auto of_channels = [&](const void* base) {
+  const auto of_channels = [&](const void* base) {  // zeros for null
     return load_pack<T, kSize>(static_cast<const T*>(base) + place.channel, base && step != Step::kMoments);
   };
-  const auto weight_pack = of_channels(args.weight), bias_pack = of_channels(args.bias);
+  const auto weight = of_channels(args.weight), bias = of_channels(args.bias);
 
-  Moments* of_chunks =
-      static_cast<Moments*>(args.scratch) + (place.batch * args.groups + place.slab * groups) * division.chunks;
-  float mean[kSize];
+  Moments* of_chunks = static_cast<Moments*>(args.scratch) +
+                       (place.batch * args.groups + place.slab * division.groups) * division.chunks;
   if constexpr (step == Step::kApply) {
-    for (int g = threadIdx.x / kWarp; g < groups; g += blockDim.x / kWarp) {
-      const Moments moments = moments_of_chunks(of_chunks + g * division.chunks, args, division);
-      if (threadIdx.x % kWarp == 0) means[g] = moments.mean, variances[g] = moments.variance;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) mean[e] = means[place.group[e]];
+    add_up_chunks(of_chunks, place.positions, division, statistics);
   } else {
-    const int inside = min(division.positions_of_chunk, positions - place.chunk * division.positions_of_chunk);
-    const float count = static_cast<float>(inside) * (division.channels / groups);
-    float sum[kSize] = {}, square[kSize] = {};
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      float v[kSize];
-      to_floats(data[k], v);
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) sum[e] += v[e];
+    take_statistics(data, args, division, place, statistics);
+  }
+  if constexpr (step == Step::kMoments) {
+    const int g = threadIdx.x;
+    if (g < division.groups) {
+      const float mean = statistics.mean[g];
+      of_chunks[g * division.chunks + place.chunk] = {statistics.origin[g] + mean, statistics.square[g] - mean * mean};
     }
-    means_by_group(sum, place, groups, count, of_warps, means);
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) mean[e] = means[place.group[e]];
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      float v[kSize];
-      to_floats(data[k], v);
-      if (!is_inside(k)) continue;
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        const float distance = v[e] - mean[e];
-        square[e] += distance * distance;
-      }
-    }
-    means_by_group(square, place, groups, count, of_warps, variances);
-    if constexpr (step == Step::kMoments) {
-      const int g = threadIdx.x;
-      if (g < groups) of_chunks[g * division.chunks + place.chunk] = {means[g], variances[g]};
-      return;
-    }
+    return;
   }
 
-  float scale[kSize], bias[kSize];
-  to_floats(weight_pack, scale);
-  to_floats(bias_pack, bias);
+  float origin[kSize], scale[kSize], shift[kSize];
+  to_floats(weight, scale);
+  to_floats(bias, shift);
 #pragma unroll
   for (int e = 0; e < kSize; ++e) {
-    scale[e] = (args.weight ? scale[e] : 1.0f) * rsqrtf(variances[place.group[e]] + args.eps);
+    const int g = place.group[e];
+    const float mean = statistics.mean[g];
+    origin[e] = statistics.origin[g];
+    scale[e] = (args.weight ? scale[e] : 1.0f) * rsqrtf(statistics.square[g] - mean * mean + args.eps);
+    shift[e] -= mean * scale[e];
   }
-  T* out = static_cast<T*>(args.out) + (place.batch * positions + place.first_position) * args.channels + place.channel;
+  T* out = static_cast<T*>(args.out) + (place.batch * place.positions + place.first_position) * args.channels +
+           place.channel;
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
     float v[kSize];
     to_floats(data[k], v);
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      v[e] = (v[e] - mean[e]) * scale[e] + bias[e];
-    }
+    for (int e = 0; e < kSize; ++e) v[e] = (v[e] - origin[e]) * scale[e] + shift[e];
     if (args.silu) {
 #pragma unroll
       for (int e = 0; e < kSize; ++e) v[e] *= reciprocal_approximate(1.0f + exp2_approximate(v[e] * -kLog2E));
     }
-    if (is_inside(k)) store_pack(out + k * division.rows * args.channels, from_floats<T>(v));
+    if (place.has(k, division)) store_pack(out + k * division.rows * args.channels, from_floats<T>(v));
   }
 }
 

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gafext.ops import conv3x3, cross_view_attention, flash_attention, geglu, geglu_gate
+from gafext.ops import conv3x3, cross_view_attention, flash_attention, geglu, geglu_gate, group_norm_silu
 from gafext.ops.conv3x3 import reference_conv3x3
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.geglu import reference_geglu, reference_geglu_gate
+from gafext.ops.group_norm_silu import reference_group_norm_silu
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,20 @@ GEGLU_SHAPES = [
 ]
 # On GPUs besides those.
 GPU_GEGLU_SHAPES = [(2 * rows, channels, f"{where}, with guidance") for rows, channels, where in GEGLU_SHAPES]
+# (batch, channels, side, where), in 32 groups; on GPUs alone, for on CPUs the operation is PyTorch's
+GROUP_NORM_SHAPES = [
+    (8, 320, 32, "4 views with guidance, 32x32"),
+    (8, 640, 32, "32x32, on the way up"),
+    (8, 960, 32, "32x32, on the way up"),
+    (8, 640, 16, "16x16"),
+    (8, 1920, 16, "16x16, on the way up"),
+    (8, 1280, 8, "8x8"),
+    (8, 2560, 4, "4x4, on the way up"),
+    (8, 320, 64, "64x64 latents"),
+    (1, 512, 64, "autoencoder, 64x64"),
+    (1, 256, 256, "autoencoder, 256x256"),
+    (1, 128, 512, "autoencoder, 512x512"),
+]
 # (batch, input channels, output channels, side, where); with guidance, 4 views are a batch of 8
 CONV_SHAPES = [
     (8, 320, 320, 32, "4 views with guidance, 32x32"),
@@ -128,6 +143,8 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
         yield geglu_case(*sizes, where, compiled=compiled, **kind)
     for *sizes, where in geglu_shapes:
         yield geglu_gate_case(*sizes, where, compiled=compiled, **kind)
+    for *sizes, where in GROUP_NORM_SHAPES * on_gpu:
+        yield group_norm_case(*sizes, where, compiled=compiled, **kind)
     if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
         for *sizes, where in CONV_SHAPES:
             yield conv3x3_case(*sizes, where)
@@ -293,6 +310,32 @@ def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **k
 
 def channels_last(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+
+
+def group_norm_case(batch: int, channels: int, side: int, where: str, *, compiled: bool, **kind) -> Case:
+    def of_32(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias: form(x, 32, weight, bias)
+
+    def inputs() -> tuple[Tensor, ...]:
+        x = torch.randn(batch, channels, side, side, **kind)
+        return *channels_last(x), torch.randn(channels, **kind), torch.randn(channels, **kind)
+
+    contestants = [
+        Contestant("gafext", of_32(group_norm_silu)),
+        Contestant("eager channels-last", of_32(reference_group_norm_silu)),
+        Contestant("eager contiguous", of_32(reference_group_norm_silu), prepare=contiguous),
+    ]
+    if compiled:
+        contestants.append(compiled_form("eager", of_32(reference_group_norm_silu)))
+    return Case(
+        op="group_norm_silu",
+        shape=f"{batch},{channels},{side}x{side}",
+        where=where,
+        bound="memory",
+        flops=8 * batch * channels * side * side,
+        inputs=inputs,
+        contestants=contestants,
+    )
 
 
 def pack_by_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
