@@ -35,6 +35,7 @@ struct HeadStrides {
 struct FlashAttentionArgs {
   const void *query, *key, *value;
   void* out;
+  void* workspace;  // flash_attention_cuda_workspace() bytes on a GPU, null for 0
   int64_t batch, heads, query_length, key_length, head_dim;
   HeadStrides query_stride, key_stride, value_stride, out_stride;
   float scale;
@@ -104,6 +105,8 @@ void geglu_gate_cpu(const GegluGateArgs& args);
 void conv3x3_cpu(const Conv3x3Args& args);
 
 #ifdef GAFEXT_WITH_CUDA
+// Memory that flash_attention_cuda() needs beside the result: partial results, where the keys are split over blocks.
+cudaError_t flash_attention_cuda_workspace(const FlashAttentionArgs& args, int64_t& bytes);
 // Launch on the current device and return without waiting; the result is that of the launch.
 cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream);
 cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);

@@ -36,6 +36,16 @@ __device__ inline float exp2_approximate(float x) {
   return result;
 }
 
+// Two numbers side by side, `low` in the low half, rounded to nearest.
+__device__ inline uint32_t pack_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // c += A B with float32 accumulation, over the 32 lanes of a warp. Two products of half the depth on Turing.
 __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
 #if __CUDA_ARCH__ >= 800
