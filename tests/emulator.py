@@ -113,7 +113,11 @@ def _attention(query, key, value, scale, **more):
 
 def flash_attention(query, key, value, *, scale=None, is_causal=False):
     sizes = dict(batch=query.shape[0], query_length=query.shape[2], key_length=key.shape[2])
-    return _attention(query, key, value, scale, is_causal=is_causal, **sizes)
+    call = _attention(query, key, value, scale, is_causal=is_causal, **sizes)
+    splits = 8  # of the keys, at most
+    call.arguments["workspace"] = torch.empty(splits * query[..., 0].numel() * (query.shape[3] + 2))
+    call.scratch = ("workspace",)
+    return call
 
 
 def cross_view_attention(query, key, value, num_views, *, scale=None):

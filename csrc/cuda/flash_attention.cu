@@ -139,6 +139,7 @@ cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t st
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const FlashPlan plan = plan_for(args, device);
+  if (plan.splits > 1 && args.workspace == nullptr) return cudaErrorInvalidValue;
   if (plan.kernel == FlashKernel::kSimple) return flash_attention_simple(args, stream);
   return args.dtype == DType::kFloat16 ? by_tensor_cores<__half>(args, plan, stream)
                                        : by_tensor_cores<__nv_bfloat16>(args, plan, stream);

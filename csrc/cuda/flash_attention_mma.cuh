@@ -161,9 +161,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     sum[i / 2][i % 2] = quad_sum(my.softmax.sum[i / 2][i % 2]);
     inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
   }
-  if (args.workspace != nullptr) {
-    const int splits = (static_cast<int>(args.key_length) + split_keys - 1) / split_keys;
-    store_partial(args, Partial(args, splits), share, my.out, sum, my.softmax, my_row, 0);
+  if (share.splits > 1) {
+    store_partial(args, share, my.out, sum, my.softmax, my_row, 0);
   } else {
     copies_wait<0>();
     __syncthreads();  // keys and values have been read: room to stage the outputs

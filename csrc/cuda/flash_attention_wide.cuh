@@ -196,9 +196,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
     inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
   }
-  if (args.workspace != nullptr) {
-    const int splits = (static_cast<int>(args.key_length) + split_keys - 1) / split_keys;
-    store_partial(args, Partial(args, splits), share, out, sum, softmax, my_row, part * Shape::kPartColumns);
+  if (share.splits > 1) {
+    store_partial(args, share, out, sum, softmax, my_row, part * Shape::kPartColumns);
   } else {
     store_rows<kDim>(out, inverse, queries + group_row * kDim, part * (Shape::kPartColumns / 8),
                      const_cast<T*>(row_of<T>(args.out, args.out_stride, batch, head, 0)),

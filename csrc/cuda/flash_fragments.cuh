@@ -205,8 +205,8 @@ __device__ inline float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f
 
 // A block's share of an attention: some rows of one head, and some of the keys they see.
 struct Share {
-  int split;       // which share of the keys
-  int batch_head;  // batch * heads + head
+  int split, splits;  // which share of the keys, of how many
+  int batch_head;     // batch * heads + head
   int first_row, first_key, end_key;
 };
 
@@ -214,11 +214,12 @@ struct Share {
 // come first: causal rows see more keys the later they are, and the short ones then fill the gaps at the end.
 __device__ inline Share share_of_block(const FlashAttentionArgs& args, int rows, int row_blocks, int split_keys) {
   const int key_length = static_cast<int>(args.key_length);
-  const int splits = (key_length + split_keys - 1) / split_keys;
+  const int splits = max((key_length + split_keys - 1) / split_keys, 1);
   const int block = static_cast<int>(blockIdx.x), row_block = row_blocks - 1 - block % row_blocks;
   Share share{};
-  share.split = block / row_blocks % max(splits, 1);
-  share.batch_head = block / row_blocks / max(splits, 1);
+  share.splits = splits;
+  share.split = block / row_blocks % splits;
+  share.batch_head = block / row_blocks / splits;
   share.first_row = row_block * rows;
   share.first_key = share.split * split_keys;
   share.end_key = min(share.first_key + split_keys, key_length);
@@ -239,9 +240,10 @@ struct Partial {
 
 // The fragments of rows first .. of one split and head; `sum` is that of the whole row.
 template <int kRowTiles, int kTiles>
-__device__ inline void store_partial(const FlashAttentionArgs& args, const Partial& partial, const Share& share,
+__device__ inline void store_partial(const FlashAttentionArgs& args, const Share& share,
                                      const float (&out)[kRowTiles][kTiles][4], const float (&sum)[kRowTiles][2],
                                      const Softmax<kRowTiles>& softmax, int first, int first_column) {
+  const Partial partial(args, share.splits);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {

@@ -14,7 +14,7 @@ namespace emulator {
 enum class Format { kFloat16, kBFloat16 };
 void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, Format format);
 void load_matrices(uint32_t* r, const void* row, bool transposed);
-void copy_16_async(void* shared, const void* global, bool inside);
+void copy_async(void* shared, const void* global, bool inside);
 void copies_commit();
 void copies_wait(int groups);
 float exp2_approximate(float x);
@@ -29,6 +29,13 @@ inline unsigned char* dynamic_shared_memory() { return emulator::shared_memory()
 inline uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
 inline float exp2_approximate(float x) { return emulator::exp2_approximate(x); }
 
+inline uint32_t pack_pair(float low, float high, __half) {
+  return __half(low).bits | static_cast<uint32_t>(__half(high).bits) << 16;
+}
+inline uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  return __nv_bfloat16(low).bits | static_cast<uint32_t>(__nv_bfloat16(high).bits) << 16;
+}
+
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   emulator::mma_16x8x16(c, a, b, emulator::Format::kFloat16);
 }
@@ -39,7 +46,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) { emulator::load_ma
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, true); }
 
 inline void copy_16_async(void* shared, const void* global, bool inside) {
-  emulator::copy_16_async(shared, global, inside);
+  emulator::copy_async(shared, global, inside);
 }
 inline void copies_commit() { emulator::copies_commit(); }
 template <int groups>
