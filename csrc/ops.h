@@ -16,12 +16,19 @@ namespace gafext {
 enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int64_t kMaxHeadDim = 256;  // of the attention kernels; larger heads go to PyTorch's operation
+constexpr int64_t kMaxWideHeadDim = 512;  // of flash_attention on CUDA, in half precision and by whole 8s
 constexpr int64_t kMaxViews = 32;     // of cross_view_attention
 
 // Strides of a (batch, heads, length, head_dim) tensor; that of head_dim is 1.
 struct HeadStrides {
   int64_t batch, head, row;
 };
+
+// Whether rows of 2-byte elements can be copied 16 bytes at a time, as the tensor-core kernels do.
+inline bool has_aligned_rows(const void* base, const HeadStrides& stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride.batch % 8 == 0 && stride.head % 8 == 0 &&
+         stride.row % 8 == 0;
+}
 
 // out[b,h,i,:] = sum_j softmax_j(scale * <query[b,h,i,:], key[b,h,j,:]>) value[b,h,j,:]
 //

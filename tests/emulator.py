@@ -114,8 +114,8 @@ def _attention(query, key, value, scale, **more):
 def flash_attention(query, key, value, *, scale=None, is_causal=False):
     sizes = dict(batch=query.shape[0], query_length=query.shape[2], key_length=key.shape[2])
     call = _attention(query, key, value, scale, is_causal=is_causal, **sizes)
-    splits = 8  # of the keys, at most
-    call.arguments["workspace"] = torch.empty(splits * query[..., 0].numel() * (query.shape[3] + 2))
+    splits, columns = 8, max(query.shape[3] + 256, 512)  # more than the kernels take
+    call.arguments["workspace"] = torch.empty(splits * query[..., 0].numel() * columns)
     call.scratch = ("workspace",)
     return call
 

@@ -29,6 +29,19 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// blockIdx.x and threadIdx.x, read anew each time: what follows from them need not stay in registers from one use to
+// the next.
+__device__ inline int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // 2^x to 2 units in the last place, -inf -> 0; denormal results are flushed to zero.
 __device__ inline float exp2_approximate(float x) {
   float result;

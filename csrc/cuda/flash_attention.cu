@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
 
 #include "flash_fragments.cuh"
@@ -31,28 +32,27 @@ cudaError_t current_device(Device& device) {
   return error;
 }
 
-// Rows that can be copied 16 bytes at a time, by strides of 32 bits.
-bool has_aligned_rows(const void* base, const HeadStrides& stride) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride.batch % 8 == 0 && stride.head % 8 == 0 &&
-         stride.row % 8 == 0 && std::abs(stride.row) <= std::numeric_limits<int32_t>::max();
+bool has_copied_rows(const void* base, const HeadStrides& stride) {
+  return has_aligned_rows(base, stride) && std::abs(stride.row) <= std::numeric_limits<int32_t>::max();
 }
 
 bool fits_tensor_cores(const FlashAttentionArgs& args, const Device& device) {
   constexpr int64_t kMaxLength = 1 << 30;  // rows, and pairs of batch and head, have 32-bit indices there
   const bool has_instructions =
-      device.capability >= 80 || (device.capability >= 75 && args.dtype == DType::kFloat16 && args.head_dim <= 160);
+      device.capability >= 80 || (device.capability >= 75 && args.dtype == DType::kFloat16 && args.head_dim <= kMaxHeadDim);
   return args.dtype != DType::kFloat32 && has_instructions && args.head_dim % 8 == 0 &&
          std::max(args.query_length, args.key_length) <= kMaxLength && args.batch * args.heads <= kMaxLength &&
-         has_aligned_rows(args.query, args.query_stride) && has_aligned_rows(args.key, args.key_stride) &&
-         has_aligned_rows(args.value, args.value_stride) && has_aligned_rows(args.out, args.out_stride);
+         has_copied_rows(args.query, args.query_stride) && has_copied_rows(args.key, args.key_stride) &&
+         has_copied_rows(args.value, args.value_stride) && has_copied_rows(args.out, args.out_stride);
 }
 
 // None of these limits was measured: they await a GPU.
 FlashPlan plan_for(const FlashAttentionArgs& args, const Device& device) {
-  FlashPlan plan{FlashKernel::kSimple, 1, 1, 0};
+  FlashPlan plan{FlashKernel::kSimple, 0, 1, 1, 0};
   if (!fits_tensor_cores(args, device)) return plan;
   // The sm_90a kernel goes here, for the shapes where it was measured to be the faster one.
-  const bool wide = args.head_dim > 256;
+  const bool wide = args.head_dim > kMaxHeadDim;
+  plan.columns = *std::lower_bound(std::begin(kHeadSizes), std::end(kHeadSizes), args.head_dim);
   plan.kernel = wide ? FlashKernel::kWide : FlashKernel::kMma;
 
   // Twice the rows halve the reads of keys and values, as long as every multiprocessor has its two blocks (wide: one).
@@ -81,31 +81,29 @@ cudaError_t by_tensor_cores(const FlashAttentionArgs& args, const FlashPlan& pla
 
 constexpr int kCombineWarps = 4;
 
-// A warp a row. With the references r_s of the splits and r their maximum: sum of 2^(r_s - r) outputs_s, over the same
-// sum of the splits' sums.
+// A warp a row. With the references r_s of the splits and r their maximum: the sum of 2^(r_s - r) outputs_s over that
+// of 2^(r_s - r) sum_s.
 template <typename T>
-__global__ void flash_attention_combine_kernel(const FlashAttentionArgs args, int splits) {
-  const Partial partial(args, splits);
+__global__ void flash_attention_combine_kernel(const FlashAttentionArgs args, int splits, int columns) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / kWarp;
   const int64_t rows = args.batch * args.heads * args.query_length;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / kWarp;
   if (index >= rows) return;
+  const float* outputs = static_cast<const float*>(args.workspace) + index * columns;
+  const float2* statistics = static_cast<const float2*>(args.workspace) + splits * rows * columns / 2 + index;
+
   float reference = kNoReference, sum = 0.0f;
-  for (int s = 0; s < splits; ++s) reference = fmaxf(reference, partial.statistics[2 * (s * rows + index)]);
-  for (int s = 0; s < splits; ++s) {
-    const float* of_split = partial.statistics + 2 * (s * rows + index);
-    sum += exp2f(of_split[0] - reference) * of_split[1];
-  }
+  for (int s = 0; s < splits; ++s) reference = fmaxf(reference, statistics[s * rows].x);
+  for (int s = 0; s < splits; ++s) sum += exp2f(statistics[s * rows].x - reference) * statistics[s * rows].y;
   const float inverse = inverse_of(sum);
-  const int64_t head = index / args.query_length;
-  T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, head / args.heads, head % args.heads,
-                                    index % args.query_length));
+
+  const int64_t head = index / args.query_length, row = index % args.query_length;
+  T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, head / args.heads, head % args.heads, row));
   for (int64_t column = lane * 2; column < args.head_dim; column += 2 * kWarp) {
     float low = 0.0f, high = 0.0f;
     for (int s = 0; s < splits; ++s) {
-      const float weight = exp2f(partial.statistics[2 * (s * rows + index)] - reference);
-      const float2 pair =
-          *reinterpret_cast<const float2*>(partial.outputs + (s * rows + index) * args.head_dim + column);
+      const float weight = exp2f(statistics[s * rows].x - reference);
+      const float2 pair = *reinterpret_cast<const float2*>(outputs + s * rows * columns + column);
       low += weight * pair.x, high += weight * pair.y;
     }
     *reinterpret_cast<uint32_t*>(out + column) = pack_pair(low * inverse, high * inverse, T());
@@ -118,7 +116,7 @@ template <typename T>
 cudaError_t flash_attention_combine(const FlashAttentionArgs& args, const FlashPlan& plan, cudaStream_t stream) {
   const int64_t rows = args.batch * args.heads * args.query_length;
   return launch(flash_attention_combine_kernel<T>, (rows + kCombineWarps - 1) / kCombineWarps, kCombineWarps * kWarp, 0,
-                stream, args, plan.splits);
+                stream, args, plan.splits, plan.columns);
 }
 
 }  // namespace cuda
@@ -129,7 +127,7 @@ cudaError_t flash_attention_cuda_workspace(const FlashAttentionArgs& args, int64
   const cudaError_t error = current_device(device);
   const FlashPlan plan = plan_for(args, device);
   const int64_t rows = args.batch * args.heads * args.query_length;
-  bytes = plan.splits > 1 ? plan.splits * rows * (args.head_dim + 2) * static_cast<int64_t>(sizeof(float)) : 0;
+  bytes = plan.splits > 1 ? plan.splits * rows * (plan.columns + 2) * static_cast<int64_t>(sizeof(float)) : 0;
   return error;
 }
 
@@ -140,7 +138,9 @@ cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t st
   if (error != cudaSuccess) return error;
   const FlashPlan plan = plan_for(args, device);
   if (plan.splits > 1 && args.workspace == nullptr) return cudaErrorInvalidValue;
-  if (plan.kernel == FlashKernel::kSimple) return flash_attention_simple(args, stream);
+  if (plan.kernel == FlashKernel::kSimple) {
+    return args.head_dim <= kMaxHeadDim ? flash_attention_simple(args, stream) : cudaErrorNotSupported;
+  }
   return args.dtype == DType::kFloat16 ? by_tensor_cores<__half>(args, plan, stream)
                                        : by_tensor_cores<__nv_bfloat16>(args, plan, stream);
 }

@@ -7,9 +7,13 @@ namespace gafext::cuda {
 
 enum class FlashKernel { kSimple, kMma, kWide };
 
+// The columns that the tensor-core kernels work with; those beyond head_dim are zeros.
+constexpr int kHeadSizes[] = {48, 64, 80, 96, 128, 160, 256, 512};
+
 // How the tensor-core kernels divide the work over blocks.
 struct FlashPlan {
   FlashKernel kernel;
+  int columns;     // one of kHeadSizes
   int rows;        // of the queries, a block
   int splits;      // of the keys; with more than one the results are partial ones
   int split_keys;  // keys of a split

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     flash_attention_mma_kernel(const FlashAttentionArgs args, int row_blocks, int split_keys) {
   T* shared = reinterpret_cast<T*>(dynamic_shared_memory());  // [2 stages][keys, values][kKeys, kDim], [kQuery]
   const int warp = threadIdx.x / kWarp;
-  const Share share = share_of_block(args, Shape::kRows, row_blocks, split_keys);
+  const Share share = share_of_block(args, blockIdx.x, Shape::kRows, row_blocks, split_keys);
   const int heads = static_cast<int>(args.heads), batch = share.batch_head / heads, head = share.batch_head % heads;
   const T* query = row_of<T>(args.query, args.query_stride, batch, head, 0);
   const T* key = row_of<T>(args.key, args.key_stride, batch, head, 0);
@@ -114,11 +114,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int query_stride = static_cast<int>(args.query_stride.row), key_stride = static_cast<int>(args.key_stride.row);
   const int value_stride = static_cast<int>(args.value_stride.row);
   const int head_dim = static_cast<int>(args.head_dim), query_length = static_cast<int>(args.query_length);
-  const int tiles = max(share.end_key - share.first_key + Shape::kKeys - 1, 0) / Shape::kKeys;
 
-  const auto copy = [&](int tile) {
-    T* stage = shared + tile % 2 * 2 * Shape::kTile;
-    const int first = share.first_key + tile * Shape::kKeys;
+  const auto copy = [&](T* stage, int first) {
     copy_tile<T, Shape::kKeys, Shape::kDim, Shape::kThreads>(stage, key, key_stride, first, share.end_key, head_dim);
     copy_tile<T, Shape::kKeys, Shape::kDim, Shape::kThreads>(stage + Shape::kTile, value, value_stride, first,
                                                              share.end_key, head_dim);
@@ -129,7 +126,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     copy_tile<T, Shape::kRows, Shape::kDim, Shape::kThreads>(shared_query, query, query_stride, share.first_row,
                                                              query_length, head_dim);
   }
-  if (tiles > 0) copy(0);
+  if (share.first_key < share.end_key) copy(shared, share.first_key);
 
   FlashWarp<T, Shape> my{};
   const int my_row = share.first_row + warp * Shape::kWarpRows;
@@ -137,17 +134,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   my.shared_query = shared_query + warp * Shape::kWarpRows * Shape::kDim;
   if constexpr (!Shape::kQueryShared) my.load_query(query, query_stride, my_row, query_length, head_dim);
   const int my_end = args.is_causal ? min(share.end_key, my_row + Shape::kWarpRows) : share.end_key;
-  for (int tile = 0; tile < tiles; ++tile) {
+  int stage = 0;
+  for (int first = share.first_key; first < share.end_key; first += Shape::kKeys) {
     copies_wait<0>();
     __syncthreads();  // the tile has arrived, and the one before it has been read
-    if (tile + 1 < tiles) copy(tile + 1);
-    const T* keys = shared + tile % 2 * 2 * Shape::kTile;
+    const T* keys = shared + stage;
     const T* values = keys + Shape::kTile;
-    const int first = share.first_key + tile * Shape::kKeys, seen = my_end - first;
-    if (seen > Shape::kKeys / 2) {
+    stage ^= 2 * Shape::kTile;
+    if (first + Shape::kKeys < share.end_key) copy(shared + stage, first + Shape::kKeys);
+    const int seen = my_end - first;
+    if (Shape::kKeys <= 32 ? seen > 0 : seen > Shape::kKeys / 2) {
       const bool masked = seen < Shape::kKeys || (args.is_causal && first + Shape::kKeys > my_row + 1);
       my.template attend<Shape::kKeys / 16>(args, keys, values, first, share.end_key, masked);
-    } else {
+    } else if constexpr (Shape::kKeys > 32) {
 #pragma unroll 1
       for (int i = 0; i < seen; i += 16) {
         my.template attend<1>(args, keys + i * Shape::kDim, values + i * Shape::kDim, first + i, share.end_key, true);
@@ -161,14 +160,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     sum[i / 2][i % 2] = quad_sum(my.softmax.sum[i / 2][i % 2]);
     inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
   }
-  if (share.splits > 1) {
-    store_partial(args, share, my.out, sum, my.softmax, my_row, 0);
+  const Share my_share = share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
+  const int my_first = thread_index() / kWarp * Shape::kWarpRows, first_row = my_share.first_row + my_first;
+  if (my_share.splits > 1) {
+    store_partial<Shape::kDim>(args, my_share, my.out, sum, my.softmax, first_row, 0);
   } else {
     copies_wait<0>();
     __syncthreads();  // keys and values have been read: room to stage the outputs
-    store_rows<Shape::kDim>(my.out, inverse, shared + warp * Shape::kWarpRows * Shape::kDim, 0,
-                            const_cast<T*>(row_of<T>(args.out, args.out_stride, batch, head, 0)),
-                            static_cast<int>(args.out_stride.row), my_row, query_length, head_dim);
+    T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, my_share.batch_head / heads,
+                                      my_share.batch_head % heads, 0));
+    store_rows<Shape::kDim>(my.out, inverse, shared + my_first * Shape::kDim, 0, out,
+                            static_cast<int>(args.out_stride.row), first_row, query_length, head_dim);
   }
 }
 
@@ -182,14 +184,22 @@ cudaError_t flash_attention_mma(const FlashAttentionArgs& args, const FlashPlan&
     };
     return plan.rows == longer.kRows ? launch_shape(longer) : launch_shape(shorter);
   };
-  const int64_t dim = args.head_dim;
-  if (dim <= 48) return go(FlashShape<48, 2, 4, 64, 2, false>(), FlashShape<48, 1, 4, 64, 4, false>());
-  if (dim <= 64) return go(FlashShape<64, 2, 4, 64, 2, false>(), FlashShape<64, 1, 4, 64, 3, false>());
-  if (dim <= 80) return go(FlashShape<80, 2, 4, 64, 2, false>(), FlashShape<80, 1, 4, 64, 3, false>());
-  if (dim <= 96) return go(FlashShape<96, 2, 4, 32, 2, false>(), FlashShape<96, 1, 4, 64, 2, false>());
-  if (dim <= 128) return go(FlashShape<128, 1, 8, 64, 1, false>(), FlashShape<128, 1, 4, 64, 2, false>());
-  if (dim <= 160) return go(FlashShape<160, 1, 8, 32, 1, false>(), FlashShape<160, 1, 4, 32, 2, false>());
-  return go(FlashShape<256, 1, 4, 32, 2, true>(), FlashShape<256, 1, 4, 32, 2, true>());
+  switch (plan.columns) {
+    case 48:
+      return go(FlashShape<48, 2, 4, 64, 2, false>(), FlashShape<48, 1, 4, 64, 3, false>());
+    case 64:
+      return go(FlashShape<64, 2, 4, 64, 2, false>(), FlashShape<64, 1, 4, 64, 3, false>());
+    case 80:
+      return go(FlashShape<80, 2, 4, 64, 2, false>(), FlashShape<80, 1, 4, 64, 3, false>());
+    case 96:
+      return go(FlashShape<96, 2, 4, 48, 2, false>(), FlashShape<96, 1, 4, 64, 2, false>());
+    case 128:
+      return go(FlashShape<128, 2, 4, 32, 2, true>(), FlashShape<128, 1, 4, 64, 2, false>());
+    case 160:
+      return go(FlashShape<160, 1, 8, 32, 1, false>(), FlashShape<160, 1, 4, 32, 2, false>());
+    default:
+      return go(FlashShape<256, 1, 4, 16, 2, true>(), FlashShape<256, 1, 4, 16, 2, true>());
+  }
 }
 
 }  // namespace gafext::cuda

@@ -8,9 +8,9 @@
 namespace gafext::cuda {
 
 // Warps are kGroups groups of rows x kParts parts of the keys (while scoring) or of the columns (while adding up).
-template <int kGroups_, int kBlocks_>
+template <int kGroups_>
 struct WideShape {
-  static constexpr int kGroups = kGroups_, kParts = 8 / kGroups, kBlocks = kBlocks_, kThreads = 8 * kWarp;
+  static constexpr int kGroups = kGroups_, kParts = 8 / kGroups, kThreads = 8 * kWarp;
   static constexpr int kDim = 512, kRowTiles = 2, kRows = 32 * kGroups, kKeys = 128;
   static constexpr int kPartKeys = kKeys / kParts, kPartColumns = kDim / kParts;
   static constexpr int kChunkColumns = 64, kChunkKeys = 16;  // of a chunk of keys [kKeys, 64], of values [16, kDim]
@@ -54,7 +54,7 @@ struct ChunkRing {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     flash_attention_wide_kernel(const FlashAttentionArgs args, int row_blocks, int split_keys) {
   constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles, kParts = Shape::kParts;
   T* queries = reinterpret_cast<T*>(dynamic_shared_memory());      // [kRows, kDim], at the end the outputs
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int lane = threadIdx.x % kWarp, matrix = lane / 8, matrix_row = lane % 8;
   const int warp = threadIdx.x / kWarp, part = warp % kParts, group_row = warp / kParts * 32;
 
-  const Share share = share_of_block(args, Shape::kRows, row_blocks, split_keys);
+  const Share share = share_of_block(args, blockIdx.x, Shape::kRows, row_blocks, split_keys);
   const int heads = static_cast<int>(args.heads), batch = share.batch_head / heads, head = share.batch_head % heads;
   const int head_dim = static_cast<int>(args.head_dim), query_length = static_cast<int>(args.query_length);
   const int tiles = max(share.end_key - share.first_key + kKeys - 1, 0) / kKeys;
@@ -196,12 +196,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
     inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
   }
-  if (share.splits > 1) {
-    store_partial(args, share, out, sum, softmax, my_row, part * Shape::kPartColumns);
+  const Share my_share = share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
+  const int first_row = my_share.first_row + group_row;
+  if (my_share.splits > 1) {
+    store_partial<kDim>(args, my_share, out, sum, softmax, first_row, part * Shape::kPartColumns);
   } else {
-    store_rows<kDim>(out, inverse, queries + group_row * kDim, part * (Shape::kPartColumns / 8),
-                     const_cast<T*>(row_of<T>(args.out, args.out_stride, batch, head, 0)),
-                     static_cast<int>(args.out_stride.row), my_row, query_length, head_dim);
+    T* to = const_cast<T*>(row_of<T>(args.out, args.out_stride, my_share.batch_head / heads,
+                                     my_share.batch_head % heads, 0));
+    store_rows<kDim>(out, inverse, queries + group_row * kDim, part * (Shape::kPartColumns / 8), to,
+                     static_cast<int>(args.out_stride.row), first_row, query_length, head_dim);
   }
 }
 
@@ -212,7 +215,7 @@ cudaError_t flash_attention_wide(const FlashAttentionArgs& args, const FlashPlan
     return launch(flash_attention_wide_kernel<T, Shape>, plan.blocks(args), Shape::kThreads, Shape::kSharedBytes,
                   stream, args, plan.row_blocks(args), plan.split_keys);
   };
-  return plan.rows == WideShape<2, 1>::kRows ? go(WideShape<2, 1>()) : go(WideShape<1, 2>());
+  return plan.rows == WideShape<2>::kRows ? go(WideShape<2>()) : go(WideShape<1>());
 }
 
 }  // namespace gafext::cuda

@@ -22,10 +22,11 @@ __host__ __device__ constexpr int power_of_2_up_to(int n) { return n < 2 ? n : 2
 
 // Rows first .. first + kRows of a (length, columns) matrix into a tile of kDim columns, by all threads of the block;
 // zeros outside of the matrix. The columns go in parts of a power of 2 chunks, 80 as 64 and 16: a thread then stays in
-// one column, and its rows are a constant number apart, so that a copy takes few instructions beside itself.
+// one column, and its rows are a multiple of 8 apart, where the swizzle repeats: both addresses grow by constants.
 template <typename T, int kRows, int kDim, int kThreads, int kFirstChunk = 0>
 __device__ inline void copy_tile(T* tile, const T* matrix, int row_stride, int first, int length, int columns) {
-  constexpr int kPart = power_of_2_up_to(kDim / 8 - kFirstChunk), kStep = kThreads / kPart;
+  constexpr int kLeft = kDim / 8 - kFirstChunk, kPart = power_of_2_up_to(kLeft < kThreads / 8 ? kLeft : kThreads / 8);
+  constexpr int kStep = kThreads / kPart;
   const int thread = threadIdx.x, row = thread / kPart, chunk = kFirstChunk + thread % kPart;
   const T* from = matrix + static_cast<int64_t>(first + row) * row_stride + chunk * 8;
   const int rows = chunk * 8 < columns ? length - first - row : 0;
@@ -177,7 +178,7 @@ template <int kDim, typename T, int kRowTiles, int kTiles>
 __device__ inline void store_rows(const float (&out)[kRowTiles][kTiles][4], const float (&inverse)[kRowTiles][2],
                                   T* tile, int first_chunk, T* matrix, int row_stride, int first, int length,
                                   int columns) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = thread_index() % kWarp;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -212,10 +213,10 @@ struct Share {
 
 // Blocks go along the rows of a head, then over its splits: blocks that run together share keys in L2. The last rows
 // come first: causal rows see more keys the later they are, and the short ones then fill the gaps at the end.
-__device__ inline Share share_of_block(const FlashAttentionArgs& args, int rows, int row_blocks, int split_keys) {
+__device__ inline Share share_of_block(const FlashAttentionArgs& args, int block, int rows, int row_blocks, int split_keys) {
   const int key_length = static_cast<int>(args.key_length);
   const int splits = max((key_length + split_keys - 1) / split_keys, 1);
-  const int block = static_cast<int>(blockIdx.x), row_block = row_blocks - 1 - block % row_blocks;
+  const int row_block = row_blocks - 1 - block % row_blocks;
   Share share{};
   share.splits = splits;
   share.split = block / row_blocks % splits;
@@ -227,39 +228,27 @@ __device__ inline Share share_of_block(const FlashAttentionArgs& args, int rows,
   return share;
 }
 
-// What a split leaves for flash_attention_combine_kernel: for each split, head and row head_dim outputs not yet divided
-// by the sum, then (reference, sum) of all of them.
-struct Partial {
-  float* outputs;
-  float* statistics;
-
-  __host__ __device__ Partial(const FlashAttentionArgs& args, int splits)
-      : outputs(static_cast<float*>(args.workspace)),
-        statistics(outputs + splits * args.batch * args.heads * args.query_length * args.head_dim) {}
-};
-
-// The fragments of rows first .. of one split and head; `sum` is that of the whole row.
-template <int kRowTiles, int kTiles>
+// What a split leaves for flash_attention_combine_kernel: for each split, head and row kDim outputs not yet divided by
+// the sum, padding included, then (reference, sum) of all of them. The fragments are those of rows first .. and columns
+// first_column .. ; `sum` is that of the whole row.
+template <int kDim, int kRowTiles, int kTiles>
 __device__ inline void store_partial(const FlashAttentionArgs& args, const Share& share,
                                      const float (&out)[kRowTiles][kTiles][4], const float (&sum)[kRowTiles][2],
                                      const Softmax<kRowTiles>& softmax, int first, int first_column) {
-  const Partial partial(args, share.splits);
-  const int lane = threadIdx.x % kWarp;
+  const int lane = thread_index() % kWarp;
+  const int64_t rows = args.batch * args.heads * args.query_length;
+  float* outputs = static_cast<float*>(args.workspace);
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     const int m = i / 2, r = i % 2, row = first + 16 * m + lane / 4 + 8 * r;
     if (row >= args.query_length) continue;
-    const int64_t index = (share.split * args.batch * args.heads + share.batch_head) * args.query_length + row;
-    if (first_column == 0 && lane % 4 == 0) {
-      partial.statistics[2 * index] = softmax.reference[m][r];
-      partial.statistics[2 * index + 1] = sum[m][r];
-    }
+    const int64_t index = share.split * rows + share.batch_head * args.query_length + row;
+    float* to = outputs + index * kDim + first_column + lane % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const int column = first_column + 8 * n + lane % 4 * 2;
-      if (column >= args.head_dim) continue;
-      *reinterpret_cast<float2*>(partial.outputs + index * args.head_dim + column) =
-          float2{out[m][n][2 * r], out[m][n][2 * r + 1]};
+    for (int n = 0; n < kTiles; ++n) *reinterpret_cast<float2*>(to + 8 * n) = {out[m][n][2 * r], out[m][n][2 * r + 1]};
+    if (first_column == 0 && lane % 4 == 0) {
+      float2* statistics = reinterpret_cast<float2*>(outputs + share.splits * rows * kDim);
+      statistics[index] = {softmax.reference[m][r], sum[m][r]};
     }
   }
 }

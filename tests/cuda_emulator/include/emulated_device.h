@@ -27,6 +27,8 @@ namespace gafext::cuda {
 
 inline unsigned char* dynamic_shared_memory() { return emulator::shared_memory(); }
 inline uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
+inline int block_index() { return static_cast<int>(blockIdx.x); }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 inline float exp2_approximate(float x) { return emulator::exp2_approximate(x); }
 
 inline uint32_t pack_pair(float low, float high, __half) {
