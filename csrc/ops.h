@@ -89,6 +89,24 @@ struct GegluGateArgs {
   DType dtype;
 };
 
+// out[n,c,p] = f((x[n,c,p] - mean) / sqrt(variance + eps) * weight[c] + bias[c]),  f(y) = y / (1 + exp(-y)) or y
+//
+//   x (batch, channels, positions), channels contiguous   out like x, in the memory of (batch, positions, channels)
+//   weight, bias (channels), contiguous, or null
+//
+// Mean and (biased) variance are those of an image's group: channels / groups channels next to each other, at all
+// positions. GroupNorm of arXiv 1803.08494 and SiLU of arXiv 1606.08415.
+struct GroupNormSiluArgs {
+  const void *x, *weight, *bias;
+  void *out, *scratch;  // scratch: group_norm_silu_scratch() bytes, 8-byte aligned
+  int64_t batch, channels, positions, groups;
+  int64_t image_stride, position_stride;  // of x
+  float eps;
+  bool silu;
+  DType dtype;
+};
+constexpr int64_t kMaxGroupChannels = 512;  // channels of a group
+
 // out[n,:,y,x] = bias + sum_{i,j,c} weight[:,c,i,j] x[n,c,y+i-1,x+j-1]
 //
 //   x (batch, in_channels, height, width), channels contiguous   weight (out_channels, in_channels, 3, 3), contiguous
@@ -118,6 +136,8 @@ cudaError_t flash_attention_cuda_workspace(const FlashAttentionArgs& args, int64
 cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream);
 cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);
 cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
+cudaError_t group_norm_silu_cuda(const GroupNormSiluArgs& args, cudaStream_t stream);
+int64_t group_norm_silu_scratch(const GroupNormSiluArgs& args);
 #endif
 
 }  // namespace gafext

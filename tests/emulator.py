@@ -14,41 +14,23 @@ A new kernel needs
   1. nothing for its .cu file, its argument struct and its prototype: they are found in csrc/cuda and csrc/ops.h, where
      the prototype is `cudaError_t NAME_cuda(const SomeArgs& args, cudaStream_t stream);`,
   2. a function here that fills in the arguments as csrc/bindings.cpp does: see `flash_attention` below. Tensors go to
-     pointer fields: those to const are inputs, the others outputs. Under `scratch` are outputs that need not be written,
+     pointer fields: those to const are inputs, the others outputs. For a workspace give the name of the function in
+     ops.h that tells its bytes: `int64_t f(const SomeArgs& args)`, or the same by reference and with an error,
   3. for a PTX instruction without an emulation: its twin in tests/cuda_emulator/include/emulated_device.h.
 emulate(..., capability=90, multiprocessors=3) is what the kernel's host code sees of the device.
 """
 
-import concurrent.futures
 import ctypes
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import os
 import re
 import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ROOT / "csrc/cuda"
-MACHINE = ROOT / "tests/cuda_emulator"
-
-# The thread sanitizer's hooks without its library: cuda_emulator/memory.cpp has them.
-_HOOKS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
-_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
-          "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-DGAFEXT_EMULATOR", "-DGAFEXT_WITH_CUDA"]  # fmt: skip
-_INCLUDES = [MACHINE / "include", MACHINE, KERNELS, ROOT / "csrc"]
+from emulator_build import KERNELS, ROOT, EmulatorError, cache_folder, hash_of, link, once
 
 NAN, LARGE = 0xFFFFFFFF, 0x7BFF7BFF  # LARGE: finite in each dtype, 65504 in float16
 _FORWARD, _REVERSE, _RANDOM = range(3)
-
-
-class EmulatorError(RuntimeError):
-    """What a kernel must not do."""
 
 
 class Options(ctypes.Structure):
@@ -61,6 +43,7 @@ class Options(ctypes.Structure):
         ("poison", ctypes.c_uint32),
         ("capability", ctypes.c_int),
         ("multiprocessors", ctypes.c_int),
+        ("most_steps", ctypes.c_uint64),
     )
 
 
@@ -89,8 +72,8 @@ ORDERS = {
 @dataclasses.dataclass
 class Call:
     out: torch.Tensor
-    arguments: dict  # fields of the struct: tensors, numbers, tuples for strides
-    scratch: tuple[str, ...] = ()
+    arguments: dict  # fields of the struct: tensors, numbers, tuples for strides, a function's name for a workspace
+    scratch: tuple[str, ...] = ()  # outputs that need not be written whole
 
 
 def _empty_heads(query):
@@ -113,11 +96,8 @@ def _attention(query, key, value, scale, **more):
 
 def flash_attention(query, key, value, *, scale=None, is_causal=False):
     sizes = dict(batch=query.shape[0], query_length=query.shape[2], key_length=key.shape[2])
-    call = _attention(query, key, value, scale, is_causal=is_causal, **sizes)
-    splits, columns = 8, max(query.shape[3] + 256, 512)  # more than the kernels take
-    call.arguments["workspace"] = torch.empty(splits * query[..., 0].numel() * columns)
-    call.scratch = ("workspace",)
-    return call
+    workspace = "flash_attention_cuda_workspace"
+    return _attention(query, key, value, scale, is_causal=is_causal, workspace=workspace, **sizes)
 
 
 def cross_view_attention(query, key, value, num_views, *, scale=None):
@@ -133,17 +113,40 @@ def geglu_gate(projected):
     return Call(out, dict(projected=projected, out=out, **sizes))
 
 
-OPERATIONS = {f.__name__: f for f in (flash_attention, cross_view_attention, geglu_gate)}
+def group_norm_silu(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True):
+    """`x` [batch, channels, positions], with channels next to each other."""
+    batch, channels, positions = x.shape
+    out = torch.empty(batch, positions, channels, dtype=x.dtype).transpose(1, 2)
+    scratch = torch.empty(2 * batch * num_groups * positions)  # more than enough
+    sizes = dict(batch=batch, channels=channels, positions=positions, groups=num_groups)
+    strides = dict(image_stride=x.stride(0), position_stride=x.stride(2))
+    return Call(
+        out,
+        dict(x=x, weight=weight, bias=bias, out=out, scratch=scratch, eps=eps, silu=silu, dtype=x.dtype)
+        | sizes
+        | strides,
+        scratch=("scratch",),
+    )
+
+
+OPERATIONS = {f.__name__: f for f in (flash_attention, cross_view_attention, geglu_gate, group_norm_silu)}
 
 
 def emulate(operation, *args, library=None, orders=ORDERS, capability=80, multiprocessors=3, **kwargs):
     """The result of the CUDA kernel; the same in every order, or EmulatorError."""
-    library = library or kernels()
     device = dict(capability=capability, multiprocessors=multiprocessors)
-    results = {}
-    for order, options in orders.items():
-        call = OPERATIONS[operation](*args, **kwargs)
-        results[order] = library.run(operation, call, Options(**options, **device), order)
+    return emulate_call(
+        library or kernels(), operation, lambda: OPERATIONS[operation](*args, **kwargs), orders, **device
+    )
+
+
+def emulate_call(library, operation, make_call, orders=ORDERS, **device):
+    """The same for a library of one's own; make_call() gives a Call with outputs of its own."""
+    device = dict(capability=80, multiprocessors=3, most_steps=2_000_000_000) | device
+    results = {
+        order: library.run(operation, make_call(), Options(**options, **device), order)
+        for order, options in orders.items()
+    }
     (first, expected), *others = results.items()
     for order, result in others:
         different = (_bits(result) != _bits(expected)).nonzero()
@@ -176,47 +179,84 @@ class Library:
     """
 
     def __init__(self, sources, header):
+        self.sources, self.header = {source.name: source for source in sources}, header
         text = re.sub(r"//.*", "", header.read_text())
-        self.structs = _structs(text)
         code = "\n".join(source.read_text() for source in sources)
-        self.arguments = {
-            name: struct
-            for name, struct in re.findall(r"cudaError_t (\w+)_cuda\(const (\w+)& args, cudaStream_t stream\);", text)
-            if f"{name}_cuda(" in code
-        }
-        self.path = _link(sources, self._entries(header))
+        self.structs = _structs(text)
+        self._prototypes = [
+            (name, struct, more)
+            for name, struct, more in re.findall(
+                r"(?:cudaError_t|int64_t) (\w+)\(const (\w+)& args(, cudaStream_t stream|, int64_t& bytes|)\);", text
+            )
+            if f"{name}(" in code
+        ]
+        self._struct_of = {name: struct for name, struct, _ in self._prototypes}
+        self.path = link(sources, self._entries())
         self._dll = ctypes.PyDLL(str(self.path))  # that keeps Python's lock: the machine is one for all threads
         for name in ("emulator_place", "emulator_error_name", "emulator_fault"):
             getattr(self._dll, name).restype = ctypes.c_void_p
         self._dll.emulator_error_name.restype = ctypes.c_char_p
-        for struct in set(self.arguments.values()):
+        for struct in set(self._struct_of.values()):
             expected, found = self._dll[f"size_of_{struct}"](), ctypes.sizeof(self.structs[struct])
             assert expected == found, f"{struct}: {expected} bytes in C++, {found} as read from {header}"
 
-    def _entries(self, header):
+    def with_changes(self, texts):
+        """The same with other texts for some of its files, .cu or .cuh, which are searched beside the sources."""
+        folders = {source.parent for source in self.sources.values()}
+        files = {path.name: path for folder in folders for path in folder.glob("*.cu*")}
+        changed = set(texts)
+        while more := _includers(files, changed) - changed:
+            changed |= more
+        folder = cache_folder() / hash_of(*texts, *texts.values())
+        folder.mkdir(exist_ok=True)
+        for name in changed:
+            text = texts.get(name) or files[name].read_text()
+            once(folder / name, lambda out, text=text: out.write_text(text))
+        sources = [folder / name if name in changed else source for name, source in self.sources.items()]
+        return Library(sources, self.header)
+
+    def _entries(self):
         """C functions, whose names ctypes can find, for the prototypes of the header."""
-        lines = [f'#include "{header}"', '#define EXPORT extern "C" __attribute__((visibility("default")))']
-        for name, struct in self.arguments.items():
+        lines = [f'#include "{self.header}"', '#define EXPORT extern "C" __attribute__((visibility("default")))']
+        for name, struct, more in self._prototypes:
+            argument = {"": "", ", cudaStream_t stream": ", nullptr", ", int64_t& bytes": ", *bytes"}[more]
             lines += [
-                f"EXPORT int emulate_{name}(const gafext::{struct}& args) {{",
-                f"  return gafext::{name}_cuda(args, nullptr);",
+                f"EXPORT int64_t entry_{name}(const gafext::{struct}& args, int64_t* bytes) {{",
+                f"  return gafext::{name}(args{argument});",
                 "}",
             ]
-        for struct in sorted(set(self.arguments.values())):
+        for struct in sorted(set(self._struct_of.values())):
             lines.append(f"EXPORT int size_of_{struct}() {{ return sizeof(gafext::{struct}); }}")
         return "\n".join(lines) + "\n"
+
+    def _enter(self, name, struct):
+        """What the function returns, and what it says of bytes."""
+        entry, number = self._dll[f"entry_{name}"], ctypes.c_int64()
+        entry.restype = ctypes.c_int64
+        return entry(ctypes.byref(struct), ctypes.byref(number)), number.value
+
+    def _workspace(self, function, struct):
+        """A tensor of as many bytes as the function says."""
+        result, number = self._enter(function, struct)
+        by_reference = any(name == function and more for name, _, more in self._prototypes)
+        if by_reference and result:
+            raise EmulatorError(f"{function}: {self._dll.emulator_error_name(ctypes.c_int(result)).decode()}")
+        return torch.empty((number if by_reference else result) // 2, dtype=torch.int16)
 
     def run(self, operation, call, options, order):
         """One run in one order."""
         self._dll.emulator_reset(ctypes.byref(options))
-        struct = self.structs[self.arguments[operation]]()
+        function = f"{operation}_cuda"
+        struct = self.structs[self._struct_of[function]]()
         outputs = []
-        for name, kind in struct._fields_:
+        # Workspaces last, whose sizes take the other fields.
+        for name, kind in sorted(struct._fields_, key=lambda field: isinstance(call.arguments.get(field[0]), str)):
             value = call.arguments.get(name)
+            if isinstance(value, str):
+                value = self._workspace(value, struct)
             if isinstance(value, torch.Tensor):
-                is_output = not kind.is_const
-                placed = _Placed(self._dll, name, value, is_output, options.poison)
-                if is_output:
+                placed = _Placed(self._dll, name, value, not kind.is_const, options.poison)
+                if not kind.is_const and not isinstance(call.arguments[name], str):
                     outputs.append(placed)
                 value = placed.address
             elif isinstance(value, torch.dtype):
@@ -226,12 +266,12 @@ class Library:
             elif name not in call.arguments:
                 raise KeyError(f"{operation}: the emulator's arguments lack {name}")
             setattr(struct, name, value)
-        error = self._dll[f"emulate_{operation}"](ctypes.byref(struct))
+        error, _ = self._enter(function, struct)
         fault = self._dll.emulator_fault()
         if fault:
             raise EmulatorError(self._describe(operation, _Fault.from_address(fault), order))
         if error:
-            raise EmulatorError(f"{operation}: {self._dll.emulator_error_name(error).decode()}")
+            raise EmulatorError(f"{operation}: {self._dll.emulator_error_name(ctypes.c_int(error)).decode()}")
         for placed in outputs:
             placed.fetch(operation, must_be_written=placed.name not in call.scratch)
         return call.out
@@ -241,6 +281,8 @@ class Library:
         base = ctypes.cast(self._dll.emulator_reset, ctypes.c_void_p).value
         base -= next(int(line.split()[0], 16) for line in lines if line.endswith(" T emulator_reset"))
         name = next((line.split(None, 2)[2] for line in lines if line.startswith(f"{fault.kernel - base:016x}")), "")
+        name = name.replace("emulated_halves::Narrow<emulated_halves::Float16>", "__half")
+        name = name.replace("emulated_halves::Narrow<emulated_halves::BFloat16>", "__nv_bfloat16")
         name = re.sub(r"\(anonymous namespace\)::|gafext::|cuda::|void |\(.*\)$", "", name)
         addresses = [f"{frame - base - 1:x}" for frame in fault.frames[: fault.frame_count] if frame > base]
         command = ["addr2line", "-i", "-e", self.path, *addresses]
@@ -272,12 +314,13 @@ class _Placed:
             if not is_output:
                 self.memory.as_strided(whole.shape, whole.stride()).copy_(whole)
         self.accessible = accessible.repeat_interleave(tensor.element_size())
-        residue = (
-            tensor.storage_offset() * tensor.element_size() % 1024
-        )  # PyTorch's CUDA memory begins at such multiples
+        # PyTorch's CUDA memory is aligned at least so.
+        residue = tensor.storage_offset() * tensor.element_size() % 512
         self.address = dll.emulator_place(
             name.encode(), *_pointers(self.memory, self.accessible), *_sizes(self.memory.nbytes, residue), is_output
         )
+        if not self.address:
+            raise EmulatorError(f"{name}: the emulator's memory is full")
 
     def fetch(self, operation, must_be_written):
         """Back to the tensor."""
@@ -327,61 +370,7 @@ def _structs(text):
     return kinds
 
 
-# Compiling. What was compiled stays in a folder for temporary files, under the hash of all that it depends on.
-
-
-def cache_folder():
-    folder = Path(tempfile.gettempdir()) / f"gafext-emulator-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@functools.cache
-def _common_hash():
-    """Of compiler and headers."""
-    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    files = [p for folder in (MACHINE, ROOT / "csrc") for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
-    content = [version, *_FLAGS, *_HOOKS, str(ROOT), *(path.read_text() for path in sorted(files))]
-    return _hash(*content)
-
-
-def _hash(*texts):
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
-
-
-def _once(path, make):
-    """`path`, made by make(temporary path) unless it is there; one process at a time."""
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            temporary = path.with_suffix(".part")
-            make(temporary)
-            temporary.rename(path)
-    return path
-
-
-def _compile(source, flags=()):
-    # Headers beside the source come before all others: a mutated kernel may bring its own.
-    beside = [path.read_text() for path in sorted(source.parent.glob("*.*h"))]
-    key = _hash(_common_hash(), str(source), source.read_text(), *flags, *beside)
-    includes = [f"-I{folder}" for folder in _INCLUDES]
-    command = ["g++", *_FLAGS, *flags, *includes, "-x", "c++", "-c", str(source), "-o"]
-    return _once(cache_folder() / f"{source.stem}-{key}.o", lambda out: _call([*command, str(out)]))
-
-
-def _link(sources, entries):
-    folder = cache_folder()
-    entry = _once(folder / f"entries-{_hash(entries)}.cpp", lambda out: out.write_text(entries))
-    parts = [(source, _HOOKS) for source in sources]
-    parts += [(source, ()) for source in [entry, *sorted(MACHINE.glob("*.cpp"))]]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        objects = [str(path) for path in pool.map(lambda part: _compile(*part), parts)]
-    library = folder / f"kernels-{_hash(*objects)}.so"
-    command = ["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", *objects, "-o"]
-    return _once(library, lambda out: _call([*command, str(out)]))
-
-
-def _call(command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise EmulatorError(f"{' '.join(map(str, command))}\n{done.stderr}")
+def _includers(files, names):
+    """Those of the files, {name: path}, that include one of the names."""
+    lines = {f'#include "{name}"' for name in names}
+    return {name for name, path in files.items() if lines & set(path.read_text().splitlines())}

@@ -33,6 +33,7 @@ const void* running_kernel = nullptr;
 unsigned char* stacks = nullptr;
 jmp_buf scheduler;
 uint32_t random_state = 1;
+uint64_t steps = 0;
 
 uint32_t random_below(uint32_t n) {
   random_state ^= random_state << 13, random_state ^= random_state >> 17, random_state ^= random_state << 5;
@@ -211,7 +212,12 @@ class Signals {
 
 }  // namespace
 
+void count_step() {
+  if (++steps > options.most_steps) fault("%llu steps and no end", static_cast<unsigned long long>(steps));
+}
+
 __attribute__((noinline)) void to_scheduler() {
+  count_step();
   if (_setjmp(fibers[current_thread].context) == 0) _longjmp(scheduler, 1);
 }
 
@@ -244,7 +250,7 @@ bool run_grid(const void* kernel, Dimensions grid, Dimensions block, size_t shar
   if (first_fault.kernel) return false;
   if (!stacks) prepare_stacks();
   const Signals signals;
-  body = &kernel_body, running_kernel = kernel;
+  body = &kernel_body, running_kernel = kernel, steps = 0;
   gridDim = dim3(grid.x, grid.y, grid.z), blockDim = dim3(block.x, block.y, block.z);
   threads_of_block = block.x * block.y * block.z;
   random_state = options.seed * 2654435761u | 1;

@@ -105,7 +105,7 @@ void load_matrices(uint32_t* r, const void* row, bool transposed) {
 
 void forget_copies() { copies.assign(threads_of_block, {}); }
 
-void copy_async(void* shared, const void* global, bool inside) {
+void copy_16_async(void* shared, const void* global, bool inside) {
   check_aligned("copy_16_async, to", shared);
   check_aligned("copy_16_async, from", global);
   copy_issued(shared, kCopyBytes);
