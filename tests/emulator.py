@@ -96,7 +96,8 @@ def _attention(query, key, value, scale, **more):
 
 def flash_attention(query, key, value, *, scale=None, is_causal=False):
     sizes = dict(batch=query.shape[0], query_length=query.shape[2], key_length=key.shape[2])
-    return _attention(query, key, value, scale, is_causal=is_causal, **sizes)
+    workspace = "flash_attention_cuda_workspace"
+    return _attention(query, key, value, scale, is_causal=is_causal, workspace=workspace, **sizes)
 
 
 def cross_view_attention(query, key, value, num_views, *, scale=None):

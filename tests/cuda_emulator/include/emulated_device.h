@@ -32,7 +32,16 @@ using emulator::exp2_approximate;
 using emulator::load_16;
 using emulator::shared_address;
 using emulator::store_16;
+inline int block_index() { return static_cast<int>(blockIdx.x); }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
+
+inline uint32_t pack_pair(float low, float high, __half) {
+  return __half(low).bits | static_cast<uint32_t>(__half(high).bits) << 16;
+}
+inline uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  return __nv_bfloat16(low).bits | static_cast<uint32_t>(__nv_bfloat16(high).bits) << 16;
+}
 
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   emulator::mma_16x8x16(c, a, b, emulator::Format::kFloat16);
