@@ -130,7 +130,7 @@ def test_every_instruction_set(instruction_set):
 def test_an_unknown_instruction_set_is_an_error_that_names_the_choices():
     done = run_python("import torch; from gafext import _C; _C.build_info()", GAFEXT_INSTRUCTION_SET="sse9")
     assert done.returncode != 0
-    assert "GAFEXT_INSTRUCTION_SET=sse9: must be portable, avx2 or avx512" in done.stderr
+    assert "GAFEXT_INSTRUCTION_SET=sse9: must be portable, avx2, avx512 or amx" in done.stderr
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and INFO["cuda"]), reason="no GPU: no operation ran on CUDA")
