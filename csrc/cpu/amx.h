@@ -16,7 +16,7 @@
 // AMX takes subnormal numbers for zero, and hi of a huge number overflows: `Range` says when to fall back.
 #pragma once
 
-#include "gemm.h"
+#include "vector.h"
 
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
@@ -78,12 +78,16 @@ GAFEXT_INLINE void split(Vec a, Vec b, BitVec (&terms)[kTerms]) {
 }
 
 // Line `line` of the three tiles of a step.
+GAFEXT_INLINE void store_terms(uint32_t* to, int64_t line, const BitVec (&terms)[kTerms]) {
+  GAFEXT_UNROLL
+  for (int t = 0; t < kTerms; ++t) __builtin_memcpy(to + t * kTileWords + line * kTileSide, &terms[t], sizeof(BitVec));
+}
+
 GAFEXT_INLINE void store_split(uint32_t* to, int64_t line, Vec a, Vec b, Range& range) {
   BitVec terms[kTerms];
   split(a, b, terms);
   range.add(terms[0]);
-  GAFEXT_UNROLL
-  for (int t = 0; t < kTerms; ++t) __builtin_memcpy(to + t * kTileWords + line * kTileSide, &terms[t], sizeof(BitVec));
+  store_terms(to, line, terms);
 }
 
 template <typename T>
@@ -91,14 +95,14 @@ GAFEXT_INLINE Vec load_up_to(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : count > 0 ? load_first(from, count) : Vec{};
 }
 
-// A strip of the left operand: `rows` <= 16 rows of `depth` numbers; what is missing is zero.
+// A strip of the left operand: `rows` <= 16 rows of `depth` numbers times `factor`; what is missing is zero.
 template <typename T>
-void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64_t depth, Range& range) {
+void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64_t depth, float factor, Range& range) {
   for (int64_t d = 0; d < depth; d += kTileDepth, to += kStepWords) {
     for (int64_t r = 0; r < kTileSide; ++r) {
       const T* row = from + r * stride + d;
       const int64_t count = r < rows ? depth - d : 0;
-      store_split(to, r, load_up_to(row, count), load_up_to(row + kLanes, count - kLanes), range);
+      store_split(to, r, load_up_to(row, count) * factor, load_up_to(row + kLanes, count - kLanes) * factor, range);
     }
   }
 }
@@ -120,30 +124,42 @@ void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns,
   }
 }
 
-// to[32, 32] (or +=) the product of two strips from `left` on and two strips from `right` on.
-inline void multiply_steps(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip,
-                           int64_t steps, float* to, Prefetcher& next) {
+// A strip of the right operand: `columns` of up to 16 columns of [depth, stride].
+template <typename T>
+void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int64_t columns, Range& range) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += kStepWords) {
+    for (int64_t i = 0; i < kTileSide; ++i) {
+      const T *lower = from + (d + i) * stride, *upper = lower + kTileSide * stride;
+      store_split(to, i, load_up_to(lower, d + i < depth ? columns : 0),
+                  load_up_to(upper, d + i + kTileSide < depth ? columns : 0), range);
+    }
+  }
+}
+
+// to = the product of `Rows` strips from `left` on and `Columns` strips from `right` on: [16 Rows, 16 Columns].
+template <int Rows, int Columns>
+void multiply_steps(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip, int64_t steps,
+                    float* to, int64_t to_stride) {
   __asm__ volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
+  const auto load_left = [&](int term) __attribute__((always_inline)) {
+    _tile_loadd(4, left + term * kTileWords, 64);
+    if constexpr (Rows == 2) _tile_loadd(5, left + left_strip + term * kTileWords, 64);
+  };
+  const auto load_right = [&](int term) __attribute__((always_inline)) {
+    _tile_loadd(6, right + term * kTileWords, 64);
+    if constexpr (Columns == 2) _tile_loadd(7, right + right_strip + term * kTileWords, 64);
+  };
+  const auto add_products = []() __attribute__((always_inline)) {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Columns == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Rows == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (Rows == 2 && Columns == 2) _tile_dpbf16ps(3, 5, 7);
+  };
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  const auto load_left = [&](int term) __attribute__((always_inline)) {
-    _tile_loadd(4, left + term * kTileWords, 64);
-    _tile_loadd(5, left + left_strip + term * kTileWords, 64);
-  };
-  const auto load_right = [&](int term) __attribute__((always_inline)) {
-    _tile_loadd(6, right + term * kTileWords, 64);
-    _tile_loadd(7, right + right_strip + term * kTileWords, 64);
-  };
-  const auto add_products = []() __attribute__((always_inline)) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  };
   for (int64_t s = 0; s < steps; ++s, left += kStepWords, right += kStepWords) {
-    next.step();
     load_left(0), load_right(2), add_products();
     load_right(1), add_products();
     load_left(1), add_products();
@@ -151,21 +167,22 @@ inline void multiply_steps(const uint32_t* left, int64_t left_strip, const uint3
     load_left(2), add_products();
     load_left(0), add_products();
   }
-  constexpr int64_t kLine = kBlock * sizeof(float);
-  _tile_stored(0, to, kLine);
-  _tile_stored(1, to + kTileSide, kLine);
-  _tile_stored(2, to + kTileSide * kBlock, kLine);
-  _tile_stored(3, to + kTileSide * kBlock + kTileSide, kLine);
+  const int64_t line = to_stride * static_cast<int64_t>(sizeof(float));
+  float* lower = to + kTileSide * to_stride;
+  _tile_stored(0, to, line);
+  if constexpr (Columns == 2) _tile_stored(1, to + kTileSide, line);
+  if constexpr (Rows == 2) _tile_stored(2, lower, line);
+  if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, lower + kTileSide, line);
 }
 
-// The same over any number of steps: the sum of chains of kMaxSteps.
+// The same of two strips by two over any number of steps: the sum of chains of kMaxSteps, [kBlock, kBlock].
 inline void multiply_block(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip,
-                           int64_t steps, float* to, Prefetcher& next) {
-  multiply_steps(left, left_strip, right, right_strip, min_of(steps, kMaxSteps), to, next);
+                           int64_t steps, float* to) {
+  multiply_steps<2, 2>(left, left_strip, right, right_strip, min_of(steps, kMaxSteps), to, kBlock);
   for (int64_t s = kMaxSteps; s < steps; s += kMaxSteps) {
     alignas(64) float chain[kBlock * kBlock];
-    multiply_steps(left + s * kStepWords, left_strip, right + s * kStepWords, right_strip, min_of(steps - s, kMaxSteps),
-                   chain, next);
+    multiply_steps<2, 2>(left + s * kStepWords, left_strip, right + s * kStepWords, right_strip,
+                         min_of(steps - s, kMaxSteps), chain, kBlock);
     for (int64_t i = 0; i < kBlock * kBlock; i += kLanes) store(to + i, load(to + i) + load(chain + i));
   }
 }

@@ -8,6 +8,7 @@
 // and after the last step out = value * gelu(gate). Transposing takes 16 shuffles a vector of weights, once in a block
 // of rows, which is 3 % of the time for 500 rows.
 #include "geglu_amx.h"
+#include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
