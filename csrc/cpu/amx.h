@@ -45,7 +45,7 @@ class TileState {
   TileState& operator=(const TileState&) = delete;
 };
 
-// The largest magnitude among numbers, to 8 bits. fits(): it is 0 or within 2^-60..2^60, so that nothing overflows and
+// The largest magnitude among numbers, to 8 bits. fits(): it is 0 or within 2^-50..2^50, so that nothing overflows and
 // what AMX flushes to zero, below 2^-126, does not count.
 class Range {
  public:
@@ -56,7 +56,7 @@ class Range {
   bool fits() const {
     uint16_t highest = 0;
     for (int i = 0; i < 2 * kLanes; ++i) highest = highest_[i] > highest ? highest_[i] : highest;
-    return highest == 0 || (highest >= (127 - 60) << 7 && highest <= (127 + 60) << 7);
+    return highest == 0 || (highest >= (127 - 50) << 7 && highest <= (127 + 50) << 7);
   }
 
  private:
@@ -136,10 +136,10 @@ void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int6
   }
 }
 
-// to = the product of `Rows` strips from `left` on and `Columns` strips from `right` on: [16 Rows, 16 Columns].
+// to = (or +=) the product of `Rows` strips from `left` on and `Columns` strips from `right` on: [16 Rows, 16 Columns].
 template <int Rows, int Columns>
 void multiply_steps(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip, int64_t steps,
-                    float* to, int64_t to_stride) {
+                    float* to, int64_t to_stride, bool accumulate = false) {
   __asm__ volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
   const auto load_left = [&](int term) __attribute__((always_inline)) {
     _tile_loadd(4, left + term * kTileWords, 64);
@@ -155,10 +155,19 @@ void multiply_steps(const uint32_t* left, int64_t left_strip, const uint32_t* ri
     if constexpr (Rows == 2) _tile_dpbf16ps(2, 5, 6);
     if constexpr (Rows == 2 && Columns == 2) _tile_dpbf16ps(3, 5, 7);
   };
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  const int64_t line = to_stride * static_cast<int64_t>(sizeof(float));
+  float* lower = to + kTileSide * to_stride;
+  if (accumulate) {
+    _tile_loadd(0, to, line);
+    if constexpr (Columns == 2) _tile_loadd(1, to + kTileSide, line);
+    if constexpr (Rows == 2) _tile_loadd(2, lower, line);
+    if constexpr (Rows == 2 && Columns == 2) _tile_loadd(3, lower + kTileSide, line);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t s = 0; s < steps; ++s, left += kStepWords, right += kStepWords) {
     load_left(0), load_right(2), add_products();
     load_right(1), add_products();
@@ -167,8 +176,6 @@ void multiply_steps(const uint32_t* left, int64_t left_strip, const uint32_t* ri
     load_left(2), add_products();
     load_left(0), add_products();
   }
-  const int64_t line = to_stride * static_cast<int64_t>(sizeof(float));
-  float* lower = to + kTileSide * to_stride;
   _tile_stored(0, to, line);
   if constexpr (Columns == 2) _tile_stored(1, to + kTileSide, line);
   if constexpr (Rows == 2) _tile_stored(2, lower, line);
