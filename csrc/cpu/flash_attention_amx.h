@@ -6,8 +6,8 @@
 //     softmax  running maximum m, sum l; P = 2^(S - m) is split as it is made     [2 strips, steps]
 //     values   O = alpha O + P V                                                  [rows, D]
 //
-// A vector of scores costs 24 cycles of products for heads of 64, and some 20 of softmax and splitting; 64 and 14 with
-// AVX-512.
+// With 1024 keys and heads of 64 the products take 61 % of the time, softmax and splitting P 20 %, splitting the inputs
+// 10 %. They hardly overlap: softmax of one chunk between the products of the next is left to do.
 #pragma once
 
 #include "amx.h"

@@ -5,7 +5,8 @@
 //     weights  split, a strip of values beside its strip of gates           [2 strips a tile, steps], in the L2 cache
 //     product  for each 32 rows and each tile, the whole sum in AMX tiles, then the gate
 //
-// Splitting the weights takes 350 cycles for 16 x 32 numbers, the products with 1024 rows 6100.
+// Splitting the weights takes 2 % of the time with 4096 rows, 16 % with 256. The whole operation is 1.4 to 1.7 times as
+// fast as with AVX-512 there, 1.2 times with 128 rows, no faster with 64.
 #pragma once
 
 #include "amx.h"
@@ -16,6 +17,8 @@ namespace {
 
 class SplitGeglu {
  public:
+  static bool pays(const GegluArgs& args) { return args.rows >= 64 && args.in_features > 0; }
+
   explicit SplitGeglu(const GegluArgs& args) : args_(args), steps_(ceil_div(args.in_features, kTileDepth)) {
     strip_ = steps_ * kStepWords;
     tiles_ = max_of(1, min_of(kMaxTiles, l2_bytes() / 2 / (2 * strip_ * int64_t{sizeof(uint32_t)})));

@@ -11,7 +11,7 @@
 
 #include "../ops.h"
 
-#ifdef GAFEXT_X86
+#ifdef GAFEXT_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
 #endif
@@ -25,7 +25,7 @@
 namespace gafext {
 namespace {
 
-#ifdef GAFEXT_X86
+#ifdef GAFEXT_AMX
 // The tiles, bfloat16 products of them, and the system's leave to use them, which the first to ask gets for the
 // process.
 bool has_amx() {
@@ -39,6 +39,8 @@ bool has_amx() {
   return false;
 #endif
 }
+#else
+bool has_amx() { return false; }
 #endif
 
 bool supported(InstructionSet set) {
@@ -46,7 +48,7 @@ bool supported(InstructionSet set) {
   __builtin_cpu_init();  // the queries below cover the operating system's support too
   switch (set) {
     case InstructionSet::kAmx:
-      return GAFEXT_AMX && has_amx() && supported(InstructionSet::kAvx512);
+      return has_amx() && supported(InstructionSet::kAvx512);
     case InstructionSet::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -172,7 +174,7 @@ GAFEXT_DECLARE_KERNELS
 namespace avx512 {
 GAFEXT_DECLARE_KERNELS
 }
-#if GAFEXT_AMX
+#ifdef GAFEXT_AMX
 namespace amx {
 GAFEXT_DECLARE_KERNELS
 }
