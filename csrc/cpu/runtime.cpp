@@ -39,8 +39,6 @@ bool has_amx() {
   return false;
 #endif
 }
-#else
-bool has_amx() { return false; }
 #endif
 
 bool supported(InstructionSet set) {
@@ -48,7 +46,11 @@ bool supported(InstructionSet set) {
   __builtin_cpu_init();  // the queries below cover the operating system's support too
   switch (set) {
     case InstructionSet::kAmx:
+#ifdef GAFEXT_AMX
       return has_amx() && supported(InstructionSet::kAvx512);
+#else
+      return false;
+#endif
     case InstructionSet::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
