@@ -117,7 +117,7 @@ def test_random_cases(seed):  # 200 in all
 # Planted faults: a text of a source and what it becomes. A fault is found when the emulator says so or when the result
 # isn't that of the CPU. tests/cuda_emulator/matmul.cu carries those that have to do with the tensor cores.
 
-FLASH, MATMUL = KERNELS / "flash_attention.cu", MACHINE / "matmul.cu"
+FLASH, MATMUL = KERNELS / "flash_attention_simple.cu", MACHINE / "matmul.cu"
 LOADED = "    __syncthreads();\n    if (!has_row) continue;"
 READ = "__syncthreads();  // the previous tile has been read"
 ROWS_OF_A, COLUMNS_OF_A = (
