@@ -1,11 +1,10 @@
 // Which kernel serves an attention, and how it divides the work; the sum of what divided keys leave.
-#include "flash_attention.cuh"
-
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
 #include <limits>
 
+#include "flash_attention.cuh"
 #include "flash_fragments.cuh"
 
 namespace gafext {
@@ -38,8 +37,8 @@ bool has_copied_rows(const void* base, const HeadStrides& stride) {
 
 bool fits_tensor_cores(const FlashAttentionArgs& args, const Device& device) {
   constexpr int64_t kMaxLength = 1 << 30;  // rows, and pairs of batch and head, have 32-bit indices there
-  const bool has_instructions =
-      device.capability >= 80 || (device.capability >= 75 && args.dtype == DType::kFloat16 && args.head_dim <= kMaxHeadDim);
+  const bool has_instructions = device.capability >= 80 || (device.capability >= 75 && args.dtype == DType::kFloat16 &&
+                                                            args.head_dim <= kMaxHeadDim);
   return args.dtype != DType::kFloat32 && has_instructions && args.head_dim % 8 == 0 &&
          std::max(args.query_length, args.key_length) <= kMaxLength && args.batch * args.heads <= kMaxLength &&
          has_copied_rows(args.query, args.query_stride) && has_copied_rows(args.key, args.key_stride) &&

@@ -1,5 +1,23 @@
-// Attention on tensor cores for one wide head, up to 512 columns: the outputs of a row do not fit the registers of a
+// Attention on tensor cores for one wide head, up to 512 columns: the outputs of 32 rows don't fit the registers of a
 // warp, so the eight warps of a block divide the columns.
+//
+// Mapping   a block takes 64 (or 32) query rows; its warps are kGroups = 2 (1) groups of 32 rows x kParts = 4 (8)
+// parts.
+//           Scores: of 128 keys a part takes 32 (16), over all columns of the head. The parts exchange the maxima of
+//           their rows, move the references alike, and leave their weights in shared memory. Outputs: a part takes 128
+//           (64) of the columns, over all 128 keys: 128 (64) registers a thread.
+// Shared    queries 64 KB (32), weights 16 KB (8), and a ring of three 16 KB chunks through which keys (128 x 64
+//           columns) and values (16 x 512) stream: two under way while one is read, one barrier a chunk. 129 KB fit
+//           sm_80, 90, 100; 89 KB fit the 99 KB of sm_86, 89, 120. Turing's 64 KB are too few.
+// FLOPs     4 Lq Lk 512: 34 GFLOP at 4096 tokens.
+// Bytes     keys and values from L2 once for 64 (32) rows: 64 (32) FLOPs a byte, so that 300 TFLOP/s would ask 4.7 TB/s
+//           of it. Few rows (1024 tokens are 16 blocks of 64) leave multiprocessors idle: hence the blocks of 32, and
+//           keys split over blocks (flash_attention.cu).
+// Limits    on paper, of 64 rows and 64 keys on an A100: HMMA 4096 cycles; shared memory 1280 for P V and 2048 for Q
+// K^T
+//           (32 keys a warp; 16 keys would take 3072). A head this wide has 8 times the products for each exponential
+//           of head 64. One block of 8 warps a multiprocessor: 250 / 246 / 255 registers (32 rows: 190 / 198 / 202) for
+//           sm_80 / 90 / 120, no local memory. Nothing was measured on a GPU.
 #pragma once
 
 #include "flash_attention.cuh"
@@ -56,10 +74,13 @@ struct ChunkRing {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     flash_attention_wide_kernel(const FlashAttentionArgs args, int row_blocks, int split_keys) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return;  // Turing's 64 KB of shared memory are too few: never launched there
+#endif
   constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles, kParts = Shape::kParts;
-  T* queries = reinterpret_cast<T*>(dynamic_shared_memory());      // [kRows, kDim], at the end the outputs
-  T* slots = queries + Shape::kRows * kDim;                        // [kSlots][kChunk]
-  T* weights = slots + Shape::kSlots * Shape::kChunk;              // [kRows, kKeys]
+  T* queries = reinterpret_cast<T*>(dynamic_shared_memory());                  // [kRows, kDim], at the end the outputs
+  T* slots = queries + Shape::kRows * kDim;                                    // [kSlots][kChunk]
+  T* weights = slots + Shape::kSlots * Shape::kChunk;                          // [kRows, kKeys]
   float* of_parts = reinterpret_cast<float*>(weights + Shape::kRows * kKeys);  // [kParts, kRows]: maxima, then sums
   const int lane = threadIdx.x % kWarp, matrix = lane / 8, matrix_row = lane % 8;
   const int warp = threadIdx.x / kWarp, part = warp % kParts, group_row = warp / kParts * 32;
@@ -69,9 +90,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int head_dim = static_cast<int>(args.head_dim), query_length = static_cast<int>(args.query_length);
   const int tiles = max(share.end_key - share.first_key + kKeys - 1, 0) / kKeys;
   const int my_row = share.first_row + group_row;
-  copy_tile<T, Shape::kRows, kDim, Shape::kThreads>(
-      queries, row_of<T>(args.query, args.query_stride, batch, head, 0), static_cast<int>(args.query_stride.row),
-      share.first_row, query_length, head_dim);
+  copy_tile<T, Shape::kRows, kDim, Shape::kThreads>(queries, row_of<T>(args.query, args.query_stride, batch, head, 0),
+                                                    static_cast<int>(args.query_stride.row), share.first_row,
+                                                    query_length, head_dim);
   const ChunkRing<T, Shape> ring{slots,
                                  row_of<T>(args.key, args.key_stride, batch, head, 0),
                                  row_of<T>(args.value, args.value_stride, batch, head, 0),
@@ -105,8 +126,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
         for (int n = 0; n < Shape::kPartKeys / 16; ++n) {
           uint32_t b[4];
-          load_matrices(b, keys + swizzled<Shape::kChunkColumns>(
-                                      part * Shape::kPartKeys + 16 * n + matrix / 2 * 8 + matrix_row, 2 * k + matrix % 2));
+          load_matrices(
+              b, keys + swizzled<Shape::kChunkColumns>(part * Shape::kPartKeys + 16 * n + matrix / 2 * 8 + matrix_row,
+                                                       2 * k + matrix % 2));
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m) {
             mma_16x8x16(score[m][2 * n], a[m], {b[0], b[1]}, T());
@@ -160,14 +182,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        load_matrices(a[m],
-                      my_weights + swizzled<kKeys>(16 * m + matrix % 2 * 8 + matrix_row, 2 * chunk + matrix / 2));
+        load_matrices(a[m], my_weights + swizzled<kKeys>(16 * m + matrix % 2 * 8 + matrix_row, 2 * chunk + matrix / 2));
       }
 #pragma unroll
       for (int n = 0; n < Shape::kPartColumns / 16; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(b, values + part * Shape::kPartColumns +
-                                        swizzled<kDim>(matrix % 2 * 8 + matrix_row, 2 * n + matrix / 2));
+        load_matrices_transposed(
+            b, values + part * Shape::kPartColumns + swizzled<kDim>(matrix % 2 * 8 + matrix_row, 2 * n + matrix / 2));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           mma_16x8x16(out[m][2 * n], a[m], {b[0], b[1]}, T());
@@ -196,13 +217,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
   }
-  const Share my_share = share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
+  const Share my_share =
+      share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
   const int first_row = my_share.first_row + group_row;
   if (my_share.splits > 1) {
     store_partial<kDim>(args, my_share, out, sum, softmax, first_row, part * Shape::kPartColumns);
   } else {
-    T* to = const_cast<T*>(row_of<T>(args.out, args.out_stride, my_share.batch_head / heads,
-                                     my_share.batch_head % heads, 0));
+    T* to = const_cast<T*>(
+        row_of<T>(args.out, args.out_stride, my_share.batch_head / heads, my_share.batch_head % heads, 0));
     store_rows<kDim>(out, inverse, queries + group_row * kDim, part * (Shape::kPartColumns / 8), to,
                      static_cast<int>(args.out_stride.row), first_row, query_length, head_dim);
   }

@@ -213,7 +213,8 @@ struct Share {
 
 // Blocks go along the rows of a head, then over its splits: blocks that run together share keys in L2. The last rows
 // come first: causal rows see more keys the later they are, and the short ones then fill the gaps at the end.
-__device__ inline Share share_of_block(const FlashAttentionArgs& args, int block, int rows, int row_blocks, int split_keys) {
+__device__ inline Share share_of_block(const FlashAttentionArgs& args, int block, int rows, int row_blocks,
+                                       int split_keys) {
   const int key_length = static_cast<int>(args.key_length);
   const int splits = max((key_length + split_keys - 1) / split_keys, 1);
   const int row_block = row_blocks - 1 - block % row_blocks;

@@ -29,9 +29,7 @@ inline unsigned char* dynamic_shared_memory() { return emulator::shared_memory()
 inline uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
 inline int block_index() { return static_cast<int>(blockIdx.x); }
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
-inline uint4 load_16(const void* global, bool inside) {
-  return inside ? *static_cast<const uint4*>(global) : uint4{};
-}
+inline uint4 load_16(const void* global, bool inside) { return inside ? *static_cast<const uint4*>(global) : uint4{}; }
 inline void store_16(void* global, uint4 x) { *static_cast<uint4*>(global) = x; }
 inline float exp2_approximate(float x) { return emulator::exp2_approximate(x); }
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
