@@ -118,9 +118,7 @@ def test_random_cases(seed):  # 200 in all
 # Planted faults: a text of a source and what it becomes. A fault is found when the emulator says so or when the result
 # isn't that of the CPU. tests/cuda_emulator/matmul.cu carries those that have to do with the tensor cores.
 
-MATMUL = MACHINE / "matmul.cu"
-# The attention without tensor cores.
-FLASH = next(path for path in sorted(KERNELS.glob("flash_attention*.cu")) if "kKeys = kWarp" in path.read_text())
+FLASH, MATMUL = KERNELS / "flash_attention_simple.cu", MACHINE / "matmul.cu"
 LOADED = "    __syncthreads();\n    if (!has_row) continue;"
 READ = "__syncthreads();  // the previous tile has been read"
 ROWS_OF_A, COLUMNS_OF_A = (

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from gafext import _C
 from gafext.ops import _common, flash_attention
 from gafext.ops.flash_attention import (
+    GpuShapes,
     _pytorchs,
+    is_faster_on_gpu,
     reference_flash_attention,
     slower_reasons,
     unsupported_reasons,
@@ -322,6 +324,39 @@ def test_what_the_kernel_does_faster_stays(dtype, keys):
     query, key = heads(4, 64, 20, 64, dtype), heads(4, keys, 20, 64, dtype)
     assert slower_reasons(query, key) == []
     assert torch.equal(flash_attention(query, key, key), OP(query, key, key))
+
+
+def test_on_a_gpu_the_kernel_serves_what_was_measured_faster(monkeypatch):
+    shapes = GpuShapes(capability=90, head_dims=range(40, 81), queries=range(64, 257), keys=range(1, 258))
+    monkeypatch.setattr(sys.modules[GpuShapes.__module__], "FASTER_ON_GPU", (shapes,))
+    assert is_faster_on_gpu(90, 64, 64, 257)
+    assert not any(is_faster_on_gpu(*other) for other in ((80, 64, 64, 257), (90, 88, 64, 257), (90, 64, 300, 257)))
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("length", [77, 1024])
+def test_wide_heads_on_cuda(length, dtype):
+    """The one head of a VAE, aligned rows or not."""
+    if torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("needs compute capability 8.0")
+    query, key, value = (heads(1, n, 1, 512, dtype, "cuda") for n in (length, 257, 257))
+    for is_causal in (False, True):
+        assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
+    odd = torch.randn(1, 1, 65, 515, device="cuda").to(dtype)[..., 3:]
+    assert_as_exact_as_torch(odd, odd, odd)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 64, 4096, 64), (8, 20, 300, 77, 64), (1, 1, 100, 2048, 512)], ids=str)
+def test_divided_work_on_cuda(sizes, dtype):
+    """Keys split over blocks, blocks of 128 rows; and the same bits each time."""
+    batch, num_heads, length, keys, head_dim = sizes
+    query, key, value = (heads(batch, n, num_heads, head_dim, dtype, "cuda") for n in (length, keys, keys))
+    assert_as_exact_as_torch(query, key, value)
+    results = [OP(query, key, value) for _ in range(20)]
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_the_same_choice_within_compiled_code():

@@ -1,4 +1,43 @@
-// Attention on tensor cores (mma.sync) for heads up to 256: FlashAttention-2's order of work (arXiv 2307.08691).
+// Attention on tensor cores (mma.sync) for heads up to 256, in FlashAttention-2's order of work (arXiv 2307.08691): a
+// block keeps some query rows and walks over tiles of keys and values with an online softmax.
+//
+// Mapping   a warp takes 16 or 32 query rows of one (batch, head), a block 4 warps: 64 or 128 rows. Each warp
+// multiplies
+//           its queries by all keys of a tile, so that a row's softmax needs 4 lanes and no other warp. The scores' C
+//           fragments, packed in pairs, are the A fragments of the product with the values: weights stay in registers.
+// Shared    two stages of (keys, values), swizzled, without padding: 8 kKeys kDim bytes, and where the queries don't
+// fit
+//           the registers 2 kRows kDim more. One barrier a tile: past it a tile has arrived and the one before is read,
+//           so the next one's cp.async start and have a whole tile's work to hide behind. At the end the outputs pass
+//           through the same memory, to be written in 16-byte pieces of whole rows.
+// Ends      the last tile and those on the diagonal are masked by a branch that is the same for the whole warp; where
+// at
+//           most half a tile of keys is left, they go 16 at a time: 77 keys cost 80, 257 cost 272. Keys and values of
+//           77 fit the two stages as they are; kept longer (257) they would cost blocks on the multiprocessor, and a
+//           reference that moves at most once or twice (flash_fragments.cuh) leaves little of the online softmax to
+//           save. Tiles past a block's diagonal are not read.
+// FLOPs     4 Lq Lk kDim a head: 86 GFLOP at (Lq, Lk, D, batch * heads) = (4096, 4096, 64, 20).
+// Bytes     from L2: keys and values once for every 64 or 128 query rows, 128 rows do 128 FLOPs a byte. From DRAM each
+//           input and output once: 42 MB there, 13 us on an H100, where the arithmetic takes 200 us at 430 TFLOP/s.
+// Limits    on paper, of a tile of 64 keys for a warp of 32 rows at head 64, counted in the code for sm_80: 635
+//           instructions, among them 128 HMMA, 64 MUFU, 32 LDSM, 8 LDGSTS. A quarter of an A100's multiprocessor takes
+//           8 cycles for an HMMA (1024 in all), for a MUFU (512) and, of its share of shared memory, 16 for an LDSM
+//           (512): bound by the tensor cores, as long as its 2 warps take turns. With 16 rows a warp the LDSM would
+//           take as long as the HMMA. Hopper's HMMA is up to twice as fast: there the instructions come next, and wgmma
+//           (flash_attention_sm90.cu) saves most of them.
+//
+// Nothing in this file was measured on a GPU. Shapes were chosen so that ptxas needs no local memory for any of sm_75
+// to sm_120, both types, and that two blocks share a multiprocessor of sm_80 and sm_90 (registers on sm_80 / 90 / 120):
+//   head   long queries: rows, keys; registers, KB      short queries: rows, keys; registers, KB
+//     48   128, 64; 204 / 204 / 210, 24                 64, 64; 136 / 136 / 136, 24
+//     64   128, 64; 223 / 228 / 239, 32                 64, 64; 143 / 140 / 148, 32
+//     80   128, 64; 253 / 254 / 255, 40                 64, 64; 162 / 163 / 168, 40
+//     96   128, 32; 204 / 213 / 220, 48 with queries    64, 64; 180 / 180 / 195, 48
+//    128   128, 32; 252 / 248 / 255, 64 with queries    64, 64; 207 / 204 / 228, 64
+//    160   128, 32; 224 / 235 / 247, 40; 8 warps        64, 32; 224 / 231 / 240, 40
+//    256   as for short queries                         64, 16; 235 / 235 / 252, 64 with queries
+// Queries in registers save an LDSM for every 4 HMMA; heads of 96 and 128 read them anew from shared memory, which
+// leaves registers for 32 rows a warp. At 160 even then 32 rows don't fit, and eight warps share the tiles instead.
 #pragma once
 
 #include "flash_attention.cuh"
@@ -193,7 +232,7 @@ cudaError_t flash_attention_mma(const FlashAttentionArgs& args, const FlashPlan&
     case 80:
       return go(FlashShape<80, 2, 4, 64, 2, false>(), FlashShape<80, 1, 4, 64, 3, false>());
     case 96:
-      return go(FlashShape<96, 2, 4, 48, 2, false>(), FlashShape<96, 1, 4, 64, 2, false>());
+      return go(FlashShape<96, 2, 4, 32, 2, true>(), FlashShape<96, 1, 4, 64, 2, false>());
     case 128:
       return go(FlashShape<128, 2, 4, 32, 2, true>(), FlashShape<128, 1, 4, 64, 2, false>());
     case 160:

@@ -1,5 +1,6 @@
-// Attention with an online softmax over tiles of 32 keys (arXiv 2205.14135, algorithm 1). The simple kernel: right for
-// every head_dim up to 256, every stride and every card since Turing; no tensor cores.
+// Attention with an online softmax over tiles of 32 keys (arXiv 2205.14135, algorithm 1). The simple kernel, for
+// float32 and what the tensor-core kernels do not serve: every head_dim up to 256, every stride, every card since
+// Turing.
 //
 // Mapping   a block of 8 warps takes 8 query rows of one (batch, head), a warp one row, in tiles of 32 keys:
 //           all 8 warps put the key tile into shared memory; lane j scores key j; maximum and sum go over the warp;

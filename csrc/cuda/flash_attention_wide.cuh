@@ -1,5 +1,23 @@
-// Attention on tensor cores for one wide head, up to 512 columns: the outputs of a row do not fit the registers of a
+// Attention on tensor cores for one wide head, up to 512 columns: the outputs of 32 rows don't fit the registers of a
 // warp, so the eight warps of a block divide the columns.
+//
+// Mapping   a block takes 64 (or 32) query rows; its warps are kGroups = 2 (1) groups of 32 rows x kParts = 4 (8)
+// parts.
+//           Scores: of 128 keys a part takes 32 (16), over all columns of the head. The parts exchange the maxima of
+//           their rows, move the references alike, and leave their weights in shared memory. Outputs: a part takes 128
+//           (64) of the columns, over all 128 keys: 128 (64) registers a thread.
+// Shared    queries 64 KB (32), weights 16 KB (8), and a ring of three 16 KB chunks through which keys (128 x 64
+//           columns) and values (16 x 512) stream: two under way while one is read, one barrier a chunk. 129 KB fit
+//           sm_80, 90, 100; 89 KB fit the 99 KB of sm_86, 89, 120. Turing's 64 KB are too few.
+// FLOPs     4 Lq Lk 512: 34 GFLOP at 4096 tokens.
+// Bytes     keys and values from L2 once for 64 (32) rows: 64 (32) FLOPs a byte, so that 300 TFLOP/s would ask 4.7 TB/s
+//           of it. Few rows (1024 tokens are 16 blocks of 64) leave multiprocessors idle: hence the blocks of 32, and
+//           keys split over blocks (flash_attention.cu).
+// Limits    on paper, of 64 rows and 64 keys on an A100: HMMA 4096 cycles; shared memory 1280 for P V and 2048 for Q
+// K^T
+//           (32 keys a warp; 16 keys would take 3072). A head this wide has 8 times the products for each exponential
+//           of head 64. One block of 8 warps a multiprocessor: 250 / 246 / 255 registers (32 rows: 190 / 198 / 202) for
+//           sm_80 / 90 / 120, no local memory. Nothing was measured on a GPU.
 #pragma once
 
 #include "flash_attention.cuh"
@@ -56,6 +74,9 @@ struct ChunkRing {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     flash_attention_wide_kernel(const FlashAttentionArgs args, int row_blocks, int split_keys) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return;  // Turing's 64 KB of shared memory are too few: never launched there
+#endif
   constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles, kParts = Shape::kParts;
   T* queries = reinterpret_cast<T*>(dynamic_shared_memory());                  // [kRows, kDim], at the end the outputs
   T* slots = queries + Shape::kRows * kDim;                                    // [kSlots][kChunk]

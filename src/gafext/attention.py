@@ -101,8 +101,6 @@ def attention(
     reasons = attention_reasons(query, key, value, attn_mask=attn_mask) if backend in ("auto", "kernel") else []
     if backend == "auto":
         reasons += _flash_slower(query, key)
-        if query.device.type == "cuda":
-            reasons.append("the CUDA kernel has no tensor cores yet")
     if _use_kernel(backend, "flash_attention", reasons):
         return _flash_kernel(query, key, value, is_causal=is_causal)
     if backend == "reference" and attn_mask is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,8 +86,41 @@ _FEW_QUERIES = 12
 _LITTLE_WORK = 3 * 2**19
 
 
+class GpuShapes(NamedTuple):
+    """Half-precision attentions for which the CUDA kernel was measured faster than each of PyTorch's backends."""
+
+    capability: int  # 90: compute capability 9.0
+    head_dims: range
+    queries: range
+    keys: range
+
+
+# To be filled in from benchmarks on a GPU: nothing was measured yet.
+FASTER_ON_GPU: tuple[GpuShapes, ...] = ()
+
+
+def is_faster_on_gpu(capability: int, head_dim: int, queries: int, keys: int) -> bool:
+    return any(
+        capability == shapes.capability
+        and head_dim in shapes.head_dims
+        and queries in shapes.queries
+        and keys in shapes.keys
+        for shapes in FASTER_ON_GPU
+    )
+
+
+def _gpu_reasons(query: Tensor, key: Tensor) -> list[str]:
+    if FASTER_ON_GPU and query.dtype in (torch.float16, torch.bfloat16):
+        major, minor = torch.cuda.get_device_capability(query.device)
+        if is_faster_on_gpu(10 * major + minor, query.shape[3], query.shape[2], key.shape[2]):
+            return []
+    return ["the CUDA kernel was not measured to be faster than PyTorch's for this GPU, shape and dtype"]
+
+
 def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
     """Why PyTorch's own operation is the faster one for what the kernel could serve too; empty when it is not."""
+    if query.device.type == "cuda":
+        return _gpu_reasons(query, key)
     if query.device.type != "cpu":
         return []
     reasons = []
