@@ -108,6 +108,19 @@ void conv3x3_cpu(const Conv3x3Args& args);
 cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream);
 cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);
 cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
+
+// The kernel for capability 9.0 alone: whether it runs these arguments, whether it should, and the launch. A build
+// without it serves nothing.
+#ifdef GAFEXT_WITH_SM90A
+bool runs_on_sm90(const FlashAttentionArgs& args);
+bool serves_sm90(const FlashAttentionArgs& args);
+cudaError_t flash_attention_sm90(const FlashAttentionArgs& args, cudaStream_t stream);
+#else
+inline bool serves_sm90(const FlashAttentionArgs&) { return false; }
+inline cudaError_t flash_attention_sm90(const FlashAttentionArgs&, cudaStream_t) {
+  return cudaErrorNoKernelImageForDevice;
+}
+#endif
 #endif
 
 }  // namespace gafext

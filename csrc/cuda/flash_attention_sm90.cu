@@ -268,8 +268,7 @@ bool runs_on_sm90(const FlashAttentionArgs& args) {
   const auto fits = [](int64_t extent) { return extent > 0 && extent < int64_t{1} << 24; };
   return args.dtype != DType::kFloat32 && (args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 128) &&
          fits(args.query_length) && fits(args.key_length) && fits(args.heads) && fits(args.batch) &&
-         args.batch * args.heads < int64_t{1} << 30 &&
-         (args.batch * args.heads) * args.query_length < int64_t{1} << 36 && args.scale > 0.0f &&
+         args.batch * args.heads * (args.query_length / 128 + 1) < int64_t{1} << 30 && args.scale > 0.0f &&
          is_aligned(args.query, args.query_stride, args.batch, args.heads, args.query_length) &&
          is_aligned(args.key, args.key_stride, args.batch, args.heads, args.key_length) &&
          is_aligned(args.value, args.value_stride, args.batch, args.heads, args.key_length) &&

@@ -183,10 +183,10 @@ __device__ inline void products_wait(Registers&... registers) {
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
 #define GAFEXT_NAMES_40 GAFEXT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define GAFEXT_NAMES_64                                                                                             \
-  GAFEXT_NAMES_40                                                                                                   \
-      ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
-      "%61, %62, %63"
+#define GAFEXT_NAMES_64                                                                                         \
+  GAFEXT_NAMES_40                                                                                               \
+  ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
+  "%61, %62, %63"
 // c (+)= A B, 64 x 128 over a depth of 16, both K-major in shared memory; the old c is dropped unless `accumulate`.
 #define GAFEXT_PRODUCT_SHARED(Element, type)                                                                   \
   __device__ inline void product(float (&c)[64], uint64_t a, uint64_t b, bool accumulate, Element) {           \

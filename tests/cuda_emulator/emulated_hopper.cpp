@@ -1,0 +1,447 @@
+#include "emulated_hopper.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "machine.h"
+#include "memory.h"
+
+namespace gafext::cuda {
+namespace {
+
+using emulator::ActingAs;
+using emulator::current_thread;
+using emulator::fault;
+
+constexpr int kWarp = 32;
+constexpr uint64_t kMostBytes = (1 << 20) - 1;  // that a barrier counts
+
+// Address bits 4.. XOR bits 7.., as many as a row of the panel has 16-byte chunks.
+uint32_t swizzled(uint32_t address, uint32_t panel_row_bytes) {
+  return address ^ ((address >> 7 & (panel_row_bytes / 16 - 1)) << 4);
+}
+
+// What the machine keeps beside shared memory; the words there hold the numbers of their barriers. Per block.
+struct BarrierState {
+  int count, pending;
+  int64_t bytes = 0;
+  uint32_t phase = 0;
+  bool is_visible = false;
+  int initialiser;
+  emulator::Clock clock, clock_of_phase[2];
+};
+struct Copy {
+  unsigned char* shared;
+  TensorMap map;
+  size_t barrier;
+  int column, row, head, batch, thread;
+};
+std::vector<BarrierState> barriers;
+std::vector<Copy> copies;
+uint32_t random_state = 1;
+
+uint32_t random_below(uint32_t n) {
+  random_state = random_state * 1664525u + 1013904223u;
+  return static_cast<uint32_t>(static_cast<uint64_t>(random_state) * n >> 32);
+}
+
+BarrierState& state_of(const Barrier& barrier) {
+  emulator::check_atomic(&barrier, sizeof(barrier));
+  if (!emulator::is_shared(&barrier, sizeof(barrier))) fault("a barrier outside of shared memory");
+  if (barrier >= barriers.size()) fault("a barrier that has not been initialised");
+  BarrierState& state = barriers[barrier];
+  if (!state.is_visible && state.initialiser != current_thread) {
+    fault("a barrier used before its initialiser's barriers_visible()");
+  }
+  return state;
+}
+
+void end_phase_if_complete(BarrierState& state) {
+  if (state.pending || state.bytes) return;
+  state.clock_of_phase[state.phase % 2] = state.clock;
+  ++state.phase;
+  state.pending = state.count;
+}
+
+void arrive(BarrierState& state, int64_t bytes) {
+  if (state.pending == 0) fault("mbarrier.arrive: more arrivals than the %d of a phase", state.count);
+  state.bytes += bytes;
+  if (state.bytes > static_cast<int64_t>(kMostBytes)) fault("a barrier that expects %ld bytes", state.bytes);
+  --state.pending;
+  emulator::release(state.clock, current_thread);
+  end_phase_if_complete(state);
+}
+
+void deliver(const Copy& copy) {
+  const TensorMap& map = copy.map;
+  const uint32_t row_bytes = map.panel_columns * 2;
+  std::vector<unsigned char> panel(static_cast<size_t>(map.panel_rows) * row_bytes);
+  const bool is_inside = copy.head >= 0 && copy.batch >= 0 && static_cast<uint64_t>(copy.head) < map.extents[2] &&
+                         static_cast<uint64_t>(copy.batch) < map.extents[3];
+  ActingAs thread(copy.thread);
+  for (uint32_t r = 0; r < map.panel_rows; ++r) {
+    for (uint32_t c = 0; c < map.panel_columns; ++c) {
+      const int64_t row = int64_t{copy.row} + r, column = int64_t{copy.column} + c;
+      if (!is_inside || row < 0 || column < 0 || static_cast<uint64_t>(row) >= map.extents[1] ||
+          static_cast<uint64_t>(column) >= map.extents[0]) {
+        continue;  // zeros
+      }
+      const unsigned char* element =
+          map.base + column * 2 + row * map.strides[1] + copy.head * map.strides[2] + copy.batch * map.strides[3];
+      emulator::check_read(element, 2);
+      // The panel starts where the pattern does, so offsets in it swizzle like addresses.
+      std::memcpy(&panel[swizzled(r * row_bytes + c * 2, row_bytes)], element, 2);
+    }
+  }
+  emulator::copy_delivered(copy.shared, panel.data(), panel.size());
+  BarrierState& state = barriers[copy.barrier];
+  state.bytes -= static_cast<int64_t>(panel.size());
+  if (state.bytes < -static_cast<int64_t>(kMostBytes)) fault("bytes that the barrier was not told to expect");
+  emulator::release(state.clock, copy.thread);
+  end_phase_if_complete(state);
+}
+
+// Whenever somebody looks at a barrier, a copy may arrive.
+void pass_time() {
+  if (copies.empty() || random_below(64)) return;
+  const uint32_t index = random_below(static_cast<uint32_t>(copies.size()));
+  const Copy copy = copies[index];
+  copies.erase(copies.begin() + index);
+  deliver(copy);
+}
+
+}  // namespace
+
+cudaError_t encode_tensor_map(TensorMap& map, const void* base, bool, const uint64_t (&extents)[4],
+                              const uint64_t (&strides)[3], uint32_t panel_columns, uint32_t panel_rows) {
+  // What cuda.h asks for at cuTensorMapEncodeTiled, and what hopper.cuh adds to it.
+  bool is_valid = reinterpret_cast<uintptr_t>(base) % 16 == 0 && panel_rows >= 1 && panel_rows <= 256 &&
+                  (panel_columns == 16 || panel_columns == 32 || panel_columns == 64);
+  for (const uint64_t extent : extents) is_valid &= extent >= 1 && extent <= uint64_t{1} << 32;
+  for (const uint64_t stride : strides) is_valid &= stride % 16 == 0 && stride > 0 && stride < uint64_t{1} << 40;
+  if (!is_valid) return cudaErrorInvalidValue;
+  map = {static_cast<const unsigned char*>(base),
+         {extents[0], extents[1], extents[2], extents[3]},
+         {2, strides[0], strides[1], strides[2]},
+         panel_columns,
+         panel_rows};
+  return cudaSuccess;
+}
+
+cudaError_t multiprocessor_count(int& count) {
+  count = emulator::options.multiprocessors;
+  return cudaSuccess;
+}
+
+void barrier_init(Barrier& barrier, int count) {
+  if (!emulator::is_shared(&barrier, sizeof(barrier))) fault("a barrier outside of shared memory");
+  if (count < 1 || count >= 1 << 20) fault("a barrier of %d arrivals", count);
+  emulator::check_write(&barrier, sizeof(barrier));
+  barrier = barriers.size();
+  barriers.push_back({});
+  barriers.back().count = barriers.back().pending = count;
+  barriers.back().initialiser = current_thread;
+}
+void barriers_visible() {
+  for (BarrierState& state : barriers) state.is_visible |= state.initialiser == current_thread;
+}
+void barrier_arrive(Barrier& barrier) { arrive(state_of(barrier), 0); }
+void barrier_arrive_expect(Barrier& barrier, int bytes) { arrive(state_of(barrier), bytes); }
+
+void barrier_wait(Barrier& barrier, uint32_t parity) {
+  if (parity > 1) fault("mbarrier.try_wait: a parity of %u", parity);
+  const size_t number = &state_of(barrier) - barriers.data();
+  const auto is_over = [=] { return barriers[number].phase % 2 != parity; };
+  while (!is_over()) {
+    pass_time();
+    if (is_over()) break;
+    if (copies.empty()) {
+      emulator::wait_until("mbarrier.try_wait", [=] { return is_over() || !copies.empty(); });
+    } else {
+      emulator::yield();
+    }
+  }
+  emulator::acquire(barriers[number].clock_of_phase[parity], current_thread);
+}
+
+void numbered_barrier_wait(int number, int threads) { emulator::barrier("bar.sync", number, threads); }
+void numbered_barrier_arrive(int number, int threads) { emulator::barrier_arrive("bar.arrive", number, threads); }
+
+void copy_panel_async(void* shared, const TensorMap& map, Barrier& barrier, int column, int row, int head, int batch) {
+  const size_t number = &state_of(barrier) - barriers.data();
+  const uint32_t row_bytes = map.panel_columns * 2, address = emulator::shared_address(shared);
+  if (address % (8 * row_bytes)) fault("a panel at shared address %u, no multiple of %u", address, 8 * row_bytes);
+  emulator::copy_issued(shared, static_cast<size_t>(map.panel_rows) * row_bytes);
+  copies.push_back({static_cast<unsigned char*>(shared), map, number, column, row, head, batch, current_thread});
+}
+
+uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes, uint32_t stride_bytes, uint32_t panel_row_bytes) {
+  const uint64_t swizzle = panel_row_bytes == 128 ? 1 : panel_row_bytes == 64 ? 2 : 3;
+  return (emulator::shared_address(start) & 0x3ffff) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | swizzle << 62;
+}
+
+namespace {
+
+uint16_t bits_of(float x, __half) {
+  const _Float16 half = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+uint16_t bits_of(float x, __nv_bfloat16) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isnan(x)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float value_of(uint16_t bits, bool is_bfloat16) {
+  if (is_bfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  }
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+
+}  // namespace
+
+uint32_t pack_pair(float first, float second, __half) {
+  return bits_of(first, __half()) | static_cast<uint32_t>(bits_of(second, __half())) << 16;
+}
+uint32_t pack_pair(float first, float second, __nv_bfloat16) {
+  return bits_of(first, __nv_bfloat16()) | static_cast<uint32_t>(bits_of(second, __nv_bfloat16())) << 16;
+}
+
+namespace emulated {
+namespace {
+
+constexpr int kDepth = 16, kRows = 16;  // of a warp's part of a product
+
+// An operand in shared memory as its descriptor tells it: element (i, k), i along M or N.
+struct Operand {
+  uint32_t start, leading, stride, row_bytes;
+  bool is_k_major;
+
+  Operand(uint64_t descriptor, bool is_k_major) : is_k_major(is_k_major) {
+    const auto field = [&](int shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4; };
+    start = field(0), leading = field(16), stride = field(32);
+    const int swizzle = static_cast<int>(descriptor >> 62);
+    if (swizzle == 0) fault("a descriptor without swizzle, which is not emulated");
+    row_bytes = 256 >> swizzle;
+    if (descriptor >> 49 & 7) fault("a descriptor's base offset, which is not emulated");
+    const uint32_t pattern = 8 * row_bytes;
+    if (is_k_major ? start % pattern + 2 * kDepth > row_bytes : start % pattern != 0) {
+      fault("a descriptor starts %u bytes into its pattern of %u", start % pattern, pattern);
+    }
+  }
+  uint32_t address(int i, int k) const {
+    const uint32_t columns = row_bytes / 2;
+    const uint32_t linear = is_k_major ? start + i / 8 * stride + i % 8 * row_bytes + k * 2
+                                       : start + i / columns * leading + k / 8 * stride + k % 8 * row_bytes +
+                                             i % columns * 2;
+    return swizzled(linear, row_bytes);
+  }
+  // Elements [0, extent) x [0, kDepth) from `first` on, as floats; each 16 bytes checked once.
+  void read(int first, int extent, bool is_bfloat16, float* out) const {
+    for (int i = first; i < first + extent; ++i) {
+      for (int k = 0; k < kDepth; ++k) {
+        const unsigned char* element = emulator::shared_pointer(address(i, k));
+        if ((is_k_major ? k : i) % 8 == 0) emulator::check_read(element, 16);
+        uint16_t bits;
+        std::memcpy(&bits, element, 2);
+        out[(i - first) * kDepth + k] = value_of(bits, is_bfloat16);
+      }
+    }
+  }
+  void check(int first, int extent) const {
+    for (int i = first; i < first + extent; i += is_k_major ? 1 : 8) {
+      for (int k = 0; k < kDepth; k += is_k_major ? 8 : 1) {
+        emulator::check_read(emulator::shared_pointer(address(i, k)), 16);
+      }
+    }
+  }
+};
+
+// Registers as they were at products_begin, and accumulators under way, of one thread.
+struct Pinned {
+  const unsigned char* begin;
+  std::vector<unsigned char> content;
+};
+struct Accumulator {
+  std::vector<float> value;
+  int last_group;
+};
+struct ThreadState {
+  std::vector<Pinned> pinned;
+  std::map<float*, Accumulator> accumulators;
+  std::vector<float*> expected;  // by the wait under way
+};
+struct Pending {
+  Product product;
+  uint32_t a_content[kWarp][4];
+  const uint32_t* a_registers[kWarp];
+  int group;
+};
+struct WarpState {
+  std::vector<Pending> pending;
+  int group = 0, products = 0;  // products ever begun
+};
+std::map<int, ThreadState> threads;
+std::map<int, WarpState> warps;
+const float kInFlight = std::numeric_limits<float>::quiet_NaN();
+
+int first_thread_of_warp() { return current_thread / kWarp * kWarp; }
+
+bool is_as_pinned(const ThreadState& thread, const void* registers, size_t bytes) {
+  const unsigned char* begin = static_cast<const unsigned char*>(registers);
+  for (const Pinned& pinned : thread.pinned) {
+    if (begin < pinned.begin || begin + bytes > pinned.begin + pinned.content.size()) continue;
+    return std::memcmp(begin, &pinned.content[begin - pinned.begin], bytes) == 0;
+  }
+  return false;
+}
+
+// What one warp does of a wgmma: 16 rows of the 64, by its first lane as far as memory goes.
+void run_product(const Product* const* lanes) {
+  const int first_thread = first_thread_of_warp(), warp = first_thread / kWarp;
+  WarpState& state = warps[warp];
+  const Product& one = *lanes[0];
+  ActingAs first_lane(first_thread);
+  float a[kRows * kDepth], b[256 * kDepth];
+  Operand(one.b, one.a_registers == nullptr).read(0, one.columns, one.is_bfloat16, b);
+  if (one.a_registers == nullptr) Operand(one.a, true).read(warp % 4 * kRows, kRows, one.is_bfloat16, a);
+
+  state.pending.push_back({one, {}, {}, state.group});
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Product& product = *lanes[lane];
+    if (product.b != one.b || product.a != one.a || product.accumulate != one.accumulate) {
+      fault("wgmma: lanes 0 and %d differ in a descriptor or in accumulating", lane);
+    }
+    if (one.a_registers == nullptr) continue;
+    state.pending.back().a_registers[lane] = product.a_registers;
+    std::memcpy(state.pending.back().a_content[lane], product.a_registers, 16);
+    if (!is_as_pinned(threads[first_thread + lane], product.a_registers, 16)) {
+      fault("wgmma: the A registers of lane %d have no products_begin since they changed", lane);
+    }
+    for (int i = 0; i < 8; ++i) {  // register i / 2, half i % 2
+      const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      a[row * kDepth + column] = value_of(product.a_registers[i / 2] >> i % 2 * 16, one.is_bfloat16);
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const int count = one.columns / 2;
+    float* c = lanes[lane]->c;
+    ThreadState& thread = threads[first_thread + lane];
+    auto found = thread.accumulators.find(c);
+    if (found == thread.accumulators.end()) {
+      if (one.accumulate && !is_as_pinned(thread, c, count * sizeof(float))) {
+        fault("wgmma: the accumulators of lane %d have no products_begin since they changed", lane);
+      }
+      found = thread.accumulators.emplace(c, Accumulator{std::vector<float>(c, c + count), 0}).first;
+      std::fill_n(c, count, kInFlight);
+    }
+    Accumulator& accumulator = found->second;
+    accumulator.last_group = state.group;
+    for (int i = 0; i < count; ++i) {
+      const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = one.accumulate ? accumulator.value[i] : 0.0f;
+      for (int k = 0; k < kDepth; ++k) sum += a[row * kDepth + k] * b[column * kDepth + k];
+      accumulator.value[i] = sum;
+    }
+  }
+}
+
+// The groups up to the current one less `pending` are over: operands are read for the last time, results appear.
+void complete(int pending) {
+  const int first_thread = first_thread_of_warp(), warp = first_thread / kWarp;
+  WarpState& state = warps[warp];
+  const int last = state.group - 1 - pending;
+  {
+    ActingAs first_lane(first_thread);
+    for (const Pending& p : state.pending) {
+      if (p.group > last) continue;
+      Operand(p.product.b, p.product.a_registers == nullptr).check(0, p.product.columns);
+      if (p.product.a_registers == nullptr) Operand(p.product.a, true).check(warp % 4 * kRows, kRows);
+      for (int lane = 0; p.product.a_registers && lane < kWarp; ++lane) {
+        if (std::memcmp(p.a_content[lane], p.a_registers[lane], 16)) {
+          fault("wgmma: an A register of lane %d was written while in use", lane);
+        }
+      }
+    }
+  }
+  std::erase_if(state.pending, [&](const Pending& p) { return p.group <= last; });
+  emulator::Clock clock;
+  for (int lane = 0; lane < kWarp; ++lane) emulator::release(clock, first_thread + lane);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    emulator::acquire(clock, first_thread + lane);
+    ThreadState& thread = threads[first_thread + lane];
+    for (auto it = thread.accumulators.begin(); it != thread.accumulators.end();) {
+      auto& [c, accumulator] = *it;
+      if (accumulator.last_group > last) {
+        ++it;
+        continue;
+      }
+      for (size_t i = 0; i < accumulator.value.size(); ++i) {
+        if (std::memcmp(&c[i], &kInFlight, 4)) fault("wgmma: accumulator %zu of lane %d written while in use", i, lane);
+      }
+      std::memcpy(c, accumulator.value.data(), accumulator.value.size() * sizeof(float));
+      thread.expected.push_back(c);
+      it = thread.accumulators.erase(it);
+    }
+  }
+}
+
+}  // namespace
+
+void set_registers(int registers) {
+  emulator::meet("setmaxnreg", emulator::whole_warps(4), registers, [](int* const* values) {
+    for (int i = 0; i < 4 * kWarp; ++i) {
+      if (*values[i] != *values[0]) fault("setmaxnreg: %d and %d in one warpgroup", *values[0], *values[i]);
+    }
+  });
+}
+
+void begin() { threads[current_thread].pinned.clear(); }
+
+// At a products_begin: remembered. At a products_wait: among those whose results have appeared.
+void pin(const void* registers, size_t bytes, bool is_after_wait) {
+  ThreadState& thread = threads[current_thread];
+  const unsigned char* begin = static_cast<const unsigned char*>(registers);
+  if (is_after_wait) {
+    std::erase_if(thread.expected, [&](float* c) { return static_cast<const void*>(c) == registers; });
+  } else {
+    thread.pinned.push_back({begin, {begin, begin + bytes}});
+  }
+}
+
+void product(const Product& product) {
+  emulator::meet("wgmma.mma_async", emulator::whole_warps(1), product,
+                 [](const Product* const* lanes) { run_product(lanes); });
+}
+
+void wait(int pending) {
+  emulator::meet("wgmma.wait_group", emulator::whole_warps(1), pending, [](int* const* lanes) { complete(**lanes); });
+}
+void wait_over() {
+  if (!threads[current_thread].expected.empty()) {
+    fault("wgmma.wait_group: accumulators became ready that products_wait was not given");
+  }
+}
+
+}  // namespace emulated
+
+void products_commit() {
+  int nothing = 0;
+  emulator::meet("wgmma.commit_group", emulator::whole_warps(1), nothing,
+                 [](int* const*) { ++emulated::warps[current_thread / kWarp].group; });
+}
+
+}  // namespace gafext::cuda
