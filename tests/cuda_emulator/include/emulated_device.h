@@ -1,0 +1,50 @@
+// csrc/cuda/device.cuh for the host: the same functions, for the fragment layouts and the rules of the PTX ISA
+// ("Matrix fragments for mma.m16n8k16", "ldmatrix", "cp.async").
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+namespace emulator {
+
+enum class Format { kFloat16, kBFloat16 };
+void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, Format format);
+void load_matrices(uint32_t* r, const void* row, bool transposed);
+void copy_16_async(void* shared, const void* global, bool inside);
+void copies_commit();
+void copies_wait(int groups);
+float exp2_approximate(float x);
+
+}  // namespace emulator
+
+#define __cvta_generic_to_shared(pointer) emulator::shared_address(pointer)
+
+namespace gafext::cuda {
+
+inline unsigned char* dynamic_shared_memory() { return emulator::shared_memory(); }
+inline uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
+inline float exp2_approximate(float x) { return emulator::exp2_approximate(x); }
+
+inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+  emulator::mma_16x8x16(c, a, b, emulator::Format::kFloat16);
+}
+inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
+  emulator::mma_16x8x16(c, a, b, emulator::Format::kBFloat16);
+}
+inline void load_matrices(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, true); }
+
+inline void copy_16_async(void* shared, const void* global, bool inside) {
+  emulator::copy_16_async(shared, global, inside);
+}
+inline void copies_commit() { emulator::copies_commit(); }
+template <int groups>
+inline void copies_wait() {
+  emulator::copies_wait(groups);
+}
+
+}  // namespace gafext::cuda

@@ -1,0 +1,383 @@
+"""Runs the CUDA kernels of csrc/cuda on the processor: the very sources, compiled by g++ over tests/cuda_emulator.
+
+    out = emulate("flash_attention", query, key, value, is_causal=True)
+
+runs the kernel once in each of `ORDERS` and raises EmulatorError with kernel, block, thread and source line for
+  - an access outside of a tensor (to the byte, gaps between rows included) or of shared memory, or not aligned,
+  - a read of what nobody has written, a write to an input, an element of the output that stays unwritten,
+  - a race in shared memory: two accesses by different threads, one of them a write, and no barrier in between,
+  - an asynchronous copy that is used before copies_wait,
+  - lanes that don't meet at an instruction of their warp, and threads that wait for ever,
+  - results that hang on the order of threads and blocks, or on what memory held before.
+
+A new kernel needs
+  1. nothing for its .cu file, its argument struct and its prototype: they are found in csrc/cuda and csrc/ops.h, where
+     the prototype is `cudaError_t NAME_cuda(const SomeArgs& args, cudaStream_t stream);`,
+  2. a function here that fills in the arguments as csrc/bindings.cpp does: see `flash_attention` below. Tensors go to
+     pointer fields: those to const are inputs, the others outputs. Under `scratch` are outputs that need not be written,
+  3. for a PTX instruction without an emulation: its twin in tests/cuda_emulator/include/emulated_device.h.
+emulate(..., capability=90, multiprocessors=3) is what the kernel's host code sees of the device.
+"""
+
+import concurrent.futures
+import ctypes
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc/cuda"
+MACHINE = ROOT / "tests/cuda_emulator"
+
+# The thread sanitizer's hooks without its library: cuda_emulator/memory.cpp has them.
+_HOOKS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
+_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
+          "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-DGAFEXT_EMULATOR", "-DGAFEXT_WITH_CUDA"]  # fmt: skip
+_INCLUDES = [MACHINE / "include", MACHINE, KERNELS, ROOT / "csrc"]
+
+NAN, LARGE = 0xFFFFFFFF, 0x7BFF7BFF  # LARGE: finite in each dtype, 65504 in float16
+_FORWARD, _REVERSE, _RANDOM = range(3)
+
+
+class EmulatorError(RuntimeError):
+    """What a kernel must not do."""
+
+
+class Options(ctypes.Structure):
+    _fields_ = (
+        ("blocks", ctypes.c_int),
+        ("warps", ctypes.c_int),
+        ("lanes", ctypes.c_int),
+        ("warp_by_warp", ctypes.c_int),
+        ("seed", ctypes.c_uint32),
+        ("poison", ctypes.c_uint32),
+        ("capability", ctypes.c_int),
+        ("multiprocessors", ctypes.c_int),
+    )
+
+
+class _Fault(ctypes.Structure):
+    _fields_ = (
+        ("message", ctypes.c_char * 1024),
+        ("kernel", ctypes.c_void_p),
+        ("frames", ctypes.c_void_p * 32),
+        ("frame_count", ctypes.c_int),
+        ("block", ctypes.c_uint * 3),
+        ("thread", ctypes.c_int),
+    )
+
+
+ORDERS = {
+    "forward": dict(blocks=_FORWARD, warps=_FORWARD, lanes=_FORWARD, warp_by_warp=1, poison=NAN),
+    "reverse": dict(blocks=_REVERSE, warps=_REVERSE, lanes=_REVERSE, warp_by_warp=1, poison=LARGE),
+    "random warps": dict(blocks=_RANDOM, warps=_RANDOM, lanes=_FORWARD, warp_by_warp=1, seed=1, poison=LARGE ^ 1 << 31),
+    "random lanes": dict(blocks=_RANDOM, warps=_RANDOM, lanes=_RANDOM, warp_by_warp=0, seed=2, poison=0),
+}
+
+
+# The arguments of the operations, as csrc/bindings.cpp fills them in.
+
+
+@dataclasses.dataclass
+class Call:
+    out: torch.Tensor
+    arguments: dict  # fields of the struct: tensors, numbers, tuples for strides
+    scratch: tuple[str, ...] = ()
+
+
+def _empty_heads(query):
+    batch, heads, length, head_dim = query.shape
+    return torch.empty(batch, length, heads, head_dim, dtype=query.dtype).transpose(1, 2)
+
+
+def _attention(query, key, value, scale, **more):
+    out = _empty_heads(query)
+    tensors = dict(query=query, key=key, value=value, out=out)
+    return Call(
+        out,
+        tensors
+        | {f"{name}_stride": tensor.stride()[:3] for name, tensor in tensors.items()}
+        | dict(heads=query.shape[1], head_dim=query.shape[3], dtype=query.dtype)
+        | dict(scale=query.shape[3] ** -0.5 if scale is None else scale)
+        | more,
+    )
+
+
+def flash_attention(query, key, value, *, scale=None, is_causal=False):
+    sizes = dict(batch=query.shape[0], query_length=query.shape[2], key_length=key.shape[2])
+    return _attention(query, key, value, scale, is_causal=is_causal, **sizes)
+
+
+def cross_view_attention(query, key, value, num_views, *, scale=None):
+    sizes = dict(batch=query.shape[0] // num_views, views=num_views, length=query.shape[2])
+    return _attention(query, key, value, scale, **sizes)
+
+
+def geglu_gate(projected):
+    """`projected` [rows, 2 * inner], with any stride from row to row."""
+    rows, inner = projected.shape[0], projected.shape[1] // 2
+    out = torch.empty(rows, inner, dtype=projected.dtype)
+    sizes = dict(rows=rows, inner=inner, projected_stride=projected.stride(0), dtype=projected.dtype)
+    return Call(out, dict(projected=projected, out=out, **sizes))
+
+
+OPERATIONS = {f.__name__: f for f in (flash_attention, cross_view_attention, geglu_gate)}
+
+
+def emulate(operation, *args, library=None, orders=ORDERS, capability=80, multiprocessors=3, **kwargs):
+    """The result of the CUDA kernel; the same in every order, or EmulatorError."""
+    library = library or kernels()
+    device = dict(capability=capability, multiprocessors=multiprocessors)
+    results = {}
+    for order, options in orders.items():
+        call = OPERATIONS[operation](*args, **kwargs)
+        results[order] = library.run(operation, call, Options(**options, **device), order)
+    (first, expected), *others = results.items()
+    for order, result in others:
+        different = (_bits(result) != _bits(expected)).nonzero()
+        if len(different):
+            where, count = tuple(different[0].tolist()), len(different)
+            raise EmulatorError(
+                f"{operation}: the result hangs on the order of threads or on old memory: {count} elements differ "
+                f"between the orders {first!r} and {order!r}, first {where}: {expected[where]} and {result[where]}"
+            )
+    return expected
+
+
+def _bits(tensor):
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+# The library.
+
+
+@functools.cache
+def kernels():
+    """Every kernel of csrc/cuda."""
+    return Library(sorted(KERNELS.glob("*.cu")), ROOT / "csrc/ops.h")
+
+
+class Library:
+    """Kernels compiled for the processor.
+
+    sources: .cu files. header: the file with their argument structs and prototypes.
+    """
+
+    def __init__(self, sources, header):
+        text = re.sub(r"//.*", "", header.read_text())
+        self.structs = _structs(text)
+        code = "\n".join(source.read_text() for source in sources)
+        self.arguments = {
+            name: struct
+            for name, struct in re.findall(r"cudaError_t (\w+)_cuda\(const (\w+)& args, cudaStream_t stream\);", text)
+            if f"{name}_cuda(" in code
+        }
+        self.path = _link(sources, self._entries(header))
+        self._dll = ctypes.PyDLL(str(self.path))  # that keeps Python's lock: the machine is one for all threads
+        for name in ("emulator_place", "emulator_error_name", "emulator_fault"):
+            getattr(self._dll, name).restype = ctypes.c_void_p
+        self._dll.emulator_error_name.restype = ctypes.c_char_p
+        for struct in set(self.arguments.values()):
+            expected, found = self._dll[f"size_of_{struct}"](), ctypes.sizeof(self.structs[struct])
+            assert expected == found, f"{struct}: {expected} bytes in C++, {found} as read from {header}"
+
+    def _entries(self, header):
+        """C functions, whose names ctypes can find, for the prototypes of the header."""
+        lines = [f'#include "{header}"', '#define EXPORT extern "C" __attribute__((visibility("default")))']
+        for name, struct in self.arguments.items():
+            lines += [
+                f"EXPORT int emulate_{name}(const gafext::{struct}& args) {{",
+                f"  return gafext::{name}_cuda(args, nullptr);",
+                "}",
+            ]
+        for struct in sorted(set(self.arguments.values())):
+            lines.append(f"EXPORT int size_of_{struct}() {{ return sizeof(gafext::{struct}); }}")
+        return "\n".join(lines) + "\n"
+
+    def run(self, operation, call, options, order):
+        """One run in one order."""
+        self._dll.emulator_reset(ctypes.byref(options))
+        struct = self.structs[self.arguments[operation]]()
+        outputs = []
+        for name, kind in struct._fields_:
+            value = call.arguments.get(name)
+            if isinstance(value, torch.Tensor):
+                is_output = not kind.is_const
+                placed = _Placed(self._dll, name, value, is_output, options.poison)
+                if is_output:
+                    outputs.append(placed)
+                value = placed.address
+            elif isinstance(value, torch.dtype):
+                value = (torch.float32, torch.float16, torch.bfloat16).index(value)
+            elif isinstance(value, tuple):
+                value = kind(*value)
+            elif name not in call.arguments:
+                raise KeyError(f"{operation}: the emulator's arguments lack {name}")
+            setattr(struct, name, value)
+        error = self._dll[f"emulate_{operation}"](ctypes.byref(struct))
+        fault = self._dll.emulator_fault()
+        if fault:
+            raise EmulatorError(self._describe(operation, _Fault.from_address(fault), order))
+        if error:
+            raise EmulatorError(f"{operation}: {self._dll.emulator_error_name(error).decode()}")
+        for placed in outputs:
+            placed.fetch(operation, must_be_written=placed.name not in call.scratch)
+        return call.out
+
+    def _describe(self, operation, fault, order):
+        lines = subprocess.run(["nm", "-C", self.path], capture_output=True, text=True).stdout.splitlines()
+        base = ctypes.cast(self._dll.emulator_reset, ctypes.c_void_p).value
+        base -= next(int(line.split()[0], 16) for line in lines if line.endswith(" T emulator_reset"))
+        name = next((line.split(None, 2)[2] for line in lines if line.startswith(f"{fault.kernel - base:016x}")), "")
+        name = re.sub(r"\(anonymous namespace\)::|gafext::|cuda::|void |\(.*\)$", "", name)
+        addresses = [f"{frame - base - 1:x}" for frame in fault.frames[: fault.frame_count] if frame > base]
+        command = ["addr2line", "-i", "-e", self.path, *addresses]
+        places = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        places = [place.split(" ")[0] for place in places if re.search(r"\.cuh?:", place)]
+        where = ", ".join(re.sub(r".*/", "", place) for place in places[:3])
+        block = tuple(fault.block)
+        block = block[0] if block[1:] == (0, 0) else block
+        return (
+            f"{operation}: {fault.message.decode()} [{name}, block {block}, thread {fault.thread}, "
+            f"order {order!r}, at {where}]"
+        )
+
+
+class _Placed:
+    """A tensor in the emulated memory; what lies between its elements is out of bounds."""
+
+    def __init__(self, dll, name, tensor, is_output, poison):
+        self.dll, self.name, self.tensor = dll, name, tensor
+        whole = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+        count = 1 + sum((n - 1) * stride for n, stride in zip(whole.shape, whole.stride(), strict=True))
+        count = count if whole.numel() else 0
+        self.memory = torch.full((count * tensor.element_size() // 2,), 0, dtype=torch.int16)
+        self.memory[:] = (poison & 0xFFFF) - (poison & 0x8000) * 2 if is_output else -1  # -1: NaN in each dtype
+        self.memory = self.memory.view(tensor.dtype)
+        accessible = torch.zeros(count, dtype=torch.bool)
+        if count:
+            accessible.as_strided(whole.shape, whole.stride()).fill_(True)
+            if not is_output:
+                self.memory.as_strided(whole.shape, whole.stride()).copy_(whole)
+        self.accessible = accessible.repeat_interleave(tensor.element_size())
+        residue = (
+            tensor.storage_offset() * tensor.element_size() % 1024
+        )  # PyTorch's CUDA memory begins at such multiples
+        self.address = dll.emulator_place(
+            name.encode(), *_pointers(self.memory, self.accessible), *_sizes(self.memory.nbytes, residue), is_output
+        )
+
+    def fetch(self, operation, must_be_written):
+        """Back to the tensor."""
+        if not self.tensor.numel():
+            return
+        written = torch.empty_like(self.accessible)
+        self.dll.emulator_fetch(
+            ctypes.c_void_p(self.address), *_pointers(self.memory, written), *_sizes(self.memory.nbytes)
+        )
+        shape = self.tensor.shape, self.tensor.stride()
+        self.tensor.copy_(self.memory.as_strided(*shape))
+        missing = ~written.view(-1, self.tensor.element_size()).all(1).as_strided(*shape)
+        if must_be_written and missing.any():
+            where = tuple(missing.nonzero()[0].tolist())
+            raise EmulatorError(
+                f"{operation}: {int(missing.sum())} elements of {self.name} were never written, first {where}"
+            )
+
+
+def _pointers(*tensors):
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+def _sizes(*numbers):
+    return [ctypes.c_size_t(number) for number in numbers]
+
+
+class _Input(ctypes.c_void_p):
+    is_const = True
+
+
+class _Output(ctypes.c_void_p):
+    is_const = False
+
+
+def _structs(text):
+    """The structs of a header as ctypes has them."""
+    kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float, "bool": ctypes.c_bool}
+    kinds["DType"] = ctypes.c_int
+    for struct, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
+        fields = []
+        for const, kind, names in re.findall(r"(const )?(\w+)\s*([^;]*);", body):
+            for name in names.split(","):
+                pointer = _Input if const else _Output
+                fields.append((name.strip(" *\n"), pointer if "*" in names else kinds[kind]))
+        kinds[struct] = type(struct, (ctypes.Structure,), {"_fields_": fields})
+    return kinds
+
+
+# Compiling. What was compiled stays in a folder for temporary files, under the hash of all that it depends on.
+
+
+def cache_folder():
+    folder = Path(tempfile.gettempdir()) / f"gafext-emulator-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _common_hash():
+    """Of compiler and headers."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    files = [p for folder in (MACHINE, ROOT / "csrc") for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
+    content = [version, *_FLAGS, *_HOOKS, str(ROOT), *(path.read_text() for path in sorted(files))]
+    return _hash(*content)
+
+
+def _hash(*texts):
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
+
+
+def _once(path, make):
+    """`path`, made by make(temporary path) unless it is there; one process at a time."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            temporary = path.with_suffix(".part")
+            make(temporary)
+            temporary.rename(path)
+    return path
+
+
+def _compile(source, flags=()):
+    # Headers beside the source come before all others: a mutated kernel may bring its own.
+    beside = [path.read_text() for path in sorted(source.parent.glob("*.*h"))]
+    key = _hash(_common_hash(), str(source), source.read_text(), *flags, *beside)
+    includes = [f"-I{folder}" for folder in _INCLUDES]
+    command = ["g++", *_FLAGS, *flags, *includes, "-x", "c++", "-c", str(source), "-o"]
+    return _once(cache_folder() / f"{source.stem}-{key}.o", lambda out: _call([*command, str(out)]))
+
+
+def _link(sources, entries):
+    folder = cache_folder()
+    entry = _once(folder / f"entries-{_hash(entries)}.cpp", lambda out: out.write_text(entries))
+    parts = [(source, _HOOKS) for source in sources]
+    parts += [(source, ()) for source in [entry, *sorted(MACHINE.glob("*.cpp"))]]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        objects = [str(path) for path in pool.map(lambda part: _compile(*part), parts)]
+    library = folder / f"kernels-{_hash(*objects)}.so"
+    command = ["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", *objects, "-o"]
+    return _once(library, lambda out: _call([*command, str(out)]))
+
+
+def _call(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise EmulatorError(f"{' '.join(map(str, command))}\n{done.stderr}")
