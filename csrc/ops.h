@@ -111,7 +111,7 @@ cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
 
 // The kernel for capability 9.0 alone: whether it runs these arguments, whether it should, and the launch. A build
 // without it serves nothing.
-#ifdef GAFEXT_WITH_SM90A
+#if defined(GAFEXT_WITH_SM90A) || defined(GAFEXT_EMULATOR)
 bool runs_on_sm90(const FlashAttentionArgs& args);
 bool serves_sm90(const FlashAttentionArgs& args);
 cudaError_t flash_attention_sm90(const FlashAttentionArgs& args, cudaStream_t stream);

@@ -229,8 +229,9 @@ cudaError_t launch_shape(const FlashAttentionArgs& args, int multiprocessors, cu
 
 template <typename T>
 cudaError_t launch_element(const FlashAttentionArgs& args, cudaStream_t stream) {
-  int multiprocessors = 0;
-  const cudaError_t error = multiprocessor_count(multiprocessors);
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   switch (args.head_dim) {
     case 64: {

@@ -59,12 +59,6 @@ inline cudaError_t encode_tensor_map(TensorMap& map, const void* base, bool is_b
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline cudaError_t multiprocessor_count(int& count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : error;
-}
-
 // A barrier is in phase 0, 1, 2, ...; a phase ends when `count` arrivals and all bytes announced in it have come.
 using Barrier = uint64_t;
 

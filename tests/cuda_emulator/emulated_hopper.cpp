@@ -1,13 +1,11 @@
 #include "emulated_hopper.h"
 
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <map>
-#include <memory>
 #include <vector>
 
-#include "machine.h"
+#include "block.h"
 #include "memory.h"
 
 namespace gafext::cuda {
@@ -16,8 +14,8 @@ namespace {
 using emulator::ActingAs;
 using emulator::current_thread;
 using emulator::fault;
+using emulator::kWarp;
 
-constexpr int kWarp = 32;
 constexpr uint64_t kMostBytes = (1 << 20) - 1;  // that a barrier counts
 
 // Address bits 4.. XOR bits 7.., as many as a row of the panel has 16-byte chunks.
@@ -132,11 +130,6 @@ cudaError_t encode_tensor_map(TensorMap& map, const void* base, bool, const uint
   return cudaSuccess;
 }
 
-cudaError_t multiprocessor_count(int& count) {
-  count = emulator::options.multiprocessors;
-  return cudaSuccess;
-}
-
 void barrier_init(Barrier& barrier, int count) {
   if (!emulator::is_shared(&barrier, sizeof(barrier))) fault("a barrier outside of shared memory");
   if (count < 1 || count >= 1 << 20) fault("a barrier of %d arrivals", count);
@@ -187,37 +180,17 @@ uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes, uint32_t s
 
 namespace {
 
-uint16_t bits_of(float x, __half) {
-  const _Float16 half = static_cast<_Float16>(x);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
-}
-uint16_t bits_of(float x, __nv_bfloat16) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (std::isnan(x)) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 float value_of(uint16_t bits, bool is_bfloat16) {
-  if (is_bfloat16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
-  }
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
+  return is_bfloat16 ? emulator::BFloat16::widen(bits) : emulator::Float16::widen(bits);
 }
 
 }  // namespace
 
 uint32_t pack_pair(float first, float second, __half) {
-  return bits_of(first, __half()) | static_cast<uint32_t>(bits_of(second, __half())) << 16;
+  return emulator::Float16::narrow(first) | static_cast<uint32_t>(emulator::Float16::narrow(second)) << 16;
 }
 uint32_t pack_pair(float first, float second, __nv_bfloat16) {
-  return bits_of(first, __nv_bfloat16()) | static_cast<uint32_t>(bits_of(second, __nv_bfloat16())) << 16;
+  return emulator::BFloat16::narrow(first) | static_cast<uint32_t>(emulator::BFloat16::narrow(second)) << 16;
 }
 
 namespace emulated {
@@ -292,10 +265,12 @@ struct Pending {
 };
 struct WarpState {
   std::vector<Pending> pending;
-  int group = 0, products = 0;  // products ever begun
+  int group = 0;
+  size_t products = 0;  // so far
 };
 std::map<int, ThreadState> threads;
 std::map<int, WarpState> warps;
+std::map<int, std::vector<Product>> sequences;  // of the products of each warpgroup
 const float kInFlight = std::numeric_limits<float>::quiet_NaN();
 
 int first_thread_of_warp() { return current_thread / kWarp * kWarp; }
@@ -310,10 +285,16 @@ bool is_as_pinned(const ThreadState& thread, const void* registers, size_t bytes
 }
 
 // What one warp does of a wgmma: 16 rows of the 64, by its first lane as far as memory goes.
-void run_product(const Product* const* lanes) {
+void run_product(Product* const* lanes) {
   const int first_thread = first_thread_of_warp(), warp = first_thread / kWarp;
   WarpState& state = warps[warp];
   const Product& one = *lanes[0];
+  std::vector<Product>& sequence = sequences[warp / 4];
+  if (state.products == sequence.size()) sequence.push_back(one);
+  const Product& others = sequence[state.products++];
+  if (others.a != one.a || others.b != one.b || others.columns != one.columns || others.accumulate != one.accumulate) {
+    fault("wgmma: warp %d's product number %zu is not that of its warpgroup", warp, state.products);
+  }
   ActingAs first_lane(first_thread);
   float a[kRows * kDepth], b[256 * kDepth];
   Operand(one.b, one.a_registers == nullptr).read(0, one.columns, one.is_bfloat16, b);
@@ -342,7 +323,7 @@ void run_product(const Product* const* lanes) {
     ThreadState& thread = threads[first_thread + lane];
     auto found = thread.accumulators.find(c);
     if (found == thread.accumulators.end()) {
-      if (one.accumulate && !is_as_pinned(thread, c, count * sizeof(float))) {
+      if (!is_as_pinned(thread, c, count * sizeof(float))) {
         fault("wgmma: the accumulators of lane %d have no products_begin since they changed", lane);
       }
       found = thread.accumulators.emplace(c, Accumulator{std::vector<float>(c, c + count), 0}).first;
@@ -401,6 +382,16 @@ void complete(int pending) {
 
 }  // namespace
 
+void new_block() {
+  threads.clear(), warps.clear(), sequences.clear();
+}
+void thread_exits() {
+  const ThreadState& thread = threads[current_thread];
+  if (!thread.accumulators.empty()) fault("exits with products under way");
+  const WarpState& warp = warps[current_thread / kWarp];
+  if (warp.products != sequences[current_thread / kWarp / 4].size()) fault("exits before products of its warpgroup");
+}
+
 void set_registers(int registers) {
   emulator::meet("setmaxnreg", emulator::whole_warps(4), registers, [](int* const* values) {
     for (int i = 0; i < 4 * kWarp; ++i) {
@@ -422,9 +413,8 @@ void pin(const void* registers, size_t bytes, bool is_after_wait) {
   }
 }
 
-void product(const Product& product) {
-  emulator::meet("wgmma.mma_async", emulator::whole_warps(1), product,
-                 [](const Product* const* lanes) { run_product(lanes); });
+void product(Product product) {
+  emulator::meet("wgmma.mma_async", emulator::whole_warps(1), product, [](Product* const* lanes) { run_product(lanes); });
 }
 
 void wait(int pending) {
@@ -445,3 +435,23 @@ void products_commit() {
 }
 
 }  // namespace gafext::cuda
+
+namespace emulator {
+
+using namespace gafext::cuda;
+
+void new_hopper_block() {
+  barriers.clear(), copies.clear();
+  random_state = options.seed * 2654435761u + options.poison + blockIdx.x;
+  emulated::new_block();
+}
+
+// What it left behind.
+void hopper_thread_exits() {
+  emulated::thread_exits();
+  int live = 0;
+  for (const Warp& warp : warps) live += __builtin_popcount(warp.live);
+  if (live == 1 && !copies.empty()) fault("the block ends with %zu copies of panels under way", copies.size());
+}
+
+}  // namespace emulator

@@ -63,6 +63,7 @@ void record_fault(const char* format, va_list arguments) {
 void fiber_main() {
   for (;;) {
     (*body)();
+    hopper_thread_exits();
     thread_exited();
     to_scheduler();
   }
@@ -173,6 +174,7 @@ void prepare_block(size_t shared_bytes) {
   new_clocks(threads_of_block);
   new_shared_memory(shared_bytes, options.poison);
   forget_copies();
+  new_hopper_block();
 }
 
 void on_signal(int signal, siginfo_t* info, void*) {

@@ -16,8 +16,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../machine.h"
 #include "emulated_device.h"
-#include "machine.h"
 
 namespace gafext::cuda {
 
@@ -30,7 +30,6 @@ using Barrier = uint64_t;
 
 cudaError_t encode_tensor_map(TensorMap& map, const void* base, bool is_bfloat16, const uint64_t (&extents)[4],
                               const uint64_t (&strides)[3], uint32_t panel_columns, uint32_t panel_rows);
-cudaError_t multiprocessor_count(int& count);
 
 void barrier_init(Barrier& barrier, int count);
 void barriers_visible();
@@ -48,6 +47,8 @@ uint32_t pack_pair(float first, float second, __half);
 uint32_t pack_pair(float first, float second, __nv_bfloat16);
 
 namespace emulated {
+void new_block();
+void thread_exits();
 void set_registers(int registers);
 void pin(const void* registers, size_t bytes, bool is_after_wait);
 void begin();
@@ -60,7 +61,7 @@ struct Product {
   uint64_t a, b;
   bool accumulate, is_bfloat16;
 };
-void product(const Product& product);
+void product(Product product);
 inline bool is_bfloat16(__half) { return false; }
 inline bool is_bfloat16(__nv_bfloat16) { return true; }
 }  // namespace emulated
