@@ -14,7 +14,8 @@ A new kernel needs
   1. nothing for its .cu file, its argument struct and its prototype: they are found in csrc/cuda and csrc/ops.h, where
      the prototype is `cudaError_t NAME_cuda(const SomeArgs& args, cudaStream_t stream);`,
   2. a function here that fills in the arguments as csrc/bindings.cpp does: see `flash_attention` below. Tensors go to
-     pointer fields: those to const are inputs, the others outputs. Under `scratch` are outputs that need not be written,
+     pointer fields: those to const are inputs, the others outputs; those that need not be written whole are named in
+     Call.scratch,
   3. for a PTX instruction without an emulation: its twin in tests/cuda_emulator/include/emulated_device.h.
 emulate(..., capability=90, multiprocessors=3) is what the kernel's host code sees of the device.
 """
@@ -37,9 +38,16 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc/cuda"
 MACHINE = ROOT / "tests/cuda_emulator"
 
-# The thread sanitizer's hooks without its library: cuda_emulator/memory.cpp has them.
-_HOOKS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
-_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
+# Of kernels: the thread sanitizer's hooks without its library, for cuda_emulator/memory.cpp has them; and no local
+# variable that is 0 by chance.
+_HOOKS = [
+    "-O1",
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=alignment",
+    "-ftrivial-auto-var-init=pattern",
+]
+_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
           "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-DGAFEXT_EMULATOR", "-DGAFEXT_WITH_CUDA"]  # fmt: skip
 _INCLUDES = [MACHINE / "include", MACHINE, KERNELS, ROOT / "csrc"]
 
@@ -134,12 +142,19 @@ OPERATIONS = {f.__name__: f for f in (flash_attention, cross_view_attention, geg
 
 def emulate(operation, *args, library=None, orders=ORDERS, capability=80, multiprocessors=3, **kwargs):
     """The result of the CUDA kernel; the same in every order, or EmulatorError."""
-    library = library or kernels()
     device = dict(capability=capability, multiprocessors=multiprocessors)
-    results = {}
-    for order, options in orders.items():
-        call = OPERATIONS[operation](*args, **kwargs)
-        results[order] = library.run(operation, call, Options(**options, **device), order)
+    return emulate_call(
+        library or kernels(), operation, lambda: OPERATIONS[operation](*args, **kwargs), orders, **device
+    )
+
+
+def emulate_call(library, operation, make_call, orders=ORDERS, **device):
+    """The same for a library of one's own; make_call() gives a Call with outputs of its own."""
+    device = dict(capability=80, multiprocessors=3) | device
+    results = {
+        order: library.run(operation, make_call(), Options(**options, **device), order)
+        for order, options in orders.items()
+    }
     (first, expected), *others = results.items()
     for order, result in others:
         different = (_bits(result) != _bits(expected)).nonzero()
@@ -189,6 +204,15 @@ class Library:
             expected, found = self._dll[f"size_of_{struct}"](), ctypes.sizeof(self.structs[struct])
             assert expected == found, f"{struct}: {expected} bytes in C++, {found} as read from {header}"
 
+    @classmethod
+    def of_text(cls, texts, header):
+        """The same for changed sources: {"name.cu": text}. A "name.cuh" among them comes before its original."""
+        folder = cache_folder() / _hash(*texts, *texts.values())
+        folder.mkdir(exist_ok=True)
+        for name, text in texts.items():
+            _once(folder / name, lambda out, text=text: out.write_text(text))
+        return cls([folder / name for name in texts if name.endswith(".cu")], header)
+
     def _entries(self, header):
         """C functions, whose names ctypes can find, for the prototypes of the header."""
         lines = [f'#include "{header}"', '#define EXPORT extern "C" __attribute__((visibility("default")))']
@@ -237,6 +261,8 @@ class Library:
         base = ctypes.cast(self._dll.emulator_reset, ctypes.c_void_p).value
         base -= next(int(line.split()[0], 16) for line in lines if line.endswith(" T emulator_reset"))
         name = next((line.split(None, 2)[2] for line in lines if line.startswith(f"{fault.kernel - base:016x}")), "")
+        name = name.replace("emulated_halves::Narrow<emulated_halves::Float16>", "__half")
+        name = name.replace("emulated_halves::Narrow<emulated_halves::BFloat16>", "__nv_bfloat16")
         name = re.sub(r"\(anonymous namespace\)::|gafext::|cuda::|void |\(.*\)$", "", name)
         addresses = [f"{frame - base - 1:x}" for frame in fault.frames[: fault.frame_count] if frame > base]
         command = ["addr2line", "-i", "-e", self.path, *addresses]
@@ -369,7 +395,7 @@ def _link(sources, entries):
     folder = cache_folder()
     entry = _once(folder / f"entries-{_hash(entries)}.cpp", lambda out: out.write_text(entries))
     parts = [(source, _HOOKS) for source in sources]
-    parts += [(source, ()) for source in [entry, *sorted(MACHINE.glob("*.cpp"))]]
+    parts += [(source, ["-O2"]) for source in [entry, *sorted(MACHINE.glob("*.cpp"))]]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(lambda part: _compile(*part), parts)]
     library = folder / f"kernels-{_hash(*objects)}.so"

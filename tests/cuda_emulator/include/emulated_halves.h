@@ -8,7 +8,7 @@
 
 #include "cuda_runtime.h"
 
-namespace emulator {
+namespace emulated_halves {
 
 struct Float16 {
   static float widen(uint16_t bits) {
@@ -62,12 +62,12 @@ struct alignas(4) NarrowPair {
   Narrow<Format> x, y;
 };
 
-}  // namespace emulator
+}  // namespace emulated_halves
 
-using __half = emulator::Narrow<emulator::Float16>;
-using __half2 = emulator::NarrowPair<emulator::Float16>;
-using __nv_bfloat16 = emulator::Narrow<emulator::BFloat16>;
-using __nv_bfloat162 = emulator::NarrowPair<emulator::BFloat16>;
+using __half = emulated_halves::Narrow<emulated_halves::Float16>;
+using __half2 = emulated_halves::NarrowPair<emulated_halves::Float16>;
+using __nv_bfloat16 = emulated_halves::Narrow<emulated_halves::BFloat16>;
+using __nv_bfloat162 = emulated_halves::NarrowPair<emulated_halves::BFloat16>;
 using half = __half;
 using half2 = __half2;
 using nv_bfloat16 = __nv_bfloat16;
@@ -100,14 +100,14 @@ inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return __nv_bfloat16::of_bits(bits); }
 
 // Those that are named alike for both.
-#define GAFEXT_HALVES(name, expression)                                                   \
-  template <typename F>                                                                   \
-  emulator::Narrow<F> name(emulator::Narrow<F> a, emulator::Narrow<F> b) {                \
-    return expression;                                                                    \
-  }                                                                                       \
-  template <typename F>                                                                   \
-  emulator::NarrowPair<F> name##2(emulator::NarrowPair<F> a, emulator::NarrowPair<F> b) { \
-    return {name(a.x, b.x), name(a.y, b.y)};                                              \
+#define GAFEXT_HALVES(name, expression)                                                                        \
+  template <typename F>                                                                                        \
+  emulated_halves::Narrow<F> name(emulated_halves::Narrow<F> a, emulated_halves::Narrow<F> b) {                \
+    return expression;                                                                                         \
+  }                                                                                                            \
+  template <typename F>                                                                                        \
+  emulated_halves::NarrowPair<F> name##2(emulated_halves::NarrowPair<F> a, emulated_halves::NarrowPair<F> b) { \
+    return {name(a.x, b.x), name(a.y, b.y)};                                                                   \
   }
 GAFEXT_HALVES(__hadd, a + b)
 GAFEXT_HALVES(__hsub, a - b)
@@ -116,26 +116,28 @@ GAFEXT_HALVES(__hmax, std::fmax(float(a), float(b)))
 GAFEXT_HALVES(__hmin, std::fmin(float(a), float(b)))
 #undef GAFEXT_HALVES
 template <typename F>
-emulator::Narrow<F> __hfma(emulator::Narrow<F> a, emulator::Narrow<F> b, emulator::Narrow<F> c) {
+emulated_halves::Narrow<F> __hfma(emulated_halves::Narrow<F> a, emulated_halves::Narrow<F> b,
+                                  emulated_halves::Narrow<F> c) {
   return double(float(a)) * float(b) + float(c);
 }
 template <typename F>
-emulator::NarrowPair<F> __hfma2(emulator::NarrowPair<F> a, emulator::NarrowPair<F> b, emulator::NarrowPair<F> c) {
+emulated_halves::NarrowPair<F> __hfma2(emulated_halves::NarrowPair<F> a, emulated_halves::NarrowPair<F> b,
+                                       emulated_halves::NarrowPair<F> c) {
   return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
 }
 template <typename F>
-emulator::Narrow<F> __low2half(emulator::NarrowPair<F> x) {
+emulated_halves::Narrow<F> __low2half(emulated_halves::NarrowPair<F> x) {
   return x.x;
 }
 template <typename F>
-emulator::Narrow<F> __high2half(emulator::NarrowPair<F> x) {
+emulated_halves::Narrow<F> __high2half(emulated_halves::NarrowPair<F> x) {
   return x.y;
 }
 template <typename F>
-float __low2float(emulator::NarrowPair<F> x) {
+float __low2float(emulated_halves::NarrowPair<F> x) {
   return x.x;
 }
 template <typename F>
-float __high2float(emulator::NarrowPair<F> x) {
+float __high2float(emulated_halves::NarrowPair<F> x) {
   return x.y;
 }
