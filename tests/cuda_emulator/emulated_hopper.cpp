@@ -181,16 +181,16 @@ uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes, uint32_t s
 namespace {
 
 float value_of(uint16_t bits, bool is_bfloat16) {
-  return is_bfloat16 ? emulator::BFloat16::widen(bits) : emulator::Float16::widen(bits);
+  return is_bfloat16 ? emulated_halves::BFloat16::widen(bits) : emulated_halves::Float16::widen(bits);
 }
 
 }  // namespace
 
 uint32_t pack_pair(float first, float second, __half) {
-  return emulator::Float16::narrow(first) | static_cast<uint32_t>(emulator::Float16::narrow(second)) << 16;
+  return emulated_halves::Float16::narrow(first) | static_cast<uint32_t>(emulated_halves::Float16::narrow(second)) << 16;
 }
 uint32_t pack_pair(float first, float second, __nv_bfloat16) {
-  return emulator::BFloat16::narrow(first) | static_cast<uint32_t>(emulator::BFloat16::narrow(second)) << 16;
+  return emulated_halves::BFloat16::narrow(first) | static_cast<uint32_t>(emulated_halves::BFloat16::narrow(second)) << 16;
 }
 
 namespace emulated {
