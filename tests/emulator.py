@@ -14,8 +14,8 @@ A new kernel needs
   1. nothing for its .cu file, its argument struct and its prototype: they are found in csrc/cuda and csrc/ops.h, where
      the prototype is `cudaError_t NAME_cuda(const SomeArgs& args, cudaStream_t stream);`,
   2. a function here that fills in the arguments as csrc/bindings.cpp does: see `flash_attention` below. Tensors go to
-     pointer fields: those to const are inputs, the others outputs; those that need not be written whole are named in
-     Call.scratch,
+     pointer fields: those to const are inputs, the others outputs. For a workspace give the name of the function in
+     ops.h that tells its bytes: `int64_t f(const SomeArgs& args)`, or the same by reference and with an error,
   3. for a PTX instruction without an emulation: its twin in tests/cuda_emulator/include/emulated_device.h.
 emulate(..., capability=90, multiprocessors=3) is what the kernel's host code sees of the device.
 """
@@ -38,13 +38,14 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc/cuda"
 MACHINE = ROOT / "tests/cuda_emulator"
 
-# Of kernels: the thread sanitizer's hooks without its library, for cuda_emulator/memory.cpp has them; and no local
-# variable that is 0 by chance.
+# Of kernels: the thread sanitizer's hooks without its library, for cuda_emulator/memory.cpp has them, as it has
+# memcpy, which would come without hooks; and no local variable that is 0 by chance.
 _HOOKS = [
     "-O1",
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=alignment",
+    "-DGAFEXT_EMULATED_KERNEL",
     "-ftrivial-auto-var-init=pattern",
 ]
 _FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
@@ -97,8 +98,8 @@ ORDERS = {
 @dataclasses.dataclass
 class Call:
     out: torch.Tensor
-    arguments: dict  # fields of the struct: tensors, numbers, tuples for strides
-    scratch: tuple[str, ...] = ()
+    arguments: dict  # fields of the struct: tensors, numbers, tuples for strides, a function's name for a workspace
+    scratch: tuple[str, ...] = ()  # outputs that need not be written whole
 
 
 def _empty_heads(query):
@@ -187,56 +188,84 @@ class Library:
     """
 
     def __init__(self, sources, header):
+        self.sources, self.header = {source.name: source for source in sources}, header
         text = re.sub(r"//.*", "", header.read_text())
-        self.structs = _structs(text)
         code = "\n".join(source.read_text() for source in sources)
-        self.arguments = {
-            name: struct
-            for name, struct in re.findall(r"cudaError_t (\w+)_cuda\(const (\w+)& args, cudaStream_t stream\);", text)
-            if f"{name}_cuda(" in code
-        }
-        self.path = _link(sources, self._entries(header))
+        self.structs = _structs(text)
+        self._prototypes = [
+            (name, struct, more)
+            for name, struct, more in re.findall(
+                r"(?:cudaError_t|int64_t) (\w+)\(const (\w+)& args(, cudaStream_t stream|, int64_t& bytes|)\);", text
+            )
+            if f"{name}(" in code
+        ]
+        self._struct_of = {name: struct for name, struct, _ in self._prototypes}
+        self.path = _link(sources, self._entries())
         self._dll = ctypes.PyDLL(str(self.path))  # that keeps Python's lock: the machine is one for all threads
         for name in ("emulator_place", "emulator_error_name", "emulator_fault"):
             getattr(self._dll, name).restype = ctypes.c_void_p
         self._dll.emulator_error_name.restype = ctypes.c_char_p
-        for struct in set(self.arguments.values()):
+        for struct in set(self._struct_of.values()):
             expected, found = self._dll[f"size_of_{struct}"](), ctypes.sizeof(self.structs[struct])
             assert expected == found, f"{struct}: {expected} bytes in C++, {found} as read from {header}"
 
-    @classmethod
-    def of_text(cls, texts, header):
-        """The same for changed sources: {"name.cu": text}. A "name.cuh" among them comes before its original."""
+    def with_changes(self, texts):
+        """The same with other texts for some of its files, .cu or .cuh, which are searched beside the sources."""
+        folders = {source.parent for source in self.sources.values()}
+        files = {path.name: path for folder in folders for path in folder.glob("*.cu*")}
+        changed = set(texts)
+        while more := _includers(files, changed) - changed:
+            changed |= more
         folder = cache_folder() / _hash(*texts, *texts.values())
         folder.mkdir(exist_ok=True)
-        for name, text in texts.items():
+        for name in changed:
+            text = texts.get(name) or files[name].read_text()
             _once(folder / name, lambda out, text=text: out.write_text(text))
-        return cls([folder / name for name in texts if name.endswith(".cu")], header)
+        sources = [folder / name if name in changed else source for name, source in self.sources.items()]
+        return Library(sources, self.header)
 
-    def _entries(self, header):
+    def _entries(self):
         """C functions, whose names ctypes can find, for the prototypes of the header."""
-        lines = [f'#include "{header}"', '#define EXPORT extern "C" __attribute__((visibility("default")))']
-        for name, struct in self.arguments.items():
+        lines = [f'#include "{self.header}"', '#define EXPORT extern "C" __attribute__((visibility("default")))']
+        for name, struct, more in self._prototypes:
+            argument = {"": "", ", cudaStream_t stream": ", nullptr", ", int64_t& bytes": ", *bytes"}[more]
             lines += [
-                f"EXPORT int emulate_{name}(const gafext::{struct}& args) {{",
-                f"  return gafext::{name}_cuda(args, nullptr);",
+                f"EXPORT int64_t entry_{name}(const gafext::{struct}& args, int64_t* bytes) {{",
+                f"  return gafext::{name}(args{argument});",
                 "}",
             ]
-        for struct in sorted(set(self.arguments.values())):
+        for struct in sorted(set(self._struct_of.values())):
             lines.append(f"EXPORT int size_of_{struct}() {{ return sizeof(gafext::{struct}); }}")
         return "\n".join(lines) + "\n"
+
+    def _enter(self, name, struct):
+        """What the function returns, and what it says of bytes."""
+        entry, number = self._dll[f"entry_{name}"], ctypes.c_int64()
+        entry.restype = ctypes.c_int64
+        return entry(ctypes.byref(struct), ctypes.byref(number)), number.value
+
+    def _workspace(self, function, struct):
+        """A tensor of as many bytes as the function says."""
+        result, number = self._enter(function, struct)
+        by_reference = any(name == function and more for name, _, more in self._prototypes)
+        if by_reference and result:
+            raise EmulatorError(f"{function}: {self._dll.emulator_error_name(ctypes.c_int(result)).decode()}")
+        return torch.empty((number if by_reference else result) // 2, dtype=torch.int16)
 
     def run(self, operation, call, options, order):
         """One run in one order."""
         self._dll.emulator_reset(ctypes.byref(options))
-        struct = self.structs[self.arguments[operation]]()
+        function = f"{operation}_cuda"
+        struct = self.structs[self._struct_of[function]]()
         outputs = []
-        for name, kind in struct._fields_:
+        # Workspaces last, whose sizes take the other fields.
+        for name, kind in sorted(struct._fields_, key=lambda field: isinstance(call.arguments.get(field[0]), str)):
             value = call.arguments.get(name)
+            if isinstance(value, str):
+                value = self._workspace(value, struct)
             if isinstance(value, torch.Tensor):
-                is_output = not kind.is_const
-                placed = _Placed(self._dll, name, value, is_output, options.poison)
-                if is_output:
+                placed = _Placed(self._dll, name, value, not kind.is_const, options.poison)
+                if not kind.is_const and not isinstance(call.arguments[name], str):
                     outputs.append(placed)
                 value = placed.address
             elif isinstance(value, torch.dtype):
@@ -246,12 +275,12 @@ class Library:
             elif name not in call.arguments:
                 raise KeyError(f"{operation}: the emulator's arguments lack {name}")
             setattr(struct, name, value)
-        error = self._dll[f"emulate_{operation}"](ctypes.byref(struct))
+        error, _ = self._enter(function, struct)
         fault = self._dll.emulator_fault()
         if fault:
             raise EmulatorError(self._describe(operation, _Fault.from_address(fault), order))
         if error:
-            raise EmulatorError(f"{operation}: {self._dll.emulator_error_name(error).decode()}")
+            raise EmulatorError(f"{operation}: {self._dll.emulator_error_name(ctypes.c_int(error)).decode()}")
         for placed in outputs:
             placed.fetch(operation, must_be_written=placed.name not in call.scratch)
         return call.out
@@ -294,12 +323,13 @@ class _Placed:
             if not is_output:
                 self.memory.as_strided(whole.shape, whole.stride()).copy_(whole)
         self.accessible = accessible.repeat_interleave(tensor.element_size())
-        residue = (
-            tensor.storage_offset() * tensor.element_size() % 1024
-        )  # PyTorch's CUDA memory begins at such multiples
+        # PyTorch's CUDA memory is aligned at least so.
+        residue = tensor.storage_offset() * tensor.element_size() % 512
         self.address = dll.emulator_place(
             name.encode(), *_pointers(self.memory, self.accessible), *_sizes(self.memory.nbytes, residue), is_output
         )
+        if not self.address:
+            raise EmulatorError(f"{name}: the emulator's memory is full")
 
     def fetch(self, operation, must_be_written):
         """Back to the tensor."""
@@ -347,6 +377,12 @@ def _structs(text):
                 fields.append((name.strip(" *\n"), pointer if "*" in names else kinds[kind]))
         kinds[struct] = type(struct, (ctypes.Structure,), {"_fields_": fields})
     return kinds
+
+
+def _includers(files, names):
+    """Those of the files, {name: path}, that include one of the names."""
+    lines = {f'#include "{name}"' for name in names}
+    return {name for name, path in files.items() if lines & set(path.read_text().splitlines())}
 
 
 # Compiling. What was compiled stays in a folder for temporary files, under the hash of all that it depends on.

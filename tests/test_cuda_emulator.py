@@ -131,10 +131,25 @@ def test_rounding_to_half_precision():
         assert torch.equal(out[:, i], expected.float())
 
 
+@pytest.mark.parametrize("count", [1, 256, 1000])
+def test_two_kernels_and_a_workspace(count):
+    value = torch.randn(count)
+    out = run("sum", 1, torch.float32, value=value, count=count, workspace="sum_workspace")
+    torch.testing.assert_close(out, value.sum(0, keepdim=True), atol=1e-4, rtol=0)
+
+
+def test_a_workspace_has_no_byte_more_than_it_says():
+    text = (MACHINE / "unit_kernels.cu").read_text().replace("(args.count + 255) / 256 * 256 / kWarp", "1")
+    library = unit_kernels().with_changes({"unit_kernels.cu": text})
+    with pytest.raises(EmulatorError, match="write of 4 bytes: out of bounds .* after the end of workspace"):
+        run("sum", 1, torch.float32, library, value=torch.randn(33), count=33, workspace="sum_workspace")
+
+
 MISTAKES = {
     "a read after the end": "read of 4 bytes: out of bounds .* after the end of in",
     "a read before the begin": "read of 4 bytes: out of bounds .4 bytes before in",
     "a read in a gap": r"read of 4 bytes: out of bounds .in \+ 128",
+    "a copy after the end": "read of 4 bytes: out of bounds .0 bytes after the end of in",
     "a write to an input": "write of 4 bytes: an input is not to be written",
     "a read of unwritten output": r"read of 4 bytes: nothing has been written there .out \+ ",
     "a read after shared memory": r"read of 4 bytes: (out of bounds|nothing has been written)",
@@ -214,7 +229,7 @@ def test_a_product_of_matrices(dtype, b_transposed):
 def test_shared_memory_is_limited_as_on_the_device():
     """By a faulty kernel: two stages of 50 KiB each want cudaFuncSetAttribute, which grants 64 KiB on Turing."""
     text = (MACHINE / "matmul.cu").read_text().replace("2 * kStage * sizeof(T)", "100 * 1024")
-    library = Library.of_text({"matmul.cu": text}, MACHINE / "unit_kernels.h")
+    library = unit_kernels().with_changes({"matmul.cu": text})
     a = torch.randn(8, 8).half()
     arguments = dict(a=a, b=a, rows=8, columns=8, depth=8, a_stride=8, b_stride=8, out_stride=8)
     arguments |= dict(b_transposed=True, dtype=torch.float16)

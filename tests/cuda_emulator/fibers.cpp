@@ -27,12 +27,14 @@ std::vector<Warp> warps;
 namespace {
 
 constexpr size_t kStack = 128 * 1024, kPage = 4096;
+constexpr uint64_t kMostSteps = 2'000'000'000;  // of a launch
 
 const std::function<void()>* body = nullptr;
 const void* running_kernel = nullptr;
 unsigned char* stacks = nullptr;
 jmp_buf scheduler;
 uint32_t random_state = 1;
+uint64_t steps = 0;
 
 uint32_t random_below(uint32_t n) {
   random_state ^= random_state << 13, random_state ^= random_state >> 17, random_state ^= random_state << 5;
@@ -213,7 +215,12 @@ class Signals {
 
 }  // namespace
 
+void count_step() {
+  if (++steps > kMostSteps) fault("%llu steps and no end", static_cast<unsigned long long>(steps));
+}
+
 __attribute__((noinline)) void to_scheduler() {
+  count_step();
   if (_setjmp(fibers[current_thread].context) == 0) _longjmp(scheduler, 1);
 }
 
@@ -246,7 +253,7 @@ bool run_grid(const void* kernel, Dimensions grid, Dimensions block, size_t shar
   if (first_fault.kernel) return false;
   if (!stacks) prepare_stacks();
   const Signals signals;
-  body = &kernel_body, running_kernel = kernel;
+  body = &kernel_body, running_kernel = kernel, steps = 0;
   gridDim = dim3(grid.x, grid.y, grid.z), blockDim = dim3(block.x, block.y, block.z);
   threads_of_block = block.x * block.y * block.z;
   random_state = options.seed * 2654435761u | 1;

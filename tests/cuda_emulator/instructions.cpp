@@ -29,7 +29,7 @@ void check_aligned(const char* what, const void* pointer) {
 
 float element(Format format, uint32_t pair, int half) {
   const uint16_t bits = pair >> 16 * half;
-  return format == Format::kFloat16 ? emulated_halves::Float16::widen(bits) : emulated_halves::BFloat16::widen(bits);
+  return format == Format::kFloat16 ? Float16::widen(bits) : BFloat16::widen(bits);
 }
 
 struct Product {

@@ -28,6 +28,9 @@ extern Options options;
 // Ends the launch with an error that names kernel, block, thread and source line.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// Accesses and switches are counted, and too many are a fault: a kernel without end.
+void count_step();
+
 // Threads are counted through the block, x fastest; 0 outside of a kernel.
 extern int current_thread;
 extern int threads_of_block;

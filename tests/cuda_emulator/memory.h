@@ -14,7 +14,8 @@ namespace emulator {
 // States of a byte. Reading takes kReadable, writing kWritable, which then adds kReadable.
 enum : uint8_t { kNothing = 0, kReadable = 1, kWritable = 2, kArriving = 4 };
 
-// `bytes` bytes whose address is `residue` mod 1024, far from all others; nothing may be done with them yet.
+// `bytes` bytes whose address is `residue` mod 1024, far from all others; null when there are none
+// left. Nothing may be done with them yet.
 unsigned char* allocate(size_t bytes, size_t residue, const char* name);
 void free_all();
 uint8_t* states(const void* pointer);  // of the bytes from there on

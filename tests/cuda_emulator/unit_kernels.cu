@@ -78,6 +78,7 @@ enum Mistake {
   kReadAfterEnd,
   kReadBeforeBegin,
   kReadInGap,
+  kCopyAfterEnd,
   kWriteInput,
   kReadUnwrittenOutput,
   kReadAfterShared,
@@ -129,6 +130,9 @@ __global__ void mistake_kernel(const MistakeArgs args) {
       break;
     case kReadInGap:
       result = args.in[i + 1];
+      break;
+    case kCopyAfterEnd:
+      memcpy(&result, args.in + i + 1, sizeof(int) * (n / 64));
       break;
     case kWriteInput:
       const_cast<int*>(args.in)[i] = 0;
@@ -215,6 +219,18 @@ __global__ void mistake_kernel(const MistakeArgs args) {
   }
 }
 
+// Partial sums of 256 elements a block, then their sum by one thread.
+__global__ void partial_sum_kernel(const SumArgs args) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const float sum = warp_sum(i < args.count ? args.value[i] : 0.0f);
+  if (threadIdx.x % kWarp == 0) static_cast<float*>(args.workspace)[i / kWarp] = sum;
+}
+__global__ void total_kernel(const SumArgs args) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < sum_workspace(args) / 4; ++i) sum += static_cast<const float*>(args.workspace)[i];
+  *args.out = sum;
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -241,6 +257,12 @@ cudaError_t round_cuda(const RoundArgs& args, cudaStream_t stream) {
 }
 cudaError_t mistake_cuda(const MistakeArgs& args, cudaStream_t stream) {
   return launch(mistake_kernel, 2, args.threads, (args.threads + 4) * sizeof(int), stream, args);
+}
+
+int64_t sum_workspace(const SumArgs& args) { return (args.count + 255) / 256 * 256 / kWarp * sizeof(float); }
+cudaError_t sum_cuda(const SumArgs& args, cudaStream_t stream) {
+  const cudaError_t error = launch(partial_sum_kernel, (args.count + 255) / 256, 256, 0, stream, args);
+  return error == cudaSuccess ? launch(total_kernel, 1, 1, 0, stream, args) : error;
 }
 
 }  // namespace gafext

@@ -53,6 +53,15 @@ struct RoundArgs {
   int count;
 };
 
+// *out = the sum of value[i], by two kernels. workspace: sum_workspace() bytes
+struct SumArgs {
+  const float* value;
+  float* out;
+  void* workspace;
+  int count;
+};
+int64_t sum_workspace(const SumArgs& args);
+
 // A block of `threads` that does what mustn't be done; see unit_kernels.cu. in, out [threads + gap]
 struct MistakeArgs {
   const int* in;
@@ -77,6 +86,7 @@ cudaError_t block_vote_cuda(const BlockVoteArgs& args, cudaStream_t stream);
 cudaError_t mma_cuda(const MmaArgs& args, cudaStream_t stream);
 cudaError_t load_matrices_cuda(const LoadMatricesArgs& args, cudaStream_t stream);
 cudaError_t round_cuda(const RoundArgs& args, cudaStream_t stream);
+cudaError_t sum_cuda(const SumArgs& args, cudaStream_t stream);
 cudaError_t mistake_cuda(const MistakeArgs& args, cudaStream_t stream);
 cudaError_t matmul_cuda(const MatmulArgs& args, cudaStream_t stream);
 

@@ -33,6 +33,21 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
+// The compiler makes no hooks for the accesses of these.
+extern "C" {
+void* emulated_memcpy(void* destination, const void* source, size_t bytes);
+void* emulated_memmove(void* destination, const void* source, size_t bytes);
+void* emulated_memset(void* destination, int value, size_t bytes);
+}
+#ifdef GAFEXT_EMULATED_KERNEL
+namespace std {
+using ::emulated_memcpy, ::emulated_memmove, ::emulated_memset;
+}
+#define memcpy emulated_memcpy
+#define memmove emulated_memmove
+#define memset emulated_memset
+#endif
+
 // Launch.
 
 namespace emulator {
@@ -74,9 +89,9 @@ template <typename T>
 T shuffle_value(const char* what, Shuffle kind, unsigned mask, T value, int argument, int width) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
+  __builtin_memcpy(&bits, &value, sizeof(T));
   bits = shuffle(what, kind, mask, bits, argument, width);
-  std::memcpy(static_cast<void*>(&value), &bits, sizeof(T));
+  __builtin_memcpy(static_cast<void*>(&value), &bits, sizeof(T));
   return value;
 }
 }  // namespace emulator

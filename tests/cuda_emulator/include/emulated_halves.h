@@ -64,6 +64,11 @@ struct alignas(4) NarrowPair {
 
 }  // namespace emulated_halves
 
+namespace emulator {  // where the types themselves can't be: argument-dependent lookup would search it for kernels'
+                      // calls
+using emulated_halves::BFloat16, emulated_halves::Float16;
+}
+
 using __half = emulated_halves::Narrow<emulated_halves::Float16>;
 using __half2 = emulated_halves::NarrowPair<emulated_halves::Float16>;
 using __nv_bfloat16 = emulated_halves::Narrow<emulated_halves::BFloat16>;
