@@ -109,10 +109,9 @@ cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t st
 cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);
 cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
 
-// The kernel for capability 9.0 alone: whether it runs these arguments, whether it should, and the launch. A build
-// without it serves nothing.
+// The kernel for capability 9.0 alone: whether it should have these arguments, and the launch, which runs shorter ones
+// too and returns cudaErrorInvalidValue for those it can't. A build without it serves nothing.
 #if defined(GAFEXT_WITH_SM90A) || defined(GAFEXT_EMULATOR)
-bool runs_on_sm90(const FlashAttentionArgs& args);
 bool serves_sm90(const FlashAttentionArgs& args);
 cudaError_t flash_attention_sm90(const FlashAttentionArgs& args, cudaStream_t stream);
 #else

@@ -1,5 +1,8 @@
-"""csrc/cuda/flash_attention_sm90.cu under the emulator of tests/emulator.py, with TMA, wgmma and barriers as the PTX ISA
-documents them (cuda_emulator/include/emulated_hopper.h): right results, planted faults, and what the compiler reports."""
+"""csrc/cuda/flash_attention_sm90.cu under the emulator of tests/emulator.py: right results, planted faults.
+
+TMA, wgmma and barriers are what the PTX ISA documents: see cuda_emulator/include/emulated_hopper.h. And what the
+compiler reports of the kernel.
+"""
 
 import functools
 import random
@@ -9,7 +12,7 @@ import subprocess
 
 import pytest
 import torch
-from emulator import KERNELS, ROOT, EmulatorError, Library, cache_folder, emulate_call, flash_attention
+from emulator import KERNELS, ROOT, EmulatorError, cache_folder, emulate_call, flash_attention, kernels
 from test_cuda_kernels import heads
 
 import gafext.ops  # noqa: F401 - registers torch.ops.gafext
@@ -17,32 +20,11 @@ import gafext.ops  # noqa: F401 - registers torch.ops.gafext
 SOURCE, PARTS = KERNELS / "flash_attention_sm90.cu", KERNELS / "flash_attention_sm90.cuh"
 HALVES = [torch.float16, torch.bfloat16]
 
-# The kernel without the dispatch, which takes it for long sequences alone.
-PROTOTYPE = "cudaError_t flash_attention_sm90_cuda(const FlashAttentionArgs& args, cudaStream_t stream);"
-ENTRY = """#include "ops.h"
-cudaError_t gafext::flash_attention_sm90_cuda(const FlashAttentionArgs& args, cudaStream_t stream) {
-  return runs_on_sm90(args) ? flash_attention_sm90(args, stream) : cudaErrorNotSupported;
-}
-"""
-
-
-def library_of(texts):
-    header = cache_folder() / "flash_attention_sm90_entry.h"
-    text = (ROOT / "csrc/ops.h").read_text() + f"namespace gafext {{\n{PROTOTYPE}\n}}\n"
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
-    return Library.of_text(texts | {"entry.cu": ENTRY.replace('"ops.h"', f'"{header}"')}, header)
-
-
-@functools.cache
-def kernel():
-    return library_of({SOURCE.name: SOURCE.read_text()})
-
 
 def emulate(query, key, value, library=None, multiprocessors=2, **options):
-    """In every order of the emulator's, bit-equal."""
+    """Without the dispatch, which takes the kernel for long sequences alone; in every order, bit-equal."""
     return emulate_call(
-        library or kernel(),
+        library or kernels(),
         "flash_attention_sm90",
         lambda: flash_attention(query, key, value, **options),
         capability=90,
@@ -124,49 +106,49 @@ def test_what_it_does_not_run():
     ]
     refused += [tuple(t.float() for t in (query, key, value)), tuple(t[..., :40] for t in (query, key, value))]
     for tensors in refused:
-        with pytest.raises(EmulatorError, match="cudaErrorNotSupported"):
+        with pytest.raises(EmulatorError, match="cudaErrorInvalidValue"):
             emulate(*tensors)
-    with pytest.raises(EmulatorError, match="cudaErrorNotSupported"):
+    with pytest.raises(EmulatorError, match="cudaErrorInvalidValue"):
         emulate(query, key, value, scale=-1.0)
 
 
 # Planted faults: file, text, what it becomes, and what the emulator says; None where only the result is wrong.
 
+KEYS_WAIT = "      barrier_wait(shared.key_full[keys.stage], keys.parity);\n"
+VALUES_WAIT = "barrier_wait(shared.value_full[values.stage], values.parity);\n      start_values"
 SCORES_WAIT, SCORES_RELEASE = "      products_wait<1>(scores);\n", "      release(shared.key_empty[keys.stage]);\n"
-SCALE, PACK = "      scale_rows(out, alpha);\n", "      pack_weights<T>(weights, scores);\n"
+VALUES_DONE = "      products_wait<0>(out, weights);\n"
+VALUES_RELEASE = "      release(shared.value_empty[values.stage]);\n      values.advance();\n      scale_rows"
+PACK = "      pack_weights<T>(weights, scores);\n"
+FIRST_TURN = "  if (consumer == S::kConsumers - 1) pass_turn<S>(consumer);"
+STUCK, EARLY = "nobody can go on", "race|under way"
 FAULTS = {
-    "a wrong parity": (
-        SOURCE, "value_full[values.stage], values.parity);\n      start", "value_full[values.stage], values.parity ^ 1);\n      start",
-        "nobody can go on|race|under way",
-    ),
-    "keys not waited for": (SOURCE, "      barrier_wait(shared.key_full[keys.stage], keys.parity);\n      await", "      await", "race|under way"),
+    "a wrong parity": (SOURCE, VALUES_WAIT, VALUES_WAIT.replace("parity)", "parity ^ 1)"), f"{STUCK}|{EARLY}"),
+    "keys not waited for": (SOURCE, KEYS_WAIT + "      await", "      await", EARLY),
     "keys released before they are read": (SOURCE, SCORES_WAIT + SCORES_RELEASE, SCORES_RELEASE + SCORES_WAIT, "race"),
-    "values never released": (
-        SOURCE, "      release(shared.value_empty[values.stage]);\n      values.advance();\n" + SCALE, "      values.advance();\n" + SCALE,
-        "nobody can go on",
-    ),
-    "results taken too early": (SOURCE, SCORES_WAIT, "", "not given"),
-    "weights overwritten while in use": (SOURCE, "      products_wait<0>(out, weights);\n", PACK + "      products_wait<0>(out, weights);\n", "A register of lane 0 was written"),
+    "values never released": (SOURCE, VALUES_RELEASE, VALUES_RELEASE.split("\n", 1)[1], STUCK),
+    "results taken too early": (SOURCE, SCORES_WAIT, "", "not given|in use"),
+    "weights overwritten while in use": (SOURCE, VALUES_DONE, PACK + VALUES_DONE, "A register of lane 0 was written"),
     "no fence before a product": (SOURCE, "products_begin(out, weights);", "products_begin(out);", "no products_begin"),
-    "a wrong stride in a descriptor": (PARTS, "matrix_descriptor(start, 16, 8 *", "matrix_descriptor(start, 16, 16 *", None),
+    "a wrong stride in a descriptor": (PARTS, "(start, 16, 8 * S", "(start, 16, 16 * S", None),
     "a wrong distance of panels": (PARTS, "S::kKeys * S::kPanelRowBytes, 8", "kGroupRows * S::kPanelRowBytes, 8", None),
-    "bytes not expected": (PARTS, "full, rows * S::kHead * kElementBytes", "full, rows * S::kHead", "race|under way|told to expect"),
-    "an arrival too few": (SOURCE, "barrier_init(shared.key_empty[i], S::kConsumers *", "barrier_init(shared.key_empty[i], ", "race|nobody can go on|more arrivals"),
+    "fewer bytes expected than come": (PARTS, "full, rows * S::kHead *", "full, rows *", f"{STUCK}|{EARLY}|expect"),
+    "an arrival too few": (SOURCE, "key_empty[i], S::kConsumers *", "key_empty[i], ", f"{STUCK}|race|more arrivals"),
     "barriers not made visible": (SOURCE, "    barriers_visible();\n", "", "barriers_visible"),
-    "the first turn not given": (SOURCE, "  if (consumer == S::kConsumers - 1) pass_turn<S>(consumer);", "", "nobody can go on"),
+    "the first turn not given": (SOURCE, FIRST_TURN, "", STUCK),
     "a mask off by one": (PARTS, ">= limit[", "> limit[", None),
-    "a row stored past the end": (PARTS, "row + 8 * h < problem.query_length", "row < problem.query_length", "out of bounds"),
-}  # fmt: skip
+    "a row stored past the end": (PARTS, "row + 8 * h < problem.query_", "row < problem.query_", "out of bounds"),
+}
 
 
 def with_fault(path, text, replacement):
     texts = {p.name: p.read_text() for p in (SOURCE, PARTS)}
     assert texts[path.name].count(text) == 1, f"{path.name} has no longer one {text!r}, where a fault was planted"
     texts[path.name] = texts[path.name].replace(text, replacement)
-    for unused in ("if (args.dtype == DType::kFloat16) return sm90::launch_element<__half>(args, stream);",):
-        assert unused in texts[SOURCE.name]
-        texts[SOURCE.name] = texts[SOURCE.name].replace(unused, "")  # compiled in half the time
-    return library_of(texts)
+    float16 = "if (args.dtype == DType::kFloat16) return sm90::launch_element<__half>(args, stream);"
+    assert float16 in texts[SOURCE.name]
+    texts[SOURCE.name] = texts[SOURCE.name].replace(float16, "")  # compiles in half the time
+    return kernels().with_changes(texts)
 
 
 def exercise(library):

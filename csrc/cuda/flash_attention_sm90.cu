@@ -261,11 +261,7 @@ inline bool is_aligned(const void* base, const HeadStrides& stride, int64_t batc
          fits(batch, stride.batch);
 }
 
-}  // namespace sm90
-}  // namespace cuda
-
-bool runs_on_sm90(const FlashAttentionArgs& args) {
-  using cuda::sm90::is_aligned;
+inline bool can_run(const FlashAttentionArgs& args) {
   const auto fits = [](int64_t extent) { return extent > 0 && extent < int64_t{1} << 24; };
   return args.dtype != DType::kFloat32 && (args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 128) &&
          fits(args.query_length) && fits(args.key_length) && fits(args.heads) && fits(args.batch) &&
@@ -276,15 +272,19 @@ bool runs_on_sm90(const FlashAttentionArgs& args) {
          is_aligned(args.out, args.out_stride, args.batch, args.heads, args.query_length);
 }
 
+}  // namespace sm90
+}  // namespace cuda
+
 bool serves_sm90(const FlashAttentionArgs& args) {
-  return runs_on_sm90(args) && args.query_length >= cuda::sm90::kMinQueries && args.key_length >= cuda::sm90::kMinKeys;
+  return cuda::sm90::can_run(args) && args.query_length >= cuda::sm90::kMinQueries &&
+         args.key_length >= cuda::sm90::kMinKeys;
 }
 
 cudaError_t flash_attention_sm90(const FlashAttentionArgs& args, cudaStream_t stream) {
   using namespace cuda;
+  if (!sm90::can_run(args)) return cudaErrorInvalidValue;
   if (args.dtype == DType::kFloat16) return sm90::launch_element<__half>(args, stream);
-  if (args.dtype == DType::kBFloat16) return sm90::launch_element<__nv_bfloat16>(args, stream);
-  return cudaErrorInvalidValue;
+  return sm90::launch_element<__nv_bfloat16>(args, stream);
 }
 
 }  // namespace gafext

@@ -152,7 +152,6 @@ void prepare_stacks() {
     std::abort();
   }
   stacks = static_cast<unsigned char*>(memory);
-  for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStack, kPage, PROT_NONE);
   fibers.resize(kMaxThreads);
 }
 
@@ -162,6 +161,7 @@ void prepare_thread(int i) {
   thread.what = nullptr, thread.condition = nullptr, thread.payload = nullptr;
   warps[warp_of(i)].live |= bit_of(i);
   if (thread.is_started) return;
+  mprotect(stacks + i * kStack, kPage, PROT_NONE);
   getcontext(&thread.start);
   thread.start.uc_stack.ss_sp = stacks + i * kStack;
   thread.start.uc_stack.ss_size = kStack;
@@ -269,6 +269,9 @@ bool run_grid(const void* kernel, Dimensions grid, Dimensions block, size_t shar
   }
   if (!succeeded) {  // where the fibers stopped nobody will go on
     for (Thread& thread : fibers) thread.is_started = false;
+    // Each stack and its guard are a mapping of their own, and a process has 65530: those of some 40 libraries.
+    munmap(stacks, kStack * kMaxThreads);
+    stacks = nullptr;
   }
   current_thread = 0, running_kernel = nullptr;
   return succeeded;
