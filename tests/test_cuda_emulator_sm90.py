@@ -140,14 +140,21 @@ FAULTS = {
     "a row stored past the end": (PARTS, "row + 8 * h < problem.query_", "row < problem.query_", "out of bounds"),
 }
 
+# What exercise() does without compiles in a third of the time without.
+UNUSED = (
+    "if (args.dtype == DType::kFloat16) return sm90::launch_element<__half>(args, stream);",
+    "if (fits_96(args.key_length)) return launch_shape<Shape<kHead, 2, 96>, T>(args, multiprocessors, stream);",
+    "case 80:\n      return launch_head<80, T>(args, multiprocessors, stream);",
+)
+
 
 def with_fault(path, text, replacement):
     texts = {p.name: p.read_text() for p in (SOURCE, PARTS)}
     assert texts[path.name].count(text) == 1, f"{path.name} has no longer one {text!r}, where a fault was planted"
     texts[path.name] = texts[path.name].replace(text, replacement)
-    float16 = "if (args.dtype == DType::kFloat16) return sm90::launch_element<__half>(args, stream);"
-    assert float16 in texts[SOURCE.name]
-    texts[SOURCE.name] = texts[SOURCE.name].replace(float16, "")  # compiles in half the time
+    for unused in UNUSED:
+        assert unused in texts[SOURCE.name]
+        texts[SOURCE.name] = texts[SOURCE.name].replace(unused, "")
     return kernels().with_changes(texts)
 
 
@@ -185,7 +192,7 @@ def compiled():
 def test_no_spills_and_no_serialized_products():
     report = compiled()[1]
     kernels = len(re.findall(r"Compiling entry function '\w*flash_attention_sm90_kernel\w*' for 'sm_90a'", report))
-    assert kernels == report.count("    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 8, report
+    assert kernels == report.count("    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 14, report
     # C7508: setmaxnreg ignored; C7510, C7514 and their like: wgmma serialized.
     assert not re.search(r"\(C75\d\d\)|Potential Performance Loss", report), report
 

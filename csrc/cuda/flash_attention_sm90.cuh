@@ -13,10 +13,10 @@ constexpr int kDepth = 16;      // of a product, in elements
 constexpr int kElementBytes = 2;
 constexpr float kLargeReference = 16777216.0f;  // 2^24: from there on the rounding of a reference exceeds 1
 
-template <int kHead_, int kConsumers_>
+template <int kHead_, int kConsumers_, int kKeys_>
 struct Shape {
-  static constexpr int kHead = kHead_, kConsumers = kConsumers_;
-  static constexpr int kRows = kConsumers * kGroupRows, kKeys = 128;
+  static constexpr int kHead = kHead_, kConsumers = kConsumers_, kKeys = kKeys_;  // keys of a tile
+  static constexpr int kRows = kConsumers * kGroupRows;
   static constexpr int kStages = kHead > 80 ? 2 : 3;
   // Panels of 64 columns, 16 where 64 does not divide the head: a product reads whole panels.
   static constexpr int kPanel = kHead % 64 == 0 ? 64 : 16, kPanels = kHead / kPanel;

@@ -172,25 +172,30 @@ __device__ inline void products_wait(Registers&... registers) {
 #define GAFEXT_LIST_32(c, i) \
   GAFEXT_LIST_8(c, i), GAFEXT_LIST_8(c, i + 8), GAFEXT_LIST_8(c, i + 16), GAFEXT_LIST_8(c, i + 24)
 #define GAFEXT_LIST_40(c, i) GAFEXT_LIST_32(c, i), GAFEXT_LIST_8(c, i + 32)
+#define GAFEXT_LIST_48(c, i) GAFEXT_LIST_40(c, i), GAFEXT_LIST_8(c, i + 40)
 #define GAFEXT_LIST_64(c, i) GAFEXT_LIST_32(c, i), GAFEXT_LIST_32(c, i + 32)
 #define GAFEXT_NAMES_32                                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
 #define GAFEXT_NAMES_40 GAFEXT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define GAFEXT_NAMES_64                                                                                         \
-  GAFEXT_NAMES_40                                                                                               \
-  ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
-  "%61, %62, %63"
-// c (+)= A B, 64 x 128 over a depth of 16, both K-major in shared memory; the old c is dropped unless `accumulate`.
-#define GAFEXT_PRODUCT_SHARED(Element, type)                                                                   \
-  __device__ inline void product(float (&c)[64], uint64_t a, uint64_t b, bool accumulate, Element) {           \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." type \
-                 "." type " {" GAFEXT_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                              \
-                 : GAFEXT_LIST_64(c, 0)                                                                        \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                         \
+#define GAFEXT_NAMES_48 GAFEXT_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define GAFEXT_NAMES_64 \
+  GAFEXT_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// c (+)= A B, 64 x 96 or 128 over a depth of 16, both K-major in shared memory; the old c is dropped unless
+// `accumulate`.
+#define GAFEXT_PRODUCT_SHARED(Element, type, columns, n, a0, b0, flag)                                      \
+  __device__ inline void product(float (&c)[n], uint64_t a, uint64_t b, bool accumulate, Element) {         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+                 "k16.f32." type "." type " {" GAFEXT_NAMES_##n "}, " a0 ", " b0 ", p, 1, 1, 0, 0;\n}\n"    \
+                 : GAFEXT_LIST_##n(c, 0)                                                                    \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                      \
   }
-GAFEXT_PRODUCT_SHARED(__half, "f16")
-GAFEXT_PRODUCT_SHARED(__nv_bfloat16, "bf16")
+#define GAFEXT_PRODUCTS_SHARED(Element, type)                         \
+  GAFEXT_PRODUCT_SHARED(Element, type, "96", 48, "%48", "%49", "%50") \
+  GAFEXT_PRODUCT_SHARED(Element, type, "128", 64, "%64", "%65", "%66")
+GAFEXT_PRODUCTS_SHARED(__half, "f16")
+GAFEXT_PRODUCTS_SHARED(__nv_bfloat16, "bf16")
 
 // c (+)= A B, 64 x 64, 80 or 128 over a depth of 16, A in registers a[0..3], B MN-major in shared memory.
 #define GAFEXT_PRODUCT_REGISTERS(Element, type, columns, n, a0, a1, a2, a3, b0, flag)                       \
@@ -211,11 +216,14 @@ GAFEXT_PRODUCTS_REGISTERS(__nv_bfloat16, "bf16")
 #undef GAFEXT_LIST_8
 #undef GAFEXT_LIST_32
 #undef GAFEXT_LIST_40
+#undef GAFEXT_LIST_48
 #undef GAFEXT_LIST_64
 #undef GAFEXT_NAMES_32
 #undef GAFEXT_NAMES_40
+#undef GAFEXT_NAMES_48
 #undef GAFEXT_NAMES_64
 #undef GAFEXT_PRODUCT_SHARED
+#undef GAFEXT_PRODUCTS_SHARED
 #undef GAFEXT_PRODUCT_REGISTERS
 #undef GAFEXT_PRODUCTS_REGISTERS
 

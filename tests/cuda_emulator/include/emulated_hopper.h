@@ -47,6 +47,7 @@ uint32_t pack_pair(float first, float second, __half);
 uint32_t pack_pair(float first, float second, __nv_bfloat16);
 
 namespace emulated {
+uint32_t swizzled(uint32_t address, uint32_t panel_row_bytes);
 void new_block();
 void thread_exits();
 void set_registers(int registers);
@@ -89,9 +90,10 @@ void products_wait(Registers&... registers) {
   emulated::wait_over();
 }
 
-template <typename Element>
-void product(float (&c)[64], uint64_t a, uint64_t b, bool accumulate, Element element) {
-  emulated::product({c, 128, nullptr, a, b, accumulate, emulated::is_bfloat16(element)});
+template <size_t N, typename Element>
+void product(float (&c)[N], uint64_t a, uint64_t b, bool accumulate, Element element) {
+  static_assert(N == 48 || N == 64);
+  emulated::product({c, 2 * N, nullptr, a, b, accumulate, emulated::is_bfloat16(element)});
 }
 template <size_t N, typename Element>
 void product(float (&c)[N], const uint32_t* a, uint64_t b, bool accumulate, Element element) {
