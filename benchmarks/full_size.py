@@ -5,19 +5,26 @@
 
 SD 2.1's U-Net with attn_cv and attn_ip, ViT-H/14 and the SD autoencoder. The backends take turns in one process; peak
 memory is the process's high-water mark after the pipeline's runs, so it is honest for one backend a run. The
-U-Net's passes come last, on CPUs with one more contestant: its transformers in 8-bit integers.
+U-Net's passes come last. On CPUs they have one more contestant: its transformers in 8-bit integers. On GPUs each
+backend runs twice, as it is and as a CUDA graph, and so does diffusers' U-Net of SD 2.1, if installed: it has neither
+attn_cv nor attn_ip, so it does less.
 """
 
 import argparse
 import copy
+import functools
+import importlib.util
 import itertools
 import json
 import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline, int8
 from gafext.attention import set_attention_backend
@@ -55,57 +62,140 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-@torch.inference_mode()
-def race_unet(unet: MultiViewUNet, backends: list[str], views: int, rounds: int) -> dict:
-    """One forward pass of a step with guidance, and the same with the transformers in 8-bit integers.
+@dataclass
+class Contestant:
+    name: str
+    run: Callable[[], Tensor]
+    network: nn.Module | None = None  # whose backend is set before the clock starts
+    backend: str = "auto"
+    comparable: bool = True  # computes what the first contestant does
+    result: Tensor | None = None  # with the peak of memory, once it has warmed up
+    peak_gib: float | None = None
 
-    Returns:
-        By contestant: the seconds a pass, their median, and against the first contestant: times as long (the median and
-        the quartiles of the ratios within a round), the largest difference, and the norm of all differences to that of
-        the first one's result.
-    """
+    def prepare(self) -> None:
+        if self.network is not None:
+            set_attention_backend(self.network, self.backend)
+
+    def warmed_up(self) -> "Contestant":
+        self.prepare()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.result = self.run().float()
+        if self.result.is_cuda:
+            self.peak_gib = peak_gib(self.result.device)
+        return self
+
+
+def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> list[Contestant]:
+    """A forward pass of a step with guidance, by every backend; and the same with 8-bit transformers, or diffusers'."""
     device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
     latents, pose, image_embeds = (
         torch.randn(shape, generator=generator).to(device, dtype)
         for shape in ((2 * views, unet.config.in_channels, 32, 32), (2 * views, 12), (2, 257, 1024))
     )
-    contestants = [(backend, backend, unet) for backend in backends]
+    # On the device, as a graph cannot copy a number there.
+    timestep = torch.tensor([500], device=device)
+
+    def contestant(name: str, network: MultiViewUNet, backend: str) -> Contestant:
+        conditioning = network.precompute(pose=pose, image_embeds=image_embeds)
+        run = lambda: network(latents, timestep, conditioning=conditioning, num_views=views)  # noqa: E731
+        return Contestant(name, run, network, backend)
+
+    contestants = [contestant(backend, unet, backend) for backend in backends]
     if dtype == torch.float32 and not int8.unsupported_reasons(device):
         # A copy of the modules only, so that the weights which stay as they are lie in memory once.
         quantized = copy.deepcopy(unet, memo={id(weight): weight for weight in unet.parameters()})
         int8.quantize_transformers(quantized)
-        contestants.append(("int8", "auto", quantized))
+        contestants.append(contestant("int8", quantized, "auto"))
+    if device.type == "cuda" and importlib.util.find_spec("diffusers"):
+        plain = random_network(diffusers_sd21, None, device, dtype)
+        text = torch.randn(2 * views, 77, 1024, generator=generator).to(device, dtype)
+        run = lambda: plain(latents[:, :4], timestep, encoder_hidden_states=text).sample  # noqa: E731
+        contestants.append(Contestant("diffusers, single view", run, comparable=False))
+    return contestants
 
-    seconds: dict[str, list[float]] = {name: [] for name, _, _ in contestants}
-    results, conditioning = {}, {}
-    for round_ in range(rounds + 1):
-        for name, backend, network in contestants:
-            set_attention_backend(network, backend)
-            if name not in conditioning:
-                conditioning[name] = network.precompute(pose=pose, image_embeds=image_embeds)
-            synchronize(device)
+
+def diffusers_sd21(_: None) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    widths, heads = (320, 640, 1280, 1280), (5, 10, 20, 20)
+    return UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=widths,
+        attention_head_dim=heads,  # their number, for all its name
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+    )
+
+
+def graphed(contestant: Contestant) -> Contestant:
+    """The same pass as a CUDA graph: its launches cost the processor nothing."""
+    contestant.prepare()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what is set up on first use cannot be captured
+            contestant.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = contestant.run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    result = replay().float().clone()
+    return Contestant(f"{contestant.name}, CUDA graph", replay, comparable=contestant.comparable, result=result)
+
+
+@torch.inference_mode()
+def race_unet(unet: MultiViewUNet, backends: list[str], views: int, rounds: int) -> dict:
+    """Contestants in turns, round by round.
+
+    Returns:
+        By contestant: the seconds a pass, their median, and against the first contestant: times as long (the median and
+        the quartiles of the ratios within a round), the largest difference, and the norm of all differences to that of
+        the first one's result; on a GPU the peak of its memory. What cannot run has its reason for `failed`.
+    """
+    contestants = unet_contestants(unet, backends, views)
+    makers = [(contestant.name, contestant.warmed_up) for contestant in contestants]
+    if unet.device.type == "cuda":
+        makers += [(f"{c.name}, CUDA graph", functools.partial(graphed, c)) for c in contestants]
+    entrants, failed = [], {}
+    for name, make in makers:
+        try:
+            entrants.append(make())
+        except (RuntimeError, ValueError) as error:
+            failed[name] = {"failed": str(error).partition("\n")[0]}
+            print(f"U-Net, {name}: {failed[name]}", flush=True)
+    if backends[0] in failed:
+        raise RuntimeError(f"{backends[0]}: {failed[backends[0]]}")
+    seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
+    for _ in range(rounds):
+        for entrant in entrants:
+            entrant.prepare()
+            synchronize(unet.device)
             start = time.perf_counter()
-            results[name] = network(latents, 500, conditioning=conditioning[name], num_views=views).float()
-            synchronize(device)
-            if round_ > 0:  # the first is for the results, and to warm up
-                seconds[name].append(time.perf_counter() - start)
-    first = results[backends[0]]
-    summary = {}
-    for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds[backends[0]], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        difference = results[name] - first
-        summary[name] = {
-            "seconds": times,
-            "median": statistics.median(times),
-            f"times_{backends[0]}": middle,
-            "quartiles": [low, high],
-            "largest_difference": difference.abs().max().item(),
-            "relative_difference": (difference.norm() / first.norm()).item(),
-        }
-        print(f"U-Net, {name}: {middle:.3f} ({low:.3f} .. {high:.3f}) times as long as {backends[0]}", flush=True)
-    return summary
+            entrant.run()
+            synchronize(unet.device)
+            seconds[entrant.name].append(time.perf_counter() - start)
+    first = entrants[0]
+    return failed | {e.name: compared(e, seconds[e.name], first, seconds[first.name]) for e in entrants}
+
+
+def compared(entrant: Contestant, times: list[float], first: Contestant, firsts_times: list[float]) -> dict:
+    ratios = [a / b for a, b in zip(times, firsts_times, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    print(f"U-Net, {entrant.name}: {middle:.3f} ({low:.3f} .. {high:.3f}) times as long as {first.name}", flush=True)
+    found = {"seconds": times, "median": statistics.median(times), f"times_{first.name}": middle}
+    found["quartiles"] = [low, high]
+    if entrant.comparable:
+        difference = entrant.result - first.result
+        found["largest_difference"] = difference.abs().max().item()
+        found["relative_difference"] = (difference.norm() / first.result.norm()).item()
+    return found | ({"peak_gib": entrant.peak_gib} if entrant.peak_gib else {})
 
 
 def main() -> None:
@@ -156,20 +246,26 @@ def main() -> None:
             # The first step's start is not marked, so only the gaps between marks count.
             steps[backend] += [b - a for a, b in itertools.pairwise(marks)]
             print(f"{backend}: {totals[backend][-1]:.1f} s in all, peak {peak_gib(device):.1f} GiB", flush=True)
-    peak = peak_gib(device)
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
-        "peak_gib": peak,
+        "peak_gib": peak_gib(device),
         "seconds_a_step": {backend: statistics.median(values) for backend, values in steps.items() if values},
         "seconds_in_all": {backend: statistics.median(values) for backend, values in totals.items() if values},
-        "unet": race_unet(pipe.unet, args.backend, args.views, args.unet_rounds) if args.unet_rounds else {},
+        "unet": {},
         "versions": versions(),
     }
+    write(result, args.json)  # so that it outlives what comes after
+    if args.unet_rounds:
+        result["unet"] = race_unet(pipe.unet, args.backend, args.views, args.unet_rounds)
+        write(result, args.json)
     print(json.dumps(result, indent=2))
-    if args.json:
-        with open(args.json, "w") as file:
+
+
+def write(result: dict, path: str | None) -> None:
+    if path:
+        with open(path, "w") as file:
             json.dump(result, file, indent=2)
 
 

@@ -1,31 +1,102 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under ten minutes: build, CUDA tests, kernel and end-to-end benchmarks.
+# Everything that needs a GPU, in one call of under ten minutes: build, CUDA tests, compute-sanitizer, benchmarks.
 #
-#   benchmarks/gpu_checklist.sh [FOLDER]        the JSON goes to FOLDER, or to benchmarks/results
+#   benchmarks/gpu_checklist.sh [FOLDER]        the JSON and the log go to FOLDER, or to benchmarks/results
 #
 # The machine has torch >= 2.11 with CUDA, nvcc 13, cmake, ninja, pybind11, scikit-build-core, pytest; no network is needed.
-# A step that fails does not stop the ones after it; the exit status says whether all of them succeeded.
+# Every step has its own limit, and one that fails does not stop the ones after it, but for the build. Last comes a short
+# table; the exit status is 1 if a step failed. CHECKLIST_SECONDS: of the whole, 575 by default.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results}
-site=$(mktemp -d)
+deadline=${CHECKLIST_SECONDS:-575}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 mkdir -p "$results"
+export PYTHONUNBUFFERED=1 PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+declare -A process begun
 failed=()
 
-step() {
-  local name=$1
-  shift
-  echo "== $name"
-  timeout 300 "$@" || failed+=("$name")
+# begin NAME SECONDS COMMAND...: start a step, within its limit and the time that is left.
+begin() {
+  local name=$1 limit=$2 left=$((deadline - SECONDS))
+  shift 2
+  ((limit < left)) || limit=$left
+  begun[$name]=$SECONDS
+  if ((limit < 1)); then
+    echo "no time is left" >"$work/$name"
+    false &
+  else
+    timeout -k 5 "$limit" "$@" >"$work/$name" 2>&1 &
+  fi
+  process[$name]=$!
 }
 
-device=$(python3 -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))") || exit 1
-GAFEXT_CUDA=ON step build python3 -m pip install -q --no-build-isolation --no-deps --no-index --target "$site" .
-export PYTHONPATH=$site
-step info python3 -m gafext info
-step tests python3 -m pytest tests/test_build.py tests/test_flash_attention.py tests/test_cross_view_attention.py tests/test_geglu.py tests/test_bench.py
-step kernels python3 -m gafext bench --device cuda --dtype float16 --json "$results/kernels-$device.json"
-step pipeline python3 benchmarks/full_size.py --device cuda --dtype float16 --steps 20 --rounds 3 \
-  --backend auto sdpa --json "$results/full-size-$device.json"
+# finish NAME: wait for a step and say how it ended; all that it printed goes to the log.
+finish() {
+  local name=$1 status=0 words
+  wait "${process[$name]}" || status=$?
+  case $status in
+    0) words="ok    " ;;
+    124 | 137) words="TIME  " ;;
+    *) words="FAILED" ;;
+  esac
+  echo "$words $name, $((SECONDS - begun[$name])) s: $(tail -n 1 "$work/$name" | cut -c 1-150)"
+  { echo "== $name, status $status"; cat "$work/$name"; } >>"$results/checklist.log"
+  if ((status)); then
+    failed+=("$name")
+    tail -n 15 "$work/$name" | cut -c 1-200 | sed 's/^/    /'
+    return 1
+  fi
+}
 
+step() {
+  begin "$@"
+  finish "$1"
+}
+
+machine='import torch; g = torch.cuda.get_device_properties(0)
+print(f"{g.major}{g.minor}", g.name.replace(" ", "-"))'
+read -r capability device < <(python3 -c "$machine") || { echo "no GPU that PyTorch can use"; exit 1; }
+: >"$results/checklist.log"
+
+# Machine code for this card alone; a kernel with a target of its own (90a) keeps it.
+GAFEXT_CUDA=ON CUDAARCHS="$capability-real" step build 150 \
+  python3 -m pip install -q --no-build-isolation --no-deps --no-index --target "$work/site" . || exit 1
+step info 30 python3 -m gafext info
+
+# Nothing is timed here, so these run side by side.
+mapfile -t tests < <(grep -lE '"cuda"' tests/test_*.py | grep -vE 'emulat|checklist')
+workers=$(python3 -c 'import xdist; print("-n4")' 2>/dev/null)
+begin tests 90 python3 -m pytest ${workers:+"$workers"} -rf -p no:cacheprovider -k "cuda or gpu" "${tests[@]}"
+sanitizer=$(PATH=$PATH:/usr/local/cuda/bin:/usr/local/cuda/extras/compute-sanitizer command -v compute-sanitizer)
+checks=()
+[ -n "$sanitizer" ] && checks=(memcheck racecheck)
+for tool in "${checks[@]}"; do
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 begin "$tool" 85 \
+    "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 python3 benchmarks/sanitize.py
+done
+for name in tests "${checks[@]}"; do finish "$name"; done
+[ -n "$sanitizer" ] || echo "absent memcheck, racecheck: this machine has no compute-sanitizer"
+
+# In processes of their own: what one kernel breaks on the GPU, the others do not feel.
+bench=(python3 -m gafext bench --device cuda --rounds 7 --cold)
+others='from gafext.cli import BENCH_OPS
+print(*(f"--op {op}" for op in BENCH_OPS if op not in ("flash_attention", "conv3x3")))'
+read -ra others < <(python3 -c "$others")
+step attention 125 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-compile --seconds 90 \
+  --json "$results/attention-bfloat16-$device.json"
+step others 120 "${bench[@]}" --dtype bfloat16 "${others[@]}" --seconds 85 --compile-seconds 50 \
+  --json "$results/others-bfloat16-$device.json"
+step unet 60 python3 benchmarks/full_size.py --device cuda --dtype bfloat16 --backend auto kernel sdpa --rounds 0 \
+  --unet-rounds 11 --json "$results/unet-$device.json"
+step float16 40 "${bench[@]}" --dtype float16 --no-compile --seconds 15 --json "$results/float16-$device.json" \
+  --shape 8,8,1024x1024,64 --shape 8,8,4096x4096,64 --shape 4,10,256x257,64 --shape "2xV=4,(1024" --shape 4096,2560
+step pipeline 60 python3 benchmarks/full_size.py --device cuda --dtype bfloat16 --backend auto sdpa --steps 20 \
+  --rounds 3 --unet-rounds 0 --json "$results/pipeline-$device.json"
+
+shopt -s nullglob
+written=("$results"/{attention,others,float16,unet,pipeline}*"-$device.json")
+[ ${#written[@]} -eq 0 ] || python3 benchmarks/summary.py "${written[@]}" | tee -a "$results/checklist.log"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
+echo "all steps succeeded in $SECONDS s"

@@ -1,6 +1,8 @@
 """Draws how many times faster gafext is than PyTorch's forms, from the JSON of `gafext bench`.
 
-    python benchmarks/plot.py RESULTS.json FIGURE.svg [--mode warm] [--allocator default]
+    python benchmarks/plot.py RESULTS.json ... FIGURE.svg [--mode warm] [--allocator default]
+
+Several files are of one machine and one dtype, as benchmarks/gpu_checklist.sh writes them: operations apart.
 
 A row for each shape, in the order of the table. Its bar is the comparison with the fastest of PyTorch's forms, red
 where that one wins; its marks are those with every form. The axis is logarithmic: 1/2 is as far from 1 as 2 is.
@@ -50,12 +52,12 @@ def draw(axes: Axes, races: list[dict], limits: tuple[float, float]) -> None:
     axes.set_ylim(len(races) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(*limits)
-    axes.xaxis.set_major_locator(FixedLocator([0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50]))
+    axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.grid(axis="x", linewidth=0.4)
     axes.set_axisbelow(True)
-    axes.set_title(TITLES[races[0]["op"]], loc="left", fontsize=9)
+    axes.set_title(TITLES.get(races[0]["op"], races[0]["op"]), loc="left", fontsize=9)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7.5, frameon=False)
 
 
@@ -71,17 +73,22 @@ def subtitle(environment: dict, mode: str, allocator: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path)
+    parser.add_argument("json", type=Path, nargs="+")
     parser.add_argument("figure", type=Path, help=".svg or .png")
     parser.add_argument("--mode", choices=["warm", "cold"], default="warm")
     parser.add_argument("--allocator", choices=["default", "keep"], default="default")
     args = parser.parse_args()
-    results = json.loads(args.json.read_text())
-    races = [r for r in results["races"] if r["mode"] == args.mode and r["allocator"] == args.allocator]
+    results = [json.loads(path.read_text()) for path in args.json]
+    environments = [result["environment"] for result in results]
+    if len({(e["machine"], str(e["gpu"]), e["dtype"]) for e in environments}) > 1:
+        parser.error("the files are not of one machine and one dtype")
+    races = [race for result in results for race in result["races"]]
+    races = [race for race in races if race["mode"] == args.mode and race["allocator"] == args.allocator]
     if not races:
-        parser.error(f"{args.json} has no races of mode {args.mode} and allocator {args.allocator}")
+        parser.error(f"{args.json[0]} has no races of mode {args.mode} and allocator {args.allocator}")
 
-    groups = [[race for race in races if race["op"] == op] for op in TITLES]
+    ops = dict.fromkeys([*TITLES, *(race["op"] for race in races)])
+    groups = [[race for race in races if race["op"] == op] for op in ops]
     groups = [group for group in groups if group]
     speedups = [row["speedup"] for race in races for row in opponents(race)]
     limits = (min(0.45, *speedups) * 0.9, max(3, *speedups) * 1.1)
@@ -97,7 +104,7 @@ def main() -> None:
     for axes, group in zip(panels[:, 0], groups, strict=True):
         draw(axes, group, limits)
     panels[-1, 0].set_xlabel("times as fast as PyTorch; bar: its fastest form, marks: each", fontsize=9)
-    figure.suptitle(subtitle(results["environment"], args.mode, args.allocator), fontsize=9)
+    figure.suptitle(subtitle(environments[0], args.mode, args.allocator), fontsize=9)
     svg = args.figure.suffix == ".svg"
     figure.savefig(args.figure, dpi=130, metadata={"Date": None} if svg else None)
 

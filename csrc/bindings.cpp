@@ -22,14 +22,15 @@
 namespace gafext {
 namespace {
 
-// Uninitialised, like `like`; torch::stable::new_empty takes no strides.
-Tensor empty_strided(const Tensor& like, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides) {
+// Uninitialised, like `like`, of the first `dims` sizes and strides; torch::stable::new_empty takes no strides.
+Tensor empty_strided(const Tensor& like, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides,
+                     int64_t dims = 4) {
   int32_t dtype, device_type;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type, like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device_type,
+                                                         like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -144,6 +145,33 @@ Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tenso
   return out;
 }
 
+// (batch, channels, length) or (batch, channels, height, width) like x, channels-last.
+Tensor empty_channels_last(const Tensor& x) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.dim() == 4 ? x.size(3) : 1;
+  const auto step = [](int64_t size) { return std::max<int64_t>(size, 1); };  // as torch.empty counts empty dimensions
+  const int64_t row = step(width) * step(channels);
+  return empty_strided(x, {x.size(0), channels, height, width}, {step(height) * row, 1, row, step(channels)}, x.dim());
+}
+
+// aten::group_norm and aten::silu_, through the dispatcher.
+Tensor group_norm_silu_on_cpu(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight,
+                              std::optional<Tensor> bias, double eps, bool silu) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  check_group_norm_silu(x, num_groups, weight, bias, eps, silu);
+  std::array<StableIValue, 6> norm{from(x), from(num_groups), from(weight), from(bias), from(eps), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::group_norm", "", norm.data(), TORCH_ABI_VERSION));
+  Tensor normalized = to<Tensor>(norm[0]);
+  if (silu) {
+    std::array<StableIValue, 1> stack{from(normalized)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu_", "", stack.data(), TORCH_ABI_VERSION));
+    normalized = to<Tensor>(stack[0]);
+  }
+  Tensor out = empty_channels_last(x);
+  torch::stable::copy_(out, normalized);
+  return out;
+}
+
 #ifdef GAFEXT_WITH_CUDA
 
 // In libtorch_cuda; weak, so that the module also loads beside a torch without CUDA, where nothing calls it.
@@ -162,13 +190,28 @@ void check_launch(cudaError_t error, const char* op, const char* name, const Ten
           shape_of(tensor), " ", dtype_name(tensor), ")");
 }
 
-Tensor flash_attention_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale,
-                               bool is_causal) {
+// For heads so wide that no kernel takes rows of any alignment.
+void align_rows(Tensor& tensor) {
+  if (!has_aligned_rows(tensor.const_data_ptr(), head_strides(tensor))) tensor = torch::stable::clone(tensor);
+}
+
+Tensor flash_attention_on_cuda(Tensor query, Tensor key, Tensor value, std::optional<double> scale, bool is_causal) {
   FlashAttentionArgs args = check_flash_attention(query, key, value, scale, is_causal);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  if (args.head_dim > kMaxHeadDim) {
+    for (Tensor* tensor : {&query, &key, &value}) align_rows(*tensor);
+    args = check_flash_attention(query, key, value, scale, is_causal);
+  }
   Tensor out = empty_heads(query);
   args.out = out.mutable_data_ptr();
   args.out_stride = head_strides(out);
+  int64_t bytes = 0;
+  check_launch(flash_attention_cuda_workspace(args, bytes), "flash_attention", "query", query);
+  Tensor workspace;
+  if (bytes > 0) {
+    workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+    args.workspace = workspace.mutable_data_ptr();
+  }
   check_launch(flash_attention_cuda(args, current_stream(query)), "flash_attention", "query", query);
   return out;
 }
@@ -195,6 +238,24 @@ Tensor geglu_gate_on_cuda(Tensor projected) {
 Tensor geglu_on_cuda(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
   check_geglu(x, weight, bias);
   return geglu_gate_on_cuda(linear(x, weight, bias));
+}
+
+Tensor group_norm_silu_on_cuda(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight,
+                               std::optional<Tensor> bias, double eps, bool silu) {
+  GroupNormSiluArgs args = check_group_norm_silu(x, num_groups, weight, bias, eps, silu);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (weight) weight = torch::stable::contiguous(*weight);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  Tensor out = empty_channels_last(x);
+  args.x = x.const_data_ptr();
+  args.weight = weight ? weight->const_data_ptr() : nullptr;
+  args.bias = bias ? bias->const_data_ptr() : nullptr;
+  args.out = out.mutable_data_ptr();
+  const int64_t elements = (group_norm_silu_scratch(args) + 1) / 2;  // of 2 bytes at least
+  const Tensor scratch = torch::stable::new_empty(x, {elements});
+  args.scratch = scratch.mutable_data_ptr();
+  check_launch(group_norm_silu_cuda(args, current_stream(x)), "group_norm_silu", "x", x);
+  return out;
 }
 
 #endif  // GAFEXT_WITH_CUDA
@@ -239,6 +300,9 @@ STABLE_TORCH_LIBRARY(gafext, m) {
       "-> Tensor");
   m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("geglu_gate(Tensor projected) -> Tensor");
+  m.def(
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, "
+      "bool silu=True) -> Tensor");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 }
 
@@ -247,6 +311,7 @@ STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
   m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu));
   m.impl("geglu", TORCH_BOX(&geglu_on_cpu));
   m.impl("geglu_gate", TORCH_BOX(&geglu_gate_on_cpu));
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cpu));
   m.impl("conv3x3", TORCH_BOX(&conv3x3_on_cpu));
 }
 
@@ -256,6 +321,7 @@ STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) {
   m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cuda));
   m.impl("geglu", TORCH_BOX(&geglu_on_cuda));
   m.impl("geglu_gate", TORCH_BOX(&geglu_gate_on_cuda));
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cuda));
 }
 #endif
 

@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "ops.h"
 
@@ -100,10 +101,11 @@ inline void check_equal_shape(const char* op, const Named& first, const Named& o
 }
 
 // What the kernels cannot serve, and unsupported_reasons() names: the Python functions go to PyTorch before this.
-inline DType check_supported_heads(const char* op, const Named& query, const Named& key, const Named& value) {
+inline DType check_supported_heads(const char* op, const Named& query, const Named& key, const Named& value,
+                                   int64_t max_head_dim = kMaxHeadDim) {
   const DType dtype = check_dtype(op, query.tensor);
   const int64_t head_dim = query.tensor.size(3);
-  require(head_dim >= 1 && head_dim <= kMaxHeadDim, op, ": head_dim must be in 1..", kMaxHeadDim, ", got ", head_dim);
+  require(head_dim >= 1 && head_dim <= max_head_dim, op, ": head_dim must be in 1..", max_head_dim, ", got ", head_dim);
   for (const Named* named : {&query, &key, &value}) {
     require(head_dim == 1 || named->tensor.stride(3) == 1, op, ": the last stride of ", named->name, " must be 1, got ",
             named->tensor.stride(3));
@@ -115,6 +117,11 @@ inline HeadStrides head_strides(const Tensor& tensor) { return {tensor.stride(0)
 
 inline float scale_or_default(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(head_dim)));
+}
+
+inline int64_t max_flash_head_dim(const Tensor& query) {
+  const bool wide = query.is_cuda() && query.scalar_type() != ScalarType::Float && query.size(3) % 8 == 0;
+  return wide ? kMaxWideHeadDim : kMaxHeadDim;
 }
 
 inline FlashAttentionArgs check_flash_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -129,7 +136,7 @@ inline FlashAttentionArgs check_flash_attention(const Tensor& query, const Tenso
   check_same_kind(op, q, v);
 
   FlashAttentionArgs args{};
-  args.dtype = check_supported_heads(op, q, k, v);
+  args.dtype = check_supported_heads(op, q, k, v, max_flash_head_dim(query));
   args.query = query.const_data_ptr(), args.key = key.const_data_ptr(), args.value = value.const_data_ptr();
   args.batch = query.size(0), args.heads = query.size(1), args.head_dim = query.size(3);
   args.query_length = query.size(2), args.key_length = key.size(2);
@@ -197,6 +204,38 @@ inline GegluGateArgs check_geglu_gate(const Tensor& projected) {
   args.inner = projected.size(last) / 2;
   args.rows = 1;
   for (int64_t i = 0; i < last; ++i) args.rows *= projected.size(i);
+  return args;
+}
+
+inline GroupNormSiluArgs check_group_norm_silu(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+                                               const std::optional<Tensor>& bias, double eps, bool silu) {
+  const char* op = "group_norm_silu";
+  require(x.dim() == 3 || x.dim() == 4, op,
+          ": x must have shape (batch, channels, length) or (batch, channels, height, width), got ", shape_of(x));
+  const int64_t channels = x.size(1);
+  require(num_groups >= 1 && channels % num_groups == 0, op, ": num_groups must divide the channels of x ", shape_of(x),
+          ", got ", num_groups);
+  for (const auto& [name, tensor] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}}) {
+    if (!*tensor) continue;
+    require((*tensor)->dim() == 1 && (*tensor)->size(0) == channels, op, ": ", name, " must have shape (", channels,
+            ",) to go with x ", shape_of(x), ", got ", shape_of(**tensor));
+    check_same_kind(op, {"x", x}, {name, **tensor});
+  }
+
+  GroupNormSiluArgs args{};
+  args.dtype = check_dtype(op, x);
+  require(channels / num_groups <= kMaxGroupChannels, op, ": a group must have at most ", kMaxGroupChannels,
+          " channels, got ", channels / num_groups);
+  require(channels == 1 || x.stride(1) == 1, op, ": x must be channels-last, got a stride of ", x.stride(1),
+          " from channel to channel");
+  const int64_t height = x.dim() == 4 ? x.size(2) : 1, width = x.size(x.dim() - 1);
+  args.position_stride = width == 1 ? x.stride(2) : x.stride(x.dim() - 1);
+  require(height == 1 || width == 1 || x.stride(2) == width * args.position_stride, op, ": x must have a stride of ",
+          width * args.position_stride, " from row to row, got ", x.stride(2));
+  args.batch = x.size(0), args.channels = channels, args.positions = height * width, args.groups = num_groups;
+  args.image_stride = x.stride(0);
+  args.eps = static_cast<float>(eps);
+  args.silu = silu;
   return args;
 }
 

@@ -16,12 +16,19 @@ namespace gafext {
 enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int64_t kMaxHeadDim = 256;  // of the attention kernels; larger heads go to PyTorch's operation
+constexpr int64_t kMaxWideHeadDim = 512;  // of flash_attention on CUDA, in half precision and by whole 8s
 constexpr int64_t kMaxViews = 32;     // of cross_view_attention
 
 // Strides of a (batch, heads, length, head_dim) tensor; that of head_dim is 1.
 struct HeadStrides {
   int64_t batch, head, row;
 };
+
+// Whether rows of 2-byte elements can be copied 16 bytes at a time, as the tensor-core kernels do.
+inline bool has_aligned_rows(const void* base, const HeadStrides& stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride.batch % 8 == 0 && stride.head % 8 == 0 &&
+         stride.row % 8 == 0;
+}
 
 // out[b,h,i,:] = sum_j softmax_j(scale * <query[b,h,i,:], key[b,h,j,:]>) value[b,h,j,:]
 //
@@ -35,6 +42,7 @@ struct HeadStrides {
 struct FlashAttentionArgs {
   const void *query, *key, *value;
   void* out;
+  void* workspace;  // flash_attention_cuda_workspace() bytes on a GPU, null for 0
   int64_t batch, heads, query_length, key_length, head_dim;
   HeadStrides query_stride, key_stride, value_stride, out_stride;
   float scale;
@@ -81,6 +89,24 @@ struct GegluGateArgs {
   DType dtype;
 };
 
+// out[n,c,p] = f((x[n,c,p] - mean) / sqrt(variance + eps) * weight[c] + bias[c]),  f(y) = y / (1 + exp(-y)) or y
+//
+//   x (batch, channels, positions), channels contiguous   out like x, in the memory of (batch, positions, channels)
+//   weight, bias (channels), contiguous, or null
+//
+// Mean and (biased) variance are those of an image's group: channels / groups channels next to each other, at all
+// positions. GroupNorm of arXiv 1803.08494 and SiLU of arXiv 1606.08415.
+struct GroupNormSiluArgs {
+  const void *x, *weight, *bias;
+  void *out, *scratch;  // scratch: group_norm_silu_scratch() bytes, 8-byte aligned
+  int64_t batch, channels, positions, groups;
+  int64_t image_stride, position_stride;  // of x
+  float eps;
+  bool silu;
+  DType dtype;
+};
+constexpr int64_t kMaxGroupChannels = 512;  // channels of a group
+
 // out[n,:,y,x] = bias + sum_{i,j,c} weight[:,c,i,j] x[n,c,y+i-1,x+j-1]
 //
 //   x (batch, in_channels, height, width), channels contiguous   weight (out_channels, in_channels, 3, 3), contiguous
@@ -104,10 +130,14 @@ void geglu_gate_cpu(const GegluGateArgs& args);
 void conv3x3_cpu(const Conv3x3Args& args);
 
 #ifdef GAFEXT_WITH_CUDA
+// Memory that flash_attention_cuda() needs beside the result: partial results, where the keys are split over blocks.
+cudaError_t flash_attention_cuda_workspace(const FlashAttentionArgs& args, int64_t& bytes);
 // Launch on the current device and return without waiting; the result is that of the launch.
 cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream);
 cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);
 cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
+cudaError_t group_norm_silu_cuda(const GroupNormSiluArgs& args, cudaStream_t stream);
+int64_t group_norm_silu_scratch(const GroupNormSiluArgs& args);
 
 // The kernel for capability 9.0 alone: whether it should have these arguments, and the launch, which runs shorter ones
 // too and returns cudaErrorInvalidValue for those it can't. A build without it serves nothing.

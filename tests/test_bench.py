@@ -123,10 +123,12 @@ def test_half_precision_agrees(tmp_path):
     assert len(measured(tmp_path, "--dtype", "bfloat16", *shapes)["races"]) == 4
 
 
-def test_every_shape_once():
-    listed = list(cases("cpu", torch.float32, compiled=False))
-    assert len({(case.op, case.shape) for case in listed}) == len(listed) == 38
+@pytest.mark.parametrize("device, count", [("cpu", 38), ("cuda", 72)])
+def test_every_shape_once(device, count):
+    listed = list(cases(device, torch.float32, compiled=False))
+    assert len({(case.op, case.shape) for case in listed}) == len(listed) == count
     assert all(case.contestants[0].name == case.ours for case in listed)
+    assert not [c.name for case in listed for c in case.contestants if c.compiled]
 
 
 def test_a_convolution_races_only_where_there_is_a_kernel():
@@ -184,13 +186,12 @@ def test_both_allocators(tmp_path):
 import json, resource, sys
 from gafext.bench import command
 from gafext.cli import main
-faults, measured = [], command._measured
-def watch(*args):
+faults, measure = [], command._measure
+def watch(*args, **options):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    races = measured(*args)
+    measure(*args, **options)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return races
-command._measured = watch
+command._measure = watch
 status = main(sys.argv[1:])
 print("faults", *faults)
 sys.exit(status)
@@ -235,11 +236,36 @@ def test_the_readmes_command_and_figure(capsys):
     assert figures and all((root / figure).is_file() for figure in figures)
 
 
+def test_what_is_over_the_time_is_left_out_and_named(tmp_path, capsys):
+    written = measured(tmp_path, "--shape", "V=4,(64", "--seconds", "0")
+    assert written["races"] == [] and written["left_out"] == ["cross_view_attention V=4,(64,1280)"]
+    assert "left out, as 0 s were up: 1 shapes" in capsys.readouterr().out
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--quick", "--shape", "V=4,(64", "--compile-seconds", "-1", "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["races"]
+    assert result["skipped"]["elementwise compiled"] == "the time for compiling is up"
+
+
+def test_one_failure_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    wrong = doubling(Contestant("sloppy", lambda x: 3 * x))
+    right = replace(doubling(Contestant("other", lambda x: 2 * x)), shape="17")
+    monkeypatch.setattr("gafext.bench.command.cases", lambda *_, **__: iter([wrong, right]))
+    path = tmp_path / "bench.json"
+    assert main([*QUICK, "--json", str(path)]) == 1
+    written = json.loads(path.read_text())
+    assert [race["shape"] for race in written["races"]] == ["17"]
+    assert written["failed"] == {"doubling 16": "doubling 16: sloppy differs from gafext by 1"}
+    assert "sloppy differs" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_on_a_gpu(tmp_path, dtype):
     shapes = ("--shape", "4,20,64x77", "--shape", "V=4,(64", "--shape", "256x1280", "--cold")
-    written = measured(tmp_path, "--device", "cuda", "--dtype", "float16", *shapes)
-    assert len(written["races"]) == 6 and written["environment"]["gpu"]["name"]
+    written = measured(tmp_path, "--device", "cuda", "--dtype", dtype, *shapes)
+    assert not written["failed"] and len(written["races"]) == 6 and written["environment"]["gpu"]["name"]
+    assert written["environment"]["ceilings"]["copy_gbps"] > 0
     attention = written["races"][0]
     named = {row["name"] for row in attention["contestants"]} | set(attention["skipped"])
     assert {"sdpa cudnn", "sdpa flash", "sdpa efficient", "sdpa math"} <= named
+    assert all(row["kernels"] for race in written["races"] for row in race["contestants"])

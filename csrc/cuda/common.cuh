@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../ops.h"
 #include "device.cuh"
@@ -31,6 +32,89 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// kSize consecutive elements that move in one access: 16 bytes of them, or a single one where that is not aligned.
+template <typename T>
+constexpr int kPackSize = 16 / sizeof(T);
+template <typename T, int kSize>
+struct Pack {
+  static_assert(kSize == kPackSize<T>);
+  uint4 bits;
+};
+template <typename T>
+struct Pack<T, 1> {
+  T bits;
+};
+// Zeros where !inside.
+template <typename T, int kSize>
+__device__ inline Pack<T, kSize> load_pack(const T* source, bool inside) {
+  if constexpr (kSize == 1) {
+    return {inside ? *source : T{}};
+  } else {
+    return {load_16(source, inside)};
+  }
+}
+template <typename T, int kSize>
+__device__ inline void store_pack(T* target, const Pack<T, kSize>& pack) {
+  if constexpr (kSize == 1) {
+    *target = pack.bits;
+  } else {
+    store_16(target, pack.bits);
+  }
+}
+// Two elements of 2 bytes in a register, the first one lowest.
+template <typename T>
+__device__ inline uint32_t pair_bits(float first, float second) {
+  const T low = from_float<T>(first), high = from_float<T>(second);
+  uint16_t low_bits, high_bits;
+  memcpy(&low_bits, &low, 2);
+  memcpy(&high_bits, &high, 2);
+  return low_bits | static_cast<uint32_t>(high_bits) << 16;
+}
+template <typename T>
+__device__ inline void pair_to_floats(uint32_t bits, float& first, float& second) {
+  T pair[2];
+  memcpy(pair, &bits, 4);
+  first = to_float(pair[0]), second = to_float(pair[1]);
+}
+template <>
+__device__ inline void pair_to_floats<__nv_bfloat16>(uint32_t bits, float& first, float& second) {
+  first = __uint_as_float(bits << 16), second = __uint_as_float(bits & 0xffff0000u);
+}
+
+template <typename T, int kSize>
+__device__ inline void to_floats(const Pack<T, kSize>& pack, float (&x)[kSize]) {
+  if constexpr (kSize == 1) {
+    x[0] = to_float(pack.bits);
+  } else {
+    const uint32_t word[4] = {pack.bits.x, pack.bits.y, pack.bits.z, pack.bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        x[i] = __uint_as_float(word[i]);
+      } else {
+        pair_to_floats<T>(word[i], x[2 * i], x[2 * i + 1]);
+      }
+    }
+  }
+}
+template <typename T, int kSize>
+__device__ inline Pack<T, kSize> from_floats(const float (&x)[kSize]) {
+  if constexpr (kSize == 1) {
+    return {from_float<T>(x[0])};
+  } else {
+    uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        word[i] = __float_as_uint(x[i]);
+      } else {
+        word[i] = pair_bits<T>(x[2 * i], x[2 * i + 1]);
+      }
+    }
+    return {make_uint4(word[0], word[1], word[2], word[3])};
+  }
+}
+
 // Over the 32 lanes of a warp; every lane gets the result.
 __device__ inline float warp_sum(float x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
@@ -44,6 +128,12 @@ __device__ inline float warp_max(float x) {
 template <typename T>
 __device__ const T* row_of(const void* base, const HeadStrides& stride, int64_t batch, int64_t head, int64_t row) {
   return static_cast<const T*>(base) + batch * stride.batch + head * stride.head + row * stride.row;
+}
+
+// Whether rows that lie `stride` elements apart can be read in 16-byte packs.
+inline bool takes_packs(const void* base, int64_t stride, DType dtype) {
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * size % 16 == 0;
 }
 
 // body(T()) with the element type that `dtype` names.
@@ -70,6 +160,14 @@ cudaError_t with_chunks(int64_t head_dim, const Body& body) {
   if (head_dim <= 2 * kWarp) return body(Chunks<2>());
   if (head_dim <= 4 * kWarp) return body(Chunks<4>());
   return body(Chunks<8>());
+}
+
+// Whether the current device's tensor cores take two factors of this type: Turing's know float16 alone.
+inline bool multiplies_matrices(DType dtype) {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  return dtype == DType::kFloat16 || (dtype == DType::kBFloat16 && major >= 8);
 }
 
 // kernel<<<blocks, threads, shared_bytes, stream>>>(args...), blocks along x alone, whose limit is 2^31 - 1 and not

@@ -29,10 +29,58 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// blockIdx.x and threadIdx.x, read anew each time: what follows from them need not stay in registers from one use to
+// the next.
+__device__ inline int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// 16 bytes, 16-byte aligned, between global memory and registers: of one instruction each, and loads in a row are
+// issued before the first is waited for. load_16 reads what no one writes meanwhile, once; nothing and zeros where
+// !inside.
+__device__ inline uint4 load_16(const void* global, bool inside) {
+  uint4 x;
+  asm volatile(
+      "{\n .reg .pred inside;\n setp.ne.b32 inside, %5, 0;\n"
+      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n"
+      " @inside ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(global), "r"(static_cast<int>(inside)));
+  return x;
+}
+__device__ inline void store_16(void* global, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // 2^x to 2 units in the last place, -inf -> 0; denormal results are flushed to zero.
 __device__ inline float exp2_approximate(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Two numbers side by side, `low` in the low half, rounded to nearest.
+__device__ inline uint32_t pack_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// 1 / x to a unit in the last place, infinity -> 0; denormal results are flushed to zero.
+__device__ inline float reciprocal_approximate(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 

@@ -14,6 +14,7 @@ from gafext.ops import conv3x3 as _conv3x3_kernel
 from gafext.ops import cross_view_attention as _cross_view_kernel
 from gafext.ops import geglu as _geglu_kernel
 from gafext.ops import geglu_gate as _geglu_gate_kernel
+from gafext.ops import group_norm_silu as _group_norm_kernel
 from gafext.ops._common import autocast
 from gafext.ops.conv3x3 import FEW_CHANNELS
 from gafext.ops.conv3x3 import slower_reasons as _conv3x3_slower
@@ -25,6 +26,8 @@ from gafext.ops.flash_attention import slower_reasons as _flash_slower
 from gafext.ops.flash_attention import unsupported_reasons as _flash_unsupported
 from gafext.ops.geglu import reference_geglu, reference_geglu_gate
 from gafext.ops.geglu import unsupported_reasons as _geglu_unsupported
+from gafext.ops.group_norm_silu import reference_group_norm_silu
+from gafext.ops.group_norm_silu import unsupported_reasons as _group_norm_unsupported
 
 BACKENDS = ("auto", "kernel", "sdpa", "reference")
 
@@ -159,6 +162,40 @@ def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
     """The gate of GEGLU where there is a projection h [...,2*inner] already: h[:inner] · gelu(h[inner:])."""
     check_backend(backend)
     return _geglu_gate_kernel(projected) if backend in ("auto", "kernel") else reference_geglu_gate(projected)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    silu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Group normalisation and, with `silu`, SiLU.
+
+    Args:
+        x: [B,C,h,w].
+        num_groups: a divisor of C.
+        weight: [C].
+        bias: [C].
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        backend: "auto" and "kernel" take the kernel where there is one, that is on CUDA, and where it can serve, that
+            is channels-last memory and inference; "sdpa" and "reference" are PyTorch's group_norm and silu.
+
+    Returns:
+        [B,C,h,w].
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    check_backend(backend)
+    if backend in ("auto", "kernel") and not _group_norm_unsupported(x, num_groups, weight, bias):
+        return _group_norm_kernel(x, num_groups, weight, bias, eps, silu=silu)
+    return reference_group_norm_silu(x, num_groups, weight, bias, eps, silu=silu)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

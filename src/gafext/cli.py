@@ -13,6 +13,7 @@ from pathlib import Path
 
 EXIT_CODES = "exit codes: 0 done, 1 an input cannot be used, 2 wrong command line, 130 interrupted"
 _DTYPES = ("float32", "float16", "bfloat16")
+BENCH_OPS = ("flash_attention", "cross_view_attention", "geglu", "geglu_gate", "conv3x3")
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -131,8 +132,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = bench.add_argument
-    ops = ("flash_attention", "cross_view_attention", "geglu", "geglu_gate", "conv3x3")
-    add("--op", choices=ops, action="append", help="only this operation; may be repeated")
+    add("--op", choices=BENCH_OPS, action="append", help="only this operation; may be repeated")
     add("--shape", metavar="TEXT", action="append", help="only shapes that contain this; may be repeated")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--dtype", choices=_DTYPES, default="float32", help="default: float32")
@@ -159,6 +159,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         metavar="S",
         help="measure a shape again for up to S seconds while other processes disturb it; the least disturbed counts",
     )
+    add("--seconds", type=float, metavar="S", help="leave out the shapes that have not begun after S seconds")
+    add("--compile-seconds", type=float, metavar="S", help="leave torch.compile out once it has taken S seconds in all")
     add("--json", metavar="FILE", help="write the environment and all times there")
 
 

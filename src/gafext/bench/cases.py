@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gafext.ops import conv3x3, cross_view_attention, flash_attention, geglu, geglu_gate
+from gafext.ops import conv3x3, cross_view_attention, flash_attention, geglu, geglu_gate, group_norm_silu
 from gafext.ops.conv3x3 import reference_conv3x3
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.geglu import reference_geglu, reference_geglu_gate
+from gafext.ops.group_norm_silu import reference_group_norm_silu
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Contestant:
     prepare: Callable[..., tuple] | None = None  # of the inputs, before the clock starts: copies, packed weights
     context: Callable[[], AbstractContextManager] = nullcontext  # entered around a turn
     optional: bool = False  # left out, with its reason, where it cannot run
+    compiled: bool = False  # by torch.compile, in its first call
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,18 @@ ATTENTION_SHAPES = [
     (4, 8, 256, 256, 128, "other heads"),
     (4, 8, 256, 256, 160, "heads of Stable Diffusion 1, inner stages"),
 ]
+# On GPUs besides those.
+GPU_ATTENTION_SHAPES = [
+    *((8, 8, n, n, width, "64 heads in all") for width in (40, 64, 80, 160) for n in (64, 256, 1024, 4096)),
+    *((8, 8, n, n, 128, "64 heads in all") for n in (1024, 4096)),
+    *(
+        (8, heads, n, keys, 64, f"{what}, 4 views with guidance")
+        for keys, what in ((257, "image tokens"), (77, "text"))
+        for heads, n in ((20, 64), (10, 256), (5, 1024), (5, 4096))
+    ),
+    *((1, heads, n, 257, 64, "image tokens, 4 views as one row") for heads, n in ((20, 256), (10, 1024), (5, 4096))),
+    (1, 1, 16384, 16384, 512, "autoencoder, 128x128"),
+]
 # (views, positions, heads of 64, where)
 CROSS_VIEW_SHAPES = [
     (4, 1024, 5, "4 views, 32x32"),
@@ -73,11 +87,33 @@ CROSS_VIEW_SHAPES = [
     (8, 1024, 5, "8 views, 32x32"),
     (16, 256, 10, "16 views, 16x16"),
 ]
+# On GPUs besides those, with two portraits: the halves of guidance.
+GPU_CROSS_VIEW_SHAPES = [
+    (views, positions, heads, f"{views} views with guidance")
+    for views in (4, 8)
+    for positions, heads in ((1024, 5), (256, 10), (4096, 5))
+]
 # (rows, channels, where); the inner width is 4 * channels
 GEGLU_SHAPES = [
     (4096, 320, "4 views, 32x32"),
     (1024, 640, "4 views, 16x16"),
     (256, 1280, "4 views, 8x8"),
+]
+# On GPUs besides those.
+GPU_GEGLU_SHAPES = [(2 * rows, channels, f"{where}, with guidance") for rows, channels, where in GEGLU_SHAPES]
+# (batch, channels, side, where), in 32 groups; on GPUs alone, for on CPUs the operation is PyTorch's
+GROUP_NORM_SHAPES = [
+    (8, 320, 32, "4 views with guidance, 32x32"),
+    (8, 640, 32, "32x32, on the way up"),
+    (8, 960, 32, "32x32, on the way up"),
+    (8, 640, 16, "16x16"),
+    (8, 1920, 16, "16x16, on the way up"),
+    (8, 1280, 8, "8x8"),
+    (8, 2560, 4, "4x4, on the way up"),
+    (8, 320, 64, "64x64 latents"),
+    (1, 512, 64, "autoencoder, 64x64"),
+    (1, 256, 256, "autoencoder, 256x256"),
+    (1, 128, 512, "autoencoder, 512x512"),
 ]
 # (batch, input channels, output channels, side, where); with guidance, 4 views are a batch of 8
 CONV_SHAPES = [
@@ -95,14 +131,20 @@ CONV_SHAPES = [
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
     """Every case, in the order of the table; `compiled` adds the contestants that torch.compile makes."""
     kind = {"device": device, "dtype": dtype}
-    for *sizes, where in ATTENTION_SHAPES:
+    on_gpu = device == "cuda"
+    for *sizes, where in ATTENTION_SHAPES + GPU_ATTENTION_SHAPES * on_gpu:
         yield attention_case(*sizes, where, compiled=compiled, **kind)
     for *sizes, where in CROSS_VIEW_SHAPES:
         yield cross_view_case(*sizes, where, compiled=compiled, **kind)
-    for *sizes, where in GEGLU_SHAPES:
+    for *sizes, where in GPU_CROSS_VIEW_SHAPES * on_gpu:
+        yield cross_view_case(*sizes, where, portraits=2, compiled=compiled, **kind)
+    geglu_shapes = GEGLU_SHAPES + GPU_GEGLU_SHAPES * on_gpu
+    for *sizes, where in geglu_shapes:
         yield geglu_case(*sizes, where, compiled=compiled, **kind)
-    for *sizes, where in GEGLU_SHAPES:
+    for *sizes, where in geglu_shapes:
         yield geglu_gate_case(*sizes, where, compiled=compiled, **kind)
+    for *sizes, where in GROUP_NORM_SHAPES * on_gpu:
+        yield group_norm_case(*sizes, where, compiled=compiled, **kind)
     if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
         for *sizes, where in CONV_SHAPES:
             yield conv3x3_case(*sizes, where)
@@ -110,7 +152,8 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
 
 def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
     """One shape at a time: what torch.compile makes of known sizes is faster."""
-    return Contestant(f"{name} compiled", torch.compile(run, dynamic=False, fullgraph=True), optional=True)
+    compiled = torch.compile(run, dynamic=False, fullgraph=True)
+    return Contestant(f"{name} compiled", compiled, optional=True, compiled=True)
 
 
 def heads_first(batch: int, length: int, heads: int, head_dim: int, **kind) -> Tensor:
@@ -126,6 +169,11 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
+def rows_last(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As the projection that follows wants it, [B,L,H,D]: a backend that gives [B,H,L,D] pays for the copy."""
+    return lambda query, key, value: attention(query, key, value).transpose(1, 2).contiguous()
+
+
 def attention_case(
     batch: int, heads: int, queries: int, keys: int, head_dim: int, where: str, *, compiled: bool, device: str, **kind
 ) -> Case:
@@ -133,25 +181,7 @@ def attention_case(
         lengths = (queries, keys, keys)
         return tuple(heads_first(batch, length, heads, head_dim, device=device, **kind) for length in lengths)
 
-    def pinned(name: str, backend: SDPBackend) -> Contestant:
-        return Contestant(name, sdpa, context=partial(sdpa_kernel, backend), optional=True)
-
-    contestants = [
-        Contestant("gafext", flash_attention),
-        Contestant("sdpa", sdpa),
-        Contestant("sdpa contiguous", sdpa, prepare=contiguous),
-    ]
-    if compiled:
-        # SDPA again, behind a guard. torch.compile(flex_attention), the form that Inductor writes itself, took 1.25
-        # times as long as that on the CPU (4,5,1024x1024,64).
-        contestants.append(compiled_form("sdpa", sdpa))
-    if device == "cuda":
-        contestants += [
-            pinned("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
-            pinned("sdpa flash", SDPBackend.FLASH_ATTENTION),
-            pinned("sdpa efficient", SDPBackend.EFFICIENT_ATTENTION),
-        ]
-    contestants.append(pinned("sdpa math", SDPBackend.MATH))
+    contestants = attention_on_gpu() if device == "cuda" else attention_on_cpu(compiled=compiled)
     return Case(
         op="flash_attention",
         shape=f"{batch},{heads},{queries}x{keys},{head_dim}",
@@ -163,6 +193,43 @@ def attention_case(
     )
 
 
+def attention_on_cpu(*, compiled: bool) -> list[Contestant]:
+    # SDPA compiled is SDPA again, behind a guard. torch.compile(flex_attention), the form that Inductor writes itself,
+    # took 1.25 times as long as that on the CPU (4,5,1024x1024,64).
+    return [
+        Contestant("gafext", flash_attention),
+        Contestant("sdpa", sdpa),
+        Contestant("sdpa contiguous", sdpa, prepare=contiguous),
+        *([compiled_form("sdpa", sdpa)] if compiled else []),
+        pinned("sdpa math", sdpa, SDPBackend.MATH),
+    ]
+
+
+def attention_on_gpu() -> list[Contestant]:
+    """Each of PyTorch's backends by itself, and what it chooses; from (B,L,H*D) to (B,L,H*D).
+
+    "gafext kernel" is the kernel also where `flash_attention` hands over to PyTorch. "sdpa contiguous" gets and gives
+    (B,H,L,D), the layout that SDPA is documented for, with no copy counted.
+    """
+    backends = {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    return [
+        Contestant("gafext", rows_last(flash_attention)),
+        Contestant("gafext kernel", rows_last(torch.ops.gafext.flash_attention), optional=True),
+        Contestant("sdpa", rows_last(sdpa)),
+        Contestant("sdpa contiguous", lambda *inputs: sdpa(*inputs).transpose(1, 2), prepare=contiguous),
+        *(pinned(f"sdpa {name}", rows_last(sdpa), backend) for name, backend in backends.items()),
+    ]
+
+
+def pinned(name: str, run: Callable[..., Tensor], backend: SDPBackend) -> Contestant:
+    return Contestant(name, run, context=partial(sdpa_kernel, backend), optional=True)
+
+
 def cross_view_elementwise(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> Tensor:
     """Products and sums over broadcast pairs of views: no copies, and the form that torch.compile fuses best."""
     query, key, value = (x.unflatten(0, (-1, num_views)) for x in (query, key, value))
@@ -170,7 +237,9 @@ def cross_view_elementwise(query: Tensor, key: Tensor, value: Tensor, num_views:
     return (weights * value[:, None]).sum(2).flatten(0, 1)
 
 
-def cross_view_case(views: int, positions: int, heads: int, where: str, *, compiled: bool, **kind) -> Case:
+def cross_view_case(
+    views: int, positions: int, heads: int, where: str, *, portraits: int = 1, compiled: bool, **kind
+) -> Case:
     forms = {"sdpa": sdpa_cross_view_attention, "elementwise": cross_view_elementwise}
 
     def of_views(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -183,11 +252,11 @@ def cross_view_case(views: int, positions: int, heads: int, where: str, *, compi
     contestants.append(Contestant("matmul", of_views(reference_cross_view_attention)))
     return Case(
         op="cross_view_attention",
-        shape=f"V={views},({positions},{heads * 64})",
+        shape=f"{portraits}x" * (portraits > 1) + f"V={views},({positions},{heads * 64})",
         where=where,
         bound="memory",
-        flops=4 * views * views * heads * positions * 64,
-        inputs=lambda: tuple(heads_first(views, positions, heads, 64, **kind) for _ in range(3)),
+        flops=4 * portraits * views * views * heads * positions * 64,
+        inputs=lambda: tuple(heads_first(portraits * views, positions, heads, 64, **kind) for _ in range(3)),
         contestants=contestants,
     )
 
@@ -241,6 +310,32 @@ def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **k
 
 def channels_last(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+
+
+def group_norm_case(batch: int, channels: int, side: int, where: str, *, compiled: bool, **kind) -> Case:
+    def of_32(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias: form(x, 32, weight, bias)
+
+    def inputs() -> tuple[Tensor, ...]:
+        x = torch.randn(batch, channels, side, side, **kind)
+        return *channels_last(x), torch.randn(channels, **kind), torch.randn(channels, **kind)
+
+    contestants = [
+        Contestant("gafext", of_32(group_norm_silu)),
+        Contestant("eager channels-last", of_32(reference_group_norm_silu)),
+        Contestant("eager contiguous", of_32(reference_group_norm_silu), prepare=contiguous),
+    ]
+    if compiled:
+        contestants.append(compiled_form("eager", of_32(reference_group_norm_silu)))
+    return Case(
+        op="group_norm_silu",
+        shape=f"{batch},{channels},{side}x{side}",
+        where=where,
+        bound="memory",
+        flops=8 * batch * channels * side * side,
+        inputs=inputs,
+        contestants=contestants,
+    )
 
 
 def pack_by_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:

@@ -3,43 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import platform
 import shlex
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from gafext import _C
+from gafext.bench import cuda
 from gafext.bench.cases import Case, cases
-from gafext.bench.environment import QUIET, environment, last_level_cache
+from gafext.bench.environment import QUIET, cold_bytes, environment
 from gafext.bench.measure import Race, race
 from gafext.bench.report import heading, rows, summary, write_json
 
 MIN_ROUNDS = 7
 _QUICK_ROUNDS = 3
-_TURN_SECONDS = 0.01  # long enough that neither the clock nor the change of contestants shows
+# Long enough that neither the clock nor the change of contestants shows; a GPU's clock is on the GPU.
+_TURN_SECONDS = {"cpu": 0.01, "cuda": 0.002}
+_NAMING_SECONDS = 15  # that the names of the kernels may take beyond the limit of the races
+
+
+@dataclass
+class Results:
+    """What the JSON holds; written after every race, so that what was measured outlives what comes after."""
+
+    environment: dict
+    races: list[dict] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # the reason by shape
+    left_out: list[str] = field(default_factory=list)  # the time was up
+
+    def write(self, path: str | None) -> None:
+        if path:
+            write_json(path, self.environment, self.races, failed=self.failed, left_out=self.left_out)
 
 
 def bench(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the JSON; in a process whose malloc nobody has changed.
 
+    Returns:
+        0, or 1 where an operation failed or differed from PyTorch's.
+
     Raises:
         ValueError: options that do not go together, or no case that they leave.
     """
+    deadline = time.monotonic() + _limit(args.seconds)
     _check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    races = []
+    results = Results({**environment(args.device), "dtype": args.dtype, "rounds": _rounds(args)})
+    results.environment["command"] = shlex.join(["gafext", *_words(args)])
+    if args.device == "cuda":
+        gc.freeze()  # some versions of torch collect garbage before each of a thousand captures
+        results.environment["ceilings"] = cuda.ceilings()
+        print(*(f"{name} {value:.0f}" for name, value in results.environment["ceilings"].items()), sep=", ", flush=True)
     for allocator in ("default", "keep") if args.allocator == "both" else (args.allocator,):
         if allocator == "keep":
             _C.keep_freed_memory()  # last, as there is no way back
-        races += _measured(args, allocator)
-    if args.json:
-        described = {**environment(args.device), "dtype": args.dtype, "rounds": _rounds(args)}
-        described["command"] = shlex.join(["gafext", *_words(args)])
-        write_json(args.json, described, races)
-    return 0
+        _measure(args, results, allocator, deadline=deadline)
+    if args.device == "cuda":
+        _name_kernels(args, results, deadline=deadline + _NAMING_SECONDS)
+    results.write(args.json)
+    for what, reason in results.failed.items():
+        print(f"failed: {what}: {reason}", file=sys.stderr)
+    if results.left_out:
+        print(f"left out, as {args.seconds:.0f} s were up: {len(results.left_out)} shapes")
+    return 1 if results.failed else 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -55,60 +89,113 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--json {args.json}: there is no such folder")
     if args.allocator != "default" and platform.libc_ver()[0] != "glibc":
         raise ValueError(f"--allocator {args.allocator}: only glibc's malloc has that setting")
-    if not _chosen(args):
-        raise ValueError(f"--shape: no shape contains {' or '.join(args.shape)}")
+    if not any(_chosen(args)):
+        wanted = f"--shape: no shape contains {' or '.join(args.shape)}" if args.shape else f"--op: none of {args.op}"
+        raise ValueError(f"{wanted} on {args.device} in {args.dtype}")
+
+
+def _limit(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
 
 
 def _rounds(args: argparse.Namespace) -> int:
     return _QUICK_ROUNDS if args.quick else args.rounds
 
 
-def _chosen(args: argparse.Namespace) -> list[Case]:
-    return [
+def _chosen(args: argparse.Namespace, *, compiled: bool = False) -> Iterator[Case]:
+    return (
         case
-        for case in cases(args.device, getattr(torch, args.dtype), compiled=args.compile)
+        for case in cases(args.device, getattr(torch, args.dtype), compiled=compiled)
         if (not args.op or case.op in args.op) and (not args.shape or any(text in case.shape for text in args.shape))
-    ]
+    )
 
 
 @torch.inference_mode()
-def _measured(args: argparse.Namespace, allocator: str) -> list[dict]:
-    races, printed = [], None
-    # By a quarter larger than the cache, so that no replacement policy keeps a part of it.
-    modes = {"warm": 0} | ({"cold": last_level_cache(args.device) * 5 // 4} if args.cold else {})
-    for mode, cold_bytes in modes.items():
-        for case in _chosen(args):
-            if args.compile:
-                torch.compiler.reset()  # or the ninth shape of a form would not be compiled any more
-            races.append(summary(_least_disturbed(args, case, cold_bytes), mode=mode, allocator=allocator))
-            title = heading(case.op, mode=mode, allocator=allocator)
-            lines = rows(races[-1])
+def _measure(args: argparse.Namespace, results: Results, allocator: str, *, deadline: float) -> None:
+    modes = {"warm": 0} | ({"cold": cold_bytes(args.device)} if args.cold else {})
+    if args.device == "cuda":
+        place = f"{results.environment['gpu']['name']}, {args.dtype}"
+    else:
+        place = "malloc keeps big blocks" if allocator == "keep" else "malloc as it is"
+    printed, compiling = None, 0.0
+    for case in _chosen(args, compiled=args.compile):
+        name = f"{case.op} {case.shape}"
+        if time.monotonic() > deadline:
+            results.left_out.append(name)
+            continue
+        skipped = {}
+        if compiling > _limit(args.compile_seconds):
+            case, skipped = _without_compiled(case)
+        if args.compile:
+            torch.compiler.reset()  # or the ninth shape of a form would not be compiled any more
+        for mode, size in modes.items():
+            try:
+                measured = _least_disturbed(args, case, size)
+            except RuntimeError as error:
+                results.failed[name] = str(error).strip().partition("\n")[0]
+                if isinstance(error, torch.AcceleratorError):  # nothing runs on this GPU any more, in this process
+                    return
+                break
+            measured.skipped.update(skipped)
+            compiling += sum(measured.first_seconds.get(c.name, 0.0) for c in case.contestants if c.compiled)
+            results.races.append(summary(measured, mode=mode, allocator=allocator))
+            results.write(args.json)
+            title = heading(case.op, place=place)
+            lines = rows(results.races[-1])
             print(*(lines if title == printed else [title, *lines]), sep="\n", flush=True)
             printed = title
-    return races
 
 
-def _least_disturbed(args: argparse.Namespace, case: Case, cold_bytes: int) -> Race:
+def _without_compiled(case: Case) -> tuple[Case, dict[str, str]]:
+    skipped = {c.name: "the time for compiling is up" for c in case.contestants if c.compiled}
+    return replace(case, contestants=[c for c in case.contestants if not c.compiled]), skipped
+
+
+def _least_disturbed(args: argparse.Namespace, case: Case, size: float) -> Race:
     """Chosen by what other processes held meanwhile, never by a time measured."""
     deadline = time.monotonic() + args.patience
     best = None
     while best is None or (best.others is not None and best.others > QUIET and time.monotonic() < deadline):
         torch.manual_seed(0)
-        turn_seconds = 0 if args.quick else _TURN_SECONDS
-        again = race(case, args.device, cold_bytes=cold_bytes, rounds=_rounds(args), turn_seconds=turn_seconds)
+        turn_seconds = 0 if args.quick else _TURN_SECONDS[args.device]
+        again = race(case, args.device, cold_bytes=size, rounds=_rounds(args), turn_seconds=turn_seconds)
         best = again if best is None else min(best, again, key=lambda race: race.others)
     return best
+
+
+@torch.inference_mode()
+def _name_kernels(args: argparse.Namespace, results: Results, *, deadline: float) -> None:
+    """Add the names of the kernels that ran to the races; after all of them, so that no profiler disturbs a time."""
+    measured = {(r["op"], r["shape"], row["name"]): [] for r in results.races for row in r["contestants"]}
+    for case in _chosen(args):
+        inputs = None
+        for contestant in case.contestants:
+            key = (case.op, case.shape, contestant.name)
+            if key not in measured or time.monotonic() > deadline:
+                continue
+            inputs = inputs or case.inputs()
+            arguments = contestant.prepare(*inputs) if contestant.prepare else inputs
+            try:
+                with contestant.context():
+                    measured[key] = cuda.kernels_of(lambda run=contestant.run, given=arguments: run(*given))
+            except RuntimeError as error:
+                results.failed["names of the kernels"] = str(error).strip().partition("\n")[0]
+                return
+    for r in results.races:
+        for row in r["contestants"]:
+            row["kernels"] = measured[r["op"], r["shape"], row["name"]]
 
 
 def _words(args: argparse.Namespace) -> list[str]:
     """The command line that gives these arguments."""
     words = ["bench"]
     for name, value in vars(args).items():
+        option = name.replace("_", "-")
         if name == "command" or value is None:
             continue
         if isinstance(value, bool):
-            words += [f"--{name}"] if value else [f"--no-{name}"] * (name == "compile")
+            words += [f"--{option}"] if value else [f"--no-{option}"] * (name == "compile")
         else:
             for item in value if isinstance(value, list) else [value]:
-                words += [f"--{name}", str(item)]
+                words += [f"--{option}", str(item)]
     return words

@@ -69,6 +69,12 @@ def last_level_cache(device: str) -> int:
     return max((1024 * int(size[:-1]) for size in sizes if re.fullmatch(r"\d+K", size)), default=64 << 20)
 
 
+def cold_bytes(device: str) -> int:
+    """How much the inputs of cold calls must be in all: so much more than the cache holds that no replacement policy
+    keeps a part of them; twice it on GPUs, whose L2 is made of two halves."""
+    return last_level_cache(device) * (2 if device == "cuda" else 1.25)
+
+
 def watch_others() -> Callable[[], float | None]:
     """A function that gives the share of the machine's cores that others have held since now: other processes, and the
     host of a virtual machine. Beyond QUIET, times say little: the threads of a kernel wait for the one that is held up.

@@ -3,7 +3,7 @@
 A machine that changes its speed changes it for all of a round, so what is compared are times of the same round. Warm:
 every call has the same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache.
 The ceilings race along: a large matrix product, and a copy that moves as many bytes as the operation must, as warm or
-as cold. On a GPU a turn is the replay of a CUDA graph between two events, so that no launch is measured.
+as cold. On a GPU a turn is the replay of a CUDA graph between two events (cuda.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gafext.bench import cuda
 from gafext.bench.cases import Case, Contestant
 from gafext.bench.environment import watch_others
 
@@ -35,6 +36,7 @@ class Race:
     gemm_flops: int
     times: dict[str, list[float]] = field(default_factory=dict)  # seconds a call by contestant, one a round
     skipped: dict[str, str] = field(default_factory=dict)  # the reason by contestant
+    first_seconds: dict[str, float] = field(default_factory=dict)  # of the first call, that compiles
     others: float | None = None  # share of the cores that other processes held meanwhile
 
 
@@ -51,7 +53,7 @@ class Entrant:
             self.arguments = prepared[contestant.prepare]
         self._arguments = itertools.cycle(self.arguments)
         self._calls = 1
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: cuda.GraphTurns | None = None
 
     def result(self) -> Tensor:
         with self.contestant.context():
@@ -62,39 +64,29 @@ class Entrant:
             self.contestant.run(*arguments)
 
     def calibrate(self, turn_seconds: float, device: str) -> None:
+        synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
         with self.contestant.context():
             self.calls(2)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             start = time.perf_counter()
             self.calls(1)
+            synchronize()
+            call_seconds = time.perf_counter() - start
             if device == "cuda":
-                torch.cuda.synchronize()
-            self._calls = max(1, math.ceil(turn_seconds / (time.perf_counter() - start)))
-            if device == "cuda":
-                self._calls = max(self._calls, len(self.arguments))
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self.calls(self._calls)
+                seconds = {"call_seconds": call_seconds, "turn_seconds": turn_seconds}
+                self._graph = cuda.GraphTurns(self.contestant.run, self.arguments, **seconds)
+            else:
+                self._calls = max(1, math.ceil(turn_seconds / call_seconds))
 
     def turn(self) -> float:
-        return self._graph_turn() if self._graph is not None else self._cpu_turn()
-
-    def _cpu_turn(self) -> float:
+        if self._graph is not None:
+            return self._graph.turn()
         with self.contestant.context():
             if self._calls > 1 and len(self.arguments) == 1:
                 self.calls(1)  # what the contestant before has put out of the cache comes back
             start = time.perf_counter()
             self.calls(self._calls)
             return (time.perf_counter() - start) / self._calls
-
-    def _graph_turn(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return 1e-3 * start.elapsed_time(end) / self._calls
 
 
 def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds: float) -> Race:
@@ -119,14 +111,20 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
     prepared: dict[Callable, list[tuple]] = {}
     ours, *others = (Entrant(contestant, sets, prepared) for contestant in case.contestants)
     expected = ours.result()
-    skipped = {entrant.contestant.name: _why_not(case, entrant, expected) for entrant in others}
-    skipped = {name: reason for name, reason in skipped.items() if reason}
     gemm, gemm_flops = _gemm(device, expected.dtype)
-    result = Race(case, bytes=_bytes(sets[0]) + expected.nbytes, gemm_flops=gemm_flops, skipped=skipped)
+    result = Race(case, bytes=_bytes(sets[0]) + expected.nbytes, gemm_flops=gemm_flops)
+    for entrant in others:
+        start = time.perf_counter()
+        reason = _why_not(case, entrant, expected)
+        result.first_seconds[entrant.contestant.name] = time.perf_counter() - start
+        if reason:
+            result.skipped[entrant.contestant.name] = reason
     ceilings = [Entrant(ceiling, sets, prepared) for ceiling in (gemm, _copy(device, result.bytes))]
-    entrants = [entrant for entrant in (ours, *others, *ceilings) if entrant.contestant.name not in skipped]
-    for entrant in entrants:
-        entrant.calibrate(turn_seconds, device)
+    for entrant in (ours, *others, *ceilings):
+        name = entrant.contestant.name
+        if name not in result.skipped and (reason := _uncalibrated(entrant, turn_seconds, device)):
+            result.skipped[name] = reason
+    entrants = [entrant for entrant in (ours, *others, *ceilings) if entrant.contestant.name not in result.skipped]
     result.times = {entrant.contestant.name: [] for entrant in entrants}
     share_of_others = watch_others()
     for _ in range(rounds):
@@ -157,9 +155,7 @@ def _why_not(case: Case, entrant: Entrant, expected: Tensor) -> str:
             warnings.simplefilter("ignore")  # SDPA's list of what each backend lacks
             result = entrant.result()
     except RuntimeError as error:
-        if not entrant.contestant.optional:
-            raise
-        return str(error).strip().splitlines()[0]
+        return _reason(entrant, error)
     same_shape = result.shape == expected.shape
     difference = (result.double() - expected.double()).abs().max().item() if same_shape else math.inf
     allowed = TOLERANCE[expected.dtype] * max(1.0, expected.abs().max().item())
@@ -169,8 +165,23 @@ def _why_not(case: Case, entrant: Entrant, expected: Tensor) -> str:
     return ""
 
 
+def _uncalibrated(entrant: Entrant, turn_seconds: float, device: str) -> str:
+    """Why an optional contestant that runs cannot be timed, or "": not everything can be captured in a CUDA graph."""
+    try:
+        entrant.calibrate(turn_seconds, device)
+    except RuntimeError as error:
+        return _reason(entrant, error)
+    return ""
+
+
+def _reason(entrant: Entrant, error: RuntimeError) -> str:
+    if not entrant.contestant.optional:
+        raise error
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _gemm(device: str, dtype: torch.dtype) -> tuple[Contestant, int]:
-    size = 8192 if device == "cuda" else 1024
+    size = cuda.MATRIX if device == "cuda" else 1024
     matrices = tuple(torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
 
     def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -183,6 +194,7 @@ def _copy(device: str, moved: int) -> Contestant:
     """Half of the bytes read, half written, to pages that are there already."""
 
     def prepare(*_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.ones(moved // 8, device=device) for _ in range(2))
+        source = torch.rand(moved // 8, device=device)
+        return source, source.clone()
 
     return Contestant("copy", lambda source, target: target.copy_(source), prepare=prepare)

@@ -32,6 +32,7 @@ def summary(race: Race, *, mode: str, allocator: str) -> dict:
                 "gbps": _four_digits(1e-6 * race.bytes / median),
                 "of_copy": _four_digits(ratio(copy, values)[1]),
                 "times_ms": values,
+                "first_s": _four_digits(race.first_seconds.get(name, 0.0)),
             }
         )
     return {
@@ -61,16 +62,15 @@ def _four_digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def heading(op: str, *, mode: str, allocator: str) -> str:
-    kept = "malloc keeps big blocks" if allocator == "keep" else "malloc as it is"
+def heading(op: str, *, place: str) -> str:
     titles = f"{'median':>10} ms  {'quartiles':17}{'gafext is':>12}"
-    return f"\n{op}, {mode} inputs, {kept}\n{'':20}{titles}"
+    return f"\n{op}, {place}\n{'':20}{titles}"
 
 
 def rows(summary: dict) -> list[str]:
     """A line for the shape and one for each contestant."""
     ceilings = summary["ceilings"]
-    reached = f"gemm {ceilings['gemm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gbps']:.1f} GB/s"
+    reached = f"{summary['mode']}; gemm {ceilings['gemm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gbps']:.1f} GB/s"
     lines = [f"{summary['shape']}   {summary['where']}   ({reached})"]
     if (summary["others_busy"] or 0) > QUIET:
         lines.append(f"  not to be trusted: other processes held {summary['others_busy']:.0%} of the cores")
@@ -86,8 +86,9 @@ def rows(summary: dict) -> list[str]:
     return lines
 
 
-def write_json(path: str, environment: dict, races: list[dict]) -> None:
+def write_json(path: str, environment: dict, races: list[dict], **more: object) -> None:
     """One race a line, so that a change of one shows as one in version control."""
     lines = ",\n  ".join(json.dumps(race) for race in races)
-    text = f'{{\n "environment": {json.dumps(environment, indent=1)},\n "races": [\n  {lines}\n ]\n}}\n'
+    head = "".join(f' "{name}": {json.dumps(value, indent=1)},\n' for name, value in more.items())
+    text = f'{{\n "environment": {json.dumps(environment, indent=1)},\n{head} "races": [\n  {lines}\n ]\n}}\n'
     Path(path).write_text(text)

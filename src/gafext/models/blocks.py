@@ -264,7 +264,7 @@ class MultiViewSpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.linear_projection = linear_projection
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6, silu=False)
         projection = (
             (lambda: nn.Linear(channels, channels)) if linear_projection else (lambda: nn.Conv2d(channels, channels, 1))
         )
@@ -318,6 +318,20 @@ class Conv3x3(nn.Conv2d):
         return ops.conv3x3(x, self.weight, self.bias, backend=self.attention_backend)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation and, with `silu`, the SiLU after it, through `gafext.attention`'s choice of backend."""
+
+    def __init__(self, groups: int, channels: int, *, eps: float, silu: bool):
+        super().__init__(groups, channels, eps=eps)
+        self.attention_backend = "auto"
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, backend=self.attention_backend
+        )
+
+
 class ResnetBlock2D(nn.Module):
     """norm, SiLU, conv, plus the time embedding; norm, SiLU, conv; plus the input.
 
@@ -333,19 +347,19 @@ class ResnetBlock2D(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, time_channels: int | None, groups: int, eps: float):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps, silu=True)
         self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps, silu=True)
         self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """[B,Cin,h,w], time embedding [B,time_channels] -> [B,Cout,h,w]."""
-        x = self.conv1(F.silu(self.norm1(hidden_states)))
+        x = self.conv1(self.norm1(hidden_states))
         if self.time_emb_proj is not None:
             x = x + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
-        x = self.conv2(F.silu(self.norm2(x)))
+        x = self.conv2(self.norm2(x))
         shortcut = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
         return shortcut + x
 

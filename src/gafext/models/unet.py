@@ -17,6 +17,7 @@ from gafext.models.base import PretrainedModel
 from gafext.models.blocks import (
     Conv3x3,
     Downsample2D,
+    GroupNorm,
     KeyValue,
     MultiViewSpatialTransformer,
     MultiViewTransformerBlock,
@@ -115,7 +116,7 @@ class MultiViewUNet(PretrainedModel):
             [self._resnet(channels[mid], channels[mid]) for _ in range(2)], [self._transformer(mid, depth)]
         )
         self.up_blocks = nn.ModuleList(self._up_block(stage) for stage in reversed(range(len(channels))))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, silu=True)
         self.conv_out = Conv3x3(channels[0], config.out_channels)
 
     def _resnet(self, in_channels: int, out_channels: int) -> ResnetBlock2D:
@@ -331,7 +332,7 @@ class MultiViewUNet(PretrainedModel):
                 x = run(block, index, torch.cat([x, skips.pop()], dim=1))
             for upsampler in block.upsamplers:
                 x = upsampler(x, size=skips[-1].shape[2:])  # odd sizes round up on the way down
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def _with_reference(self, sample: Tensor, reference_latents: Tensor, num_views: int) -> Tensor:
         if self.config.cross_view != "dense":

@@ -5,14 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gafext import weights
 from gafext.attention import attention
 from gafext.config import SD_VAE, VAEConfig
 from gafext.models.base import PretrainedModel
-from gafext.models.blocks import Conv3x3, Downsample2D, ResnetBlock2D, Upsample2D
+from gafext.models.blocks import Conv3x3, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6
 
@@ -27,7 +26,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.attention_backend = "auto"
-        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.group_norm = GroupNorm(groups, channels, eps=EPS, silu=False)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -90,14 +89,14 @@ class Encoder(nn.Module):
             for index, (before, width) in enumerate(zip(widths[:1] + widths, widths, strict=False))
         )
         self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS, silu=True)
         self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image)
         for stage in self.down_blocks:
             x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -113,14 +112,14 @@ class Decoder(nn.Module):
             Stage(before, width, layers=config.layers_per_block + 1, groups=groups, upsample=index < last)
             for index, (before, width) in enumerate(zip(widths[:1] + widths, widths, strict=False))
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS, silu=True)
         self.conv_out = Conv3x3(widths[-1], config.out_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(latents))
         for stage in self.up_blocks:
             x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 def _require_input(name: str, tensor: Tensor, channels: int, factor: int = 1) -> None:

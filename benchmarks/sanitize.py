@@ -1,0 +1,79 @@
+"""Every CUDA kernel once at small, odd sizes, for compute-sanitizer to watch.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+
+Inputs are made and results compared on the CPU, so that no kernel but gafext's runs; without PyTorch's cache, the
+memory of a tensor ends where the tensor does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gafext.ops.cross_view_attention import reference_cross_view_attention
+from gafext.ops.flash_attention import reference_flash_attention
+from gafext.ops.geglu import reference_geglu_gate
+
+OPS = torch.ops.gafext
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
+# (queries, keys, head_dim, causal); one block and a bit of every kind, and lengths that end within a tile
+ATTENTION = [
+    (1, 1, 64, False),
+    (65, 77, 40, False),
+    (129, 257, 64, False),
+    (300, 300, 64, True),
+    (130, 129, 80, True),
+    (70, 200, 128, False),
+    (33, 65, 160, False),
+    (17, 31, 17, False),
+]
+CROSS_VIEW = [(1, 5, 64), (4, 33, 64), (6, 9, 40), (8, 17, 64), (32, 3, 80)]  # (views, positions, head_dim)
+GATES = [(3, 40), (33, 1280), (5, 7)]  # (rows, inner)
+
+
+def heads(batch: int, length: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, length, 3, head_dim).to(dtype).transpose(1, 2)
+
+
+def results(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What ran, its result, and the exact one."""
+    for queries, keys, head_dim, is_causal in ATTENTION:
+        inputs = [heads(2, n, head_dim, dtype) for n in (queries, keys, keys)]
+        out = OPS.flash_attention(*(x.to(device) for x in inputs), is_causal=is_causal)
+        name = f"flash_attention {queries}x{keys}, {head_dim}"
+        yield name, out, reference_flash_attention(*(x.double() for x in inputs), is_causal=is_causal)
+    for views, positions, head_dim in CROSS_VIEW:
+        inputs = [heads(2 * views, positions, head_dim, dtype) for _ in range(3)]
+        out = OPS.cross_view_attention(*(x.to(device) for x in inputs), views)
+        name = f"cross_view_attention V={views}, {positions}, {head_dim}"
+        yield name, out, reference_cross_view_attention(*(x.double() for x in inputs), views)
+    for rows, inner in GATES:
+        projected = torch.randn(rows, 2 * inner).to(dtype)
+        yield (
+            f"geglu_gate {rows}, {inner}",
+            OPS.geglu_gate(projected.to(device)),
+            reference_geglu_gate(projected.double()),
+        )
+
+
+def main(device: str) -> int:
+    torch.manual_seed(0)
+    wrong = count = 0
+    for dtype in DTYPES:
+        for name, out, exact in results(device, dtype):
+            error = ((out.cpu().double() - exact).abs().max() / exact.abs().max()).item()
+            count += 1
+            if not error <= TOLERANCE[dtype]:
+                wrong += 1
+                print(f"{name} {dtype}: relative error {error:.2g}")
+    print(f"{count} calls, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:] or ["cuda"]))

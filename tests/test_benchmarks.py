@@ -1,0 +1,190 @@
+"""The scripts of benchmarks/ on made results and small networks; what needs a GPU runs over stand-ins."""
+
+import contextlib
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gafext.config import SD21_MULTIVIEW_UNET
+from gafext.models.unet import MultiViewUNet
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def contestant(name, *milliseconds, kernels=()):
+    median = sorted(milliseconds)[len(milliseconds) // 2]
+    rates = {"gflops": 1.0 / median, "of_gemm": 0.1, "gbps": 2000 / median, "of_copy": 0.9}
+    return {"name": name, "median_ms": median, "speedup": median, "times_ms": milliseconds, "kernels": kernels, **rates}
+
+
+def made_results(gpu="NVIDIA H100"):
+    """Ours takes 1 ms, so that speedups are medians."""
+    races = []
+    for op, shape, bound in (("flash_attention", "1,1,4x4,64", "compute"), ("group_norm_silu", "2x3", "memory")):
+        for mode, slow in (("warm", 2.0), ("cold", 3.0)):
+            rows = [
+                contestant("gafext", 1.0, kernels=["gafext::kernel<2>(Arguments)"]),
+                contestant("gafext kernel", 0.5),
+                contestant("sdpa flash", slow, kernels=["void pytorch_flash::flash_fwd_kernel<64, 128>(int)"]),
+                contestant("sdpa", 1.5 * slow, kernels=["void (anonymous namespace)::softmax<float>(int)", "Memcpy"]),
+            ]
+            race = {"op": op, "shape": shape, "where": "", "mode": mode, "allocator": "default", "bound": bound}
+            races.append({**race, "ours": "gafext", "contestants": rows, "skipped": {}})
+    return {
+        "environment": {
+            **{"gpu": {"name": gpu} if gpu else None, "cpu": {"model": "Xeon"}, "threads": 2, "machine": "here"},
+            **{"versions": {"torch": "2.11"}, "dtype": "bfloat16", "build": {"instruction_set": "avx512"}},
+            **({"ceilings": {"copy_gbps": 4000.0, "bfloat16_tflops": 0.002}} if gpu else {}),
+        },
+        "failed": {"geglu 1x1": "differs"} if gpu else {},
+        "left_out": [],
+        "races": races,
+    }
+
+
+def test_the_short_table(tmp_path, capsys):
+    (tmp_path / "made.json").write_text(json.dumps(made_results()))
+    script("summary").main([str(tmp_path / "made.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "NVIDIA H100, torch 2.11, bfloat16, copy_gbps 4000, bfloat16_tflops 0"
+    # the best opponent is none of ours; cold, then warm
+    assert lines[2].split() == ["1,1,4x4,64", "1000.0", "1000.0", "0.001", "50%", "sdpa", "flash", "3.00x", "2.00x"]
+    assert lines[4].split() == ["2x3", "1000.0", "1000.0", "2e+03", "50%", "sdpa", "flash", "3.00x", "2.00x"]
+    assert "FAILED geglu 1x1: differs" in lines
+    assert "flash_attention, sdpa flash ran pytorch_flash::flash_fwd_kernel (1)" in lines
+    assert "flash_attention, sdpa ran softmax (1)" in lines
+
+
+def test_the_short_table_of_a_cpu_shares_what_raced_along(tmp_path, capsys):
+    results = made_results(gpu=None)
+    results["races"] = [race for race in results["races"] if race["mode"] == "warm"]
+    (tmp_path / "made.json").write_text(json.dumps(results))
+    script("summary").main([str(tmp_path / "made.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["1,1,4x4,64", "1000.0", "0.001", "10%", "sdpa", "flash", "2.00x"]
+    assert lines[4].split()[3] == "90%"
+
+
+def test_the_table_of_a_whole_checklist_is_short_enough(tmp_path, capsys):
+    """A device's reply carries the last 12,000 characters."""
+    from gafext.bench.cases import cases
+
+    results = made_results()
+    template = results["races"]
+    results["races"] = [
+        {**race, "op": case.op, "shape": case.shape, "bound": case.bound}
+        for case in cases("cuda", torch.bfloat16, compiled=False)
+        for race in template[:2]
+    ]
+    (tmp_path / "made.json").write_text(json.dumps(results))
+    script("summary").main([str(tmp_path / "made.json")])
+    assert len(capsys.readouterr().out) < 9000
+
+
+@pytest.mark.parametrize("mode", ["warm", "cold"])
+def test_the_figure_of_a_gpu(tmp_path, monkeypatch, mode):
+    pytest.importorskip("matplotlib")
+    first, second = made_results(), made_results()
+    first["races"], second["races"] = first["races"][:2], second["races"][2:]
+    for name, results in (("a", first), ("b", second)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    plot, figure = script("plot"), tmp_path / "figure.svg"
+    monkeypatch.setattr(sys, "argv", ["plot.py", *(str(tmp_path / f"{n}.json") for n in "ab"), str(figure)])
+    sys.argv += ["--mode", mode]
+    drawn = []
+    monkeypatch.setattr(
+        plot, "draw", lambda axes, races, limits, draw=plot.draw: drawn.append(races) or draw(axes, races, limits)
+    )
+    plot.main()
+    assert [races[0]["op"] for races in drawn] == ["flash_attention", "group_norm_silu"]
+    assert "NVIDIA H100" in plot.subtitle(first["environment"], mode, "default") and figure.stat().st_size > 5000
+
+
+def tiny_unet():
+    config = replace(
+        SD21_MULTIVIEW_UNET, block_out_channels=(32, 32, 32, 32), attention_head_dim=(2, 2, 2, 2), norm_num_groups=8
+    )
+    return script("full_size").random_network(MultiViewUNet, config, torch.device("cpu"), torch.float32)
+
+
+def test_the_race_of_the_unet():
+    found = script("full_size").race_unet(tiny_unet(), ["auto", "reference"], views=2, rounds=2)
+    assert {"auto", "reference"} <= set(found)
+    assert found["auto"]["times_auto"] == 1 and found["auto"]["largest_difference"] == 0
+    assert len(found["reference"]["seconds"]) == 2
+    assert 0 < found["reference"]["largest_difference"] < 1e-3
+
+
+def test_a_backend_that_fails_loses_only_itself(monkeypatch, capsys):
+    full_size = script("full_size")
+    unet = tiny_unet()
+
+    def contestants(unet, backends, views):
+        def fail():
+            raise ValueError("cannot serve this\nat length")
+
+        one = full_size.Contestant("auto", lambda: torch.ones(3))
+        return [one, full_size.Contestant("kernel", fail, unet)]
+
+    monkeypatch.setattr(full_size, "unet_contestants", contestants)
+    found = full_size.race_unet(unet, ["auto", "kernel"], views=1, rounds=2)
+    assert found["kernel"] == {"failed": "cannot serve this"} and found["auto"]["times_auto"] == 1
+    results = {"device": "H100", "peak_gib": 1, "unet": found, "seconds_a_step": {"auto": 0.02}}
+    lines = script("summary").full_size(results)
+    assert any("FAILED kernel: cannot serve this" in line for line in lines)
+    assert any("passes/s, 1.000 times auto" in line for line in lines) and "0.02 s a step" in lines[-1]
+
+
+def test_a_pass_in_a_graph_is_warmed_up_before_and_replayed_after(monkeypatch):
+    order = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def capture(graph):
+        order.append("begin")
+        yield
+        order.append("end")
+
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "graph": capture}
+    fakes |= {"stream": lambda _: contextlib.nullcontext()}
+    fakes |= {"CUDAGraph": lambda: SimpleNamespace(replay=lambda: order.append("replay"))}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    full_size = script("full_size")
+    eager = full_size.Contestant("auto", lambda: order.append("pass") or torch.ones(2))
+    graph = full_size.graphed(eager)
+    assert order == ["pass", "pass", "begin", "pass", "end", "replay"]
+    assert graph.name == "auto, CUDA graph" and torch.equal(graph.result, torch.ones(2))
+    graph.prepare()
+    assert torch.equal(graph.run(), torch.ones(2)) and order[-1] == "replay"
+
+
+def test_diffusers_network_is_that_of_stable_diffusion_2():
+    pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        network = script("full_size").diffusers_sd21(None)
+        out = network(torch.randn(8, 4, 32, 32), torch.tensor([500]), encoder_hidden_states=torch.randn(8, 77, 1024))
+    assert out.sample.shape == (8, 4, 32, 32)
+    assert 865e6 < sum(weight.numel() for weight in network.parameters()) < 867e6  # 865.9 million are published
+
+
+def test_every_kernel_is_sanitized():
+    """The driver on the CPU: its results are right there, too."""
+    sanitize = script("sanitize")
+    assert sanitize.main("cpu") == 0
+    ran = {name.split()[0] for name, _, _ in sanitize.results("cpu", torch.float32)}
+    assert ran == {"flash_attention", "cross_view_attention", "geglu_gate"}
