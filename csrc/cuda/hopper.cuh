@@ -127,18 +127,6 @@ __device__ inline uint64_t matrix_descriptor(const void* start, uint32_t leading
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | swizzle << 62;
 }
 
-// Two floats, rounded, in one register, the first in the low half.
-__device__ inline uint32_t pack_pair(float first, float second, __half) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-__device__ inline uint32_t pack_pair(float first, float second, __nv_bfloat16) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-
 // The compiler keeps what it knows of these registers on its side of this point.
 template <size_t N>
 __device__ inline void pin(float (&registers)[N]) {

@@ -171,15 +171,6 @@ uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes, uint32_t s
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | swizzle << 62;
 }
 
-uint32_t pack_pair(float first, float second, __half) {
-  return emulated_halves::Float16::narrow(first) | static_cast<uint32_t>(emulated_halves::Float16::narrow(second))
-                                                       << 16;
-}
-uint32_t pack_pair(float first, float second, __nv_bfloat16) {
-  return emulated_halves::BFloat16::narrow(first) | static_cast<uint32_t>(emulated_halves::BFloat16::narrow(second))
-                                                        << 16;
-}
-
 }  // namespace gafext::cuda
 
 namespace emulator {

@@ -43,9 +43,6 @@ inline void prefetch_tensor_map(const TensorMap&) {}
 void copy_panel_async(void* shared, const TensorMap& map, Barrier& barrier, int column, int row, int head, int batch);
 uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes, uint32_t stride_bytes, uint32_t panel_row_bytes);
 
-uint32_t pack_pair(float first, float second, __half);
-uint32_t pack_pair(float first, float second, __nv_bfloat16);
-
 namespace emulated {
 uint32_t swizzled(uint32_t address, uint32_t panel_row_bytes);
 void new_block();
