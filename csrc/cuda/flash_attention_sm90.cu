@@ -3,23 +3,24 @@
 // that of FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2.
 //
 // Mapping   a block, one a multiprocessor, walks over tiles of 64 query rows a consumer x one head; keys in tiles of
-// 128.
+//           128, or 96 where that spares work. Rows past the end come as zeros: keys there are masked, queries not
+//           stored.
 //           Producer, one thread: fills the query buffer of each consumer and rings of key and value buffers; each has
 //           a barrier `full` (bytes have come) and `empty` (every warp of the consumers has read it).
 //           Consumer, a warpgroup, 64 rows: S = Q K^T over shared memory, softmax in registers, O += P V with P in
 //           registers. It starts the scores of tile j before the values of tile j - 1, so that the tensor cores have
 //           P V to do while the softmax of tile j runs (within the warpgroup); and consumers start their products
 //           in turn, so that one's softmax falls on the others' products (between warpgroups).
-// Shared    queries 64 D, and D * 128 for each of K and V a stage, two bytes each: head 64, two consumers, 3 stages
-//           112 KB; head 80 140 KB; head 128, 2 stages 160 KB; of 227.
+// Shared    queries 64 D a consumer, K and V 128 D each a stage, two bytes an element: of 227 KB, head 64 takes 112
+//           (three consumers: 120) with 3 stages, head 80 140 with 3, head 128 160 with 2.
 // Registers 24 (producer) and 240, or 32 and 160 for three consumers: S takes 64, P 32, O D / 2.
-// FLOPs     4 Lq Lk D a head. A key tile and 64 rows: 2 * 64 * 128 * D * 2 on the tensor cores, 4096 a cycle: 512
-// cycles
-//           at D = 64, and 8192 exponentials, 16 a cycle: 512 cycles more, which is why they have to overlap.
-// Bytes     Q and O once; K and V once for every 128 (192) rows, from L2: at D = 64 32 KB a tile in 1024 cycles or
-// more.
+// FLOPs     4 Lq Lk D a head. 64 rows and 128 keys are 4 * 64 * 128 * D on the tensor cores, 4096 a cycle: 512 cycles
+//           at D = 64; and 8192 exponentials, 16 a cycle: 512 cycles more, which is why they have to overlap.
+// Bytes     Q and O once; K and V once for every 128 (192) rows, from L2: at D = 64 32 KB in 1024 cycles or more.
 //
-// Not measured on a card yet: the tile sizes, stages and kMinQueries are FlashAttention-3's or arithmetic.
+// Not measured on a card yet: tile sizes and stages are FlashAttention-3's or arithmetic, and so are the limits in
+// serves_sm90. By the compiler: no spills, no product serialized; 480 instructions a warp for 16 rows x 128 keys at
+// D = 64, of which 64 are exponentials, 8 cycles each.
 #include "flash_attention_sm90.cuh"
 
 namespace gafext {
@@ -250,11 +251,16 @@ cudaError_t launch_head(const FlashAttentionArgs& args, int multiprocessors, cud
   return launch_shape<Shape<kHead, 2, 128>, T>(args, multiprocessors, stream);
 }
 
+inline cudaError_t multiprocessor_count(int& count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 template <typename T>
 cudaError_t launch_element(const FlashAttentionArgs& args, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  const cudaError_t error = multiprocessor_count(multiprocessors);
   if (error != cudaSuccess) return error;
   switch (args.head_dim) {
     case 64:
@@ -291,8 +297,12 @@ inline bool can_run(const FlashAttentionArgs& args) {
 }  // namespace cuda
 
 bool serves_sm90(const FlashAttentionArgs& args) {
-  return cuda::sm90::can_run(args) && args.query_length >= cuda::sm90::kMinQueries &&
-         args.key_length >= cuda::sm90::kMinKeys;
+  using namespace cuda::sm90;
+  int multiprocessors = 0;
+  if (!can_run(args) || multiprocessor_count(multiprocessors) != cudaSuccess) return false;
+  // With fewer tiles than that the smaller ones of flash_attention.cu, and its split keys, reach more of the card.
+  const bool fills_half = 2 * args.batch * args.heads * ((args.query_length + 127) / 128) >= multiprocessors;
+  return fills_half && args.query_length >= kMinQueries && args.key_length >= kMinKeys;
 }
 
 cudaError_t flash_attention_sm90(const FlashAttentionArgs& args, cudaStream_t stream) {
