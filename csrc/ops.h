@@ -138,6 +138,18 @@ cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaSt
 cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
 cudaError_t group_norm_silu_cuda(const GroupNormSiluArgs& args, cudaStream_t stream);
 int64_t group_norm_silu_scratch(const GroupNormSiluArgs& args);
+
+// The kernel for capability 9.0 alone: whether it should have these arguments, and the launch, which runs shorter ones
+// too and returns cudaErrorInvalidValue for those it can't. A build without it serves nothing.
+#if defined(GAFEXT_WITH_SM90A) || defined(GAFEXT_EMULATOR)
+bool serves_sm90(const FlashAttentionArgs& args);
+cudaError_t flash_attention_sm90(const FlashAttentionArgs& args, cudaStream_t stream);
+#else
+inline bool serves_sm90(const FlashAttentionArgs&) { return false; }
+inline cudaError_t flash_attention_sm90(const FlashAttentionArgs&, cudaStream_t) {
+  return cudaErrorNoKernelImageForDevice;
+}
+#endif
 #endif
 
 }  // namespace gafext

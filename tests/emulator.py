@@ -245,7 +245,7 @@ class Library:
     def run(self, operation, call, options, order):
         """One run in one order."""
         self._dll.emulator_reset(ctypes.byref(options))
-        function = f"{operation}_cuda"
+        function = operation if operation in self._struct_of else f"{operation}_cuda"
         struct = self.structs[self._struct_of[function]]()
         outputs = []
         # Workspaces last, whose sizes take the other fields.

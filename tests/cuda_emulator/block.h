@@ -44,4 +44,7 @@ void thread_exited();  // whoever waited for it need not
 void new_barriers();
 void forget_copies();  // asynchronous ones, of the block before
 
+void new_hopper_block();  // emulated_hopper.cpp
+void hopper_thread_exits();
+
 }  // namespace emulator

@@ -64,6 +64,7 @@ void record_fault(const char* format, va_list arguments) {
 void fiber_main() {
   for (;;) {
     (*body)();
+    hopper_thread_exits();
     thread_exited();
     to_scheduler();
   }
@@ -150,7 +151,6 @@ void prepare_stacks() {
     std::abort();
   }
   stacks = static_cast<unsigned char*>(memory);
-  for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStack, kPage, PROT_NONE);
   fibers.resize(kMaxThreads);
 }
 
@@ -160,6 +160,7 @@ void prepare_thread(int i) {
   thread.what = nullptr, thread.condition = nullptr, thread.payload = nullptr;
   warps[warp_of(i)].live |= bit_of(i);
   if (thread.is_started) return;
+  mprotect(stacks + i * kStack, kPage, PROT_NONE);
   getcontext(&thread.start);
   thread.start.uc_stack.ss_sp = stacks + i * kStack;
   thread.start.uc_stack.ss_size = kStack;
@@ -174,6 +175,7 @@ void prepare_block(size_t shared_bytes) {
   new_clocks(threads_of_block);
   new_shared_memory(shared_bytes, options.poison);
   forget_copies();
+  new_hopper_block();
 }
 
 void on_signal(int signal, siginfo_t* info, void*) {
@@ -266,6 +268,9 @@ bool run_grid(const void* kernel, Dimensions grid, Dimensions block, size_t shar
   }
   if (!succeeded) {  // where the fibers stopped nobody will go on
     for (Thread& thread : fibers) thread.is_started = false;
+    // Each stack and its guard are a mapping of their own, and a process has 65530: those of some 40 libraries.
+    munmap(stacks, kStack * kMaxThreads);
+    stacks = nullptr;
   }
   current_thread = 0, running_kernel = nullptr;
   return succeeded;
