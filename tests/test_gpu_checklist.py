@@ -67,7 +67,8 @@ def checklist(tmp_path):
     return run
 
 
-STEPS = ["build", "info", "tests", "memcheck", "racecheck", "attention", "others", "unet", "float16", "pipeline"]
+STEPS = ["build", "info", "tests", "memcheck", "racecheck", "attention", "others"]
+STEPS += ["attention-mma", "unet", "float16", "pipeline"]
 
 
 def test_all_steps_run_in_their_order(checklist):
@@ -80,7 +81,7 @@ def test_all_steps_run_in_their_order(checklist):
     assert "--tool memcheck" in commands and "--tool racecheck" in commands
     assert "--op cross_view_attention --op geglu --seconds" in commands
     files = sorted(path.name for path in out.iterdir())
-    assert len(files) == 6 <= 8 and "attention-bfloat16-NVIDIA-H100-80GB-HBM3.json" in files
+    assert len(files) == 7 <= 8 and "attention-bfloat16-NVIDIA-H100-80GB-HBM3.json" in files
     summary = commands.splitlines()[-1]
     assert "summary.py" in summary and all(name in summary for name in files if name.endswith("json"))
     log = (out / "checklist.log").read_text()
@@ -89,7 +90,7 @@ def test_all_steps_run_in_their_order(checklist):
 
 @pytest.mark.parametrize(
     "word, steps",
-    [("-m pytest", "tests"), ("flash_attention", "attention"), ("sanitize.py", "memcheck racecheck")],
+    [("-m pytest", "tests"), ("flash_attention", "attention attention-mma"), ("sanitize.py", "memcheck racecheck")],
 )
 def test_a_failure_is_named_and_the_others_run(checklist, word, steps):
     status, output, commands, _ = checklist(fail=word)

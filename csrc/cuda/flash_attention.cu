@@ -1,6 +1,7 @@
 // Which kernel serves an attention, and how it divides the work; the sum of what divided keys leave.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <iterator>
 #include <limits>
 
@@ -45,11 +46,20 @@ bool fits_tensor_cores(const FlashAttentionArgs& args, const Device& device) {
          has_copied_rows(args.value, args.value_stride) && has_copied_rows(args.out, args.out_stride);
 }
 
+// GAFEXT_CUDA_ATTENTION=mma in the environment: mma.sync on Hopper too, to compare the two kernels on one card.
+bool without_sm90() {
+  const char* wanted = std::getenv("GAFEXT_CUDA_ATTENTION");
+  return wanted != nullptr && std::strcmp(wanted, "mma") == 0;
+}
+
 // None of these limits was measured: they await a GPU.
 FlashPlan plan_for(const FlashAttentionArgs& args, const Device& device) {
   FlashPlan plan{FlashKernel::kSimple, 0, 1, 1, 0};
   if (!fits_tensor_cores(args, device)) return plan;
-  // The sm_90a kernel goes here, for the shapes where it was measured to be the faster one.
+  if (device.capability == 90 && serves_sm90(args) && !without_sm90()) {
+    plan.kernel = FlashKernel::kSm90;
+    return plan;
+  }
   const bool wide = args.head_dim > kMaxHeadDim;
   plan.columns = *std::lower_bound(std::begin(kHeadSizes), std::end(kHeadSizes), args.head_dim);
   plan.kernel = wide ? FlashKernel::kWide : FlashKernel::kMma;
@@ -140,6 +150,7 @@ cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t st
   if (plan.kernel == FlashKernel::kSimple) {
     return args.head_dim <= kMaxHeadDim ? flash_attention_simple(args, stream) : cudaErrorNotSupported;
   }
+  if (plan.kernel == FlashKernel::kSm90) return flash_attention_sm90(args, stream);
   return args.dtype == DType::kFloat16 ? by_tensor_cores<__half>(args, plan, stream)
                                        : by_tensor_cores<__nv_bfloat16>(args, plan, stream);
 }

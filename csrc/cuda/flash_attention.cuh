@@ -5,7 +5,7 @@
 
 namespace gafext::cuda {
 
-enum class FlashKernel { kSimple, kMma, kWide };
+enum class FlashKernel { kSimple, kMma, kWide, kSm90 };
 
 // The columns that the tensor-core kernels work with; those beyond head_dim are zeros.
 constexpr int kHeadSizes[] = {48, 64, 80, 96, 128, 160, 256, 512};
