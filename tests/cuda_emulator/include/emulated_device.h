@@ -32,6 +32,7 @@ inline uint4 load_16(const void* global, bool inside) {
 }
 inline void store_16(void* global, uint4 x) { *static_cast<uint4*>(global) = x; }
 inline float exp2_approximate(float x) { return emulator::exp2_approximate(x); }
+inline void hide(uint4&) {}
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
