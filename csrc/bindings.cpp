@@ -190,13 +190,28 @@ void check_launch(cudaError_t error, const char* op, const char* name, const Ten
           shape_of(tensor), " ", dtype_name(tensor), ")");
 }
 
-Tensor flash_attention_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale,
-                               bool is_causal) {
+// For heads so wide that no kernel takes rows of any alignment.
+void align_rows(Tensor& tensor) {
+  if (!has_aligned_rows(tensor.const_data_ptr(), head_strides(tensor))) tensor = torch::stable::clone(tensor);
+}
+
+Tensor flash_attention_on_cuda(Tensor query, Tensor key, Tensor value, std::optional<double> scale, bool is_causal) {
   FlashAttentionArgs args = check_flash_attention(query, key, value, scale, is_causal);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  if (args.head_dim > kMaxHeadDim) {
+    for (Tensor* tensor : {&query, &key, &value}) align_rows(*tensor);
+    args = check_flash_attention(query, key, value, scale, is_causal);
+  }
   Tensor out = empty_heads(query);
   args.out = out.mutable_data_ptr();
   args.out_stride = head_strides(out);
+  int64_t bytes = 0;
+  check_launch(flash_attention_cuda_workspace(args, bytes), "flash_attention", "query", query);
+  Tensor workspace;
+  if (bytes > 0) {
+    workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+    args.workspace = workspace.mutable_data_ptr();
+  }
   check_launch(flash_attention_cuda(args, current_stream(query)), "flash_attention", "query", query);
   return out;
 }

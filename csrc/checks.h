@@ -101,10 +101,11 @@ inline void check_equal_shape(const char* op, const Named& first, const Named& o
 }
 
 // What the kernels cannot serve, and unsupported_reasons() names: the Python functions go to PyTorch before this.
-inline DType check_supported_heads(const char* op, const Named& query, const Named& key, const Named& value) {
+inline DType check_supported_heads(const char* op, const Named& query, const Named& key, const Named& value,
+                                   int64_t max_head_dim = kMaxHeadDim) {
   const DType dtype = check_dtype(op, query.tensor);
   const int64_t head_dim = query.tensor.size(3);
-  require(head_dim >= 1 && head_dim <= kMaxHeadDim, op, ": head_dim must be in 1..", kMaxHeadDim, ", got ", head_dim);
+  require(head_dim >= 1 && head_dim <= max_head_dim, op, ": head_dim must be in 1..", max_head_dim, ", got ", head_dim);
   for (const Named* named : {&query, &key, &value}) {
     require(head_dim == 1 || named->tensor.stride(3) == 1, op, ": the last stride of ", named->name, " must be 1, got ",
             named->tensor.stride(3));
@@ -116,6 +117,11 @@ inline HeadStrides head_strides(const Tensor& tensor) { return {tensor.stride(0)
 
 inline float scale_or_default(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(head_dim)));
+}
+
+inline int64_t max_flash_head_dim(const Tensor& query) {
+  const bool wide = query.is_cuda() && query.scalar_type() != ScalarType::Float && query.size(3) % 8 == 0;
+  return wide ? kMaxWideHeadDim : kMaxHeadDim;
 }
 
 inline FlashAttentionArgs check_flash_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -130,7 +136,7 @@ inline FlashAttentionArgs check_flash_attention(const Tensor& query, const Tenso
   check_same_kind(op, q, v);
 
   FlashAttentionArgs args{};
-  args.dtype = check_supported_heads(op, q, k, v);
+  args.dtype = check_supported_heads(op, q, k, v, max_flash_head_dim(query));
   args.query = query.const_data_ptr(), args.key = key.const_data_ptr(), args.value = value.const_data_ptr();
   args.batch = query.size(0), args.heads = query.size(1), args.head_dim = query.size(3);
   args.query_length = query.size(2), args.key_length = key.size(2);

@@ -16,12 +16,19 @@ namespace gafext {
 enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int64_t kMaxHeadDim = 256;  // of the attention kernels; larger heads go to PyTorch's operation
+constexpr int64_t kMaxWideHeadDim = 512;  // of flash_attention on CUDA, in half precision and by whole 8s
 constexpr int64_t kMaxViews = 32;     // of cross_view_attention
 
 // Strides of a (batch, heads, length, head_dim) tensor; that of head_dim is 1.
 struct HeadStrides {
   int64_t batch, head, row;
 };
+
+// Whether rows of 2-byte elements can be copied 16 bytes at a time, as the tensor-core kernels do.
+inline bool has_aligned_rows(const void* base, const HeadStrides& stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride.batch % 8 == 0 && stride.head % 8 == 0 &&
+         stride.row % 8 == 0;
+}
 
 // out[b,h,i,:] = sum_j softmax_j(scale * <query[b,h,i,:], key[b,h,j,:]>) value[b,h,j,:]
 //
@@ -35,6 +42,7 @@ struct HeadStrides {
 struct FlashAttentionArgs {
   const void *query, *key, *value;
   void* out;
+  void* workspace;  // flash_attention_cuda_workspace() bytes on a GPU, null for 0
   int64_t batch, heads, query_length, key_length, head_dim;
   HeadStrides query_stride, key_stride, value_stride, out_stride;
   float scale;
@@ -122,6 +130,8 @@ void geglu_gate_cpu(const GegluGateArgs& args);
 void conv3x3_cpu(const Conv3x3Args& args);
 
 #ifdef GAFEXT_WITH_CUDA
+// Memory that flash_attention_cuda() needs beside the result: partial results, where the keys are split over blocks.
+cudaError_t flash_attention_cuda_workspace(const FlashAttentionArgs& args, int64_t& bytes);
 // Launch on the current device and return without waiting; the result is that of the launch.
 cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream);
 cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);

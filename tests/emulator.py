@@ -20,44 +20,17 @@ A new kernel needs
 emulate(..., capability=90, multiprocessors=3) is what the kernel's host code sees of the device.
 """
 
-import concurrent.futures
 import ctypes
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import os
 import re
 import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ROOT / "csrc/cuda"
-MACHINE = ROOT / "tests/cuda_emulator"
-
-# Of kernels: the thread sanitizer's hooks without its library, for cuda_emulator/memory.cpp has them, as it has
-# memcpy, which would come without hooks; and no local variable that is 0 by chance.
-_HOOKS = [
-    "-O1",
-    "-fsanitize=thread",
-    "--param=tsan-instrument-func-entry-exit=0",
-    "-fsanitize=alignment",
-    "-DGAFEXT_EMULATED_KERNEL",
-    "-ftrivial-auto-var-init=pattern",
-]
-_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
-          "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-DGAFEXT_EMULATOR", "-DGAFEXT_WITH_CUDA"]  # fmt: skip
-_INCLUDES = [MACHINE / "include", MACHINE, KERNELS, ROOT / "csrc"]
+from emulator_build import KERNELS, ROOT, EmulatorError, cache_folder, hash_of, link, once
 
 NAN, LARGE = 0xFFFFFFFF, 0x7BFF7BFF  # LARGE: finite in each dtype, 65504 in float16
 _FORWARD, _REVERSE, _RANDOM = range(3)
-
-
-class EmulatorError(RuntimeError):
-    """What a kernel must not do."""
 
 
 class Options(ctypes.Structure):
@@ -70,6 +43,7 @@ class Options(ctypes.Structure):
         ("poison", ctypes.c_uint32),
         ("capability", ctypes.c_int),
         ("multiprocessors", ctypes.c_int),
+        ("most_steps", ctypes.c_uint64),
     )
 
 
@@ -122,7 +96,8 @@ def _attention(query, key, value, scale, **more):
 
 def flash_attention(query, key, value, *, scale=None, is_causal=False):
     sizes = dict(batch=query.shape[0], query_length=query.shape[2], key_length=key.shape[2])
-    return _attention(query, key, value, scale, is_causal=is_causal, **sizes)
+    workspace = "flash_attention_cuda_workspace"
+    return _attention(query, key, value, scale, is_causal=is_causal, workspace=workspace, **sizes)
 
 
 def cross_view_attention(query, key, value, num_views, *, scale=None):
@@ -166,7 +141,7 @@ def emulate(operation, *args, library=None, orders=ORDERS, capability=80, multip
 
 def emulate_call(library, operation, make_call, orders=ORDERS, **device):
     """The same for a library of one's own; make_call() gives a Call with outputs of its own."""
-    device = dict(capability=80, multiprocessors=3) | device
+    device = dict(capability=80, multiprocessors=3, most_steps=2_000_000_000) | device
     results = {
         order: library.run(operation, make_call(), Options(**options, **device), order)
         for order, options in orders.items()
@@ -215,7 +190,7 @@ class Library:
             if f"{name}(" in code
         ]
         self._struct_of = {name: struct for name, struct, _ in self._prototypes}
-        self.path = _link(sources, self._entries())
+        self.path = link(sources, self._entries())
         self._dll = ctypes.PyDLL(str(self.path))  # that keeps Python's lock: the machine is one for all threads
         for name in ("emulator_place", "emulator_error_name", "emulator_fault"):
             getattr(self._dll, name).restype = ctypes.c_void_p
@@ -231,11 +206,11 @@ class Library:
         changed = set(texts)
         while more := _includers(files, changed) - changed:
             changed |= more
-        folder = cache_folder() / _hash(*texts, *texts.values())
+        folder = cache_folder() / hash_of(*texts, *texts.values())
         folder.mkdir(exist_ok=True)
         for name in changed:
             text = texts.get(name) or files[name].read_text()
-            _once(folder / name, lambda out, text=text: out.write_text(text))
+            once(folder / name, lambda out, text=text: out.write_text(text))
         sources = [folder / name if name in changed else source for name, source in self.sources.items()]
         return Library(sources, self.header)
 
@@ -398,63 +373,3 @@ def _includers(files, names):
     """Those of the files, {name: path}, that include one of the names."""
     lines = {f'#include "{name}"' for name in names}
     return {name for name, path in files.items() if lines & set(path.read_text().splitlines())}
-
-
-# Compiling. What was compiled stays in a folder for temporary files, under the hash of all that it depends on.
-
-
-def cache_folder():
-    folder = Path(tempfile.gettempdir()) / f"gafext-emulator-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@functools.cache
-def _common_hash():
-    """Of compiler and headers."""
-    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    files = [p for folder in (MACHINE, ROOT / "csrc") for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
-    content = [version, *_FLAGS, *_HOOKS, str(ROOT), *(path.read_text() for path in sorted(files))]
-    return _hash(*content)
-
-
-def _hash(*texts):
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
-
-
-def _once(path, make):
-    """`path`, made by make(temporary path) unless it is there; one process at a time."""
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            temporary = path.with_suffix(".part")
-            make(temporary)
-            temporary.rename(path)
-    return path
-
-
-def _compile(source, flags=()):
-    # Headers beside the source come before all others: a mutated kernel may bring its own.
-    beside = [path.read_text() for path in sorted(source.parent.glob("*.*h"))]
-    key = _hash(_common_hash(), str(source), source.read_text(), *flags, *beside)
-    includes = [f"-I{folder}" for folder in _INCLUDES]
-    command = ["g++", *_FLAGS, *flags, *includes, "-x", "c++", "-c", str(source), "-o"]
-    return _once(cache_folder() / f"{source.stem}-{key}.o", lambda out: _call([*command, str(out)]))
-
-
-def _link(sources, entries):
-    folder = cache_folder()
-    entry = _once(folder / f"entries-{_hash(entries)}.cpp", lambda out: out.write_text(entries))
-    parts = [(source, _HOOKS) for source in sources]
-    parts += [(source, ["-O2"]) for source in [entry, *sorted(MACHINE.glob("*.cpp"))]]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        objects = [str(path) for path in pool.map(lambda part: _compile(*part), parts)]
-    library = folder / f"kernels-{_hash(*objects)}.so"
-    command = ["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", *objects, "-o"]
-    return _once(library, lambda out: _call([*command, str(out)]))
-
-
-def _call(command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise EmulatorError(f"{' '.join(map(str, command))}\n{done.stderr}")

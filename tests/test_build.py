@@ -94,6 +94,8 @@ for dtype in TOLERANCE:
         for views in (2, 3, 4, 17):
             query, key, value = (torch.randn(views, 2, 9, head_dim).to(dtype) for _ in range(3))
             check(cross_view_attention, reference_cross_view_attention, query, key, value, views)
+    query, key, value = (torch.randn(1, n, 2, 64).to(dtype).transpose(1, 2) for n in (300, 600, 600))
+    check(flash_attention, reference_flash_attention, query, key, value)  # large enough for AMX
     for rows, columns, inner in ((1, 1, 1), (65, 257, 63), (7, 640, 100)):
         inputs = torch.randn(rows, columns), torch.randn(2 * inner, columns) / columns**0.5, torch.randn(2 * inner)
         check(geglu, reference_geglu, *(t.to(dtype) for t in inputs))
@@ -130,7 +132,7 @@ def test_every_instruction_set(instruction_set):
 def test_an_unknown_instruction_set_is_an_error_that_names_the_choices():
     done = run_python("import torch; from gafext import _C; _C.build_info()", GAFEXT_INSTRUCTION_SET="sse9")
     assert done.returncode != 0
-    assert "GAFEXT_INSTRUCTION_SET=sse9: must be portable, avx2 or avx512" in done.stderr
+    assert "GAFEXT_INSTRUCTION_SET=sse9: must be portable, avx2, avx512 or amx" in done.stderr
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and INFO["cuda"]), reason="no GPU: no operation ran on CUDA")

@@ -4,11 +4,14 @@ import random
 
 import pytest
 import torch
-from emulator import KERNELS, MACHINE, EmulatorError, emulate, kernels
+from emulator import EmulatorError, emulate, kernels
+from emulator_build import KERNELS, MACHINE, needs_compiler
 from test_cuda_emulator import assert_right_product, unit_kernels
 
 import gafext.ops  # noqa: F401 - registers torch.ops.gafext
 
+pytestmark = needs_compiler
+CAPABILITIES = [75, 80, 86, 90, 120]  # by which host code chooses among kernels
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -17,10 +20,10 @@ def _seed():
     torch.manual_seed(0)
 
 
-def assert_as_on_cpu(operation, *args, library=None, **kwargs):
+def assert_as_on_cpu(operation, *args, library=None, capability=80, **kwargs):
     """Within the rounding of the dtype, from what the operation gives on the CPU."""
     expected = getattr(torch.ops.gafext, operation)(*args, **kwargs)
-    out = emulate(operation, *args, library=library, **kwargs)
+    out = emulate(operation, *args, library=library, capability=capability, **kwargs)
     assert out.shape == expected.shape and out.dtype == expected.dtype and out.stride() == expected.stride()
     if not out.numel():
         return
@@ -109,13 +112,15 @@ def test_random_cases(seed):  # 200 in all
     torch.manual_seed(seed)
     for _ in range(10):
         operation, args, options = random_case(choose)
-        assert_as_on_cpu(operation, *args, **options)
+        assert_as_on_cpu(operation, *args, capability=choose.choice(CAPABILITIES), **options)
 
 
 # Planted faults: a text of a source and what it becomes. A fault is found when the emulator says so or when the result
 # isn't that of the CPU. tests/cuda_emulator/matmul.cu carries those that have to do with the tensor cores.
 
-FLASH, MATMUL = KERNELS / "flash_attention.cu", MACHINE / "matmul.cu"
+MATMUL = MACHINE / "matmul.cu"
+# The attention without tensor cores.
+FLASH = next(path for path in sorted(KERNELS.glob("flash_attention*.cu")) if "kKeys = kWarp" in path.read_text())
 LOADED = "    __syncthreads();\n    if (!has_row) continue;"
 READ = "__syncthreads();  // the previous tile has been read"
 ROWS_OF_A, COLUMNS_OF_A = (

@@ -62,6 +62,24 @@ def test_odd_lengths(lengths, is_causal, device):
 
 
 @on_devices
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sizes", [(257, 1025, 33), (300, 257, 129), (1057, 2050, 80), (256, 128, 256)], ids=str)
+def test_large_heads(sizes, is_causal, device):
+    """Large enough for the kernel that multiplies on AMX tiles."""
+    queries, keys, head_dim = sizes
+    query, key, value = (heads(1, length, 2, head_dim, device=device) for length in (queries, keys, keys))
+    assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("exponents", [(-70, 66, 0), (66, -70, 0), (0, 0, -120), (0, 0, 110), (-100, 0, 20)], ids=str)
+def test_tiny_and_huge_inputs(exponents):
+    tensors = [heads(1, length, 2, 64) for length in (257, 1025, 1025)]
+    query, key, value = (t * 2.0**exponent for t, exponent in zip(tensors, exponents, strict=True))
+    out, torchs = OP(query, key, value), F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(out * 2.0 ** -exponents[2], torchs * 2.0 ** -exponents[2])
+
+
+@on_devices
 def test_scale(device):
     query, key, value = (heads(1, 33, 2, 16, device=device) for _ in range(3))
     for scale in (0.05, 1.0, -0.5, 0.0):
@@ -139,7 +157,7 @@ def spoil(tensor, generator):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("lengths", [(64, 64), (70, 77), (33, 600), (600, 700)], ids=str)
+@pytest.mark.parametrize("lengths", [(64, 64), (70, 77), (33, 600), (600, 900)], ids=str)
 @pytest.mark.parametrize("seed", range(8))
 def test_spoilt_inputs_give_what_pytorch_gives(lengths, seed, is_causal):
     generator = torch.Generator().manual_seed(seed)

@@ -135,6 +135,25 @@ def test_nan_infinity_and_huge_numbers_as_in_pytorch(where, dtype):
     torch.testing.assert_close(out, expected.to(dtype), atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
+def test_spoilt_rows_of_many():
+    """Rows enough for the kernel that multiplies on AMX tiles, which leaves such numbers to another."""
+    x, weight, bias = problem(200, 300, 70)
+    x[3, 7], x[5, 0], x[9, 1], x[11] = float("inf"), float("nan"), 3.4e38, x[11] * 1e30
+    out, expected = geglu(x, weight, bias), reference_geglu(x, weight, bias)
+    assert expected[3].isnan().any() and expected[3].isinf().any() and expected[5].isnan().all()
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("exponents", [(-100, 98), (98, -100), (-70, 0), (0, -70)], ids=str)
+def test_tiny_and_huge_inputs(exponents):
+    x, weight, _ = problem(65, 257, 63)
+    x, weight = x * 2.0 ** exponents[0], weight * 2.0 ** exponents[1]
+    bias = torch.ones(126)
+    bias[:63] = 0.0  # the gate is open: out is the value's product times a number of its size
+    out, exact = geglu(x, weight, bias).double(), reference_geglu(x.double(), weight.double(), bias.double())
+    assert (out - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
 def test_same_bits_on_any_number_of_threads():
     threads = torch.get_num_threads()
     x, weight, bias = problem(500, 300, 70)

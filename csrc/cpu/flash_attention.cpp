@@ -12,6 +12,7 @@
 // The last tile divides by l and writes straight to the result, so O exists only where there are several tiles. Scale
 // and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 1.5 MiB. Each row's
 // arithmetic is the same however rows are dealt out, so the result does not depend on the number of threads.
+#include "flash_attention_amx.h"
 #include "flash_tiles.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -303,6 +304,14 @@ struct Worker {
 
 void flash_attention(const FlashAttentionArgs& args) {
   if (args.batch * args.heads * args.query_length * args.head_dim == 0) return;
+#if defined(__AMX_BF16__)
+  bool done = false;
+  with_element_type(args.dtype, [&](auto element) {
+    using Split = SplitAttention<decltype(element)>;
+    if (Split::pays(args)) done = Split(args).run();
+  });
+  if (done) return;
+#endif
   const Plan plan = make_plan(args);
   float* memory = scratch(max_threads() * plan.scratch_floats);
   with_element_type(args.dtype, [&](auto element) {

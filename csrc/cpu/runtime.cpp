@@ -11,6 +11,10 @@
 
 #include "../ops.h"
 
+#ifdef GAFEXT_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -21,10 +25,32 @@
 namespace gafext {
 namespace {
 
+#ifdef GAFEXT_AMX
+// The tiles, bfloat16 products of them, and the system's leave to use them, which the first to ask gets for the
+// process.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx = 0;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBfloat16) == 0 || (edx & kTiles) == 0) return false;
+#ifdef __linux__
+  constexpr long kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool supported(InstructionSet set) {
 #ifdef GAFEXT_X86
   __builtin_cpu_init();  // the queries below cover the operating system's support too
   switch (set) {
+    case InstructionSet::kAmx:
+#ifdef GAFEXT_AMX
+      return has_amx() && supported(InstructionSet::kAvx512);
+#else
+      return false;
+#endif
     case InstructionSet::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -39,7 +65,8 @@ bool supported(InstructionSet set) {
 }
 
 InstructionSet choose() {
-  constexpr InstructionSet best_first[] = {InstructionSet::kAvx512, InstructionSet::kAvx2, InstructionSet::kPortable};
+  constexpr InstructionSet best_first[] = {InstructionSet::kAmx, InstructionSet::kAvx512, InstructionSet::kAvx2,
+                                           InstructionSet::kPortable};
   const char* wanted = std::getenv("GAFEXT_INSTRUCTION_SET");
   const bool any = wanted == nullptr || *wanted == '\0';
   for (InstructionSet set : best_first) {
@@ -50,7 +77,7 @@ InstructionSet choose() {
                                ": this processor or this build has no such kernels");
     }
   }
-  throw std::runtime_error("GAFEXT_INSTRUCTION_SET=" + std::string(wanted) + ": must be portable, avx2 or avx512");
+  throw std::runtime_error("GAFEXT_INSTRUCTION_SET=" + std::string(wanted) + ": must be portable, avx2, avx512 or amx");
 }
 
 }  // namespace
@@ -62,7 +89,7 @@ InstructionSet instruction_set() {
 
 bool multiplies_bfloat16() {
 #ifdef GAFEXT_X86
-  return instruction_set() == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return instruction_set() >= InstructionSet::kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -70,6 +97,8 @@ bool multiplies_bfloat16() {
 
 const char* name_of(InstructionSet set) {
   switch (set) {
+    case InstructionSet::kAmx:
+      return "amx";
     case InstructionSet::kAvx512:
       return "avx512";
     case InstructionSet::kAvx2:
@@ -147,10 +176,19 @@ GAFEXT_DECLARE_KERNELS
 namespace avx512 {
 GAFEXT_DECLARE_KERNELS
 }
+#ifdef GAFEXT_AMX
+namespace amx {
+GAFEXT_DECLARE_KERNELS
+}
+#else
+namespace amx = avx512;
+#endif
 
 template <typename Kernel>
-static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512) {
+static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512, Kernel amx) {
   switch (instruction_set()) {
+    case InstructionSet::kAmx:
+      return amx;
     case InstructionSet::kAvx512:
       return avx512;
     case InstructionSet::kAvx2:
@@ -159,7 +197,7 @@ static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512) {
       return portable;
   }
 }
-#define GAFEXT_KERNEL(op) pick(&portable::op, &avx2::op, &avx512::op)
+#define GAFEXT_KERNEL(op) pick(&portable::op, &avx2::op, &avx512::op, &amx::op)
 #else
 #define GAFEXT_KERNEL(op) (&portable::op)
 #endif

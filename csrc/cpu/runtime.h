@@ -8,10 +8,11 @@
 
 namespace gafext {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx };  // kAmx: AVX-512 and AMX tiles
 
 // The one that kernels run with: the best that this processor has, or the one that the environment variable
-// GAFEXT_INSTRUCTION_SET names (portable, avx2, avx512). Throws std::runtime_error if that is unknown or unsupported.
+// GAFEXT_INSTRUCTION_SET names (portable, avx2, avx512, amx). Throws std::runtime_error if that is unknown or
+// unsupported.
 InstructionSet instruction_set();
 
 // Whether the processor has instructions that multiply bfloat16 (AVX512_BF16, and as a rule AMX), which these kernels

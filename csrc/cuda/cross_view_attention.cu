@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kOctets < 4 ? 1 : 3)
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
         float (&pair)[2] = reinterpret_cast<float (&)[2]>(score[o][2 * r]);
-        weight[o][r] = pair_bits<T>(exp2_approximate(pair[0] - max), exp2_approximate(pair[1] - max));
+        weight[o][r] = pack_pair(exp2_approximate(pair[0] - max), exp2_approximate(pair[1] - max), T());
         pair_to_floats<T>(weight[o][r], pair[0], pair[1]);  // rounded, so that they add up to 1
         sum += pair[0] + pair[1];
       }

@@ -29,6 +29,19 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// blockIdx.x and threadIdx.x, read anew each time: what follows from them need not stay in registers from one use to
+// the next.
+__device__ inline int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // 16 bytes, 16-byte aligned, between global memory and registers: of one instruction each, and loads in a row are
 // issued before the first is waited for. load_16 reads what no one writes meanwhile, once; nothing and zeros where
 // !inside.
@@ -55,6 +68,16 @@ __device__ inline float exp2_approximate(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// Two numbers side by side, `low` in the low half, rounded to nearest.
+__device__ inline uint32_t pack_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // 1 / x to a unit in the last place, infinity -> 0; denormal results are flushed to zero.

@@ -1,101 +1,147 @@
-// Attention with an online softmax over tiles of 32 keys (arXiv 2205.14135, algorithm 1). The simple kernel: right for
-// every head_dim up to 256, every stride and every card since Turing; no tensor cores.
-//
-// Mapping   a block of 8 warps takes 8 query rows of one (batch, head), a warp one row, in tiles of 32 keys:
-//           all 8 warps put the key tile into shared memory; lane j scores key j; maximum and sum go over the warp;
-//           then a lane holds the columns lane, lane + 32, ... of the output and each value row is read coalesced.
-// Shared    8 query rows and 32 key rows as float32: (8 + 32) * (head_dim | 1) * 4 bytes, 41 KB at 256. The odd row
-//           length keeps lanes that walk down different rows on different banks.
-// FLOPs     4 Lq Lk D a head: 1.3 GFLOP at (Lq, Lk, D, heads) = (1024, 1024, 64, 5), in float32 FMAs, one shared-memory
-//           load each: bound by shared memory at about an eighth of the FMA rate, some 8 TFLOP/s on an H100.
-// Bytes     Q and O once; K and V once for every 8 query rows, from L2: 2 Lk D * Lq / 8 elements a head.
-#include "common.cuh"
+// Which kernel serves an attention, and how it divides the work; the sum of what divided keys leave.
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+#include <limits>
+
+#include "flash_attention.cuh"
+#include "flash_fragments.cuh"
 
 namespace gafext {
 namespace cuda {
 namespace {
 
-constexpr int kRows = 8;  // query rows, and warps, of a block
-constexpr int kKeys = kWarp;
+struct Device {
+  int capability;  // 10 * major + minor
+  int multiprocessors;
+  int shared_bytes;  // that a block may ask for
+};
 
-template <typename T, int kChunks>
-__global__ void flash_attention_kernel(const FlashAttentionArgs args, int64_t row_blocks) {
-  float* shared = reinterpret_cast<float*>(dynamic_shared_memory());
-  const int64_t dim = args.head_dim, pitch = dim | 1;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float* my_query = shared + warp * pitch;  // [dim]
-  float* keys = shared + kRows * pitch;     // [kKeys, pitch]
+cudaError_t current_device(Device& device) {
+  int index = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  const auto read = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
+  };
+  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(minor, cudaDevAttrComputeCapabilityMinor);
+  read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.capability = 10 * major + minor;
+  return error;
+}
 
-  const int64_t first_row = blockIdx.x % row_blocks * kRows, row = first_row + warp;
-  const int64_t head = blockIdx.x / row_blocks % args.heads, batch = blockIdx.x / row_blocks / args.heads;
-  const bool has_row = row < args.query_length;  // a warp without one still helps to load keys
-  if (has_row) {
-    const T* query = row_of<T>(args.query, args.query_stride, batch, head, row);
-    for (int64_t d = lane; d < dim; d += kWarp) my_query[d] = to_float(query[d]) * (args.scale * kLog2E);
-  }
+bool has_copied_rows(const void* base, const HeadStrides& stride) {
+  return has_aligned_rows(base, stride) && std::abs(stride.row) <= std::numeric_limits<int32_t>::max();
+}
 
-  float acc[kChunks] = {};
-  float max = -INFINITY, sum = 0.0f;
-  int64_t end = args.key_length;  // of the keys that any row of the block sees
-  if (args.is_causal) end = min(end, first_row + kRows);
-  for (int64_t first = 0; first < end; first += kKeys) {
-    __syncthreads();  // the previous tile has been read
-    for (int64_t i = threadIdx.x; i < kKeys * dim; i += blockDim.x) {
-      const int64_t j = i / dim, d = i % dim;
-      const bool inside = first + j < args.key_length;
-      keys[j * pitch + d] = inside ? to_float(row_of<T>(args.key, args.key_stride, batch, head, first + j)[d]) : 0.0f;
+bool fits_tensor_cores(const FlashAttentionArgs& args, const Device& device) {
+  constexpr int64_t kMaxLength = 1 << 30;  // rows, and pairs of batch and head, have 32-bit indices there
+  const bool has_instructions = device.capability >= 80 || (device.capability >= 75 && args.dtype == DType::kFloat16 &&
+                                                            args.head_dim <= kMaxHeadDim);
+  return args.dtype != DType::kFloat32 && has_instructions && args.head_dim % 8 == 0 &&
+         std::max(args.query_length, args.key_length) <= kMaxLength && args.batch * args.heads <= kMaxLength &&
+         has_copied_rows(args.query, args.query_stride) && has_copied_rows(args.key, args.key_stride) &&
+         has_copied_rows(args.value, args.value_stride) && has_copied_rows(args.out, args.out_stride);
+}
+
+// None of these limits was measured: they await a GPU.
+FlashPlan plan_for(const FlashAttentionArgs& args, const Device& device) {
+  FlashPlan plan{FlashKernel::kSimple, 0, 1, 1, 0};
+  if (!fits_tensor_cores(args, device)) return plan;
+  // The sm_90a kernel goes here, for the shapes where it was measured to be the faster one.
+  const bool wide = args.head_dim > kMaxHeadDim;
+  plan.columns = *std::lower_bound(std::begin(kHeadSizes), std::end(kHeadSizes), args.head_dim);
+  plan.kernel = wide ? FlashKernel::kWide : FlashKernel::kMma;
+
+  // Twice the rows halve the reads of keys and values, as long as every multiprocessor has its two blocks (wide: one).
+  const int few = wide ? 32 : 64, many = 2 * few;
+  plan.rows = many;
+  const bool fits = wide ? device.shared_bytes >= 132 * 1024 : args.head_dim <= 160;
+  const bool fills = plan.blocks(args) >= (wide ? 1 : 2) * device.multiprocessors;
+  if (!fits || !fills || args.query_length <= (wide ? few : 256)) plan.rows = few;
+
+  // Keys are split where blocks of the rows alone leave half of the multiprocessors idle; `unit` keys are worth the
+  // reading and writing of a partial result, and are whole tiles.
+  const int64_t unit = wide ? 256 : 512, units = (args.key_length + unit - 1) / unit;
+  const int64_t blocks = std::max<int64_t>(plan.blocks(args), 1);
+  const int64_t wanted = std::clamp<int64_t>(device.multiprocessors / blocks, 1, std::max<int64_t>(units, 1));
+  plan.split_keys = static_cast<int>(std::max<int64_t>((units + wanted - 1) / wanted, 1) * unit);
+  plan.splits = static_cast<int>(std::max<int64_t>((args.key_length + plan.split_keys - 1) / plan.split_keys, 1));
+  return plan;
+}
+
+template <typename T>
+cudaError_t by_tensor_cores(const FlashAttentionArgs& args, const FlashPlan& plan, cudaStream_t stream) {
+  const cudaError_t error = plan.kernel == FlashKernel::kWide ? flash_attention_wide<T>(args, plan, stream)
+                                                              : flash_attention_mma<T>(args, plan, stream);
+  return error == cudaSuccess && plan.splits > 1 ? flash_attention_combine<T>(args, plan, stream) : error;
+}
+
+constexpr int kCombineWarps = 4;
+
+// A warp a row. With the references r_s of the splits and r their maximum: the sum of 2^(r_s - r) outputs_s over that
+// of 2^(r_s - r) sum_s.
+template <typename T>
+__global__ void flash_attention_combine_kernel(const FlashAttentionArgs args, int splits, int columns) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t rows = args.batch * args.heads * args.query_length;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / kWarp;
+  if (index >= rows) return;
+  const float* outputs = static_cast<const float*>(args.workspace) + index * columns;
+  const float2* statistics = static_cast<const float2*>(args.workspace) + splits * rows * columns / 2 + index;
+
+  float reference = kNoReference, sum = 0.0f;
+  for (int s = 0; s < splits; ++s) reference = fmaxf(reference, statistics[s * rows].x);
+  for (int s = 0; s < splits; ++s) sum += exp2f(statistics[s * rows].x - reference) * statistics[s * rows].y;
+  const float inverse = inverse_of(sum);
+
+  const int64_t head = index / args.query_length, row = index % args.query_length;
+  T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, head / args.heads, head % args.heads, row));
+  for (int64_t column = lane * 2; column < args.head_dim; column += 2 * kWarp) {
+    float low = 0.0f, high = 0.0f;
+    for (int s = 0; s < splits; ++s) {
+      const float weight = exp2f(statistics[s * rows].x - reference);
+      const float2 pair = *reinterpret_cast<const float2*>(outputs + s * rows * columns + column);
+      low += weight * pair.x, high += weight * pair.y;
     }
-    __syncthreads();
-    if (!has_row) continue;
-
-    float score = 0.0f;
-    for (int64_t d = 0; d < dim; ++d) score += my_query[d] * keys[lane * pitch + d];
-    const int64_t j = first + lane;
-    if (j >= args.key_length || (args.is_causal && j > row)) score = -INFINITY;
-
-    const float new_max = fmaxf(max, warp_max(score));
-    // All of them -inf: any finite reference makes every weight 0, where -inf - -inf would be NaN.
-    const float reference = new_max == -INFINITY ? 0.0f : new_max;
-    const float weight = exp2f(score - reference), alpha = exp2f(max - reference);
-    sum = alpha * sum + warp_sum(weight);
-    max = new_max;
-
-    for (int c = 0; c < kChunks; ++c) acc[c] *= alpha;
-    int64_t count = min(static_cast<int64_t>(kKeys), args.key_length - first);
-    if (args.is_causal) count = min(count, row + 1 - first);
-    for (int k = 0; k < count; ++k) {
-      const float w = __shfl_sync(kAllLanes, weight, k);
-      const T* value = row_of<T>(args.value, args.value_stride, batch, head, first + k);
-      for (int c = 0; c < kChunks; ++c) {
-        const int64_t d = c * kWarp + lane;
-        if (d < dim) acc[c] += w * to_float(value[d]);
-      }
-    }
-  }
-
-  if (!has_row) return;
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no key, or every score -inf: zeros
-  T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, batch, head, row));
-  for (int c = 0; c < kChunks; ++c) {
-    const int64_t d = c * kWarp + lane;
-    if (d < dim) out[d] = from_float<T>(acc[c] * inverse);
+    *reinterpret_cast<uint32_t*>(out + column) = pack_pair(low * inverse, high * inverse, T());
   }
 }
 
 }  // namespace
+
+template <typename T>
+cudaError_t flash_attention_combine(const FlashAttentionArgs& args, const FlashPlan& plan, cudaStream_t stream) {
+  const int64_t rows = args.batch * args.heads * args.query_length;
+  return launch(flash_attention_combine_kernel<T>, (rows + kCombineWarps - 1) / kCombineWarps, kCombineWarps * kWarp, 0,
+                stream, args, plan.splits, plan.columns);
+}
+
 }  // namespace cuda
+
+cudaError_t flash_attention_cuda_workspace(const FlashAttentionArgs& args, int64_t& bytes) {
+  using namespace cuda;
+  Device device{};
+  const cudaError_t error = current_device(device);
+  const FlashPlan plan = plan_for(args, device);
+  const int64_t rows = args.batch * args.heads * args.query_length;
+  bytes = plan.splits > 1 ? plan.splits * rows * (plan.columns + 2) * static_cast<int64_t>(sizeof(float)) : 0;
+  return error;
+}
 
 cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream) {
   using namespace cuda;
-  const int64_t row_blocks = (args.query_length + kRows - 1) / kRows;
-  const int64_t blocks = args.batch * args.heads * row_blocks;
-  const size_t shared_bytes = (kRows + kKeys) * (args.head_dim | 1) * sizeof(float);
-  return with_element_type(args.dtype, [&](auto element) {
-    return with_chunks(args.head_dim, [&](auto chunks) {
-      return launch(flash_attention_kernel<decltype(element), decltype(chunks)::value>, blocks, kRows * kWarp,
-                    shared_bytes, stream, args, row_blocks);
-    });
-  });
+  Device device{};
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const FlashPlan plan = plan_for(args, device);
+  if (plan.splits > 1 && args.workspace == nullptr) return cudaErrorInvalidValue;
+  if (plan.kernel == FlashKernel::kSimple) {
+    return args.head_dim <= kMaxHeadDim ? flash_attention_simple(args, stream) : cudaErrorNotSupported;
+  }
+  return args.dtype == DType::kFloat16 ? by_tensor_cores<__half>(args, plan, stream)
+                                       : by_tensor_cores<__nv_bfloat16>(args, plan, stream);
 }
 
 }  // namespace gafext

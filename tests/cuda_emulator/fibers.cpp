@@ -27,7 +27,6 @@ std::vector<Warp> warps;
 namespace {
 
 constexpr size_t kStack = 128 * 1024, kPage = 4096;
-constexpr uint64_t kMostSteps = 2'000'000'000;  // of a launch
 
 const std::function<void()>* body = nullptr;
 const void* running_kernel = nullptr;
@@ -214,7 +213,7 @@ class Signals {
 }  // namespace
 
 void count_step() {
-  if (++steps > kMostSteps) fault("%llu steps and no end", static_cast<unsigned long long>(steps));
+  if (++steps > options.most_steps) fault("%llu steps and no end", static_cast<unsigned long long>(steps));
 }
 
 __attribute__((noinline)) void to_scheduler() {

@@ -89,7 +89,23 @@ float exp2_approximate(float x) {
   return std::fabs(result) < 0x1p-126f ? 0.0f : result;
 }
 
+uint4 load_16(const void* global, bool inside) {
+  uint4 x{};
+  if (!inside) return x;
+  check_aligned("load_16", global);
+  check_read(global, sizeof(x));
+  std::memcpy(&x, global, sizeof(x));
+  return x;
+}
+
+void store_16(void* global, uint4 x) {
+  check_aligned("store_16", global);
+  check_write(global, sizeof(x));
+  std::memcpy(global, &x, sizeof(x));
+}
+
 void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, Format format) {
+  if (format == Format::kBFloat16 && options.capability < 80) fault("mma_16x8x16: no bfloat16 on Turing");
   Product mine{c, a, b, format};
   meet("mma_16x8x16", whole_warps(1), mine, [](Product* const* lanes) { multiply(lanes); });
 }

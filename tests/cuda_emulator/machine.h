@@ -22,14 +22,14 @@ struct Options {
   uint32_t poison;  // what shared memory holds at first, repeated
   int capability;   // 80: the device is one of compute capability 8.0
   int multiprocessors;
+  uint64_t most_steps;  // accesses and switches of threads, of a launch
 };
 extern Options options;
 
 // Ends the launch with an error that names kernel, block, thread and source line.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Accesses and switches are counted, and too many are a fault: a kernel without end.
-void count_step();
+void count_step();  // too many are a fault: a kernel without end
 
 // Threads are counted through the block, x fastest; 0 outside of a kernel.
 extern int current_thread;

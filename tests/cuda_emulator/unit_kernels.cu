@@ -95,6 +95,8 @@ enum Mistake {
   kTwoInstructions,
   kExitedLane,
   kBarrierInBranch,
+  kWaitForEver,
+  kLoopWithoutEnd,
   kWildPointer,
   kEndlessStack,
   kDivisionByZero,
@@ -190,6 +192,13 @@ __global__ void mistake_kernel(const MistakeArgs args) {
     case kBarrierInBranch:
       if (i < kWarp) __syncthreads();
       if (i >= kWarp) result = __syncthreads_or(i);
+      break;
+    case kWaitForEver:
+      if (i < 16) result = __shfl_xor_sync(kAllLanes, result, 1);
+      __syncthreads();
+      break;
+    case kLoopWithoutEnd:
+      while (i == 5) shared[n] = 0;
       break;
     case kWildPointer:
       result = *reinterpret_cast<const int*>(uintptr_t{4096} + args.in[0]);

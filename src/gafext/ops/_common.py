@@ -91,12 +91,12 @@ def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def head_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def head_reasons(query: Tensor, key: Tensor, value: Tensor, max_head_dim: int = MAX_HEAD_DIM) -> list[str]:
     """Why the attention kernels cannot serve these tensors, whatever the device."""
     head_dim = query.shape[3]
     reasons = dtype_reasons(query)
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim must be in 1..{MAX_HEAD_DIM}, got {int(head_dim)}")
+    if not 1 <= head_dim <= max_head_dim:
+        reasons.append(f"head_dim must be in 1..{max_head_dim}, got {int(head_dim)}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if head_dim != 1 and tensor.stride(3) != 1:
             reasons.append(f"the last stride of {name} must be 1, got {int(tensor.stride(3))}")

@@ -58,7 +58,21 @@ def reference_flash_attention(
 
 def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
-    return _common.head_reasons(query, key, value) + _common.place_reasons(query, key, value)
+    reasons = _common.head_reasons(query, key, value, _max_head_dim(query)) + _common.place_reasons(query, key, value)
+    if not reasons and query.shape[3] > _common.MAX_HEAD_DIM and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(query.device.index)
+        if gpu.major < 8:
+            reasons.append(
+                f"the CUDA kernel for head_dim {int(query.shape[3])} needs compute capability 8.0, "
+                f"this GPU has {gpu.major}.{gpu.minor}"
+            )
+    return reasons
+
+
+def _max_head_dim(query: Tensor) -> int:
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0:
+        return 512  # kMaxWideHeadDim of csrc/ops.h
+    return _common.MAX_HEAD_DIM
 
 
 # Measured on two cores of a Sapphire Rapids, gafext against torch 2.13.
@@ -151,7 +165,7 @@ def attention_backward(
 @torch.library.register_fake("gafext::flash_attention")
 def _fake(query, key, value, *, scale=None, is_causal=False):
     check_flash_attention(query, key, value)
-    _common.require_supported(_OP, _common.head_reasons(query, key, value))
+    _common.require_supported(_OP, _common.head_reasons(query, key, value, _max_head_dim(query)))
     batch, heads, length, head_dim = query.shape
     return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 

@@ -11,6 +11,8 @@
 
 namespace emulator {
 
+uint4 load_16(const void* global, bool inside);
+void store_16(void* global, uint4 x);
 enum class Format { kFloat16, kBFloat16 };
 void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, Format format);
 void load_matrices(uint32_t* r, const void* row, bool transposed);
@@ -26,14 +28,21 @@ float exp2_approximate(float x);
 namespace gafext::cuda {
 
 inline unsigned char* dynamic_shared_memory() { return emulator::shared_memory(); }
-inline uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
-inline uint4 load_16(const void* global, bool inside) {
-  return inside ? *static_cast<const uint4*>(global) : uint4{};
-}
-inline void store_16(void* global, uint4 x) { *static_cast<uint4*>(global) = x; }
-inline float exp2_approximate(float x) { return emulator::exp2_approximate(x); }
+using emulator::exp2_approximate;
+using emulator::load_16;
+using emulator::shared_address;
+using emulator::store_16;
+inline int block_index() { return static_cast<int>(blockIdx.x); }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 inline void hide(uint4&) {}
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
+
+inline uint32_t pack_pair(float low, float high, __half) {
+  return __half(low).bits | static_cast<uint32_t>(__half(high).bits) << 16;
+}
+inline uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  return __nv_bfloat16(low).bits | static_cast<uint32_t>(__nv_bfloat16(high).bits) << 16;
+}
 
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   emulator::mma_16x8x16(c, a, b, emulator::Format::kFloat16);
@@ -44,8 +53,8 @@ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
 inline void load_matrices(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, true); }
 
-using emulator::copy_16_async;  // the same function, so that pointers to halves find no second one
-inline void copies_commit() { emulator::copies_commit(); }
+using emulator::copies_commit;
+using emulator::copy_16_async;
 template <int groups>
 inline void copies_wait() {
   emulator::copies_wait(groups);

@@ -1,0 +1,206 @@
+// Attention on tensor cores (mma.sync) for heads up to 256: FlashAttention-2's order of work (arXiv 2307.08691).
+#pragma once
+
+#include "flash_attention.cuh"
+#include "flash_fragments.cuh"
+
+namespace gafext::cuda {
+
+// Query rows of a block, 16 * kRowTiles for each of its warps, and keys of a tile; kBlocks at once on a multiprocessor.
+template <int kDim_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocks_, bool kQueryShared_>
+struct FlashShape {
+  static constexpr int kDim = kDim_, kRowTiles = kRowTiles_, kWarps = kWarps_, kKeys = kKeys_, kBlocks = kBlocks_;
+  static constexpr bool kQueryShared = kQueryShared_;  // read again for every tile of keys; else in registers
+  static constexpr int kThreads = kWarps * kWarp, kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
+  static constexpr int kTile = kKeys * kDim;                      // elements of one tile of keys
+  static constexpr int kQuery = kQueryShared ? kRows * kDim : 0;  // elements
+  static constexpr size_t kSharedBytes = sizeof(uint16_t) * (4 * kTile + kQuery);
+  static_assert(kRows * kDim <= 4 * kTile, "the outputs are staged where keys and values were");
+};
+
+template <typename T, typename Shape>
+struct FlashWarp {
+  static constexpr int kDim = Shape::kDim, kRowTiles = Shape::kRowTiles;
+  uint32_t query[kRowTiles][Shape::kQueryShared ? 1 : kDim / 16][4];
+  const T* shared_query;  // [kWarpRows, kDim]
+  float out[kRowTiles][kDim / 8][4];
+  Softmax<kRowTiles> softmax;
+  int row;  // the first
+
+  // 4 bytes a lane and load, straight into the fragments; the two halves of each 32-byte sector meet in the L1 cache.
+  __device__ void load_query(const T* matrix, int row_stride, int first, int length, int head_dim) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = first + 16 * m + lane / 4 + i % 2 * 8;
+        const T* from = matrix + static_cast<int64_t>(row) * row_stride;
+#pragma unroll
+        for (int k = 0; k < kDim / 16; ++k) {
+          const int column = 16 * k + lane % 4 * 2 + i / 2 * 8;
+          uint32_t pair = 0;
+          if (row < length && column < head_dim) pair = *reinterpret_cast<const uint32_t*>(from + column);
+          query[m][k][i] = pair;
+        }
+      }
+    }
+  }
+
+  // 16 * kGroups keys of a tile; `first` is the index of the first.
+  template <int kGroups>
+  __device__ void attend(const FlashAttentionArgs& args, const T* keys, const T* values, int first, int end_key,
+                         bool masked) {
+    const int lane = threadIdx.x % kWarp, matrix = lane / 8, matrix_row = lane % 8;
+    float score[kRowTiles][2 * kGroups][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      if constexpr (Shape::kQueryShared) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          load_matrices(query[m][0],
+                        shared_query + swizzled<kDim>(16 * m + matrix % 2 * 8 + matrix_row, 2 * k + matrix / 2));
+        }
+      }
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        uint32_t b[4];
+        load_matrices(b, keys + swizzled<kDim>(16 * group + matrix / 2 * 8 + matrix_row, 2 * k + matrix % 2));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma_16x8x16(score[m][2 * group], query[m][Shape::kQueryShared ? 0 : k], {b[0], b[1]}, T());
+          mma_16x8x16(score[m][2 * group + 1], query[m][Shape::kQueryShared ? 0 : k], {b[2], b[3]}, T());
+        }
+      }
+    }
+    if (args.scale < 0.0f) negate(score);
+    if (masked) mask(score, row, first, end_key, args.is_causal);
+
+    const float scale = base_2_scale(args.scale);
+    float maximum[kRowTiles][2];
+    row_maxima(score, maximum);
+    move_references(maximum, scale, softmax, out);
+    const float factor = remaining_scale(score, scale, softmax.huge);
+
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t weight[kRowTiles][4];
+      weigh<T>(score, 2 * group, factor, softmax, weight);
+#pragma unroll
+      for (int n = 0; n < kDim / 16; ++n) {
+        uint32_t b[4];
+        load_matrices_transposed(b,
+                                 values + swizzled<kDim>(16 * group + matrix % 2 * 8 + matrix_row, 2 * n + matrix / 2));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma_16x8x16(out[m][2 * n], weight[m], {b[0], b[1]}, T());
+          mma_16x8x16(out[m][2 * n + 1], weight[m], {b[2], b[3]}, T());
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    flash_attention_mma_kernel(const FlashAttentionArgs args, int row_blocks, int split_keys) {
+  T* shared = reinterpret_cast<T*>(dynamic_shared_memory());  // [2 stages][keys, values][kKeys, kDim], [kQuery]
+  const int warp = threadIdx.x / kWarp;
+  const Share share = share_of_block(args, blockIdx.x, Shape::kRows, row_blocks, split_keys);
+  const int heads = static_cast<int>(args.heads), batch = share.batch_head / heads, head = share.batch_head % heads;
+  const T* query = row_of<T>(args.query, args.query_stride, batch, head, 0);
+  const T* key = row_of<T>(args.key, args.key_stride, batch, head, 0);
+  const T* value = row_of<T>(args.value, args.value_stride, batch, head, 0);
+  const int query_stride = static_cast<int>(args.query_stride.row), key_stride = static_cast<int>(args.key_stride.row);
+  const int value_stride = static_cast<int>(args.value_stride.row);
+  const int head_dim = static_cast<int>(args.head_dim), query_length = static_cast<int>(args.query_length);
+
+  const auto copy = [&](T* stage, int first) {
+    copy_tile<T, Shape::kKeys, Shape::kDim, Shape::kThreads>(stage, key, key_stride, first, share.end_key, head_dim);
+    copy_tile<T, Shape::kKeys, Shape::kDim, Shape::kThreads>(stage + Shape::kTile, value, value_stride, first,
+                                                             share.end_key, head_dim);
+    copies_commit();
+  };
+  T* shared_query = shared + 4 * Shape::kTile;
+  if constexpr (Shape::kQueryShared) {
+    copy_tile<T, Shape::kRows, Shape::kDim, Shape::kThreads>(shared_query, query, query_stride, share.first_row,
+                                                             query_length, head_dim);
+  }
+  if (share.first_key < share.end_key) copy(shared, share.first_key);
+
+  FlashWarp<T, Shape> my{};
+  const int my_row = share.first_row + warp * Shape::kWarpRows;
+  my.row = my_row;
+  my.shared_query = shared_query + warp * Shape::kWarpRows * Shape::kDim;
+  if constexpr (!Shape::kQueryShared) my.load_query(query, query_stride, my_row, query_length, head_dim);
+  const int my_end = args.is_causal ? min(share.end_key, my_row + Shape::kWarpRows) : share.end_key;
+  int stage = 0;
+  for (int first = share.first_key; first < share.end_key; first += Shape::kKeys) {
+    copies_wait<0>();
+    __syncthreads();  // the tile has arrived, and the one before it has been read
+    const T* keys = shared + stage;
+    const T* values = keys + Shape::kTile;
+    stage ^= 2 * Shape::kTile;
+    if (first + Shape::kKeys < share.end_key) copy(shared + stage, first + Shape::kKeys);
+    const int seen = my_end - first;
+    if (Shape::kKeys <= 32 ? seen > 0 : seen > Shape::kKeys / 2) {
+      const bool masked = seen < Shape::kKeys || (args.is_causal && first + Shape::kKeys > my_row + 1);
+      my.template attend<Shape::kKeys / 16>(args, keys, values, first, share.end_key, masked);
+    } else if constexpr (Shape::kKeys > 32) {
+#pragma unroll 1
+      for (int i = 0; i < seen; i += 16) {
+        my.template attend<1>(args, keys + i * Shape::kDim, values + i * Shape::kDim, first + i, share.end_key, true);
+      }
+    }
+  }
+
+  float sum[Shape::kRowTiles][2], inverse[Shape::kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * Shape::kRowTiles; ++i) {
+    sum[i / 2][i % 2] = quad_sum(my.softmax.sum[i / 2][i % 2]);
+    inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
+  }
+  const Share my_share =
+      share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
+  const int my_first = thread_index() / kWarp * Shape::kWarpRows, first_row = my_share.first_row + my_first;
+  if (my_share.splits > 1) {
+    store_partial<Shape::kDim>(args, my_share, my.out, sum, my.softmax, first_row, 0);
+  } else {
+    copies_wait<0>();
+    __syncthreads();  // keys and values have been read: room to stage the outputs
+    T* out = const_cast<T*>(
+        row_of<T>(args.out, args.out_stride, my_share.batch_head / heads, my_share.batch_head % heads, 0));
+    store_rows<Shape::kDim>(my.out, inverse, shared + my_first * Shape::kDim, 0, out,
+                            static_cast<int>(args.out_stride.row), first_row, query_length, head_dim);
+  }
+}
+
+template <typename T>
+cudaError_t flash_attention_mma(const FlashAttentionArgs& args, const FlashPlan& plan, cudaStream_t stream) {
+  const auto go = [&](auto longer, auto shorter) {
+    const auto launch_shape = [&](auto shape) {
+      using Shape = decltype(shape);
+      return launch(flash_attention_mma_kernel<T, Shape>, plan.blocks(args), Shape::kThreads, Shape::kSharedBytes,
+                    stream, args, plan.row_blocks(args), plan.split_keys);
+    };
+    return plan.rows == longer.kRows ? launch_shape(longer) : launch_shape(shorter);
+  };
+  switch (plan.columns) {
+    case 48:
+      return go(FlashShape<48, 2, 4, 64, 2, false>(), FlashShape<48, 1, 4, 64, 3, false>());
+    case 64:
+      return go(FlashShape<64, 2, 4, 64, 2, false>(), FlashShape<64, 1, 4, 64, 3, false>());
+    case 80:
+      return go(FlashShape<80, 2, 4, 64, 2, false>(), FlashShape<80, 1, 4, 64, 3, false>());
+    case 96:
+      return go(FlashShape<96, 2, 4, 48, 2, false>(), FlashShape<96, 1, 4, 64, 2, false>());
+    case 128:
+      return go(FlashShape<128, 2, 4, 32, 2, true>(), FlashShape<128, 1, 4, 64, 2, false>());
+    case 160:
+      return go(FlashShape<160, 1, 8, 32, 1, false>(), FlashShape<160, 1, 4, 32, 2, false>());
+    default:
+      return go(FlashShape<256, 1, 4, 16, 2, true>(), FlashShape<256, 1, 4, 16, 2, true>());
+  }
+}
+
+}  // namespace gafext::cuda
