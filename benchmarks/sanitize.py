@@ -17,6 +17,7 @@ from torch import Tensor
 from gafext.ops.cross_view_attention import reference_cross_view_attention
 from gafext.ops.flash_attention import reference_flash_attention
 from gafext.ops.geglu import reference_geglu_gate
+from gafext.ops.group_norm_silu import reference_group_norm_silu
 
 OPS = torch.ops.gafext
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,6 +35,8 @@ ATTENTION = [
 ]
 CROSS_VIEW = [(1, 5, 64), (4, 33, 64), (6, 9, 40), (8, 17, 64), (32, 3, 80)]  # (views, positions, head_dim)
 GATES = [(3, 40), (33, 1280), (5, 7)]  # (rows, inner)
+# (batch, channels, positions, groups)
+NORMS = [(2, 320, 9, 32), (33, 80, 500, 8), (2, 32, 2500, 4), (2, 30, 41, 6), (1, 33, 1300, 3)]
 
 
 def heads(batch: int, length: int, head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -58,6 +61,16 @@ def results(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tens
             f"geglu_gate {rows}, {inner}",
             OPS.geglu_gate(projected.to(device)),
             reference_geglu_gate(projected.double()),
+        )
+    for batch, channels, positions, groups in NORMS:
+        x, weight, bias = torch.randn(batch, positions, channels), torch.randn(channels), torch.randn(channels)
+        inputs = [t.to(dtype) for t in (x, weight, bias)]
+        x, weight, bias = (t.to(device) for t in inputs)
+        exact = [t.double() for t in inputs]
+        yield (
+            f"group_norm_silu {batch}, {channels}, {positions}, {groups}",
+            OPS.group_norm_silu(x.transpose(1, 2), groups, weight, bias),
+            reference_group_norm_silu(exact[0].transpose(1, 2), groups, *exact[1:]),
         )
 
 

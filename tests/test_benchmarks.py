@@ -187,4 +187,4 @@ def test_every_kernel_is_sanitized():
     sanitize = script("sanitize")
     assert sanitize.main("cpu") == 0
     ran = {name.split()[0] for name, _, _ in sanitize.results("cpu", torch.float32)}
-    assert ran == {"flash_attention", "cross_view_attention", "geglu_gate"}
+    assert ran == {"flash_attention", "cross_view_attention", "geglu_gate", "group_norm_silu"}

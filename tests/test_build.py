@@ -13,7 +13,7 @@ import torch
 import gafext.ops
 from gafext import _C
 
-OPS = ["flash_attention", "cross_view_attention", "geglu"]
+OPS = ["flash_attention", "cross_view_attention", "geglu", "geglu_gate", "group_norm_silu"]
 INFO = _C.build_info()
 
 
@@ -37,6 +37,9 @@ def test_schemas_are_the_contract():
         "gafext::cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None)"
         " -> Tensor",
         "gafext::geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+        "gafext::geglu_gate(Tensor projected) -> Tensor",
+        "gafext::group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps="
+        "1.0000000000000001e-05, *, bool silu=True) -> Tensor",
     ]
 
 

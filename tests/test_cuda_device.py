@@ -37,6 +37,14 @@ def gate(rows, inner):
     return OPS.geglu_gate, lambda dtype, device="cuda": [torch.randn(rows, 2 * inner, device=device).to(dtype)]
 
 
+def norm(batch, positions, channels):
+    def draw(dtype, device="cuda"):
+        shapes = ((batch, positions, channels), (channels,), (channels,))
+        return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+    return lambda x, weight, bias: OPS.group_norm_silu(x.transpose(1, 2), 32, weight, bias), draw
+
+
 CALLS = {
     "self 1024": attention(1024, 1024, 64),
     "self 4096": attention(4096, 4096, 64, batch=1),
@@ -50,6 +58,9 @@ CALLS = {
     "cross view 8": cross_view(8, 257, 10),
     "cross view 6": cross_view(6, 63, 3),
     "gate": gate(1024, 1280),
+    "norm, few packs": norm(8, 64, 1280),
+    "norm, many packs": norm(8, 1024, 320),
+    "norm, in chunks": norm(1, 4096, 320),
 }
 every_call = pytest.mark.parametrize("call, draw", CALLS.values(), ids=CALLS)
 

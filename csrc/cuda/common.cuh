@@ -61,15 +61,7 @@ __device__ inline void store_pack(T* target, const Pack<T, kSize>& pack) {
     store_16(target, pack.bits);
   }
 }
-// Two elements of 2 bytes in a register, the first one lowest.
-template <typename T>
-__device__ inline uint32_t pair_bits(float first, float second) {
-  const T low = from_float<T>(first), high = from_float<T>(second);
-  uint16_t low_bits, high_bits;
-  memcpy(&low_bits, &low, 2);
-  memcpy(&high_bits, &high, 2);
-  return low_bits | static_cast<uint32_t>(high_bits) << 16;
-}
+// Two elements of 2 bytes in a register, as pack_pair puts them there.
 template <typename T>
 __device__ inline void pair_to_floats(uint32_t bits, float& first, float& second) {
   T pair[2];
@@ -108,7 +100,7 @@ __device__ inline Pack<T, kSize> from_floats(const float (&x)[kSize]) {
       if constexpr (sizeof(T) == 4) {
         word[i] = __float_as_uint(x[i]);
       } else {
-        word[i] = pair_bits<T>(x[2 * i], x[2 * i + 1]);
+        word[i] = pack_pair(x[2 * i], x[2 * i + 1], T());
       }
     }
     return {make_uint4(word[0], word[1], word[2], word[3])};

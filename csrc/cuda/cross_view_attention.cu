@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads) packs_kernel(const CrossViewAttentio
 //   out = P V        n-tile n, column c is column 64 u + 8 block(c) + n in memory, block(2t) = t, block(2t+1) = 4 + t
 // kOctets: the views in eights. kBlocks: the head in blocks of 64 columns.
 template <typename T, int kOctets, int kBlocks>
-__global__ void __launch_bounds__(kThreads) tensor_kernel(const CrossViewAttentionArgs args, uint32_t sequences) {
+__global__ void __launch_bounds__(kThreads, kOctets < 4 ? 1 : 3)
+    tensor_kernel(const CrossViewAttentionArgs args, uint32_t sequences) {
   constexpr int kSteps = 2 * kBlocks, kRowTiles = (kOctets + 1) / 2;
   const uint32_t index = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (index >= sequences) return;
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const CrossViewAttenti
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
         float (&pair)[2] = reinterpret_cast<float (&)[2]>(score[o][2 * r]);
-        weight[o][r] = pair_bits<T>(exp2_approximate(pair[0] - max), exp2_approximate(pair[1] - max));
+        weight[o][r] = pack_pair(exp2_approximate(pair[0] - max), exp2_approximate(pair[1] - max), T());
         pair_to_floats<T>(weight[o][r], pair[0], pair[1]);  // rounded, so that they add up to 1
         sum += pair[0] + pair[1];
       }

@@ -60,6 +60,9 @@ __device__ inline void store_16(void* global, uint4 x) {
                : "memory");
 }
 
+// Hides from the compiler where x comes from: what is computed from it twice is computed twice, and not kept meanwhile.
+__device__ inline void hide(uint4& x) { asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)); }
+
 // 2^x to 2 units in the last place, -inf -> 0; denormal results are flushed to zero.
 __device__ inline float exp2_approximate(float x) {
   float result;

@@ -5,8 +5,8 @@
 //           goes: 40 channels, 4 groups of 10, in half precision at 320 channels and 32 groups. Single elements and one
 //           group where memory is not aligned.
 // Mapping   a block takes a slab of one image, or a chunk of its positions. A thread keeps one pack of the channels and
-//           up to 12 positions of it in registers, all loaded before the first use, so that moments and result (in
-//           float32) are two passes over registers. A slab of up to 96 KB, 12 packs of 512
+//           up to 16 positions of it in registers, all loaded before the first use, so that moments and result (in
+//           float32) are two passes over registers. A slab of up to 96 KB, 16 packs of 384
 //           threads, is one kernel. A larger one goes in chunks of 32 KB: one kernel writes the moments of every chunk
 //           to scratch memory, a second one adds them up, each block for itself, and does the rest; so does a slab of
 //           more than 32 KB where the blocks are too few for the multiprocessors.
@@ -25,8 +25,9 @@ namespace {
 
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / kWarp;
 constexpr int kMaxGroups = 16;                       // of a slab: one channel each in 32 bytes
-constexpr int kChunkPacks = 8, kChunkThreads = 256;  // where a slab goes in chunks; packs are those of a thread
-constexpr int kManyPacks = 12, kFewPacks = 4;        // where it does not
+constexpr int kFewPacks = 4;                         // of a thread, and the most that a slab takes ...
+constexpr int kManyPacks = 16, kManyThreads = 384;   // ... in one kernel
+constexpr int kChunkPacks = 8, kChunkThreads = 256;  // in chunks, two kernels
 constexpr int64_t kEnoughBlocks = 64;                // for half of an H100
 constexpr int kSharedFloats = kMaxGroups * (3 + kMaxWarps);
 
@@ -46,28 +47,25 @@ struct Place {
   int64_t batch;
   int slab, chunk, first_position, channel;  // the channel of the whole image
   int positions;                             // of the image
-  bool is_active;
-  int group[kSize];  // of each channel, within the slab
+  int count;                                 // of this thread's own, which lie division.rows apart
+  int group[kSize];                          // of each channel, within the slab
 
   __device__ Place(const GroupNormSiluArgs& args, const Division& division) {
     const uint32_t chunk_of_all = blockIdx.x / division.slabs;
     slab = blockIdx.x % division.slabs, chunk = chunk_of_all % division.chunks, batch = chunk_of_all / division.chunks;
     const int row = threadIdx.x / division.packs, first = threadIdx.x % division.packs * kSize;
     const int channels_of_group = division.channels / division.groups;
-    positions = args.positions, is_active = row < division.rows;
+    positions = args.positions;
     first_position = chunk * division.positions_of_chunk + row;
     channel = slab * division.channels + first;
+    count = max((positions - first_position + division.rows - 1) / division.rows, 0);
+    if (row >= division.rows) count = 0;
     int in_group = first % channels_of_group, g = first / channels_of_group;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       group[e] = g;
       if (++in_group == channels_of_group) in_group = 0, ++g;
     }
-  }
-
-  // Whether this thread has a k-th position.
-  __device__ bool has(int k, const Division& division) const {
-    return is_active && first_position + k * division.rows < positions;
   }
 };
 
@@ -119,7 +117,7 @@ __device__ void take_statistics(const Pack<T, kSize> (&data)[kPacks], const Grou
   for (int k = 0; k < kPacks; ++k) {
     float v[kSize];
     to_floats(data[k], v);
-    if (!place.has(k, division)) continue;
+    if (k >= place.count) break;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       const float distance = v[e] - origin[e];
@@ -158,7 +156,7 @@ __device__ void add_up_chunks(const Moments* of_chunks, int positions, const Div
 }
 
 template <typename T, int kSize, int kPacks, Step step>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kPacks == kManyPacks ? kManyThreads : kMaxThreads, 1)
     group_norm_silu_kernel(const GroupNormSiluArgs args, const Division division) {
   const Statistics statistics;
   const Place<kSize> place(args, division);
@@ -166,8 +164,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                place.first_position * args.position_stride + place.channel;
   Pack<T, kSize> data[kPacks];
 #pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    data[k] = load_pack<T, kSize>(x + k * division.rows * args.position_stride, place.has(k, division));
+  for (int k = 0; k < kPacks; ++k, x += division.rows * args.position_stride) {
+    data[k] = load_pack<T, kSize>(x, k < place.count);
   }
   const auto of_channels = [&](const void* base) {  // zeros for null
     return load_pack<T, kSize>(static_cast<const T*>(base) + place.channel, base && step != Step::kMoments);
@@ -204,7 +202,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   T* out = static_cast<T*>(args.out) + (place.batch * place.positions + place.first_position) * args.channels +
            place.channel;
 #pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
+  for (int k = 0; k < kPacks; ++k, out += division.rows * args.channels) {
+    // Or the distances from the origin would be kept from where the statistics are taken, and there is no room for
+    // them.
+    if constexpr (kSize > 1) hide(data[k].bits);
     float v[kSize];
     to_floats(data[k], v);
 #pragma unroll
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
       for (int e = 0; e < kSize; ++e) v[e] *= reciprocal_approximate(1.0f + exp2_approximate(v[e] * -kLog2E));
     }
-    if (place.has(k, division)) store_pack(out + k * division.rows * args.channels, from_floats<T>(v));
+    if (k < place.count) store_pack(out, from_floats<T>(v));
   }
 }
 
@@ -244,13 +245,13 @@ Plan plan_for(const GroupNormSiluArgs& args) {
 
   const auto rows_for = [&](int64_t packs) { return (args.positions + packs - 1) / packs; };
   const int64_t most_rows = kMaxThreads / d.packs, blocks = args.batch * d.slabs;
-  plan.packs_of_thread = rows_for(kFewPacks) <= most_rows ? kFewPacks : kManyPacks;
-  int64_t rows = rows_for(plan.packs_of_thread);
-  if (plan.packs_of_thread == kManyPacks && (rows > most_rows || blocks < kEnoughBlocks)) {
-    plan.packs_of_thread = kChunkPacks;
-    rows = std::max(kChunkThreads / d.packs, 1);
+  if (rows_for(kFewPacks) <= most_rows) {
+    plan.packs_of_thread = kFewPacks, d.rows = static_cast<int>(rows_for(kFewPacks));
+  } else if (rows_for(kManyPacks) <= kManyThreads / d.packs && blocks >= kEnoughBlocks) {
+    plan.packs_of_thread = kManyPacks, d.rows = static_cast<int>(rows_for(kManyPacks));
+  } else {
+    plan.packs_of_thread = kChunkPacks, d.rows = std::max(kChunkThreads / d.packs, 1);
   }
-  d.rows = static_cast<int>(rows);
   d.positions_of_chunk = d.rows * plan.packs_of_thread;
   d.chunks = static_cast<int>((args.positions + d.positions_of_chunk - 1) / d.positions_of_chunk);
   return plan;

@@ -33,12 +33,22 @@ class _Budget(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def convolution_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The memory format of a convolution's weights, which decides that of its results.
+
+    cuDNN's kernels for half precision work on channels-last memory, and so do the transformers and gafext's GroupNorm.
+    """
+    on_tensor_cores = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return torch.channels_last if on_tensor_cores else torch.contiguous_format
+
+
 class PretrainedModel(nn.Module):
     """A network that loads from and saves to one folder of a diffusers or transformers checkpoint."""
 
     config_class: ClassVar[type[Config]]
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"
     key_rule: ClassVar[weights.KeyRule] = staticmethod(weights.same_key)
+    channels_last: ClassVar[bool] = False  # whether its convolutions follow `convolution_format`
 
     def __init__(self, config: Config):
         super().__init__()
@@ -51,6 +61,19 @@ class PretrainedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `cuda`, `half` and the like come down to."""
+        super()._apply(fn, recurse)
+        self._arrange_weights()
+        return self
+
+    def _arrange_weights(self) -> None:
+        if not self.channels_last:
+            return
+        for parameter in self.parameters():
+            if parameter.ndim == 4 and not parameter.is_meta:
+                parameter.data = parameter.data.contiguous(memory_format=convolution_format(self.device, self.dtype))
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> Config:
@@ -134,6 +157,7 @@ class PretrainedModel(nn.Module):
         except (ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(f"{source}: makes no {cls.__name__} ({error})") from None
         weights.load_into(model, file, dtype=dtype, device=device)
+        model._arrange_weights()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

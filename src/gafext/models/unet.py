@@ -99,6 +99,7 @@ class MultiViewUNet(PretrainedModel):
     """
 
     config_class = UNetConfig
+    channels_last = True
     config: UNetConfig
 
     def __init__(self, config: UNetConfig = SD21_MULTIVIEW_UNET):

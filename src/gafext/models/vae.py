@@ -142,6 +142,7 @@ class AutoencoderKL(PretrainedModel):
 
     config_class: ClassVar = VAEConfig
     key_rule: ClassVar = staticmethod(weights.vae_key)
+    channels_last: ClassVar = True
 
     def __init__(self, config: VAEConfig = SD_VAE):
         super().__init__(config)

@@ -34,6 +34,7 @@ using emulator::shared_address;
 using emulator::store_16;
 inline int block_index() { return static_cast<int>(blockIdx.x); }
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline void hide(uint4&) {}
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
 inline uint32_t pack_pair(float low, float high, __half) {

@@ -1,0 +1,75 @@
+"""What the CUDA compiler says of every kernel: nothing spilled, no stack frame, and so no local memory."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: nothing compiles the kernels")
+# Of ptxas -v, one block a kernel.
+REPORT = re.compile(
+    r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+def architectures(source: Path) -> tuple[str, ...]:
+    return ("90a",) if "sm90" in source.stem else ("80", "90a")
+
+
+def compile_kernels(source: Path, folder: Path) -> subprocess.CompletedProcess:
+    """One source for all its architectures at once."""
+    targets = [word for a in architectures(source) for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    options = ["-std=c++17", "-O3", "-DGAFEXT_WITH_CUDA", "-Xptxas", "-v"]
+    command = [NVCC, *options, *targets, "-fatbin", str(source), f"-odir={folder}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """[(source, kernel, architecture, stack bytes, spill stores, spill loads, registers)]"""
+
+    def report(source):
+        done = compile_kernels(source, tmp_path_factory.mktemp(source.stem))
+        assert done.returncode == 0, f"{source.name}: {done.stderr}"
+        found = REPORT.findall(done.stderr)
+        assert {architecture for _, architecture, *_ in found} in (set(), set(architectures(source))), done.stderr
+        return [(source.name, kernel, arch, *map(int, numbers)) for kernel, arch, *numbers in found]
+
+    with ThreadPoolExecutor(2) as pool:
+        return [line for lines in pool.map(report, sorted(SOURCES.glob("*.cu"))) for line in lines]
+
+
+def test_every_operation_has_kernels(reports):
+    operations = re.findall(r"cudaError_t ([a-z]+)\w*_cuda\(", (SOURCES.parent / "ops.h").read_text())
+    assert {re.match("[a-z]+", source)[0] for source, *_ in reports} == set(operations) >= {"flash", "cross", "geglu"}
+
+
+def test_nothing_is_spilled_and_nothing_lies_on_the_stack(reports):
+    bad = [
+        f"{source} {kernel} sm_{architecture}: {stack} bytes of stack, {stores} stored and {loads} loaded by spills"
+        for source, kernel, architecture, stack, stores, loads, _ in reports
+        if stack or stores or loads
+    ]
+    assert not bad, "\n".join(bad)
+
+
+def test_a_spill_would_be_seen(tmp_path):
+    source = tmp_path / "spill.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) spill(float* x, int n) {\n"
+        "  float kept[64];\n"
+        "  for (int i = 0; i < 64; ++i) kept[i] = x[i * n];\n"
+        "  __syncthreads();\n"
+        "  for (int i = 0; i < n; ++i) x[i] = kept[i % 64];\n"
+        "}\n"
+    )
+    done = compile_kernels(source, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [int(stack) >= 256 for _, _, stack, *_ in REPORT.findall(done.stderr)] == [True, True]
