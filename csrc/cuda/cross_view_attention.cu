@@ -16,7 +16,7 @@
 // Bytes     4 V D elements a (position, head), each read or written once: 2 KB in half precision at V = 4, 21 MB for
 //           (batch, V, positions, heads) = (2, 4, 1024, 5): 6.3 us at the 3.35 TB/s of an H100. A multiprocessor's
 //           share of that, 14 bytes a clock, leaves time for 570 instructions a (position, head) at V = 4 and 1140
-//           at V = 8; counted in the SASS are 208 (packs) and 310 (tensor cores).
+//           at V = 8; counted in the SASS are 208 (packs) and 321 (tensor cores).
 // In flight 12 accesses of 16 bytes a lane at V = 4, 6 at V = 8: 100 KB a multiprocessor where all its warps wait, and
 //           16 KB cover the latency. Heads are fastest in the grid, so that neighbouring warps read neighbouring
 //           columns.
