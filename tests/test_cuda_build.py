@@ -26,7 +26,7 @@ def architectures(source: Path) -> tuple[str, ...]:
 def compile_kernels(source: Path, folder: Path) -> subprocess.CompletedProcess:
     """One source for all its architectures at once."""
     targets = [word for a in architectures(source) for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-    options = ["-std=c++17", "-O3", "-DGAFEXT_WITH_CUDA", "-Xptxas", "-v"]
+    options = ["-std=c++17", "-O3", "-DGAFEXT_WITH_CUDA", "-DGAFEXT_WITH_SM90A", "-Xptxas", "-v"]
     command = [NVCC, *options, *targets, "-fatbin", str(source), f"-odir={folder}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
