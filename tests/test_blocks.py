@@ -75,7 +75,8 @@ def test_ready_keys_and_values_and_rows_without_an_image():
     ready = block.image_key_value(image)
     assert torch.equal(block(x, image_embeds=ready, num_views=4), with_image)
     both = block(torch.cat([x, x]), image_embeds=ready, num_views=4)
-    assert max_abs_diff(both, torch.cat([block(x, num_views=4), with_image])) < 1e-6
+    # Rounded differently: 72 rows of a GEGLU go through AMX where there is one, 36 don't (1.2e-6 seen).
+    assert max_abs_diff(both, torch.cat([block(x, num_views=4), with_image])) < 4e-6
 
 
 def test_more_portraits_than_rows_is_an_error():
