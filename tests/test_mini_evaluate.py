@@ -60,6 +60,11 @@ def test_subjects_are_held_out_and_always_the_same():
         subjects(0, 32)
 
 
+def test_an_evaluation_may_pass_over_heads(pipe):
+    identities = [subject.identity for subject in Evaluation(pipe, 2, orbit(1), first=5).subjects]
+    assert identities == list(heads.TEST_IDENTITIES[5:7])
+
+
 def test_scores_of_the_truth_are_the_best(evaluation):
     truth, codec, copy, mean = evaluation.baselines()
     assert truth.psnr > 90 and truth.ssim > 0.999

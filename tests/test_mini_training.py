@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gafext import LatentUpsampler, MultiViewDiffusionPipeline, heads
+from gafext import LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.cameras import Cameras, orbit
 from gafext.evaluate import subjects
 from gafext.schedulers import schedule
@@ -38,7 +38,7 @@ def scripts():
         **{"vae_batch": 8, "unet_batch": 8, "upsampler_batch": 2},
         **{"upsampler_pool": 4, "upsampler_fresh": 1, "pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
     )
-    yield {"data": data, "vae": train_vae, "unet": train_unet, "upsampler": train_upsampler}
+    yield {"data": data, "rungs": rungs, "vae": train_vae, "unet": train_unet, "upsampler": train_upsampler}
     del rungs.RUNGS["test"]
 
 
@@ -90,6 +90,37 @@ def test_the_unet_is_trained_on_what_the_solvers_undo(scripts):
         signal, level = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
         found, _ = schedule.predicted("v_prediction", wanted, noised, signal, level)
         assert torch.allclose(found, clean, atol=1e-5)
+
+
+def test_a_view_without_the_portrait_hears_of_it_from_the_others(scripts):
+    rung = scripts["rungs"].RUNGS["test"]
+    torch.manual_seed(0)
+    unet = MultiViewUNet(rung.unet)
+    blindfold = scripts["unet"].Blindfold(unet)
+    sample, pose, tokens = torch.randn(2, 16, 16, 16), torch.randn(2, 12), torch.randn(2, 5, 96)
+    blindfold.sees = torch.tensor([0.0, 1.0]).view(2, 1, 1)
+
+    @torch.no_grad()
+    def change(views):
+        """Of both views, when the portrait of all changes."""
+        given = {"pose": pose, "num_views": views}
+        one, other = (unet(sample, 500, image_embeds=t[: 2 // views], **given) for t in (tokens, 1 - tokens))
+        return (one - other).flatten(1).abs().amax(1)
+
+    blind, seeing = change(views=1)
+    assert blind == 0 < seeing
+    assert (change(views=2) > 0).all()
+    unet.eval()
+    assert (change(views=1) > 0).all()  # nobody is blind but in training
+
+
+def test_some_views_see_the_portrait_and_some_do_not(scripts):
+    blindfold = scripts["unet"].Blindfold(MultiViewUNet(scripts["rungs"].RUNGS["test"].unet))
+    blindfold.choose(2000, 4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    seeing = blindfold.sees.view(2000, 4).sum(1)
+    shares = [(seeing == count).float().mean().item() for count in range(5)]
+    some = [0.5 * ways / 16 for ways in (1, 4, 6, 4, 1)]
+    assert shares == pytest.approx([some[0] + 0.1, *some[1:4], some[4] + 0.4], abs=0.03)
 
 
 def test_the_upsampler_is_trained_on_what_its_loop_undoes(scripts, trained, monkeypatch):

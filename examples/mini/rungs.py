@@ -125,7 +125,7 @@ RUNGS = {
         upsampler_fresh=2,
         pool_heads=160,
         fresh_heads=1,
-        fresh_every=2,
+        fresh_every=3,
     ),
     "gpu": Rung(
         image_size=128,

@@ -22,6 +22,8 @@ from gafext.schedulers import schedule
 POOL_VIEWS = 8  # of a head in the pool; a step takes 1, 2, 4 or 8 of them
 VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # by turns
 NO_IMAGE = 0.1  # share of the heads without image tokens, for guidance
+SOME_IMAGES = 0.5  # share of the heads of which each view may be without them
+APART = 0.3  # share of the heads of which each view has its own noise level
 NEUTRAL = 0.3  # share of the heads whose normal maps are the neutral head's
 
 SCHEDULE = replace(
@@ -85,6 +87,28 @@ def diffuse(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> tuple[Tenso
     return signal * clean + level * noise, signal * noise - level * clean
 
 
+class Blindfold:
+    """Hides the portrait from some views, which then have to learn from the others, through attn_cv, who it is.
+
+    Views that all see the portrait have nothing to ask each other, and the U-Net learns to do without attn_cv.
+    """
+
+    def __init__(self, unet: MultiViewUNet):
+        self.sees: Tensor | None = None  # [B*V,1,1] of 0 and 1
+        for block in unet.transformer_blocks():
+            block.attn_ip.register_forward_hook(self)
+
+    def __call__(self, attn_ip: nn.Module, inputs: object, attended: Tensor) -> Tensor:
+        return attended * self.sees if attn_ip.training else attended
+
+    def choose(self, count: int, views: int, random: torch.Generator, device: torch.device) -> None:
+        """For a step: each head's views all see it, none does, or each does or does not."""
+        kind, each = torch.rand(count, 1, generator=random), torch.rand(count, views, generator=random) < 0.5
+        none, some = kind < NO_IMAGE, kind < NO_IMAGE + SOME_IMAGES
+        sees = torch.where(some, each & ~none, True)
+        self.sees = sees.float().view(-1, 1, 1).to(device)
+
+
 def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
     """How good the views of held-out heads are, and a sheet of them."""
     made = evaluation.generate()
@@ -107,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":  # PyTorch's own backward pass of attention takes twice as long there
         set_attention_backend(unet, "reference")
     alphas = schedule.alphas_cumprod(SCHEDULE).to(device)
+    blindfold = Blindfold(unet)
     sizes = (rung.image_size, rung.image_encoder.image_size)
     pool = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
 
@@ -120,16 +145,15 @@ def main(argv: list[str] | None = None) -> None:
         first = int(torch.randint(POOL_VIEWS // views, (1,), generator=random))
         seen = slice(first, None, POOL_VIEWS // views)
         clean, normals, poses = (x[chosen][:, seen].flatten(0, 1) for x in (pool.latents, pool.normals, pool.poses))
-        timesteps = torch.randint(len(alphas), (count,), generator=random).to(device).repeat_interleave(views)
+        timesteps = torch.randint(len(alphas), (count, views), generator=random)
+        apart = torch.rand(count, 1, generator=random) < APART
+        timesteps = torch.where(apart, timesteps, timesteps[:, :1]).flatten().to(device)
         noise = torch.randn(clean.shape, generator=noises, device=device)
         noised, wanted = diffuse(clean, noise, alphas[timesteps])
         sample = torch.cat([noised, normals], dim=1).contiguous(memory_format=torch.channels_last)
-        # The rows before the first portrait see no image: see MultiViewTransformerBlock.
-        dropped = int((torch.rand(count, generator=random) < NO_IMAGE).sum())
+        blindfold.choose(count, views, random, device)
         with mixed_precision(device):
-            tokens = None
-            if dropped < count:
-                tokens = unet.image_projection(encoder(pool.portraits[chosen[dropped:]]).last_hidden_state)
+            tokens = unet.image_projection(encoder(pool.portraits[chosen]).last_hidden_state)
             told = unet.precompute(pose=poses, image_embeds=tokens)
             predicted = unet(sample, timesteps, conditioning=told, num_views=views).float()
         return F.mse_loss(predicted, wanted)

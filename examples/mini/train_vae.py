@@ -16,7 +16,7 @@ from gafext.evaluate_measures import psnr
 
 KL_WEIGHT = 3e-5
 COLOUR_WEIGHT = 1.0
-NORMAL_MAPS = 3 / 8  # share of the pictures that are normal maps
+NORMAL_MAPS = 1 / 2  # share of the pictures that are normal maps
 LARGE = 4  # every fourth step has a quarter of the pictures at twice the size: the upsampler's latents decode to those
 
 

@@ -105,6 +105,7 @@ class Evaluation:
         pipe: the pipeline to be measured.
         count: of heads.
         cameras: of the views; None is the command's own orbit of 4.
+        first: how many of the held-out identities to pass over: settings are chosen on other heads than are reported.
         options: of every call, such as num_inference_steps, guidance_scale, generator and upsample.
         progress: called with the name of each line before it is worked out.
     """
@@ -115,6 +116,7 @@ class Evaluation:
         count: int,
         cameras: Cameras | None = None,
         *,
+        first: int = 0,
         progress: Callable[[str], None] = lambda name: None,
         **options: object,
     ):
@@ -122,7 +124,8 @@ class Evaluation:
         self.options = {"generator": 0, "num_inference_steps": 25, "upsample": "auto", **options}
         self.options |= {"output_type": "pt", "progress_bar": False}
         size = (pipe.unet.config.sample_size or 32) * pipe.vae.config.factor
-        self.subjects = subjects(count, size if self.options["upsample"] == "none" else 2 * size, cameras)
+        size = size if self.options["upsample"] == "none" else 2 * size
+        self.subjects = subjects(count, size, cameras, first=first)
         self.cameras = self.subjects[0].cameras
 
     def generate(
