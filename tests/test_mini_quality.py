@@ -11,6 +11,7 @@ from helpers import max_abs_diff
 import gafext
 from gafext.embedded import MODEL
 from gafext.evaluate import Evaluation, _without_cross_view
+from gafext.evaluate_measures import psnr
 
 HEADS = 4
 
@@ -33,28 +34,36 @@ def test_the_weights_are_small():
     assert len(files) == 5 and sum(file.stat().st_size for file in files) < 15e6
 
 
-def test_the_codec_keeps_colours(lines, evaluation):
-    assert lines["codec round trip"].psnr > 28
+def test_the_codec_keeps_colours_and_normals(lines, evaluation):
+    assert lines["codec round trip"].psnr > 32
     subject = evaluation.subjects[0]
+    images, normals = subject.views.rgb, subject.views.normals
     with torch.no_grad():
-        made = evaluation.pipe.decode(evaluation.pipe.encode(subject.views.rgb * 2 - 1)) / 2 + 0.5
+        made, mapped = (evaluation.pipe.decode(evaluation.pipe.encode(x * 2 - 1)) / 2 + 0.5 for x in (images, normals))
     shirts = (slice(None), slice(None), slice(-6, None), slice(24, 40))
-    assert (made - subject.views.rgb)[shirts].mean(dim=(0, 2, 3)).abs().max() < 0.03
+    assert (made - images)[shirts].mean(dim=(0, 2, 3)).abs().max() < 0.03
+    assert psnr(mapped, normals).mean() > 32
 
 
 def test_generated_views_are_the_portraits_head(lines):
     generated, copy = lines["generated"], lines["copy of the portrait"]
-    assert generated.psnr > copy.psnr + 2
-    assert generated.ssim > copy.ssim
-    assert generated.psnr > lines["mean picture"].psnr + 2
+    assert generated.psnr > copy.psnr + 8 and generated.ssim > copy.ssim + 0.2
+    assert generated.psnr > lines["mean picture"].psnr + 7
+    assert lines["generated, no normal maps given"].psnr > copy.psnr + 2
 
 
 def test_every_condition_counts(lines, evaluation):
     named = {line.name: line for line in evaluation.ablations(["no image tokens", "zero normals", "wrong cameras"])}
     generated = lines["generated"].psnr
-    assert named["no image tokens"].psnr < generated - 1.5
-    assert named["zero normals"].psnr < generated - 1.5
-    assert named["wrong cameras"].psnr < generated - 1
+    assert named["no image tokens"].psnr < generated - 6
+    assert named["zero normals"].psnr < generated - 10
+    assert named["wrong cameras"].psnr < generated - 2
+
+
+def test_views_hear_of_each_other_through_attn_cv(lines, evaluation):
+    apart = evaluation.ablations(["attn_cv off"])[0]
+    assert apart.consistency < lines["generated"].consistency - 0.5
+    assert apart.psnr < lines["generated"].psnr - 1
 
 
 def test_stock_diffusers_loads_the_autoencoder(evaluation):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, view_cameras
@@ -19,6 +21,9 @@ from gafext.models.k_unet import KUNet
 from gafext.models.upsampler import LEVEL_CHANNELS, PromptEmbeds, noise_levels
 
 NOISE = 0.15  # at most, in the small latents: those of the U-Net are not as clean as the autoencoder's
+
+SCHEDULE = replace(SD_X2_SCHEDULE, num_train_timesteps=3, beta_start=0.8, beta_end=0.8)
+"""Noise levels from 11 down to 2, from which the last step takes the mean. Going on to smaller ones left marks."""
 
 
 def diffuse(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     empty = PromptEmbeds(torch.zeros(1, 1, width, device=device), torch.zeros(1, pooled, device=device))
     condition = torch.cat([torch.ones(1, LEVEL_CHANNELS // 2), torch.zeros(1, LEVEL_CHANNELS // 2 + pooled)], dim=1)
     condition = condition.to(device)
-    largest, *_, smallest = noise_levels(SD_X2_SCHEDULE, 1000)[:-1]
+    largest, *_, smallest = noise_levels(SCHEDULE, 1000)[:-1]
 
     def pairs(who: heads.Heads, w2c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of one view of each head at both sizes, and the large picture."""
@@ -81,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
     @torch.no_grad()
     def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
-        upsampler = LatentUpsampler(averaged["unet"], SD_X2_SCHEDULE, empty_prompt=empty).eval()
+        upsampler = LatentUpsampler(averaged["unet"], SCHEDULE, empty_prompt=empty).eval()
         if (args.out / "model" / "unet").is_dir():
             export(args.out, upsampler=upsampler)
         small, _, large = truth
