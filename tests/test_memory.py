@@ -20,7 +20,7 @@ def faults():
 
 default = faults()
 memory.keep_freed_memory()
-# Aligned blocks leave splinters, so that the next ones may not fit where others were freed: how often, the heap decides.
+# Aligned blocks leave splinters, so that the next ones may not fit where others were freed; how often, the heap says.
 kept = min(faults() for _ in range(32))
 memory.release_freed_memory()
 print(default, kept, faults())

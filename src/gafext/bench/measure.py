@@ -1,15 +1,17 @@
 """How it is measured: contestants and ceilings take turns, round by round, in one process.
 
-A machine that changes its speed changes it for all of a round, so what is compared are times of the same round. Warm:
-every call has the same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache.
-The ceilings race along: a large matrix product, and a copy that moves as many bytes as the operation must, as warm or
-as cold. On a GPU a turn is the replay of a CUDA graph between two events (cuda.py).
+A machine that changes its speed changes it for all of a round, so what is compared are times of the same round. Each
+round has an order of its own: who always came after the copy would always find its bytes in the caches. Warm: every
+call has the same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache. The
+ceilings race along: a large matrix product, and a copy that moves as many bytes as the operation must, as warm or as
+cold. On a GPU a turn is the replay of a CUDA graph between two events (cuda.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 import time
 import warnings
@@ -82,7 +84,7 @@ class Entrant:
         if self._graph is not None:
             return self._graph.turn()
         with self.contestant.context():
-            if self._calls > 1 and len(self.arguments) == 1:
+            if len(self.arguments) == 1:
                 self.calls(1)  # what the contestant before has put out of the cache comes back
             start = time.perf_counter()
             self.calls(self._calls)
@@ -127,8 +129,9 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
     entrants = [entrant for entrant in (ours, *others, *ceilings) if entrant.contestant.name not in result.skipped]
     result.times = {entrant.contestant.name: [] for entrant in entrants}
     share_of_others = watch_others()
+    shuffle = random.Random(0).sample
     for _ in range(rounds):
-        for entrant in entrants:
+        for entrant in shuffle(entrants, len(entrants)):  # so that nobody always has the same one's caches and clock
             result.times[entrant.contestant.name].append(entrant.turn())
     result.others = share_of_others()
     return result
