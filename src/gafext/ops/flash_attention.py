@@ -127,6 +127,8 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
     dtype, any_size = query.dtype, torch.compiler.is_compiling()  # no guards on sizes
     batch, heads, length, head_dim = query.shape
     keys = key.shape[2]
+    if not any_size and 0 in (batch, heads, length, keys):
+        return []  # torch 2.11 dies of a division by zero
     # PyTorch's bfloat16 is slow over few keys that are not whole blocks: 77 keys 1.5x..1.9x.
     few_odd_keys = not any_size and keys < 128 and keys % 32 != 0 and head_dim < 128
     if dtype == torch.bfloat16 and _common.MULTIPLIES_BFLOAT16 and not few_odd_keys:
