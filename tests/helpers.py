@@ -1,6 +1,17 @@
 """Shared by the tests."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
+
+
+def assert_same_words(function: Callable, op: Callable, make: Callable, words: str) -> None:
+    """The public function, its operation and the fake kernel refuse make(zeros) in the same words."""
+    for refuse, device, error in ((function, "cpu", ValueError), (op, "cpu", RuntimeError), (op, "meta", ValueError)):
+        with pytest.raises(error) as raised:
+            refuse(*make(lambda *shape, device=device: torch.zeros(shape, device=device)))
+        assert str(raised.value) == words
 
 
 def max_abs_diff(left: torch.Tensor, right: torch.Tensor) -> float:
