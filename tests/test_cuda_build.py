@@ -73,3 +73,46 @@ def test_a_spill_would_be_seen(tmp_path):
     done = compile_kernels(source, tmp_path)
     assert done.returncode == 0, done.stderr
     assert [int(stack) >= 256 for _, _, stack, *_ in REPORT.findall(done.stderr)] == [True, True]
+
+
+CALLER = """
+#include "hopper.cuh"
+int main() {
+  gafext::cuda::TensorMap map;
+  const uint64_t extents[4] = {64, 1, 1, 1}, strides[3] = {128, 128, 128};
+  return gafext::cuda::encode_tensor_map(map, nullptr, true, extents, strides, 64, 64) != cudaSuccess;
+}
+"""
+# As in a thread that has neither launched nor allocated: the driver has no context until cudaSetDevice.
+DRIVER = """
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+static bool has_context = false;
+static CUresult encode(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                       const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  return has_context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
+}
+extern "C" {
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult*) {
+  *function = reinterpret_cast<void*>(&encode);
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return has_context = true, cudaSuccess; }
+void** __cudaRegisterFatBinary(void*) { return nullptr; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+}
+"""
+
+
+def test_a_tensor_map_is_encoded_also_in_a_thread_that_has_no_context_yet(tmp_path):
+    (tmp_path / "caller.cu").write_text(CALLER)
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    command = [NVCC, "-std=c++17", "-cudart", "none", f"-I{SOURCES}", "caller.cu", "driver.cpp", "-o", "caller"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run([tmp_path / "caller"]).returncode == 0
