@@ -22,17 +22,26 @@ from gafext.ops.group_norm_silu import reference_group_norm_silu
 OPS = torch.ops.gafext
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
-# (queries, keys, head_dim, causal); one block and a bit of every kind, and lengths that end within a tile
+# (batch, queries, keys, head_dim, causal), 3 heads each; one block and a bit of every kind, and lengths that end within
+# a tile
 ATTENTION = [
-    (1, 1, 64, False),
-    (65, 77, 40, False),
-    (129, 257, 64, False),
-    (300, 300, 64, True),
-    (130, 129, 80, True),
-    (70, 200, 128, False),
-    (33, 65, 160, False),
-    (17, 31, 17, False),
+    (2, 1, 1, 64, False),
+    (2, 65, 77, 40, False),
+    (2, 129, 257, 64, False),
+    (2, 300, 300, 64, True),
+    (2, 130, 129, 80, True),
+    (2, 70, 200, 128, False),
+    (2, 33, 65, 160, False),
+    (2, 33, 40, 256, False),
+    (2, 17, 31, 17, False),
+    (2, 65, 1100, 64, False),  # keys in parts
 ]
+# In half precision alone. Enough heads for blocks of 128 rows, and one head too wide for the others.
+TENSOR_CORES = [(30, 300, 77, head_dim, head_dim == 80) for head_dim in (48, 64, 80, 96, 128, 160)]
+WIDE = [(2, 33, 65, 512, False), (1, 130, 600, 264, True)]
+# Long enough for Hopper's own instructions: two and three warpgroups, tiles of 128 and of 96 keys.
+HOPPER = [(2, 2900, 200, 64, False), (2, 1500, 1500, 64, True)]
+HOPPER += [(2, 1500, keys, head_dim, False) for head_dim in (64, 80, 128) for keys in (200, 257)]
 CROSS_VIEW = [(1, 5, 64), (4, 33, 64), (6, 9, 40), (8, 17, 64), (32, 3, 80)]  # (views, positions, head_dim)
 GATES = [(3, 40), (33, 1280), (5, 7)]  # (rows, inner)
 # (batch, channels, positions, groups)
@@ -45,8 +54,9 @@ def heads(batch: int, length: int, head_dim: int, dtype: torch.dtype) -> Tensor:
 
 def results(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What ran, its result, and the exact one."""
-    for queries, keys, head_dim, is_causal in ATTENTION:
-        inputs = [heads(2, n, head_dim, dtype) for n in (queries, keys, keys)]
+    attention = ATTENTION if dtype == torch.float32 else ATTENTION + TENSOR_CORES + HOPPER
+    for batch, queries, keys, head_dim, is_causal in attention + WIDE * (device == "cuda" and dtype != torch.float32):
+        inputs = [heads(batch, n, head_dim, dtype) for n in (queries, keys, keys)]
         out = OPS.flash_attention(*(x.to(device) for x in inputs), is_causal=is_causal)
         name = f"flash_attention {queries}x{keys}, {head_dim}"
         yield name, out, reference_flash_attention(*(x.double() for x in inputs), is_causal=is_causal)

@@ -28,7 +28,7 @@ if [ -n "$FAIL" ] && [[ $arguments == *$FAIL* ]]; then echo "went wrong"; exit 3
 echo "went well"
 """
 SANITIZER = """#!/bin/bash
-echo "sanitizer $*" >>"$NOTES"
+echo "sanitizer $* with ${GAFEXT_CUDA_ATTENTION-all}" >>"$NOTES"
 while [ "$1" != python3 ]; do shift; done
 "$@"
 """
@@ -41,7 +41,8 @@ def checklist(tmp_path):
         (tmp_path / folder).mkdir()
     shutil.copy(ROOT / "benchmarks/gpu_checklist.sh", tmp_path / "benchmarks")
     (tmp_path / "tests/test_a.py").write_text('DEVICES = ["cpu", "cuda"]\n')
-    (tmp_path / "tests/test_cuda_emulator.py").write_text('DEVICES = ["cuda"]\n')
+    for name in ("cuda_emulator", "cuda_build", "bench_gpu"):
+        (tmp_path / f"tests/test_{name}.py").write_text('DEVICES = ["cuda"]\n')
     (tmp_path / "tests/test_b.py").write_text("nothing for a GPU\n")
     for name, text in (("python3", PYTHON), ("compute-sanitizer", SANITIZER)):
         path = tmp_path / "bin" / name
@@ -77,8 +78,12 @@ def test_all_steps_run_in_their_order(checklist):
     assert [line.split()[1].strip(",") for line in output.splitlines() if line.startswith("ok")] == STEPS
     assert "all steps succeeded" in output.splitlines()[-1]
     assert "90-real ON" in commands
-    assert "tests/test_a.py" in commands and "test_b" not in commands and "emulator" not in commands
-    assert "--tool memcheck" in commands and "--tool racecheck" in commands
+    assert "tests/test_a.py" in commands
+    for other in ("b", "cuda_emulator", "cuda_build", "bench_gpu"):
+        assert f"test_{other}.py" not in commands
+    assert "not cuda_kernel" in commands
+    sanitized = [line.split() for line in commands.splitlines() if line.startswith("sanitizer")]
+    assert {(words[2], words[-1]) for words in sanitized} == {("memcheck", "all"), ("racecheck", "mma")}
     assert "--op cross_view_attention --op geglu --seconds" in commands
     files = sorted(path.name for path in out.iterdir())
     assert len(files) == 7 <= 8 and "attention-bfloat16-NVIDIA-H100-80GB-HBM3.json" in files
