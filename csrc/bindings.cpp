@@ -27,10 +27,10 @@ Tensor empty_strided(const Tensor& like, const std::array<int64_t, 4>& sizes, co
                      int64_t dims = 4) {
   int32_t dtype, device_type;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device_type,
-                                                         like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device_type,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -92,7 +92,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 
@@ -160,11 +160,11 @@ Tensor group_norm_silu_on_cpu(const Tensor& x, int64_t num_groups, std::optional
   using torch::stable::detail::to;
   check_group_norm_silu(x, num_groups, weight, bias, eps, silu);
   std::array<StableIValue, 6> norm{from(x), from(num_groups), from(weight), from(bias), from(eps), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::group_norm", "", norm.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::group_norm", "", norm.data(), TORCH_ABI_VERSION));
   Tensor normalized = to<Tensor>(norm[0]);
   if (silu) {
     std::array<StableIValue, 1> stack{from(normalized)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu_", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu_", "", stack.data(), TORCH_ABI_VERSION));
     normalized = to<Tensor>(stack[0]);
   }
   Tensor out = empty_channels_last(x);
@@ -181,7 +181,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 cudaStream_t current_stream(const Tensor& tensor) {
   require(&aoti_torch_get_current_cuda_stream != nullptr, "gafext: this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
