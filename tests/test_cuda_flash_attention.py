@@ -91,6 +91,15 @@ def test_random_cases(seed):  # 200 in all
         assert_right(*tensors, scale=scale, is_causal=is_causal, multiprocessors=choose.choice([1, 3, 132]))
 
 
+def test_blocks_without_keys_wait_for_their_queries():
+    """Causal, keys in parts: the first rows see none of the second part. And no key at all."""
+    assert_right(*three("projection", 1, 1, 100, 1100, 256, torch.float16), is_causal=True, orders=FORWARD)
+    for head_dim in (64, 128, 256, 512):
+        query, key, value = three("projection", 1, 1, 260, 1, head_dim, torch.float16)
+        none = emulate("flash_attention", query, key[:, :, :0], value[:, :, :0], multiprocessors=1, orders=FORWARD)
+        assert torch.equal(none, torch.zeros_like(query))
+
+
 def test_rows_that_are_not_aligned_go_to_the_simple_kernel():
     for head_dim in (40, 42):
         assert_right(*three("anywhere", 1, 2, 17, 33, head_dim, torch.float16))

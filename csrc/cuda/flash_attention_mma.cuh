@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   if constexpr (Shape::kQueryShared) {
     copy_tile<T, Shape::kRows, Shape::kDim, Shape::kThreads>(shared_query, query, query_stride, share.first_row,
                                                              query_length, head_dim);
+    copies_commit();  // also where no key follows
   }
   if (share.first_key < share.end_key) copy(shared, share.first_key);
 
@@ -202,10 +203,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const Share my_share =
       share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
   const int my_first = thread_index() / kWarp * Shape::kWarpRows, first_row = my_share.first_row + my_first;
+  copies_wait<0>();
   if (my_share.splits > 1) {
     store_partial<Shape::kDim>(args, my_share, my.out, sum, my.softmax, first_row, 0);
   } else {
-    copies_wait<0>();
     __syncthreads();  // keys and values have been read: room to stage the outputs
     T* out = const_cast<T*>(
         row_of<T>(args.out, args.out_stride, my_share.batch_head / heads, my_share.batch_head % heads, 0));

@@ -43,6 +43,7 @@ void to_scheduler();   // the current thread stops here
 void thread_exited();  // whoever waited for it need not
 void new_barriers();
 void forget_copies();  // asynchronous ones, of the block before
+void copying_thread_exits();
 
 void new_hopper_block();  // emulated_hopper.cpp
 void hopper_thread_exits();

@@ -64,6 +64,7 @@ void record_fault(const char* format, va_list arguments) {
 void fiber_main() {
   for (;;) {
     (*body)();
+    copying_thread_exits();
     hopper_thread_exits();
     thread_exited();
     to_scheduler();

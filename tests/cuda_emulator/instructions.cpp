@@ -121,6 +121,13 @@ void load_matrices(uint32_t* r, const void* row, bool transposed) {
 
 void forget_copies() { copies.assign(threads_of_block, {}); }
 
+// The PTX ISA does not say that a copy ends before the block's shared memory is another block's.
+void copying_thread_exits() {
+  size_t left = copies[current_thread].open.size();
+  for (const std::vector<Copy>& group : copies[current_thread].groups) left += group.size();
+  if (left > 0) fault("exits with %zu asynchronous copies under way", left);
+}
+
 void copy_16_async(void* shared, const void* global, bool inside) {
   check_aligned("copy_16_async, to", shared);
   check_aligned("copy_16_async, from", global);

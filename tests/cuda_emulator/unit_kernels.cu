@@ -90,6 +90,7 @@ enum Mistake {
   kMisalignedCopy,
   kCopyTouchedEarly,
   kCopyUnderWay,
+  kCopyLeftBehind,
   kLaneLeftOut,
   kLaneReadLeftOut,
   kTwoInstructions,
@@ -175,6 +176,10 @@ __global__ void mistake_kernel(const MistakeArgs args) {
       copies_commit();
       copies_wait<0>();
       result = shared[n];
+      break;
+    case kCopyLeftBehind:
+      if (i == 0) copy_16_async(shared + n, args.in, true);
+      copies_wait<0>();  // of no group
       break;
     case kLaneLeftOut:
       result = __shfl_xor_sync(0x7fffffffu, result, 1);
