@@ -50,8 +50,8 @@ struct SplitPlan {
 
 // One thread's memory. The numbers of a row lie where fold_rows leaves them.
 struct SplitMemory {
-  float *scores[2], *sums, *past, *max, *sum, *alpha, *totals, *end;
-  uint32_t *query, *weights, *keys, *values;
+  float *scores[2], *alpha[2], *sums, *past, *max, *sum, *totals, *end;
+  uint32_t *weights[2], *query, *keys, *values;
 
   SplitMemory(const SplitPlan& plan, float* memory) {
     const auto take = [&](int64_t floats) { return memory += floats, memory - floats; };
@@ -62,10 +62,10 @@ struct SplitMemory {
     past = take(plan.rows * plan.columns * kTileSide);
     max = take(groups * kFolds * kGroupLanes);
     sum = take(groups * kFolds * kGroupLanes);
-    alpha = take(kFolds * kGroupLanes);
+    for (float*& buffer : alpha) buffer = take(kFolds * kGroupLanes);
     totals = take(kFold * kLanes);
     query = take_words(2 * plan.depth * kStepWords);
-    weights = take_words(2 * plan.chunk / kTileDepth * kStepWords);
+    for (uint32_t*& buffer : weights) buffer = take_words(2 * plan.chunk / kTileDepth * kStepWords);
     keys = take_words(plan.keys / kTileSide * plan.depth * kStepWords);
     values = take_words(plan.columns * (plan.keys / kTileDepth) * kStepWords);
     end = memory;
@@ -79,23 +79,32 @@ struct SplitChunk {
   int64_t key, keys;   // of the tile
   int64_t diagonal;    // keys of the chunk that the first row sees, each further row one more
   bool is_first, is_last;  // of the rows' chunks
+  int parity;  // of chunks: whose memory it has
 
   int64_t folds() const { return ceil_div(rows, kFold); }
   int64_t steps() const { return ceil_div(keys, kTileDepth); }
 };
 
-// body(0), body(1), ... body(pieces - 1) in the course of `turns` calls.
+// body(begin), body(begin + 1), ... body(end - 1) in the course of `turns` calls.
 template <typename Body>
-struct Spread {
-  const Body& body;
-  int64_t pieces, turns, next = 0, credit = 0;
+class Spread {
+ public:
+  Spread(const Body& body, int64_t begin, int64_t end, int64_t turns)
+      : body_(body), next_(begin), end_(end), pieces_(end - begin), turns_(turns) {}
 
   GAFEXT_INLINE void operator()() {
-    for (credit += pieces; credit >= turns; credit -= turns) body(next++);
+    for (credit_ += pieces_; credit_ >= turns_; credit_ -= turns_) body_(next_++);
   }
+  void rest() {
+    while (next_ < end_) body_(next_++);
+  }
+
+ private:
+  const Body& body_;
+  int64_t next_;
+  const int64_t end_, pieces_, turns_;
+  int64_t credit_ = 0;
 };
-template <typename Body>
-Spread(const Body&, int64_t, int64_t) -> Spread<Body>;
 
 // A thread at work on a block of query rows of one (batch, head).
 template <typename T>
@@ -152,16 +161,17 @@ class SplitBlock {
 
   int64_t query_pieces() const { return 2 * plan_.depth; }
 
-  __attribute__((noinline)) void split_query(int64_t row, int64_t piece) {
+  __attribute__((noinline)) void split_query(const SplitChunk& chunk, int64_t piece) {
     const int64_t strip = piece / plan_.depth, step = piece % plan_.depth, stride = args_.query_stride.row;
-    row += strip * kTileSide;
+    const int64_t row = chunk.row + strip * kTileSide;
     split_rows(memory_.query + piece * kStepWords, query_ + row * stride + step * kTileDepth, stride, rows_ - row,
                min_of(kTileDepth, args_.head_dim - step * kTileDepth), args_.scale * kLog2E, query_range_);
   }
 
   // The tile's chunk that begins at `key`, or the next group's first.
-  SplitChunk chunk_at(int64_t row, int64_t key) const {
+  SplitChunk chunk_at(int64_t row, int64_t key, int parity = 0) const {
     SplitChunk chunk = {};
+    chunk.parity = parity;
     for (; row < rows_; row += kBlock, key = 0) {
       const int64_t rows = min_of(kBlock, rows_ - row), seen = keys_seen(row + rows) - first_;
       if (key >= min_of(count_, seen)) continue;
@@ -176,59 +186,55 @@ class SplitBlock {
     }
     return chunk;
   }
-  SplitChunk after(const SplitChunk& chunk) const { return chunk_at(chunk.row, chunk.key + chunk.keys); }
+  SplitChunk after(const SplitChunk& chunk) const { return chunk_at(chunk.row, chunk.key + chunk.keys, 1 - chunk.parity); }
 
+  // In a turn the tile unit makes the next chunk's scores and the past chunk's values. The pieces of vector work are
+  // spread over both: those before `cut` lie between the products of the scores.
   void attend_tile() {
-    SplitChunk past = {}, chunk = chunk_at(0, 0);
-    const auto split_all = [&](int64_t row) {
-      for (int64_t i = 0; i < query_pieces(); ++i) split_query(row, i);
-    };
-    split_all(chunk.row);
     NothingAside nothing;
-    score(chunk, memory_.scores[0], nothing);
+    SplitChunk added = {}, past = {}, chunk = chunk_at(0, 0);
+    for (int64_t i = 0; i < query_pieces(); ++i) split_query(chunk, i);
+    score(chunk, nothing);
     SplitChunk next = after(chunk);
-    if (next.row != chunk.row) split_all(next.row);
-    for (int64_t i = 0; chunk.rows > 0; ++i) {
-      const float* scores = memory_.scores[i % 2];
-      const auto add_and_weigh = [&](int64_t piece) {
-        const int64_t adds = past.folds();
-        piece < adds ? add(past, piece) : weigh(chunk, const_cast<float*>(scores), piece - adds);
-      };
-      const int64_t pieces = past.folds() + chunk.folds() * (kFold + 2);
-      if (next.rows > 0) {
-        Spread aside{add_and_weigh, pieces, ceil_div(next.keys, kBlock) * plan_.depth * TileProducts::kTurns};
-        score(next, memory_.scores[(i + 1) % 2], aside);
-      } else {
-        products_.finish();
-        for (int64_t piece = 0; piece < pieces; ++piece) add_and_weigh(piece);
-      }
-      const SplitChunk second = next.rows > 0 ? after(next) : next;
-      if (second.row != next.row && second.rows > 0) {
-        const auto split = [&](int64_t piece) { split_query(second.row, piece); };
-        Spread aside{split, query_pieces(), plan_.columns / 2 * chunk.steps() * TileProducts::kTurns};
-        weighted_values(chunk, aside);
-      } else {
-        weighted_values(chunk, nothing);
-      }
-      past = chunk, chunk = next, next = second;
+    if (next.row != chunk.row) {
+      for (int64_t i = 0; i < query_pieces(); ++i) split_query(next, i);
     }
-    products_.finish();
-    for (int64_t piece = 0; piece < past.folds(); ++piece) add(past, piece);
+    while (chunk.rows + past.rows + added.rows > 0) {
+      const SplitChunk second = next.rows > 0 ? after(next) : SplitChunk{};
+      const int64_t adds = added.folds(), weighs = chunk.folds() * (kFold + 2);
+      const int64_t splits = second.rows > 0 && second.row != next.row ? query_pieces() : 0;
+      const auto do_piece = [&](int64_t piece) {
+        if (piece < adds) return add(added, piece);
+        if (piece < adds + weighs) return weigh(chunk, piece - adds);
+        split_query(second, piece - adds - weighs);
+      };
+      const int64_t score_turns = ceil_div(next.keys, kBlock) * plan_.depth * TileProducts::kTurns;
+      const int64_t value_turns = plan_.columns / 2 * past.steps() * TileProducts::kTurns;
+      const int64_t even = (adds + weighs + splits) * score_turns / max_of(1, score_turns + value_turns);
+      const int64_t cut = max_of(adds, min_of(even, adds + weighs));
+      Spread early{do_piece, 0, cut, score_turns}, late{do_piece, cut, adds + weighs + splits, value_turns};
+      next.rows > 0 ? score(next, early) : products_.finish();
+      early.rest();
+      if (past.rows > 0) values(past, late);
+      late.rest();
+      added = past, past = chunk, chunk = next, next = second;
+    }
   }
 
   template <typename Aside>
-  void score(const SplitChunk& chunk, float* scores, Aside& aside) {
+  void score(const SplitChunk& chunk, Aside& aside) {
     const int64_t strip = plan_.depth * kStepWords;
     const uint32_t* keys = memory_.keys + chunk.key / kTileSide * strip;
     for (int64_t j = 0; j < chunk.keys; j += kBlock) {
-      products_.multiply(memory_.query, strip, keys + j / kTileSide * strip, strip, plan_.depth, scores + j,
-                         score_line_, aside);
+      products_.multiply(memory_.query, strip, keys + j / kTileSide * strip, strip, plan_.depth,
+                         memory_.scores[chunk.parity] + j, score_line_, aside);
     }
   }
 
   // The scores become split weights relative to the new maximum; max, sum and alpha move on. kFold rows are kFold + 2
   // pieces: their maxima, each row, their sums.
-  __attribute__((noinline)) void weigh(const SplitChunk& chunk, float* scores, int64_t piece) {
+  __attribute__((noinline)) void weigh(const SplitChunk& chunk, int64_t piece) {
+    float* scores = memory_.scores[chunk.parity];
     const int64_t row = piece / (kFold + 2) * kFold, i = piece % (kFold + 2);
     const int64_t lane = row / kFold * kGroupLanes, at = chunk.row / kBlock * kFolds * kGroupLanes + lane;
     if (i == 0) return find_maxima(chunk, scores + row * score_line_, row, at);
@@ -237,7 +243,7 @@ class SplitBlock {
     for (int64_t r = 0; r < kFold; ++r) rows[r] = load(memory_.totals + r * kLanes);
     alignas(64) float total[kGroupLanes];
     fold_rows(rows, total, [](Vec a, Vec b) { return a + b; });
-    const Vec past = chunk.is_first ? Vec{} : load(memory_.alpha + lane) * load(memory_.sum + at);
+    const Vec past = chunk.is_first ? Vec{} : load(memory_.alpha[chunk.parity] + lane) * load(memory_.sum + at);
     store(memory_.sum + at, past + load(total));
   }
 
@@ -259,12 +265,12 @@ class SplitBlock {
     const Vec past = chunk.is_first ? broadcast(-kInfinity) : load(memory_.max + at);
     const Vec max = max_of(load(folded), past);
     store(memory_.max + at, max);
-    store(memory_.alpha + row / kFold * kGroupLanes, exp2_of(past - max));
+    store(memory_.alpha[chunk.parity] + row / kFold * kGroupLanes, exp2_of(past - max));
   }
 
   GAFEXT_INLINE void weigh_row(const SplitChunk& chunk, const float* scores, int64_t row, int64_t at) {
     const int64_t steps = chunk.steps();
-    uint32_t* weights = memory_.weights + row / kTileSide * steps * kStepWords;
+    uint32_t* weights = memory_.weights[chunk.parity] + row / kTileSide * steps * kStepWords;
     const Vec max = broadcast(memory_.max[at]);
     Vec sum = {};
     for (int64_t s = 0; s < steps; ++s, scores += kTileDepth) {
@@ -278,11 +284,11 @@ class SplitBlock {
   }
 
   template <typename Aside>
-  void weighted_values(const SplitChunk& chunk, Aside& aside) {
+  void values(const SplitChunk& chunk, Aside& aside) {
     const int64_t weight_strip = chunk.steps() * kStepWords, value_strip = ceil_div(count_, kTileDepth) * kStepWords;
     const uint32_t* values = memory_.values + chunk.key / kTileDepth * kStepWords;
     for (int64_t strip = 0; strip < plan_.columns; strip += 2) {
-      products_.multiply(memory_.weights, weight_strip, values + strip * value_strip, value_strip, chunk.steps(),
+      products_.multiply(memory_.weights[chunk.parity], weight_strip, values + strip * value_strip, value_strip, chunk.steps(),
                          memory_.sums + strip * kTileSide, plan_.columns * kTileSide, aside);
     }
   }
@@ -292,7 +298,7 @@ class SplitBlock {
     const int64_t line = plan_.columns * kTileSide, first = fold * kFold, end = min_of(first + kFold, chunk.rows);
     const float* sum = memory_.sum + (chunk.row / kBlock * kFolds + fold) * kGroupLanes;
     for (int64_t r = first; r < end; ++r) {
-      const Vec alpha = broadcast(memory_.alpha[fold * kGroupLanes + r - first]);
+      const Vec alpha = broadcast(memory_.alpha[chunk.parity][fold * kGroupLanes + r - first]);
       const Vec factor = broadcast(chunk.is_last ? 1.0f / sum[r - first] : 1.0f);
       const float* sums = memory_.sums + r * line;
       float* past = memory_.past + (chunk.row + r) * line;
