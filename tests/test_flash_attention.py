@@ -66,7 +66,11 @@ def test_odd_lengths(lengths, is_causal, device):
 
 @on_devices
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("sizes", [(257, 1025, 33), (300, 257, 129), (1057, 2050, 80), (256, 128, 256)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(256, 256, 64), (1025, 257, 80), (257, 1025, 33), (300, 257, 129), (1057, 2050, 80), (256, 128, 256)],
+    ids=str,
+)
 def test_large_heads(sizes, is_causal, device):
     """Large enough for the kernel that multiplies on AMX tiles."""
     queries, keys, head_dim = sizes

@@ -195,5 +195,84 @@ inline void multiply_block(const uint32_t* left, int64_t left_strip, const uint3
   }
 }
 
+struct NothingAside {
+  void operator()() const {}
+};
+
+// Products of two strips by `Columns`, [kBlock, kBlock] each, one after the other. The tiles of one are stored between
+// the first products of the next: stored at its end, they would hold up the loads and products that follow, for 60 to
+// 100 cycles.
+class TileProducts {
+ public:
+  static constexpr int64_t kTurns = 6;  // calls of aside() in a step
+
+  // to = the product, but not before the next call or finish(); of one column strip, its right half is zeros. Vector
+  // work in aside(), between tile products, takes no time of its own as long as it is the shorter part.
+  template <int Columns, typename Aside>
+  GAFEXT_INLINE void multiply(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip,
+                              int64_t steps, float* to, int64_t to_stride, Aside& aside) {
+    __asm__ volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
+    const auto load_left = [&](int term) __attribute__((always_inline)) {
+      _tile_loadd(4, left + term * kTileWords, 64);
+      _tile_loadd(5, left + left_strip + term * kTileWords, 64);
+    };
+    const auto load_right = [&](int term) __attribute__((always_inline)) {
+      _tile_stream_loadd(6, right + term * kTileWords, 64);
+      if constexpr (Columns == 2) _tile_stream_loadd(7, right + right_strip + term * kTileWords, 64);
+    };
+    const auto add_products = []() __attribute__((always_inline)) {
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (Columns == 2) _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
+    };
+    load_left(0), load_right(2), store_and_begin<Columns>();
+    for (int64_t s = 0;; load_left(0), load_right(2), add_products()) {
+      aside();
+      load_right(1), add_products(), aside();
+      load_left(1), add_products(), aside();
+      load_right(0), add_products(), aside();
+      load_left(2), add_products(), aside();
+      load_left(0), add_products(), aside();
+      if (++s == steps) break;
+      left += kStepWords, right += kStepWords;
+    }
+    unsaved_ = to;
+    line_ = to_stride;
+  }
+
+  void finish() {
+    if (unsaved_ == nullptr) return;
+    const int64_t bytes = line_ * static_cast<int64_t>(sizeof(float));
+    _tile_stored(0, unsaved_, bytes);
+    _tile_stored(1, unsaved_ + kTileSide, bytes);
+    _tile_stored(2, unsaved_ + kTileSide * line_, bytes);
+    _tile_stored(3, unsaved_ + kTileSide * line_ + kTileSide, bytes);
+    unsaved_ = nullptr;
+  }
+
+ private:
+  template <int Columns>
+  GAFEXT_INLINE void store_and_begin() {
+    float* const to = unsaved_ == nullptr ? nothing_ : unsaved_;
+    const int64_t line = unsaved_ == nullptr ? kBlock : line_, bytes = line * static_cast<int64_t>(sizeof(float));
+    _tile_stored(0, to, bytes);
+    _tile_zero(0);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stored(1, to + kTileSide, bytes);
+    _tile_zero(1);
+    if constexpr (Columns == 2) _tile_dpbf16ps(1, 4, 7);
+    _tile_stored(2, to + kTileSide * line, bytes);
+    _tile_zero(2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_stored(3, to + kTileSide * line + kTileSide, bytes);
+    _tile_zero(3);
+    if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  alignas(64) float nothing_[kBlock * kBlock];
+  float* unsaved_ = nullptr;
+  int64_t line_ = 0;
+};
+
 }  // namespace gafext::GAFEXT_ISA
 #endif
