@@ -20,16 +20,6 @@ constexpr int64_t kScoreStride = kMaxTileKeys + 16;
 constexpr int kMaxGroupRows = 8;  // kTileRows as a power of two
 constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
 
-// The line comes as this core's own; after a read the store would have to ask for it again: 1 to 5% of the time with 77
-// keys, none with 257.
-GAFEXT_INLINE void prefetch_to_write(const char* line) {
-#if defined(__AVX512F__)
-  asm volatile("prefetchw %0" : : "m"(*line));  // every such processor has it; compilers want -mprfchw to write it
-#else
-  __builtin_prefetch(line, 1, 2);
-#endif
-}
-
 // Rows of a tensor that are needed soon. They are brought into the L2 cache one at a time from inside the score loop,
 // which a burst would stall.
 struct RowStream {
