@@ -25,6 +25,7 @@ constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
 struct RowStream {
   const char* row = nullptr;
   int64_t stride = 0, bytes = 0, count = 0;
+  bool is_written = false;
 
   RowStream() = default;
   template <typename T>
@@ -35,7 +36,9 @@ struct RowStream {
         count(rows) {}
 
   GAFEXT_INLINE void fetch_one() {
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+    for (int64_t offset = 0; offset < bytes; offset += 64) {
+      is_written ? prefetch_to_write(row + offset) : __builtin_prefetch(row + offset, 0, 2);
+    }
     row += stride;
     --count;
   }
@@ -136,17 +139,16 @@ void score_panel(const float* query, const float* keys, int64_t head_dim, int64_
 // out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] past[r, :]) for one panel of columns, without the
 // past where that is null.
 template <int Rows, int Width>
-void value_panel(const float* weights, const float* values, int64_t keys, const float* past, int64_t past_stride,
-                 const float* alpha, const float* factor, float* out, int64_t out_stride) {
+void value_panel(const float* weights, const float* values, int64_t value_stride, int64_t keys, const float* past,
+                 int64_t past_stride, const float* alpha, const float* factor, float* out, int64_t out_stride) {
   constexpr int kStep = 4;
-  constexpr int kPanel = Width * kLanes;
   Vec tile[Rows][Width] = {};
   int64_t j = 0;
   for (; j + kStep <= keys; j += kStep) {
     GAFEXT_UNROLL
-    for (int i = 0; i < kStep; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * kPanel);
+    for (int i = 0; i < kStep; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * value_stride);
   }
-  for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * kPanel);
+  for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * value_stride);
   if (past != nullptr) {
     GAFEXT_UNROLL
     for (int r = 0; r < Rows; ++r) {

@@ -100,6 +100,16 @@ GAFEXT_INLINE Vec load(const Float16* from) {
 #endif
 }
 
+// The line of memory comes as this core's own; after a read the store would have to ask for it again. In attention that
+// is 1 to 5% of the time with 77 keys.
+GAFEXT_INLINE void prefetch_to_write(const void* line) {
+#if defined(__AVX512F__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));  // compilers write it only with -mprfchw
+#else
+  __builtin_prefetch(line, 1, 2);
+#endif
+}
+
 GAFEXT_INLINE void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
 GAFEXT_INLINE void store(BFloat16* to, Vec v) {
