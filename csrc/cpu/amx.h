@@ -185,12 +185,12 @@ void multiply_steps(const uint32_t* left, int64_t left_strip, const uint32_t* ri
 
 // The same of two strips by two over any number of steps: the sum of chains of kMaxSteps, [kBlock, kBlock].
 inline void multiply_block(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip,
-                           int64_t steps, float* to) {
-  multiply_steps<2, 2>(left, left_strip, right, right_strip, min_of(steps, kMaxSteps), to, kBlock);
-  for (int64_t s = kMaxSteps; s < steps; s += kMaxSteps) {
+                           int64_t steps, float* to, bool accumulate = false) {
+  for (int64_t s = 0; s < steps; s += kMaxSteps, accumulate = true) {
     alignas(64) float chain[kBlock * kBlock];
     multiply_steps<2, 2>(left + s * kStepWords, left_strip, right + s * kStepWords, right_strip,
-                         min_of(steps - s, kMaxSteps), chain, kBlock);
+                         min_of(steps - s, kMaxSteps), accumulate ? chain : to, kBlock);
+    if (!accumulate) continue;
     for (int64_t i = 0; i < kBlock * kBlock; i += kLanes) store(to + i, load(to + i) + load(chain + i));
   }
 }

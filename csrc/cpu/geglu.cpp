@@ -123,7 +123,7 @@ void geglu(const GegluArgs& args) {
 #if defined(__AMX_BF16__)
   bool done = false;
   with_element_type(args.dtype, [&](auto element) {
-    if (SplitGeglu::pays(args)) done = SplitGeglu(args).run<decltype(element)>();
+    done = geglu_on_tiles<decltype(element)>(args);
   });
   if (done) return;
 #endif

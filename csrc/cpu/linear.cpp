@@ -1,0 +1,54 @@
+// A linear layer, where AMX tiles multiply float32 faster than sgemm.
+#include "linear_amx.h"
+
+namespace gafext::GAFEXT_ISA {
+#if defined(__AMX_BF16__)
+namespace {
+
+struct PlainColumns {
+  const LinearArgs& args;
+
+  int64_t tiles() const { return ceil_div(args.out_features, kBlock); }
+
+  WeightRows weight_rows(int64_t tile, int half) const {
+    const int64_t column = tile * kBlock + half * kTileSide;
+    return {column, args.out_features - column};
+  }
+
+  WeightRows panel_rows(int64_t tile, int64_t tiles, int half) const {
+    const int64_t column = tile * kBlock;
+    return {column, half == 0 ? min_of(tiles * kBlock, args.out_features - column) : 0};
+  }
+
+  void write(int64_t row, int64_t rows, int64_t tile, const float* sums) const {
+    for (int64_t column = tile * kBlock, end = min_of(column + kBlock, args.out_features); column < end;
+         column += kTileSide, sums += kTileSide) {
+      const int64_t columns = end - column;
+      const Vec bias = args.bias == nullptr ? Vec{} : load_up_to(args.bias + column, columns);
+      const int64_t at = row * args.out_features + column;
+      for (int64_t r = 0; r < rows; ++r) {
+        Vec sum = load(sums + r * kBlock) + bias;
+        const int64_t to = at + r * args.out_features;
+        if (args.residual != nullptr) sum += load_up_to(args.residual + to, columns);
+        columns >= kTileSide ? store(args.out + to, sum) : store_first(args.out + to, sum, columns);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+bool linear(const LinearArgs& args) {
+  using Product = SplitLinear<float, PlainColumns>;
+  if (!Product::pays(args.rows, args.in_features)) return false;
+  const SplitOperands<float> operands{args.x,           args.weight,   args.rows,
+                                      args.in_features, args.x_stride, args.weight_stride};
+  return Product(operands, PlainColumns{args}).run();
+}
+
+#else
+
+bool linear(const LinearArgs&) { return false; }
+
+#endif
+}  // namespace gafext::GAFEXT_ISA

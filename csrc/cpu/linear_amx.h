@@ -1,0 +1,174 @@
+// Linear layers on AMX tiles (amx.h): f(x weight^T), where `Layer` says which rows of the weight make up the 32 columns
+// of a tile of the product, and what becomes of its sums.
+//
+//   shared   the operand with fewer rows, x or the weight: split once               [pairs of strips, steps], in L3
+//   unit     up to kMaxPairs pairs of the other operand times a block of the shared one; kChunk steps at a time:
+//     own      split, while what comes after it is fetched from memory              [pairs, chunk], in the L2 cache
+//     product  32 rows by 32 columns, added to the chunks before                    [shared, own], in the L2 cache
+//
+// A pair is two strips: 32 rows of x, or a tile's columns.
+#pragma once
+
+#include "amx.h"
+#include "gemm.h"
+
+#if defined(__AMX_BF16__)
+namespace gafext::GAFEXT_ISA {
+namespace {
+
+template <typename T>
+struct SplitOperands {
+  const T *x, *weight;
+  int64_t rows, in_features, x_stride, weight_stride;
+};
+
+// `count` rows of the weight from `first` on: columns of the product next to each other.
+struct WeightRows {
+  int64_t first, count;
+};
+
+template <typename T, typename Layer>
+class SplitLinear {
+ public:
+  static bool pays(int64_t rows, int64_t in_features) { return rows >= 64 && in_features > 0; }
+
+  SplitLinear(const SplitOperands<T>& operands, const Layer& layer)
+      : of_(operands), layer_(layer), steps_(ceil_div(operands.in_features, kTileDepth)) {
+    const int64_t row_pairs = ceil_div(of_.rows, kBlock);
+    weight_is_shared_ = layer.tiles() < row_pairs;
+    shared_pairs_ = weight_is_shared_ ? layer.tiles() : row_pairs;
+    own_pairs_ = weight_is_shared_ ? row_pairs : layer.tiles();
+    chunk_ = ceil_div(steps_, ceil_div(steps_, kChunk));
+  }
+
+  // False where a number is beyond what AMX multiplies like float32; the result is then unfinished.
+  bool run() {
+    const int64_t most = max_of(1, min_of(shared_pairs_, kMaxSharedWords / pair_words(steps_)));
+    const Plan plan(own_pairs_, most);
+    own_words_ = plan.most_pairs() * pair_words(chunk_);
+    const int64_t sums = (chunk_ < steps_ ? plan.block * plan.most_pairs() : 1) * kBlock * kBlock;
+    shared_ = reinterpret_cast<uint32_t*>(scratch(most * pair_words(steps_) + max_threads() * (own_words_ + sums)));
+    uint32_t* own = shared_ + most * pair_words(steps_);
+    for (int64_t first = 0; first < shared_pairs_ && fits_; first += most) {
+      const int64_t count = min_of(most, shared_pairs_ - first);
+      parallel_for(count, [&](int64_t, int64_t pair) {
+        split_pair(weight_is_shared_, first + pair, 0, steps_, shared_ + pair * pair_words(steps_));
+      });
+      parallel_for_ahead(plan.panels * ceil_div(count, plan.block), [&](int64_t thread, int64_t unit, int64_t next) {
+        const int64_t begin = unit / plan.panels * plan.block;
+        multiply(first, begin, min_of(count, begin + plan.block), plan.panel(unit), plan.panel(next),
+                 own + thread * (own_words_ + sums));
+      });
+    }
+    return fits_;
+  }
+
+ private:
+  static constexpr int64_t kMaxPairs = 8;
+  static constexpr int64_t kChunk = 20;  // steps: a pair takes 123 KB
+  static constexpr int64_t kMaxSharedWords = int64_t{6} << 20;
+  static constexpr int64_t kFewPairs = 8;  // shared, of a unit, below which splitting its own shows
+
+  struct Panel {
+    int64_t first, pairs;
+  };
+
+  // Panels of own pairs and blocks of shared ones, so many that no thread is left without a unit.
+  struct Plan {
+    int64_t pairs, panels, block;
+
+    Plan(int64_t own_pairs, int64_t shared_pairs) : pairs(own_pairs), panels(ceil_div(own_pairs, kMaxPairs)) {
+      const int64_t enough = 4 * max_threads();
+      int64_t blocks = 1;
+      while (shared_pairs / blocks >= 2 * kFewPairs && panels * blocks < enough) blocks *= 2;
+      block = ceil_div(shared_pairs, blocks);
+      panels = min_of(pairs, max_of(round_up(panels, max_threads()), enough / blocks));
+    }
+    int64_t most_pairs() const { return ceil_div(pairs, panels); }
+    Panel panel(int64_t unit) const {
+      const int64_t p = unit % panels, first = p * pairs / panels;
+      return {first, (p + 1) * pairs / panels - first};
+    }
+  };
+
+  static int64_t pair_words(int64_t steps) { return 2 * steps * kStepWords; }
+
+  // `steps` steps of a pair of the weight, or of x.
+  void split_pair(bool of_weight, int64_t pair, int64_t step, int64_t steps, uint32_t* to) {
+    const int64_t k = step * kTileDepth, depth = min_of(steps * kTileDepth, of_.in_features - k);
+    Range range;
+    for (int64_t half = 0; half < 2; ++half, to += steps * kStepWords) {
+      if (of_weight) {
+        const WeightRows rows = layer_.weight_rows(pair, half);
+        split_columns(to, of_.weight + rows.first * of_.weight_stride + k, of_.weight_stride, rows.count, depth, range);
+      } else {
+        const int64_t row = pair * kBlock + half * kTileSide;
+        split_rows(to, of_.x + row * of_.x_stride + k, of_.x_stride, of_.rows - row, depth, 1.0f, range);
+      }
+    }
+    if (!range.fits()) __atomic_store_n(&fits_, false, __ATOMIC_RELAXED);
+  }
+
+  // Chunk `step` of a panel, one of the two ranges of rows that make it up.
+  Prefetcher prefetcher(const Panel& panel, int64_t step, int half, int64_t calls) const {
+    const int64_t k = step * kTileDepth, bytes = min_of(chunk_ * kTileDepth, of_.in_features - k) * sizeof(T);
+    if (!weight_is_shared_) {
+      const WeightRows rows = layer_.panel_rows(panel.first, panel.pairs, half);
+      return Prefetcher(of_.weight + rows.first * of_.weight_stride + k, of_.weight_stride * sizeof(T), rows.count,
+                        bytes, calls);
+    }
+    const int64_t row = panel.first * kBlock, rows = half == 0 ? min_of(panel.pairs * kBlock, of_.rows - row) : 0;
+    return Prefetcher(of_.x + row * of_.x_stride + k, of_.x_stride * sizeof(T), rows, bytes, calls);
+  }
+
+  // Shared pairs [begin, end) of those from `first` on, times a panel; then comes `next`.
+  void multiply(int64_t first, int64_t begin, int64_t end, Panel panel, Panel next, uint32_t* own) {
+    const TileState tiles_are_ours;
+    float* all_sums = reinterpret_cast<float*>(own + own_words_);
+    const int64_t calls = (end - begin) * panel.pairs;
+    for (int64_t step = 0; step < steps_; step += chunk_) {
+      const int64_t steps = min_of(chunk_, steps_ - step);
+      const bool last = step + steps == steps_;
+      for (int64_t p = 0; p < panel.pairs; ++p) {
+        split_pair(!weight_is_shared_, panel.first + p, step, steps, own + p * pair_words(steps));
+      }
+      Prefetcher ahead[2];
+      for (int half = 0; half < 2; ++half) {
+        ahead[half] = prefetcher(last ? next : panel, last ? 0 : step + chunk_, half, calls);
+      }
+      float* sums = all_sums;
+      for (int64_t q = begin; q < end; ++q) {
+        const uint32_t* shared = shared_ + q * pair_words(steps_) + step * kStepWords;
+        for (int64_t p = 0; p < panel.pairs; ++p) {
+          ahead[0].step();
+          ahead[1].step();
+          const uint32_t* mine = own + p * pair_words(steps);
+          if (weight_is_shared_) {
+            multiply_block(mine, steps * kStepWords, shared, steps_ * kStepWords, steps, sums, step > 0);
+          } else {
+            multiply_block(shared, steps_ * kStepWords, mine, steps * kStepWords, steps, sums, step > 0);
+          }
+          if (last) write(weight_is_shared_ ? panel.first + p : first + q, weight_is_shared_ ? first + q : panel.first + p, sums);
+          if (chunk_ < steps_) sums += kBlock * kBlock;
+        }
+      }
+    }
+  }
+
+  void write(int64_t row_pair, int64_t tile, const float* sums) const {
+    layer_.write(row_pair * kBlock, min_of(kBlock, of_.rows - row_pair * kBlock), tile, sums);
+  }
+
+  const SplitOperands<T> of_;
+  const Layer& layer_;
+  int64_t steps_, chunk_;            // of the sum, and at a time
+  int64_t shared_pairs_, own_pairs_;
+  bool weight_is_shared_;
+  int64_t own_words_;  // of a thread
+  uint32_t* shared_ = nullptr;
+  bool fits_ = true;
+};
+
+}  // namespace
+}  // namespace gafext::GAFEXT_ISA
+#endif
