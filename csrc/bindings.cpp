@@ -95,15 +95,12 @@ Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
+
+// residual + aten::linear. (The stable ABI has no add.)
 Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& residual) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
   const Tensor projected = aten_linear(x, weight, bias);
-  if (!residual) return projected;
-  std::array<StableIValue, 3> stack{from(*residual), from(projected), from(1.0)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::add", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  return residual ? torch::stable::subtract(*residual, projected, -1.0) : projected;
 }
 
 // The gate's arguments; `projected` is that or a contiguous copy of it.

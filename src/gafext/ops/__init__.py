@@ -12,5 +12,6 @@ from gafext.ops.cross_view_attention import cross_view_attention
 from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu, geglu_gate
 from gafext.ops.group_norm_silu import group_norm_silu
+from gafext.ops.linear import linear
 
-__all__ = ["conv3x3", "cross_view_attention", "flash_attention", "geglu", "geglu_gate", "group_norm_silu"]
+__all__ = ["conv3x3", "cross_view_attention", "flash_attention", "geglu", "geglu_gate", "group_norm_silu", "linear"]
