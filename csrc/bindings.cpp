@@ -96,13 +96,6 @@ Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   return to<Tensor>(stack[0]);
 }
 
-// residual + aten::linear. (The stable ABI has no add.)
-Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual) {
-  const Tensor projected = aten_linear(x, weight, bias);
-  return residual ? torch::stable::subtract(*residual, projected, -1.0) : projected;
-}
-
 // The gate's arguments; `projected` is that or a contiguous copy of it.
 GegluGateArgs gate_arguments(Tensor& projected, Tensor& out) {
   GegluGateArgs args = check_geglu_gate(projected);
@@ -139,24 +132,20 @@ Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   return out;
 }
 
-Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                     std::optional<Tensor> residual) {
-  LinearArgs args = check_linear(x, weight, bias, residual);
-  if (x.scalar_type() != ScalarType::Float) return aten_linear(x, weight, bias, residual);
+Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  LinearArgs args = check_linear(x, weight, bias);
   const Tensor rows = row_stride(x) ? x : torch::stable::contiguous(x);
   const Tensor columns = row_stride(weight) ? weight : torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
-  if (residual) residual = torch::stable::contiguous(*residual);
   Tensor out = torch::stable::new_empty(x, projected_sizes(x, args.out_features));
   const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   args.x = floats(rows);
   args.weight = floats(columns);
   args.bias = bias ? floats(*bias) : nullptr;
-  args.residual = residual ? floats(*residual) : nullptr;
   args.out = static_cast<float*>(out.mutable_data_ptr());
   args.x_stride = *row_stride(rows);
   args.weight_stride = *row_stride(columns);
-  return linear_cpu(args) ? out : aten_linear(x, weight, bias, residual);
+  return linear_cpu(args) ? out : aten_linear(x, weight, bias);
 }
 
 Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
@@ -326,7 +315,7 @@ STABLE_TORCH_LIBRARY(gafext, m) {
       "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
       "-> Tensor");
   m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("geglu_gate(Tensor projected) -> Tensor");
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, "

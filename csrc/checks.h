@@ -199,27 +199,19 @@ inline GegluArgs check_geglu(const Tensor& x, const Tensor& weight, const std::o
   return args;
 }
 
-// Sizes and kinds only, whatever the dtype: what the kernel does not serve goes to PyTorch's operations.
-inline LinearArgs check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                               const std::optional<Tensor>& residual) {
+// Sizes and dtype only, as check_geglu.
+inline LinearArgs check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "linear";
   require(weight.dim() == 2, op, ": weight must have shape (out_features, in_features), got ", shape_of(weight));
   require(x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), op, ": x must have shape (..., ", weight.size(1),
           ") to go with weight ", shape_of(weight), ", got ", shape_of(x));
   check_weight_and_bias(op, x, weight, bias);
+  require(x.scalar_type() == ScalarType::Float, op, ": dtype must be float32, got ", dtype_name(x));
+
   LinearArgs args{};
   args.in_features = weight.size(1), args.out_features = weight.size(0);
   args.rows = 1;
-  bool like_out = residual && residual->dim() == x.dim() && residual->size(x.dim() - 1) == args.out_features;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    args.rows *= x.size(i);
-    like_out = like_out && residual->size(i) == x.size(i);
-  }
-  if (residual) {
-    require(like_out, op, ": residual must have the shape of the result, that of x ", shape_of(x), " ending in ",
-            args.out_features, ", got ", shape_of(*residual));
-    check_same_kind(op, {"x", x}, {"residual", *residual});
-  }
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) args.rows *= x.size(i);
   return args;
 }
 

@@ -78,14 +78,14 @@ struct GegluArgs {
   DType dtype;
 };
 
-// out = x weight^T + bias + residual
+// out = x weight^T + bias
 //
 //   x (rows, in_features)   weight (out_features, in_features)   bias (out_features) or null
-//   residual (rows, out_features), contiguous, or null           out (rows, out_features), contiguous
+//   out (rows, out_features), contiguous
 //
 // float32 only.
 struct LinearArgs {
-  const float *x, *weight, *bias, *residual;
+  const float *x, *weight, *bias;
   float* out;
   int64_t rows, in_features, out_features;
   int64_t x_stride, weight_stride;  // from row to row

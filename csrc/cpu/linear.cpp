@@ -25,12 +25,11 @@ struct PlainColumns {
          column += kTileSide, sums += kTileSide) {
       const int64_t columns = end - column;
       const Vec bias = args.bias == nullptr ? Vec{} : load_up_to(args.bias + column, columns);
-      const int64_t at = row * args.out_features + column;
+      float* out = args.out + row * args.out_features + column;
       for (int64_t r = 0; r < rows; ++r) {
-        Vec sum = load(sums + r * kBlock) + bias;
-        const int64_t to = at + r * args.out_features;
-        if (args.residual != nullptr) sum += load_up_to(args.residual + to, columns);
-        columns >= kTileSide ? store(args.out + to, sum) : store_first(args.out + to, sum, columns);
+        const Vec sum = load(sums + r * kBlock) + bias;
+        float* to = out + r * args.out_features;
+        columns >= kTileSide ? store(to, sum) : store_first(to, sum, columns);
       }
     }
   }
@@ -40,7 +39,7 @@ struct PlainColumns {
 
 bool linear(const LinearArgs& args) {
   using Product = SplitLinear<float, PlainColumns>;
-  if (!Product::pays(args.rows, args.in_features)) return false;
+  if (args.rows * args.in_features * args.out_features == 0) return false;
   const SplitOperands<float> operands{args.x,           args.weight,   args.rows,
                                       args.in_features, args.x_stride, args.weight_stride};
   return Product(operands, PlainColumns{args}).run();

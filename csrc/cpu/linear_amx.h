@@ -30,8 +30,6 @@ struct WeightRows {
 template <typename T, typename Layer>
 class SplitLinear {
  public:
-  static bool pays(int64_t rows, int64_t in_features) { return rows >= 64 && in_features > 0; }
-
   SplitLinear(const SplitOperands<T>& operands, const Layer& layer)
       : of_(operands), layer_(layer), steps_(ceil_div(operands.in_features, kTileDepth)) {
     const int64_t row_pairs = ceil_div(of_.rows, kBlock);

@@ -223,6 +223,22 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
 
 
 def linear(layer: nn.Module, x: Tensor, *, backend: str = "auto") -> Tensor:
-    if backend in ("auto", "kernel") and type(layer) is nn.Linear:
+    """`layer(x)`, where the layer may be anything in the place of a linear one: 8-bit, wrapped, with hooks.
+
+    Args:
+        layer: a torch.nn.Linear, or what stands for it.
+        x: [...,in_features].
+        backend: "auto" and "kernel" take the kernel for a plain torch.nn.Linear where there is one and it is faster,
+            that is on CPUs with AMX; "sdpa" and "reference" call the layer.
+
+    Returns:
+        [...,out_features].
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    check_backend(backend)
+    plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    if plain and x.is_cpu and backend in ("auto", "kernel"):
         return _linear_kernel(x, layer.weight, layer.bias)
     return layer(x)

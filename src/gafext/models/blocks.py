@@ -42,7 +42,9 @@ class Attention(nn.Module):
 
     def key_value(self, context: Tensor) -> KeyValue:
         """Keys and values of a context [B,T,C'] that many calls attend to."""
-        return KeyValue(self.split_heads(self.project(self.to_k, context)), self.split_heads(self.project(self.to_v, context)))
+        return KeyValue(
+            self.split_heads(self.project(self.to_k, context)), self.split_heads(self.project(self.to_v, context))
+        )
 
     def attend(self, query: Tensor, key_value: KeyValue) -> Tensor:
         """Attention before the output projection: query [N,L,C], R contexts -> [N,L,C].

@@ -1,4 +1,5 @@
-"""The operations that gafext brings along: flash attention, cross-view attention, GEGLU, GroupNorm, 3×3 convolution.
+"""The operations that gafext brings along: flash attention, cross-view attention, GEGLU, GroupNorm, 3×3 convolution,
+linear layers.
 
 Each is a function here and, under the same name, an operation of `torch.ops.gafext`. The functions check their
 arguments and hand what the kernels cannot serve to PyTorch's own operations; `torch.ops.gafext` raises instead.
