@@ -28,7 +28,6 @@ constexpr int kTerms = 3;
 constexpr int64_t kTileSide = 16, kTileDepth = 32, kTileWords = kTileSide * kTileSide;
 constexpr int64_t kStepWords = kTerms * kTileWords;
 constexpr int64_t kBlock = 2 * kTileSide;  // rows and columns of a product
-constexpr int64_t kMaxSteps = 10;          // of a chain of sums
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_line = 0, reserved[14] = {};
@@ -181,18 +180,6 @@ void multiply_steps(const uint32_t* left, int64_t left_strip, const uint32_t* ri
   if constexpr (Columns == 2) _tile_stored(1, to + kTileSide, line);
   if constexpr (Rows == 2) _tile_stored(2, lower, line);
   if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, lower + kTileSide, line);
-}
-
-// The same of two strips by two over any number of steps: the sum of chains of kMaxSteps, [kBlock, kBlock].
-inline void multiply_block(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip,
-                           int64_t steps, float* to, bool accumulate = false) {
-  for (int64_t s = 0; s < steps; s += kMaxSteps, accumulate = true) {
-    alignas(64) float chain[kBlock * kBlock];
-    multiply_steps<2, 2>(left + s * kStepWords, left_strip, right + s * kStepWords, right_strip,
-                         min_of(steps - s, kMaxSteps), accumulate ? chain : to, kBlock);
-    if (!accumulate) continue;
-    for (int64_t i = 0; i < kBlock * kBlock; i += kLanes) store(to + i, load(to + i) + load(chain + i));
-  }
 }
 
 }  // namespace gafext::GAFEXT_ISA

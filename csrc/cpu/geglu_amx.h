@@ -41,8 +41,12 @@ template <typename T>
 bool geglu_on_tiles(const GegluArgs& args) {
   using Product = SplitLinear<T, GatedColumns<T>>;
   if (args.rows < 64 || args.in_features == 0) return false;
-  const SplitOperands<T> operands{static_cast<const T*>(args.x), static_cast<const T*>(args.weight), args.rows,
-                                  args.in_features,              args.x_stride,                      args.weight_stride};
+  const SplitOperands<T> operands{static_cast<const T*>(args.x),
+                                  static_cast<const T*>(args.weight),
+                                  args.rows,
+                                  args.in_features,
+                                  args.x_stride,
+                                  args.weight_stride};
   return Product(operands, GatedColumns<T>{args}).run();
 }
 

@@ -63,8 +63,8 @@ class SplitLinear {
 
  private:
   static constexpr int64_t kMaxPairs = 8;
-  static constexpr int64_t kChunk = 20;  // steps: a pair takes 123 KB
-  static constexpr int64_t kMaxSharedWords = int64_t{6} << 20;
+  static constexpr int64_t kChunk = 20;  // steps: a pair takes 123 KB, and longer chains of sums round more
+  static constexpr int64_t kMaxSharedWords = int64_t{6} << 20;  // at a time: 24 MB
   static constexpr int64_t kFewPairs = 8;  // shared, of a unit, below which splitting its own shows
 
   struct Panel {
@@ -75,12 +75,10 @@ class SplitLinear {
   struct Plan {
     int64_t pairs, panels, block;
 
-    Plan(int64_t own_pairs, int64_t shared_pairs) : pairs(own_pairs), panels(ceil_div(own_pairs, kMaxPairs)) {
+    Plan(int64_t own_pairs, int64_t shared_pairs) : pairs(own_pairs) {
       const int64_t enough = 4 * max_threads();
-      int64_t blocks = 1;
-      while (shared_pairs / blocks >= 2 * kFewPairs && panels * blocks < enough) blocks *= 2;
-      block = ceil_div(shared_pairs, blocks);
-      panels = min_of(pairs, max_of(round_up(panels, max_threads()), enough / blocks));
+      panels = min_of(pairs, max_of(enough, round_up(ceil_div(pairs, kMaxPairs), max_threads())));
+      block = max_of(min_of(kFewPairs, shared_pairs), ceil_div(shared_pairs, ceil_div(enough, panels)));
     }
     int64_t most_pairs() const { return ceil_div(pairs, panels); }
     Panel panel(int64_t unit) const {
@@ -140,26 +138,35 @@ class SplitLinear {
         for (int64_t p = 0; p < panel.pairs; ++p) {
           ahead[0].step();
           ahead[1].step();
-          const uint32_t* mine = own + p * pair_words(steps);
-          if (weight_is_shared_) {
-            multiply_block(mine, steps * kStepWords, shared, steps_ * kStepWords, steps, sums, step > 0);
-          } else {
-            multiply_block(shared, steps_ * kStepWords, mine, steps * kStepWords, steps, sums, step > 0);
-          }
-          if (last) write(weight_is_shared_ ? panel.first + p : first + q, weight_is_shared_ ? first + q : panel.first + p, sums);
+          multiply_pairs(own + p * pair_words(steps), shared, steps, sums, step > 0);
+          if (last) write(panel.first + p, first + q, sums);
           if (chunk_ < steps_) sums += kBlock * kBlock;
         }
       }
     }
   }
 
-  void write(int64_t row_pair, int64_t tile, const float* sums) const {
-    layer_.write(row_pair * kBlock, min_of(kBlock, of_.rows - row_pair * kBlock), tile, sums);
+  void multiply_pairs(const uint32_t* own, const uint32_t* shared, int64_t steps, float* sums, bool accumulate) const {
+    alignas(64) float chain[kBlock * kBlock];
+    float* to = accumulate ? chain : sums;
+    const int64_t own_strip = steps * kStepWords, shared_strip = steps_ * kStepWords;
+    if (weight_is_shared_) {
+      multiply_steps<2, 2>(own, own_strip, shared, shared_strip, steps, to, kBlock);
+    } else {
+      multiply_steps<2, 2>(shared, shared_strip, own, own_strip, steps, to, kBlock);
+    }
+    if (!accumulate) return;
+    for (int64_t i = 0; i < kBlock * kBlock; i += kLanes) store(sums + i, load(sums + i) + load(chain + i));
+  }
+
+  void write(int64_t own_pair, int64_t shared_pair, const float* sums) const {
+    const int64_t row = (weight_is_shared_ ? own_pair : shared_pair) * kBlock;
+    layer_.write(row, min_of(kBlock, of_.rows - row), weight_is_shared_ ? shared_pair : own_pair, sums);
   }
 
   const SplitOperands<T> of_;
   const Layer& layer_;
-  int64_t steps_, chunk_;            // of the sum, and at a time
+  int64_t steps_, chunk_;  // of the sum, and at a time
   int64_t shared_pairs_, own_pairs_;
   bool weight_is_shared_;
   int64_t own_words_;  // of a thread
