@@ -16,11 +16,9 @@ struct GatedColumns {
 
   int64_t tiles() const { return ceil_div(args.inner, kTileSide); }
 
-  WeightRows weight_rows(int64_t tile, int half) const { return panel_rows(tile, 1, half); }
-
-  WeightRows panel_rows(int64_t tile, int64_t tiles, int half) const {
+  WeightRows weight_rows(int64_t tile, int64_t half) const {
     const int64_t column = tile * kTileSide;
-    return {half * args.inner + column, min_of(tiles * kTileSide, args.inner - column)};
+    return {half * args.inner + column, args.inner - column};
   }
 
   void write(int64_t row, int64_t rows, int64_t tile, const float* sums) const {

@@ -10,14 +10,9 @@ struct PlainColumns {
 
   int64_t tiles() const { return ceil_div(args.out_features, kBlock); }
 
-  WeightRows weight_rows(int64_t tile, int half) const {
+  WeightRows weight_rows(int64_t tile, int64_t half) const {
     const int64_t column = tile * kBlock + half * kTileSide;
     return {column, args.out_features - column};
-  }
-
-  WeightRows panel_rows(int64_t tile, int64_t tiles, int half) const {
-    const int64_t column = tile * kBlock;
-    return {column, half == 0 ? min_of(tiles * kBlock, args.out_features - column) : 0};
   }
 
   void write(int64_t row, int64_t rows, int64_t tile, const float* sums) const {

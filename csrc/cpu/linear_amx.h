@@ -3,14 +3,13 @@
 //
 //   shared   the operand with fewer rows, x or the weight: split once               [pairs of strips, steps], in L3
 //   unit     up to kMaxPairs pairs of the other operand times a block of the shared one; kChunk steps at a time:
-//     own      split, while what comes after it is fetched from memory              [pairs, chunk], in the L2 cache
+//     own      split                                                                  [pairs, chunk], in the L2 cache
 //     product  32 rows by 32 columns, added to the chunks before                    [shared, own], in the L2 cache
 //
 // A pair is two strips: 32 rows of x, or a tile's columns.
 #pragma once
 
 #include "amx.h"
-#include "gemm.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
@@ -52,17 +51,16 @@ class SplitLinear {
       parallel_for(count, [&](int64_t, int64_t pair) {
         split_pair(weight_is_shared_, first + pair, 0, steps_, shared_ + pair * pair_words(steps_));
       });
-      parallel_for_ahead(plan.panels * ceil_div(count, plan.block), [&](int64_t thread, int64_t unit, int64_t next) {
+      parallel_for(plan.panels * ceil_div(count, plan.block), [&](int64_t thread, int64_t unit) {
         const int64_t begin = unit / plan.panels * plan.block;
-        multiply(first, begin, min_of(count, begin + plan.block), plan.panel(unit), plan.panel(next),
-                 own + thread * (own_words_ + sums));
+        multiply(first, begin, min_of(count, begin + plan.block), plan.panel(unit), own + thread * (own_words_ + sums));
       });
     }
     return fits_;
   }
 
  private:
-  static constexpr int64_t kMaxPairs = 8;
+  static constexpr int64_t kMaxPairs = 6;
   static constexpr int64_t kChunk = 20;  // steps: a pair takes 123 KB, and longer chains of sums round more
   static constexpr int64_t kMaxSharedWords = int64_t{6} << 20;  // at a time: 24 MB
   static constexpr int64_t kFewPairs = 8;  // shared, of a unit, below which splitting its own shows
@@ -105,39 +103,20 @@ class SplitLinear {
     if (!range.fits()) __atomic_store_n(&fits_, false, __ATOMIC_RELAXED);
   }
 
-  // Chunk `step` of a panel, one of the two ranges of rows that make it up.
-  Prefetcher prefetcher(const Panel& panel, int64_t step, int half, int64_t calls) const {
-    const int64_t k = step * kTileDepth, bytes = min_of(chunk_ * kTileDepth, of_.in_features - k) * sizeof(T);
-    if (!weight_is_shared_) {
-      const WeightRows rows = layer_.panel_rows(panel.first, panel.pairs, half);
-      return Prefetcher(of_.weight + rows.first * of_.weight_stride + k, of_.weight_stride * sizeof(T), rows.count,
-                        bytes, calls);
-    }
-    const int64_t row = panel.first * kBlock, rows = half == 0 ? min_of(panel.pairs * kBlock, of_.rows - row) : 0;
-    return Prefetcher(of_.x + row * of_.x_stride + k, of_.x_stride * sizeof(T), rows, bytes, calls);
-  }
-
-  // Shared pairs [begin, end) of those from `first` on, times a panel; then comes `next`.
-  void multiply(int64_t first, int64_t begin, int64_t end, Panel panel, Panel next, uint32_t* own) {
+  // Shared pairs [begin, end) of those from `first` on, times a panel.
+  void multiply(int64_t first, int64_t begin, int64_t end, Panel panel, uint32_t* own) {
     const TileState tiles_are_ours;
     float* all_sums = reinterpret_cast<float*>(own + own_words_);
-    const int64_t calls = (end - begin) * panel.pairs;
     for (int64_t step = 0; step < steps_; step += chunk_) {
       const int64_t steps = min_of(chunk_, steps_ - step);
       const bool last = step + steps == steps_;
       for (int64_t p = 0; p < panel.pairs; ++p) {
         split_pair(!weight_is_shared_, panel.first + p, step, steps, own + p * pair_words(steps));
       }
-      Prefetcher ahead[2];
-      for (int half = 0; half < 2; ++half) {
-        ahead[half] = prefetcher(last ? next : panel, last ? 0 : step + chunk_, half, calls);
-      }
       float* sums = all_sums;
       for (int64_t q = begin; q < end; ++q) {
         const uint32_t* shared = shared_ + q * pair_words(steps_) + step * kStepWords;
         for (int64_t p = 0; p < panel.pairs; ++p) {
-          ahead[0].step();
-          ahead[1].step();
           multiply_pairs(own + p * pair_words(steps), shared, steps, sums, step > 0);
           if (last) write(panel.first + p, first + q, sums);
           if (chunk_ < steps_) sums += kBlock * kBlock;
