@@ -1,7 +1,7 @@
 // GEGLU's projection on AMX tiles (linear_amx.h): a tile is 16 columns of values beside their 16 columns of gates.
 //
-// The whole operation is 1.4 to 1.7 times as fast as with AVX-512 from 256 rows on, 1.2 times with 128, no faster with
-// 64.
+// The whole operation is 1.4 to 1.7 times as fast as with AVX-512 from 256 rows on, 1.3 times with 128, hardly faster
+// with 64.
 #pragma once
 
 #include "linear_amx.h"
