@@ -29,6 +29,7 @@ TITLES = {
     "geglu": "GEGLU: rows × channels",
     "geglu_gate": "gate of GEGLU: rows, channels",
     "conv3x3": "3×3 convolution: batch, channels, height × width",
+    "linear": "linear layer: rows, features",
 }
 
 

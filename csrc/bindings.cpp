@@ -44,11 +44,11 @@ Tensor empty_heads(const Tensor& query) {
                        {std::max<int64_t>(length, 1) * row, std::max<int64_t>(dim, 1), row, 1});
 }
 
-// The shape of GEGLU's result: that of x, with `inner` for its last dimension.
-std::vector<int64_t> gated_sizes(const Tensor& x, int64_t inner) {
+// The shape of a projection: that of x, with `features` for its last dimension.
+std::vector<int64_t> projected_sizes(const Tensor& x, int64_t features) {
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
-  sizes.push_back(inner);
+  sizes.push_back(features);
   return sizes;
 }
 
@@ -88,7 +88,7 @@ Tensor cross_view_attention_on_cpu(const Tensor& query, const Tensor& key, const
 }
 
 // aten::linear, through the dispatcher.
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
@@ -100,7 +100,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 GegluGateArgs gate_arguments(Tensor& projected, Tensor& out) {
   GegluGateArgs args = check_geglu_gate(projected);
   if (!row_stride(projected)) projected = torch::stable::contiguous(projected);
-  out = torch::stable::new_empty(projected, gated_sizes(projected, args.inner));
+  out = torch::stable::new_empty(projected, projected_sizes(projected, args.inner));
   args.projected = projected.const_data_ptr();
   args.projected_stride = *row_stride(projected);
   args.out = out.mutable_data_ptr();
@@ -117,11 +117,11 @@ Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   GegluArgs args = check_geglu(x, weight, bias);
   // A few rows are as fast with the kernel, which rounds once instead of twice.
   const bool matrix_units = args.dtype == DType::kBFloat16 && multiplies_bfloat16();
-  if (matrix_units && args.rows >= 16 && args.in_features >= 64) return geglu_gate_on_cpu(linear(x, weight, bias));
+  if (matrix_units && args.rows >= 16 && args.in_features >= 64) return geglu_gate_on_cpu(aten_linear(x, weight, bias));
   const Tensor rows = row_stride(x) ? x : torch::stable::contiguous(x);
   const Tensor columns = row_stride(weight) ? weight : torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
-  Tensor out = torch::stable::new_empty(x, gated_sizes(x, args.inner));
+  Tensor out = torch::stable::new_empty(x, projected_sizes(x, args.inner));
   args.x = rows.const_data_ptr();
   args.weight = columns.const_data_ptr();
   args.bias = bias ? bias->const_data_ptr() : nullptr;
@@ -130,6 +130,22 @@ Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   args.weight_stride = *row_stride(columns);
   geglu_cpu(args);
   return out;
+}
+
+Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  LinearArgs args = check_linear(x, weight, bias);
+  const Tensor rows = row_stride(x) ? x : torch::stable::contiguous(x);
+  const Tensor columns = row_stride(weight) ? weight : torch::stable::contiguous(weight);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  Tensor out = torch::stable::new_empty(x, projected_sizes(x, args.out_features));
+  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+  args.x = floats(rows);
+  args.weight = floats(columns);
+  args.bias = bias ? floats(*bias) : nullptr;
+  args.out = static_cast<float*>(out.mutable_data_ptr());
+  args.x_stride = *row_stride(rows);
+  args.weight_stride = *row_stride(columns);
+  return linear_cpu(args) ? out : aten_linear(x, weight, bias);
 }
 
 Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
@@ -237,7 +253,7 @@ Tensor geglu_gate_on_cuda(Tensor projected) {
 
 Tensor geglu_on_cuda(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
   check_geglu(x, weight, bias);
-  return geglu_gate_on_cuda(linear(x, weight, bias));
+  return geglu_gate_on_cuda(aten_linear(x, weight, bias));
 }
 
 Tensor group_norm_silu_on_cuda(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight,
@@ -299,6 +315,7 @@ STABLE_TORCH_LIBRARY(gafext, m) {
       "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
       "-> Tensor");
   m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("geglu_gate(Tensor projected) -> Tensor");
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, "
@@ -310,6 +327,7 @@ STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
   m.impl("flash_attention", TORCH_BOX(&flash_attention_on_cpu));
   m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu));
   m.impl("geglu", TORCH_BOX(&geglu_on_cpu));
+  m.impl("linear", TORCH_BOX(&linear_on_cpu));
   m.impl("geglu_gate", TORCH_BOX(&geglu_gate_on_cpu));
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cpu));
   m.impl("conv3x3", TORCH_BOX(&conv3x3_on_cpu));

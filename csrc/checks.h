@@ -172,6 +172,16 @@ inline CrossViewAttentionArgs check_cross_view_attention(const Tensor& query, co
   return args;
 }
 
+inline void check_weight_and_bias(const char* op, const Tensor& x, const Tensor& weight,
+                                  const std::optional<Tensor>& bias) {
+  if (bias) {
+    require(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": bias must have shape (", weight.size(0),
+            ",) to go with weight ", shape_of(weight), ", got ", shape_of(*bias));
+  }
+  check_same_kind(op, {"x", x}, {"weight", weight});
+  if (bias) check_same_kind(op, {"x", x}, {"bias", *bias});
+}
+
 // Sizes and dtype only: the tensors may still need a contiguous copy.
 inline GegluArgs check_geglu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "geglu";
@@ -179,16 +189,27 @@ inline GegluArgs check_geglu(const Tensor& x, const Tensor& weight, const std::o
           shape_of(weight));
   require(x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), op, ": x must have shape (..., ", weight.size(1),
           ") to go with weight ", shape_of(weight), ", got ", shape_of(x));
-  if (bias) {
-    require(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": bias must have shape (", weight.size(0),
-            ",) to go with weight ", shape_of(weight), ", got ", shape_of(*bias));
-  }
-  check_same_kind(op, {"x", x}, {"weight", weight});
-  if (bias) check_same_kind(op, {"x", x}, {"bias", *bias});
+  check_weight_and_bias(op, x, weight, bias);
 
   GegluArgs args{};
   args.dtype = check_dtype(op, x);
   args.in_features = weight.size(1), args.inner = weight.size(0) / 2;
+  args.rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) args.rows *= x.size(i);
+  return args;
+}
+
+// Sizes and dtype only, as check_geglu.
+inline LinearArgs check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "linear";
+  require(weight.dim() == 2, op, ": weight must have shape (out_features, in_features), got ", shape_of(weight));
+  require(x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), op, ": x must have shape (..., ", weight.size(1),
+          ") to go with weight ", shape_of(weight), ", got ", shape_of(x));
+  check_weight_and_bias(op, x, weight, bias);
+  require(x.scalar_type() == ScalarType::Float, op, ": dtype must be float32, got ", dtype_name(x));
+
+  LinearArgs args{};
+  args.in_features = weight.size(1), args.out_features = weight.size(0);
   args.rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) args.rows *= x.size(i);
   return args;
@@ -245,12 +266,7 @@ inline Conv3x3Args check_conv3x3(const Tensor& x, const Tensor& weight, const st
   require(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3, op,
           ": weight must have shape (out_channels, ", x.size(1), ", 3, 3) to go with x ", shape_of(x), ", got ",
           shape_of(weight));
-  if (bias) {
-    require(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": bias must have shape (", weight.size(0),
-            ",) to go with weight ", shape_of(weight), ", got ", shape_of(*bias));
-  }
-  check_same_kind(op, {"x", x}, {"weight", weight});
-  if (bias) check_same_kind(op, {"x", x}, {"bias", *bias});
+  check_weight_and_bias(op, x, weight, bias);
   require(x.scalar_type() == ScalarType::Float, op, ": dtype must be float32, got ", dtype_name(x));
   require(x.size(1) >= 1, op, ": channels must be at least 1, got ", shape_of(x));
   require(x.size(1) == 1 || x.stride(1) == 1, op, ": x must be channels-last, got a stride of ", x.stride(1),

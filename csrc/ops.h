@@ -78,6 +78,19 @@ struct GegluArgs {
   DType dtype;
 };
 
+// out = x weight^T + bias
+//
+//   x (rows, in_features)   weight (out_features, in_features)   bias (out_features) or null
+//   out (rows, out_features), contiguous
+//
+// float32 only.
+struct LinearArgs {
+  const float *x, *weight, *bias;
+  float* out;
+  int64_t rows, in_features, out_features;
+  int64_t x_stride, weight_stride;  // from row to row
+};
+
 // The second half of GEGLU where the first, h = projected, is another library's work.
 //
 //   projected (rows, 2 * inner)   out (rows, inner), contiguous
@@ -126,6 +139,7 @@ struct Conv3x3Args {
 void flash_attention_cpu(const FlashAttentionArgs& args);
 void cross_view_attention_cpu(const CrossViewAttentionArgs& args);
 void geglu_cpu(const GegluArgs& args);
+bool linear_cpu(const LinearArgs& args);  // false where another library does it as fast; `out` is then unfinished
 void geglu_gate_cpu(const GegluGateArgs& args);
 void conv3x3_cpu(const Conv3x3Args& args);
 

@@ -52,6 +52,7 @@ def test_the_json_follows_from_its_times(tmp_path, capsys):
         "geglu": "256x1280",
         "geglu_gate": "256,10240->5120",
         "conv3x3": "8,1280->1280,4x4",
+        "linear": "128,1280->1280",
     }
     written = measured(tmp_path, *(word for shape in shapes.values() for word in ("--shape", shape)))
     assert {race["op"]: race["shape"] for race in written["races"]} == shapes
@@ -124,7 +125,7 @@ def test_half_precision_agrees(tmp_path):
     assert len(measured(tmp_path, "--dtype", "bfloat16", *shapes)["races"]) == 4
 
 
-@pytest.mark.parametrize("device, count", [("cpu", 38), ("cuda", 83)])
+@pytest.mark.parametrize("device, count", [("cpu", 49), ("cuda", 83)])
 def test_every_shape_once(device, count):
     listed = list(cases(device, torch.float32, compiled=False))
     assert len({(case.op, case.shape) for case in listed}) == len(listed) == count

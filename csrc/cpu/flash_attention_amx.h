@@ -91,27 +91,6 @@ struct SplitChunk {
   int64_t steps() const { return ceil_div(keys, kTileDepth); }
 };
 
-// body(begin), body(begin + 1), ... body(end - 1) in the course of `turns` calls.
-template <typename Body>
-class Spread {
- public:
-  Spread(const Body& body, int64_t begin, int64_t end, int64_t turns)
-      : body_(body), next_(begin), end_(end), pieces_(end - begin), turns_(turns) {}
-
-  GAFEXT_INLINE void operator()() {
-    for (credit_ += pieces_; credit_ >= turns_; credit_ -= turns_) body_(next_++);
-  }
-  void rest() {
-    while (next_ < end_) body_(next_++);
-  }
-
- private:
-  const Body& body_;
-  int64_t next_;
-  const int64_t end_, pieces_, turns_;
-  int64_t credit_ = 0;
-};
-
 // A thread at work on a block of query rows of one (batch, head).
 template <typename T>
 class SplitBlock {

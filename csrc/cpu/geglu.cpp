@@ -126,9 +126,7 @@ void geglu(const GegluArgs& args) {
   if (args.rows * args.inner == 0) return;
 #if defined(__AMX_BF16__)
   bool done = false;
-  with_element_type(args.dtype, [&](auto element) {
-    if (SplitGeglu::pays(args)) done = SplitGeglu(args).run<decltype(element)>();
-  });
+  with_element_type(args.dtype, [&](auto element) { done = geglu_on_tiles<decltype(element)>(args); });
   if (done) return;
 #endif
   const int64_t panels = ceil_div(args.inner, kColumns);

@@ -162,6 +162,7 @@ void release_freed_memory() {
   void flash_attention(const FlashAttentionArgs& args);          \
   void cross_view_attention(const CrossViewAttentionArgs& args); \
   void geglu(const GegluArgs& args);                             \
+  bool linear(const LinearArgs& args);                           \
   void geglu_gate(const GegluGateArgs& args);                    \
   void conv3x3(const Conv3x3Args& args);
 
@@ -205,6 +206,7 @@ static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512, Kernel amx) {
 void flash_attention_cpu(const FlashAttentionArgs& args) { GAFEXT_KERNEL(flash_attention)(args); }
 void cross_view_attention_cpu(const CrossViewAttentionArgs& args) { GAFEXT_KERNEL(cross_view_attention)(args); }
 void geglu_cpu(const GegluArgs& args) { GAFEXT_KERNEL(geglu)(args); }
+bool linear_cpu(const LinearArgs& args) { return GAFEXT_KERNEL(linear)(args); }
 void geglu_gate_cpu(const GegluGateArgs& args) { GAFEXT_KERNEL(geglu_gate)(args); }
 void conv3x3_cpu(const Conv3x3Args& args) { GAFEXT_KERNEL(conv3x3)(args); }
 

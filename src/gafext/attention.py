@@ -15,6 +15,7 @@ from gafext.ops import cross_view_attention as _cross_view_kernel
 from gafext.ops import geglu as _geglu_kernel
 from gafext.ops import geglu_gate as _geglu_gate_kernel
 from gafext.ops import group_norm_silu as _group_norm_kernel
+from gafext.ops import linear as _linear_kernel
 from gafext.ops._common import autocast
 from gafext.ops.conv3x3 import FEW_CHANNELS
 from gafext.ops.conv3x3 import slower_reasons as _conv3x3_slower
@@ -219,3 +220,25 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
         if max(weight.shape[:2]) >= FEW_CHANNELS:  # at the ends of a network: its neighbours take the kernel
             x = x.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x, weight, bias, padding=1)
+
+
+def linear(layer: nn.Module, x: Tensor, *, backend: str = "auto") -> Tensor:
+    """`layer(x)`, where the layer may be anything in the place of a linear one: 8-bit, wrapped, with hooks.
+
+    Args:
+        layer: a torch.nn.Linear, or what stands for it.
+        x: [...,in_features].
+        backend: "auto" and "kernel" take the kernel for a plain torch.nn.Linear where there is one and it is faster,
+            that is on CPUs with AMX; "sdpa" and "reference" call the layer.
+
+    Returns:
+        [...,out_features].
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    check_backend(backend)
+    plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    if plain and x.is_cpu and backend in ("auto", "kernel"):
+        return _linear_kernel(x, layer.weight, layer.bias)
+    return layer(x)

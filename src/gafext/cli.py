@@ -13,7 +13,7 @@ from pathlib import Path
 
 EXIT_CODES = "exit codes: 0 done, 1 an input cannot be used, 2 wrong command line, 130 interrupted"
 _DTYPES = ("float32", "float16", "bfloat16")
-BENCH_OPS = ("flash_attention", "cross_view_attention", "geglu", "geglu_gate", "conv3x3")
+BENCH_OPS = ("flash_attention", "cross_view_attention", "geglu", "geglu_gate", "conv3x3", "linear")
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 

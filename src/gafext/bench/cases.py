@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gafext.ops import conv3x3, cross_view_attention, flash_attention, geglu, geglu_gate, group_norm_silu
+from gafext.ops import conv3x3, cross_view_attention, flash_attention, geglu, geglu_gate, group_norm_silu, linear
 from gafext.ops.conv3x3 import reference_conv3x3
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 from gafext.ops.geglu import reference_geglu, reference_geglu_gate
@@ -126,6 +126,17 @@ CONV_SHAPES = [
     (8, 1280, 1280, 4, "4x4"),
     (1, 512, 512, 64, "autoencoder, 64x64"),
 ]
+# (rows, features in, features out, where); with guidance, 4 views are a batch of 8
+LINEAR_SHAPES = [
+    *(
+        (rows, ratio * channels, channels, f"{what}, {side}x{side}")
+        for rows, channels, side in ((8192, 320, 32), (2048, 640, 16), (512, 1280, 8), (128, 1280, 4))
+        for ratio, what in ((1, "projections of attention"), (4, "feed-forward"))
+    ),
+    (257, 1280, 1280, "CLIP ViT-H, projections of attention"),
+    (257, 1280, 5120, "CLIP ViT-H, feed-forward"),
+    (257, 5120, 1280, "CLIP ViT-H, feed-forward"),
+]
 
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
@@ -148,6 +159,8 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
     if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
         for *sizes, where in CONV_SHAPES:
             yield conv3x3_case(*sizes, where)
+        for *sizes, where in LINEAR_SHAPES:
+            yield linear_case(*sizes, where)
 
 
 def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
@@ -265,9 +278,13 @@ def pack_by_mkl(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
     return x, torch.ops.mkl._mkl_reorder_linear_weight(weight, len(x)), weight, bias
 
 
+def linear_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What Inductor makes of a linear layer whose weights are frozen."""
+    return torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x))
+
+
 def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What Inductor makes of a linear layer whose weights are frozen, and PyTorch's GELU after it."""
-    value, gate = torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x)).chunk(2, dim=-1)
+    value, gate = linear_packed_by_mkl(x, packed, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
@@ -368,6 +385,27 @@ def conv3x3_case(batch: int, in_channels: int, out_channels: int, side: int, whe
         where=where,
         bound="compute",
         flops=2 * 9 * batch * in_channels * out_channels * side * side,  # Winograd's algorithm does a quarter of them
+        inputs=inputs,
+        contestants=contestants,
+    )
+
+
+def linear_case(rows: int, in_features: int, out_features: int, where: str) -> Case:
+    """torch.compile is no contestant: it calls the same linear."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        weight = torch.randn(out_features, in_features) * in_features**-0.5
+        return torch.randn(rows, in_features), weight, torch.randn(out_features)
+
+    contestants = [Contestant("gafext", linear), Contestant("eager", F.linear)]
+    if torch.backends.mkl.is_available():
+        contestants.append(Contestant("packed by MKL", linear_packed_by_mkl, prepare=pack_by_mkl))
+    return Case(
+        op="linear",
+        shape=f"{rows},{in_features}->{out_features}",
+        where=where,
+        bound="compute",
+        flops=2 * rows * in_features * out_features,
         inputs=inputs,
         contestants=contestants,
     )

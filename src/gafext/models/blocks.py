@@ -31,6 +31,9 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    def project(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return ops.linear(layer, x, backend=self.attention_backend)
+
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,L,C] -> [B,H,L,D], a view
 
@@ -39,7 +42,9 @@ class Attention(nn.Module):
 
     def key_value(self, context: Tensor) -> KeyValue:
         """Keys and values of a context [B,T,C'] that many calls attend to."""
-        return KeyValue(self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context)))
+        return KeyValue(
+            self.split_heads(self.project(self.to_k, context)), self.split_heads(self.project(self.to_v, context))
+        )
 
     def attend(self, query: Tensor, key_value: KeyValue) -> Tensor:
         """Attention before the output projection: query [N,L,C], R contexts -> [N,L,C].
@@ -53,7 +58,7 @@ class Attention(nn.Module):
     def forward(self, hidden_states: Tensor, key_value: KeyValue | None = None) -> Tensor:
         """Self-attention, or attention to ready keys and values: [N,L,C] -> [N,L,C]."""
         key_value = key_value or self.key_value(hidden_states)
-        return self.to_out[0](self.attend(self.to_q(hidden_states), key_value))
+        return self.project(self.to_out[0], self.attend(self.project(self.to_q, hidden_states), key_value))
 
 
 class DecoupledAttention(Attention):
@@ -85,24 +90,24 @@ class DecoupledAttention(Attention):
         self, hidden_states: Tensor, text: KeyValue | None, image: KeyValue | None = None, *, first: int = 0
     ) -> Tensor:
         """[N,L,C] -> [N,L,C], from at least one of text and image; the rows before `first` do not see the image."""
-        query = self.to_q(hidden_states)
+        query = self.project(self.to_q, hidden_states)
         attended = None if text is None else self.attend(query, text)
         if image is not None:
             seen = self.attend(query[first:], image)
             if first > 0:
                 seen = F.pad(seen, (0, 0, 0, 0, first, 0))
             attended = seen if attended is None else attended + seen
-        return self.to_out[0](attended)
+        return self.project(self.to_out[0], attended)
 
 
 class CrossViewAttention(Attention):
     """Attention over the views at each position; [B*V,L,C] with the view fastest."""
 
     def forward(self, hidden_states: Tensor, num_views: int) -> Tensor:
-        query = self.split_heads(self.to_q(hidden_states))
+        query = self.split_heads(self.project(self.to_q, hidden_states))
         key, value = self.key_value(hidden_states)
         attended = ops.cross_view_attention(query, key, value, num_views, backend=self.attention_backend)
-        return self.to_out[0](self.merge_heads(attended))
+        return self.project(self.to_out[0], self.merge_heads(attended))
 
 
 class GEGLU(nn.Module):
@@ -122,10 +127,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        self.attention_backend = "auto"
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.net[2](self.net[0](hidden_states))
+        return ops.linear(self.net[2], self.net[0](hidden_states), backend=self.attention_backend)
 
 
 class MultiViewTransformerBlock(nn.Module):
@@ -264,6 +270,7 @@ class MultiViewSpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.linear_projection = linear_projection
+        self.attention_backend = "auto"
         self.norm = GroupNorm(groups, channels, eps=1e-6, silu=False)
         projection = (
             (lambda: nn.Linear(channels, channels)) if linear_projection else (lambda: nn.Conv2d(channels, channels, 1))
@@ -296,11 +303,11 @@ class MultiViewSpatialTransformer(nn.Module):
             x = self.proj_in(x)
         x = x.flatten(2).transpose(1, 2)  # [B*V,L,C]
         if self.linear_projection:
-            x = self.proj_in(x)
+            x = ops.linear(self.proj_in, x, backend=self.attention_backend)
         for block, block_text, block_image in zip(self.transformer_blocks, text, image, strict=True):
             x = block(x, block_text, image_embeds=block_image, num_views=num_views)
         if self.linear_projection:
-            x = self.proj_out(x)
+            x = ops.linear(self.proj_out, x, backend=self.attention_backend)
         x = x.transpose(1, 2).unflatten(2, (height, -1))
         if not self.linear_projection:
             x = self.proj_out(x)

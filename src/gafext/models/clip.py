@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gafext import weights
-from gafext.attention import attention
+from gafext.attention import attention, linear
 from gafext.config import CLIP_VIT_H_14, CLIPVisionConfig
 from gafext.errors import CheckpointError
 from gafext.models.base import PretrainedModel
@@ -69,11 +69,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,tokens,width], a view
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            linear(layer, x, backend=self.attention_backend)
+            .unflatten(-1, (self.heads, -1))
+            .transpose(1, 2)  # [B,heads,tokens,width], a view
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         x = attention(query, key, value, is_causal=self.is_causal, backend=self.attention_backend)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+        return linear(self.out_proj, x.transpose(1, 2).flatten(2), backend=self.attention_backend)
 
 
 class MLP(nn.Module):
@@ -81,13 +83,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
+        self.attention_backend = "auto"
         self.exact = config.hidden_act == "gelu"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(F.gelu(x) if self.exact else x * torch.sigmoid(1.702 * x))
+        x = linear(self.fc1, x, backend=self.attention_backend)
+        x = F.gelu(x) if self.exact else x * torch.sigmoid(1.702 * x)
+        return linear(self.fc2, x, backend=self.attention_backend)
 
 
 class EncoderLayer(nn.Module):

@@ -15,6 +15,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops.h
 
 _BUILD = _C.build_info()
+INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
 MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU, when its best kernels run
 _OLDEST_GPU = min(
     (int(re.match(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0

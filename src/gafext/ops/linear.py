@@ -1,0 +1,107 @@
+"""A linear layer, on the tiles of a CPU with AMX."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.ops import _common
+
+_OP = "linear"
+_HAS_AMX = _common.INSTRUCTION_SET == "amx"
+# Measured on two cores of a Sapphire Rapids: 77 rows 1.0x to 1.2x of PyTorch's, 128 rows 1.2x to 1.4x.
+_FEW_ROWS = 96
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer.
+
+    out = x weight^T + bias
+
+    AMX multiplies each float32 as three bfloat16: rounding errors are 0.4 to 0.9 times those of PyTorch's linear, and
+    infinities, NaN and numbers so huge or so tiny that this would go wrong are left to that one. On two
+    cores of a Sapphire Rapids it is 1.3 to 1.6 times as fast from 128 rows on. Weights packed once for MKL gained 1.0
+    to 1.1 from 512 rows on and 1.2 to 1.3 below, at the price of a second copy in memory: a hundredth of a U-Net's
+    time, so that without AMX this is torch's linear.
+
+    Args:
+        x: [..., in_features], float32.
+        weight: [out_features, in_features], like x.
+        bias: [out_features], like x, or None.
+
+    Returns:
+        [..., out_features], contiguous where the kernel ran.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+
+    What the kernel cannot serve (see `unsupported_reasons`) or PyTorch serves faster (see `slower_reasons`) goes to
+    torch's linear; torch.ops.gafext.linear is always the kernel, where there is one.
+    """
+    x, weight, bias = _common.autocast(x, weight, bias)
+    check_linear(x, weight, bias)
+    if unsupported_reasons(x, weight, bias) or slower_reasons(x):
+        return F.linear(x, weight, bias)
+    return torch.ops.gafext.linear(x, weight, bias)
+
+
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
+    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    reasons = _common.place_reasons(x, weight, bias)
+    if x.device.type not in ("cpu", "meta"):
+        reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
+    if x.dtype != torch.float32:
+        reasons.append(f"dtype must be float32, got {_common.dtype_name(x)}")
+    return reasons
+
+
+def slower_reasons(x: Tensor) -> list[str]:
+    """Why PyTorch's own operation is the faster one for what the kernel could serve too; empty when it is not."""
+    if not _HAS_AMX:
+        return [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
+    # Not in compiled code, where this would be a guard on sizes.
+    if not torch.compiler.is_compiling() and x.numel() < _FEW_ROWS * x.shape[-1]:
+        return [f"fewer than {_FEW_ROWS} rows do not pay for splitting the weights"]
+    return []
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    shape = tuple(weight.shape)
+    _common.require(weight.dim() == 2, _OP, lambda: f"weight must have shape (out_features, in_features), got {shape}")
+    _common.require(
+        x.dim() >= 1 and x.shape[-1] == shape[1],
+        _OP,
+        lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
+    )
+    _common.check_weight_and_bias(_OP, x, weight, bias)
+
+
+@torch.library.register_fake("gafext::linear")
+def _fake(x, weight, bias=None):
+    check_linear(x, weight, bias)
+    _common.require(x.dtype == torch.float32, _OP, lambda: f"dtype must be float32, got {_common.dtype_name(x)}")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    rows = grad.reshape(-1, weight.shape[0])
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ weight
+    if ctx.needs_input_grad[1]:
+        grad_weight = rows.T @ x.reshape(rows.shape[0], -1)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(dim=0)
+    return grad_x, grad_weight, grad_bias
+
+
+torch.library.register_autograd("gafext::linear", _backward, setup_context=_setup_context)
