@@ -167,13 +167,13 @@ def test_a_loss_is_shown_as_one():
     assert " 2.00x " in next(line for line in lines if "gafext" in line)
 
 
-@pytest.mark.parametrize(("cold_bytes", "sets", "expected"), [(0, 1, 3 + 2 * 3), (1000, 17, 3 + 3)])
+@pytest.mark.parametrize(("cold_bytes", "sets", "expected"), [(0, 1, 5 + 2 * 3), (1000, 17, 5 + 3)])
 def test_cold_inputs_rotate(cold_bytes, sets, expected):
     seen = []
     spy = Contestant("spy", lambda x: seen.append(x.data_ptr()) or 2 * x)
     quick_race(doubling(spy), cold_bytes=cold_bytes)
     calls = seen[1:]  # the first one was for its result
-    assert len(calls) == expected and len(set(calls)) == min(sets, expected)  # 3 to calibrate; warm calls before turns
+    assert len(calls) == expected and len(set(calls)) == min(sets, expected)  # 5 to calibrate; warm calls before turns
     prepared = []
     quick_race(
         doubling(Contestant("spy", lambda x: 2 * x, prepare=lambda x: (prepared.append(x) or x,))), cold_bytes=64

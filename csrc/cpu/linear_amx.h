@@ -6,6 +6,9 @@
 //     own      split                                                           [pairs, chunk], 738 KB, in the L2 cache
 //     product  32 rows by 32 columns, added to the chunks before               [block, pairs], in the L2 cache
 //
+// A core works on vectors while its tile unit multiplies: a product's sums are taken up, and f with the last of them,
+// between the tile products of the next one (GEGLU of 4096 rows 1.09 times as fast, linear layers 1.02 to 1.18 times).
+//
 // A pair is two strips: 32 rows of x, or the columns of a tile. So x is read once and written never where it has more
 // rows than the weight; splitting it for all columns beforehand left nothing of the gain with 320 features.
 //

@@ -70,10 +70,12 @@ class Entrant:
         with self.contestant.context():
             self.calls(2)
             synchronize()
-            start = time.perf_counter()
-            self.calls(1)
-            synchronize()
-            call_seconds = time.perf_counter() - start
+            call_seconds = math.inf
+            for _ in range(3):  # the shortest: a contestant that starts in cold caches would get fewer calls a turn
+                start = time.perf_counter()
+                self.calls(1)
+                synchronize()
+                call_seconds = min(call_seconds, time.perf_counter() - start)
             if device == "cuda":
                 seconds = {"call_seconds": call_seconds, "turn_seconds": turn_seconds}
                 self._graph = cuda.GraphTurns(self.contestant.run, self.arguments, **seconds)
