@@ -167,6 +167,28 @@ def test_the_whole_command(fake_gpu, monkeypatch, tmp_path, capsys):
     assert "copy_gbps 3000" in capsys.readouterr().out
 
 
+def test_what_broke_the_gpu_is_written_though_nothing_runs_on_it_any_more(fake_gpu, monkeypatch, tmp_path, capsys):
+    def broken(*_):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    good, bad = doubling(), replace(doubling(), shape="17", contestants=[Contestant("gafext", broken)])
+    made = []
+
+    def inputs():
+        made.append(1)
+        return (torch.rand(1000),) if len(made) == 1 else broken()
+
+    monkeypatch.setattr(cuda, "ceilings", dict)
+    monkeypatch.setattr("gafext.bench.command.cases", lambda *_, **__: iter([replace(good, inputs=inputs), bad]))
+    path = tmp_path / "bench.json"
+    words = ["bench", "--device", "cuda", "--dtype", "bfloat16", "--quick", "--no-compile"]
+    assert main([*words, "--json", str(path)]) == 1
+    written = json.loads(path.read_text())
+    assert [race["shape"] for race in written["races"]] == ["1000"]
+    assert written["failed"]["doubling 17"] == "an illegal memory access was encountered"
+    assert "failed: doubling 17: an illegal memory access" in capsys.readouterr().err
+
+
 def test_only_names_of_the_device_the_longest_first():
     def event(key, device_type, microseconds):
         return SimpleNamespace(key=key, device_type=device_type, self_device_time_total=microseconds)

@@ -28,7 +28,7 @@ if [ -n "$FAIL" ] && [[ $arguments == *$FAIL* ]]; then echo "went wrong"; exit 3
 echo "went well"
 """
 SANITIZER = """#!/bin/bash
-echo "sanitizer $* with ${GAFEXT_CUDA_ATTENTION-all}" >>"$NOTES"
+echo "sanitizer $* with ${GAFEXT_CUDA_ATTENTION:-all}" >>"$NOTES"
 while [ "$1" != python3 ]; do shift; done
 "$@"
 """
@@ -68,7 +68,7 @@ def checklist(tmp_path):
     return run
 
 
-STEPS = ["build", "info", "tests", "memcheck", "racecheck", "attention", "others"]
+STEPS = ["build", "info", "hopper", "tests", "memcheck", "racecheck", "attention", "others"]
 STEPS += ["attention-mma", "unet", "float16", "pipeline"]
 
 
@@ -95,7 +95,11 @@ def test_all_steps_run_in_their_order(checklist):
 
 @pytest.mark.parametrize(
     "word, steps",
-    [("-m pytest", "tests"), ("flash_attention", "attention attention-mma"), ("sanitize.py", "memcheck racecheck")],
+    [
+        ("-m pytest", "hopper tests"),
+        ("flash_attention", "attention attention-mma"),
+        ("sanitize.py", "memcheck racecheck"),
+    ],
 )
 def test_a_failure_is_named_and_the_others_run(checklist, word, steps):
     status, output, commands, _ = checklist(fail=word)
@@ -104,11 +108,18 @@ def test_a_failure_is_named_and_the_others_run(checklist, word, steps):
     assert "    went wrong" in output and "summary.py" in commands and "unet" in commands
 
 
+def test_without_hoppers_kernel_the_others_are_measured(checklist):
+    status, output, commands, _ = checklist(fail="-k hopper")
+    assert status == 1 and output.splitlines()[-1] == "failed: hopper"
+    sanitized = [line.split() for line in commands.splitlines() if line.startswith("sanitizer")]
+    assert {(words[2], words[-1]) for words in sanitized} == {("memcheck", "mma"), ("racecheck", "mma")}
+
+
 def test_a_step_over_its_time_is_stopped(checklist):
     status, output, commands, _ = checklist(slow="info", seconds="6")
     assert status == 1 and "TIME   info" in output
     assert "no time is left" in output and "summary.py" not in commands.splitlines()[0]
-    assert output.splitlines()[-1].startswith("failed: info tests")
+    assert output.splitlines()[-1].startswith("failed: info hopper tests")
 
 
 def test_without_a_build_nothing_runs(checklist):

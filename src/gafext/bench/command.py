@@ -173,9 +173,9 @@ def _name_kernels(args: argparse.Namespace, results: Results, *, deadline: float
             key = (case.op, case.shape, contestant.name)
             if key not in measured or time.monotonic() > deadline:
                 continue
-            inputs = inputs or case.inputs()
-            arguments = contestant.prepare(*inputs) if contestant.prepare else inputs
             try:
+                inputs = inputs or case.inputs()
+                arguments = contestant.prepare(*inputs) if contestant.prepare else inputs
                 with contestant.context():
                     measured[key] = cuda.kernels_of(lambda run=contestant.run, given=arguments: run(*given))
             except RuntimeError as error:
