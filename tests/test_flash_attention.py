@@ -86,6 +86,14 @@ def test_tiny_and_huge_inputs(exponents):
     torch.testing.assert_close(out * 2.0 ** -exponents[2], torchs * 2.0 ** -exponents[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_are_denormal_numbers(dtype):
+    """Where all weight is on one key, that of the others is down to 2^-149, and must not spoil their neighbours'."""
+    key, value = heads(1, 1100, 2, 64, dtype), heads(1, 1100, 2, 64, dtype)
+    query = 8 * key[:, :, torch.randperm(1100)[:300]]
+    assert_as_exact_as_torch(query, key, value)
+
+
 @on_devices
 def test_scale(device):
     query, key, value = (heads(1, 33, 2, 16, device=device) for _ in range(3))

@@ -74,7 +74,7 @@ GAFEXT_INLINE void split(Vec a, Vec b, BitVec (&terms)[kTerms]) {
   const Vec a_lo = a_rest - bit_cast<Vec>(a_mid & kUpper), b_lo = b_rest - bit_cast<Vec>(b_mid);
   terms[0] = (a_rounded >> 16) | b_hi;
   terms[1] = (a_mid >> 16) | b_mid;
-  terms[2] = (bit_cast<BitVec>(a_lo) >> 16) | bit_cast<BitVec>(b_lo);
+  terms[2] = (bit_cast<BitVec>(a_lo) >> 16) | (bit_cast<BitVec>(b_lo) & kUpper);  // of a denormal: any bits
 }
 
 // Line `line` of the three tiles of a step.
