@@ -24,10 +24,12 @@
 
 namespace gafext::GAFEXT_ISA {
 
-constexpr int kTerms = 3;
 constexpr int64_t kTileSide = 16, kTileDepth = 32, kTileWords = kTileSide * kTileSide;
-constexpr int64_t kStepWords = kTerms * kTileWords;
 constexpr int64_t kBlock = 2 * kTileSide;  // rows and columns of a product
+
+constexpr int kTerms = 3;  // of a float32
+constexpr int64_t step_words(int terms) { return terms * kTileWords; }
+constexpr int64_t kStepWords = step_words(kTerms);
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_line = 0, reserved[14] = {};
@@ -65,26 +67,31 @@ class Range {
 };
 
 // The terms of `a` in the lower halves and of `b` in the upper. hi is rounded, which makes the sign of mid, and so of
-// the products left out, a matter of chance.
-GAFEXT_INLINE void split(Vec a, Vec b, BitVec (&terms)[kTerms]) {
+// the products left out, a matter of chance. Below the last term a denormal has bits left.
+template <int Terms>
+GAFEXT_INLINE void split(Vec a, Vec b, BitVec (&terms)[Terms]) {
   constexpr uint32_t kUpper = 0xffff0000;
   const BitVec a_rounded = bit_cast<BitVec>(a) + 0x8000, b_hi = (bit_cast<BitVec>(b) + 0x8000) & kUpper;
-  const Vec a_rest = a - bit_cast<Vec>(a_rounded & kUpper), b_rest = b - bit_cast<Vec>(b_hi);
-  const BitVec a_mid = bit_cast<BitVec>(a_rest), b_mid = bit_cast<BitVec>(b_rest) & kUpper;
-  const Vec a_lo = a_rest - bit_cast<Vec>(a_mid & kUpper), b_lo = b_rest - bit_cast<Vec>(b_mid);
+  Vec a_rest = a - bit_cast<Vec>(a_rounded & kUpper), b_rest = b - bit_cast<Vec>(b_hi);
   terms[0] = (a_rounded >> 16) | b_hi;
-  terms[1] = (a_mid >> 16) | b_mid;
-  terms[2] = (bit_cast<BitVec>(a_lo) >> 16) | (bit_cast<BitVec>(b_lo) & kUpper);  // of a denormal: any bits
-}
-
-// Line `line` of the three tiles of a step.
-GAFEXT_INLINE void store_terms(uint32_t* to, int64_t line, const BitVec (&terms)[kTerms]) {
   GAFEXT_UNROLL
-  for (int t = 0; t < kTerms; ++t) __builtin_memcpy(to + t * kTileWords + line * kTileSide, &terms[t], sizeof(BitVec));
+  for (int t = 1; t < Terms; ++t) {
+    const BitVec a_term = bit_cast<BitVec>(a_rest), b_term = bit_cast<BitVec>(b_rest) & kUpper;
+    terms[t] = (a_term >> 16) | b_term;
+    a_rest -= bit_cast<Vec>(a_term & kUpper), b_rest -= bit_cast<Vec>(b_term);
+  }
 }
 
+// Line `line` of the tiles of a step.
+template <int Terms>
+GAFEXT_INLINE void store_terms(uint32_t* to, int64_t line, const BitVec (&terms)[Terms]) {
+  GAFEXT_UNROLL
+  for (int t = 0; t < Terms; ++t) __builtin_memcpy(to + t * kTileWords + line * kTileSide, &terms[t], sizeof(BitVec));
+}
+
+template <int Terms>
 GAFEXT_INLINE void store_split(uint32_t* to, int64_t line, Vec a, Vec b, Range& range) {
-  BitVec terms[kTerms];
+  BitVec terms[Terms];
   split(a, b, terms);
   range.add(terms[0]);
   store_terms(to, line, terms);
@@ -96,21 +103,21 @@ GAFEXT_INLINE Vec load_up_to(const T* from, int64_t count) {
 }
 
 // A strip of the left operand: `rows` <= 16 rows of `depth` numbers times `factor`; what is missing is zero.
-template <typename T>
+template <int Terms = kTerms, typename T>
 void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64_t depth, float factor, Range& range) {
-  for (int64_t d = 0; d < depth; d += kTileDepth, to += kStepWords) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
     for (int64_t r = 0; r < kTileSide; ++r) {
       const T* row = from + r * stride + d;
       const int64_t count = r < rows ? depth - d : 0;
-      store_split(to, r, load_up_to(row, count) * factor, load_up_to(row + kLanes, count - kLanes) * factor, range);
+      store_split<Terms>(to, r, load_up_to(row, count) * factor, load_up_to(row + kLanes, count - kLanes) * factor, range);
     }
   }
 }
 
 // A strip of the right operand: its columns are `columns` <= 16 rows of `depth` numbers.
-template <typename T>
+template <int Terms = kTerms, typename T>
 void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns, int64_t depth, Range& range) {
-  for (int64_t d = 0; d < depth; d += kTileDepth, to += kStepWords) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
     Vec lower[kTileSide], upper[kTileSide];
     for (int64_t c = 0; c < kTileSide; ++c) {
       const T* column = from + c * stride + d;
@@ -120,18 +127,67 @@ void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns,
     }
     transpose(lower);
     transpose(upper);
-    for (int64_t i = 0; i < kTileSide; ++i) store_split(to, i, lower[i], upper[i], range);
+    for (int64_t i = 0; i < kTileSide; ++i) store_split<Terms>(to, i, lower[i], upper[i], range);
   }
 }
 
 // A strip of the right operand: `columns` of up to 16 columns of [depth, stride].
-template <typename T>
+template <int Terms = kTerms, typename T>
 void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int64_t columns, Range& range) {
-  for (int64_t d = 0; d < depth; d += kTileDepth, to += kStepWords) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
     for (int64_t i = 0; i < kTileSide; ++i) {
       const T *lower = from + (d + i) * stride, *upper = lower + kTileSide * stride;
-      store_split(to, i, load_up_to(lower, d + i < depth ? columns : 0),
+      store_split<Terms>(to, i, load_up_to(lower, d + i < depth ? columns : 0),
                   load_up_to(upper, d + i + kTileSide < depth ? columns : 0), range);
+    }
+  }
+}
+
+// 32 numbers as they lie in memory, what is missing is zero: word i holds numbers 2 i and 2 i + 1.
+GAFEXT_INLINE BitVec load_pairs_up_to(const BFloat16* from, int64_t count) {
+  const __mmask32 wanted = count >= kTileDepth ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
+  return bit_cast<BitVec>(_mm512_maskz_loadu_epi16(wanted, from));
+}
+
+// split_rows and split_columns for numbers that are one term, in which a step's pairs are neighbours on both sides.
+inline void copy_rows(uint32_t* to, const BFloat16* from, int64_t stride, int64_t rows, int64_t depth, Range& range) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += kTileWords) {
+    for (int64_t r = 0; r < kTileSide; ++r) {
+      const BitVec pairs[1] = {load_pairs_up_to(from + r * stride + d, r < rows ? depth - d : 0)};
+      range.add(pairs[0]);
+      store_terms(to, r, pairs);
+    }
+  }
+}
+
+inline void copy_columns(uint32_t* to, const BFloat16* from, int64_t stride, int64_t columns, int64_t depth,
+                         Range& range) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += kTileWords) {
+    Vec lines[kTileSide];
+    for (int64_t c = 0; c < kTileSide; ++c) {
+      const BitVec pairs = load_pairs_up_to(from + c * stride + d, c < columns ? depth - d : 0);
+      range.add(pairs);
+      lines[c] = bit_cast<Vec>(pairs);
+    }
+    transpose(lines);
+    for (int64_t i = 0; i < kTileSide; ++i) store_terms<1>(to, i, {bit_cast<BitVec>(lines[i])});
+  }
+}
+
+GAFEXT_INLINE BitVec load_words_up_to(const BFloat16* from, int64_t count) {
+  const __mmask16 wanted = count >= kTileSide ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
+  return bit_cast<BitVec>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(wanted, from)));
+}
+
+inline void copy_down(uint32_t* to, const BFloat16* from, int64_t stride, int64_t depth, int64_t columns,
+                      Range& range) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += kTileWords) {
+    for (int64_t i = 0; i < kTileSide; ++i) {
+      const BFloat16 *lower = from + (d + i) * stride, *upper = lower + kTileSide * stride;
+      const BitVec pairs[1] = {load_words_up_to(lower, d + i < depth ? columns : 0) |
+                               load_words_up_to(upper, d + i + kTileSide < depth ? columns : 0) << 16};
+      range.add(pairs[0]);
+      store_terms(to, i, pairs);
     }
   }
 }
@@ -164,9 +220,10 @@ class Spread {
 // Products of two strips by `Columns`, [kBlock, kBlock] each, one after the other. The tiles of one are stored between
 // the first products of the next: stored at its end, they would hold up the loads and products that follow, for 60 to
 // 100 cycles.
-class TileProducts {
+template <int Terms>
+class TermProducts {
  public:
-  static constexpr int64_t kTurns = 6;  // calls of aside() in a step
+  static constexpr int64_t kTurns = Terms * (Terms + 1) / 2;  // calls of aside() in a step
 
   // to = the product, but not before the next call or finish(); of one column strip, its right half is zeros. Vector
   // work in aside(), between tile products, takes no time of its own as long as it is the shorter part.
@@ -188,16 +245,22 @@ class TileProducts {
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
     };
-    load_left(0), load_right(2), store_and_begin<Columns>();
-    for (int64_t s = 0;; load_left(0), load_right(2), add_products()) {
+    load_left(0), load_right(Terms - 1), store_and_begin<Columns>();
+    for (int64_t s = 0;; load_left(0), load_right(Terms - 1), add_products()) {
       aside();
-      load_right(1), add_products(), aside();
-      load_left(1), add_products(), aside();
-      load_right(0), add_products(), aside();
-      load_left(2), add_products(), aside();
-      load_left(0), add_products(), aside();
+      if constexpr (Terms == 2) {
+        load_right(0), add_products(), aside();
+        load_left(1), add_products(), aside();
+      }
+      if constexpr (Terms == 3) {
+        load_right(1), add_products(), aside();
+        load_left(1), add_products(), aside();
+        load_right(0), add_products(), aside();
+        load_left(2), add_products(), aside();
+        load_left(0), add_products(), aside();
+      }
       if (++s == steps) break;
-      left += kStepWords, right += kStepWords;
+      left += step_words(Terms), right += step_words(Terms);
     }
     unsaved_ = to;
     line_ = to_stride;
@@ -235,6 +298,7 @@ class TileProducts {
   float* unsaved_ = nullptr;
   int64_t line_ = 0;
 };
+using TileProducts = TermProducts<kTerms>;
 
 }  // namespace gafext::GAFEXT_ISA
 #endif

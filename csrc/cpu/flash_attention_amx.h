@@ -25,22 +25,43 @@ namespace {
 
 constexpr int64_t kFold = kMaxGroupRows, kFolds = kBlock / kFold;  // rows whose lanes are folded together
 
+template <typename T>
+constexpr int kTermsOf = kTerms;
+template <>
+constexpr int kTermsOf<Float16> = 2;
+template <>
+constexpr int kTermsOf<BFloat16> = 1;
+
+// 2^x with a relative error of 1e-4, for weights that are rounded to 8 bits.
+GAFEXT_INLINE Vec rough_exp2_of(Vec x) {
+  const Vec fraction = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), 0x01));  // x - floor(x)
+  Vec p = broadcast(0.07944024f);
+  p = p * fraction + 0.22449434f;
+  p = p * fraction + 0.69606564f;
+  p = p * fraction + 1.0f;
+  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(x)));
+}
+
+// Scores times scale beyond it are left to float32, so that their rounding does not make a weight larger than 1.
+constexpr float kLargestScore = 65536.0f;
+
 // How a problem is cut.
 struct SplitPlan {
   static constexpr int64_t kMaxChunk = 128;  // keys whose scores exist at a time
   static constexpr int64_t kMaxRows = 1024;  // of a block, which splits its keys once
   static constexpr int64_t kFewRows = 96;    // to share out a head among threads
 
+  int64_t step_words;
   int64_t depth, columns;  // steps over head_dim, strips of it
   int64_t line;            // of O, in whole products
   int64_t keys, chunk;     // of a tile, of a chunk, in whole steps
   int64_t rows, blocks;    // of a block, in whole groups; blocks of a head
 
-  explicit SplitPlan(const FlashAttentionArgs& args) {
+  SplitPlan(const FlashAttentionArgs& args, int terms) : step_words(GAFEXT_ISA::step_words(terms)) {
     depth = ceil_div(args.head_dim, kTileDepth);
     columns = ceil_div(args.head_dim, kTileSide);
     line = round_up(columns, 2) * kTileSide;
-    const int64_t key_bytes = (depth * kTileDepth + columns * kTileSide) * 6;
+    const int64_t key_bytes = (depth * kTileDepth + columns * kTileSide) * 2 * terms;
     const int64_t most_keys = l2_bytes() * 3 / 8 / key_bytes / kMaxChunk * kMaxChunk;
     const int64_t tiles = ceil_div(args.key_length, max_of(most_keys, kMaxChunk));
     keys = round_up(ceil_div(args.key_length, tiles), kTileDepth);
@@ -70,10 +91,10 @@ struct SplitMemory {
     sum = take(groups * kFolds * kGroupLanes);
     for (float*& buffer : alpha) buffer = take(kFolds * kGroupLanes);
     totals = take(kFold * kLanes);
-    query = take_words(2 * plan.depth * kStepWords);
-    for (uint32_t*& buffer : weights) buffer = take_words(2 * plan.chunk / kTileDepth * kStepWords);
-    keys = take_words(plan.keys / kTileSide * plan.depth * kStepWords);
-    values = take_words(plan.columns * (plan.keys / kTileDepth) * kStepWords);
+    query = take_words(2 * plan.depth * plan.step_words);
+    for (uint32_t*& buffer : weights) buffer = take_words(2 * plan.chunk / kTileDepth * plan.step_words);
+    keys = take_words(plan.keys / kTileSide * plan.depth * plan.step_words);
+    values = take_words(plan.columns * (plan.keys / kTileDepth) * plan.step_words);
     end = memory;
   }
   static int64_t score_line(const SplitPlan& plan) { return plan.chunk + kLanes; }
@@ -95,8 +116,10 @@ struct SplitChunk {
 template <typename T>
 class SplitBlock {
  public:
+  static constexpr int kParts = kTermsOf<T>;
+
   SplitBlock(const FlashAttentionArgs& args, const SplitPlan& plan, const SplitMemory& memory, int64_t unit)
-      : args_(args), plan_(plan), memory_(memory), score_line_(SplitMemory::score_line(plan)) {
+      : args_(args), plan_(plan), memory_(memory), score_line_(SplitMemory::score_line(plan)), factor_(args.scale * kLog2E) {
     const int64_t head = unit / plan.blocks % args.heads, batch = unit / plan.blocks / args.heads;
     const auto head_of = [&](const void* base, const HeadStrides& stride) {
       return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
@@ -117,10 +140,14 @@ class SplitBlock {
       split_tile();
       attend_tile();
     }
-    return fits_ && query_range_.fits();
+    return fits_ && query_range_.fits() && max_in(largest_) <= kLargestScore;
   }
 
  private:
+  using Products = TermProducts<kParts>;
+  static constexpr int64_t kWords = step_words(kParts);
+  static constexpr bool kScalesQuery = kParts == kTerms;
+
   // Keys that the row before `row` sees.
   int64_t keys_seen(int64_t row) const {
     return args_.is_causal ? min_of(args_.key_length, begin_ + row) : args_.key_length;
@@ -133,13 +160,21 @@ class SplitBlock {
     Range key_range, value_range;
     for (int64_t strip = 0; strip < 2 * steps; ++strip) {
       const int64_t j = strip * kTileSide;
-      split_columns(memory_.keys + strip * plan_.depth * kStepWords, key + j * key_stride, key_stride, count_ - j,
-                    args_.head_dim, key_range);
+      uint32_t* to = memory_.keys + strip * plan_.depth * kWords;
+      if constexpr (kParts == 1) {
+        copy_columns(to, key + j * key_stride, key_stride, count_ - j, args_.head_dim, key_range);
+      } else {
+        split_columns<kParts>(to, key + j * key_stride, key_stride, count_ - j, args_.head_dim, key_range);
+      }
     }
     for (int64_t strip = 0; strip < plan_.columns; ++strip) {
       const int64_t column = strip * kTileSide;
-      split_down(memory_.values + strip * steps * kStepWords, value + column, args_.value_stride.row, count_,
-                 args_.head_dim - column, value_range);
+      uint32_t* to = memory_.values + strip * steps * kWords;
+      if constexpr (kParts == 1) {
+        copy_down(to, value + column, args_.value_stride.row, count_, args_.head_dim - column, value_range);
+      } else {
+        split_down<kParts>(to, value + column, args_.value_stride.row, count_, args_.head_dim - column, value_range);
+      }
     }
     fits_ = fits_ && key_range.fits() && value_range.fits();
   }
@@ -149,8 +184,14 @@ class SplitBlock {
   __attribute__((noinline)) void split_query(const SplitChunk& chunk, int64_t piece) {
     const int64_t strip = piece / plan_.depth, step = piece % plan_.depth, stride = args_.query_stride.row;
     const int64_t row = chunk.row + strip * kTileSide;
-    split_rows(memory_.query + piece * kStepWords, query_ + row * stride + step * kTileDepth, stride, rows_ - row,
-               min_of(kTileDepth, args_.head_dim - step * kTileDepth), args_.scale * kLog2E, query_range_);
+    uint32_t* to = memory_.query + piece * kWords;
+    const T* from = query_ + row * stride + step * kTileDepth;
+    const int64_t depth = min_of(kTileDepth, args_.head_dim - step * kTileDepth);
+    if constexpr (kParts == 1) {
+      copy_rows(to, from, stride, rows_ - row, depth, query_range_);
+    } else {
+      split_rows<kParts>(to, from, stride, rows_ - row, depth, kScalesQuery ? factor_ : 1.0f, query_range_);
+    }
   }
 
   // The tile's chunk that begins at `key`, or the next group's first.
@@ -195,8 +236,8 @@ class SplitBlock {
         if (piece < adds + weighs) return weigh(chunk, piece - adds);
         split_query(second, piece - adds - weighs);
       };
-      const int64_t score_turns = ceil_div(next.keys, kBlock) * plan_.depth * TileProducts::kTurns;
-      const int64_t value_turns = ceil_div(plan_.columns, 2) * past.steps() * TileProducts::kTurns;
+      const int64_t score_turns = ceil_div(next.keys, kBlock) * plan_.depth * Products::kTurns;
+      const int64_t value_turns = ceil_div(plan_.columns, 2) * past.steps() * Products::kTurns;
       const int64_t even = (adds + weighs + splits) * score_turns / max_of(1, score_turns + value_turns);
       const int64_t cut = max_of(adds, min_of(even, adds + weighs));
       Spread early{do_piece, 0, cut, score_turns}, late{do_piece, cut, adds + weighs + splits, value_turns};
@@ -210,7 +251,7 @@ class SplitBlock {
 
   template <typename Aside>
   void score(const SplitChunk& chunk, Aside& aside) {
-    const int64_t strip = plan_.depth * kStepWords;
+    const int64_t strip = plan_.depth * kWords;
     const uint32_t* keys = memory_.keys + chunk.key / kTileSide * strip;
     for (int64_t j = 0; j < chunk.keys; j += kBlock) {
       products_.template multiply<2>(memory_.query, strip, keys + j / kTileSide * strip, strip, plan_.depth,
@@ -250,30 +291,37 @@ class SplitBlock {
     alignas(64) float folded[kGroupLanes];
     fold_rows(highest, folded, [](Vec a, Vec b) { return max_of(a, b); });
     const Vec past = chunk.is_first ? broadcast(-kInfinity) : load(memory_.max + at);
-    const Vec max = max_of(load(folded), past);
+    const Vec max = max_of(kScalesQuery ? load(folded) : load(folded) * factor_, past);
+    if constexpr (!kScalesQuery) largest_ = max_of(largest_, max_of(max, -max));
     store(memory_.max + at, max);
     store(memory_.alpha[chunk.parity] + row / kFold * kGroupLanes, exp2_of(past - max));
   }
 
+  GAFEXT_INLINE Vec weight(Vec score, Vec max) const {
+    if constexpr (kScalesQuery) return exp2_of(score - max);
+    const Vec exponent = score * factor_ - max;
+    return kParts == 1 ? rough_exp2_of(exponent) : exp2_of(exponent);
+  }
+
   GAFEXT_INLINE void weigh_row(const SplitChunk& chunk, const float* scores, int64_t row, int64_t at) {
     const int64_t steps = chunk.steps();
-    uint32_t* weights = memory_.weights[chunk.parity] + row / kTileSide * steps * kStepWords;
+    uint32_t* weights = memory_.weights[chunk.parity] + row / kTileSide * steps * kWords;
     const Vec max = broadcast(memory_.max[at]);
     Vec sum = {};
     for (int64_t s = 0; s < steps; ++s, scores += kTileDepth) {
-      const Vec lower = exp2_of(load(scores) - max), upper = exp2_of(load(scores + kLanes) - max);
+      const Vec lower = weight(load(scores), max), upper = weight(load(scores + kLanes), max);
       sum += lower + upper;
-      BitVec terms[kTerms];
+      BitVec terms[kParts];
       split(lower, upper, terms);
-      store_terms(weights + s * kStepWords, row % kTileSide, terms);
+      store_terms(weights + s * kWords, row % kTileSide, terms);
     }
     store(memory_.totals + row % kFold * kLanes, sum);
   }
 
   template <typename Aside>
   void values(const SplitChunk& chunk, Aside& aside) {
-    const int64_t weight_strip = chunk.steps() * kStepWords, value_strip = ceil_div(count_, kTileDepth) * kStepWords;
-    const uint32_t* values = memory_.values + chunk.key / kTileDepth * kStepWords;
+    const int64_t weight_strip = chunk.steps() * kWords, value_strip = ceil_div(count_, kTileDepth) * kWords;
+    const uint32_t* values = memory_.values + chunk.key / kTileDepth * kWords;
     const auto multiply = [&](int64_t strip, auto columns) {
       products_.template multiply<columns.value>(memory_.weights[chunk.parity], weight_strip,
                                                  values + strip * value_strip, value_strip, chunk.steps(),
@@ -312,28 +360,39 @@ class SplitBlock {
   const SplitPlan& plan_;
   const SplitMemory memory_;
   const int64_t score_line_;
+  const float factor_;
   const T *query_, *key_, *value_;
   T* out_;
   int64_t begin_, rows_;   // of the block
   int64_t first_, count_;  // keys of the tile
-  TileProducts products_;
+  Products products_;
   Range query_range_;
+  Vec largest_ = {};  // magnitude of the rows' maxima
   bool fits_ = true;
 };
 
 template <typename T>
 class SplitAttention {
  public:
-  // Against AVX-512 on two cores, heads of 64: 1.4 times as fast with 1024 keys and queries, 1.15 times with 256, 1.1
-  // times with 257 keys and 1024 queries; no faster with 257 and 256, 0.9 times with 64 queries, 0.8 times with 77
-  // keys.
+  // Measured against AVX-512 on two cores, heads of 64 where none are named.
   static bool pays(const FlashAttentionArgs& args) {
-    const bool fits_tiles = args.query_length >= 1024 || args.key_length % kTileDepth == 0;
-    const bool is_middling = args.key_length >= 256 && args.head_dim >= 64 && fits_tiles;
-    return args.query_length >= 256 && (is_middling || args.key_length * args.head_dim >= 32768);
+    const int64_t queries = args.query_length, keys = args.key_length, head_dim = args.head_dim;
+    if (kTermsOf<T> < kTerms && !(args.scale > 0.0f)) return false;  // weigh() takes it for positive
+    switch (kTermsOf<T>) {
+      case 1:  // 2.2 times as fast with 257 keys and 64 queries, 1.5 times with 77, 0.8 times with 16 and 12
+        return queries >= 16 && keys >= 24;
+      case 2:  // 1.9 times with 1024 and 1024, 1.3 times with 77 and 256, 0.9 times with 77 and 64; heads of 40: 1.4, 1
+        if (head_dim < 64) return queries >= 128 && keys >= 128;
+        return keys >= 256 ? queries >= 64 : keys >= 64 && queries >= 128;
+      default:  // 1.4 times with 1024 and 1024, 1.15 times with 256 and 256, 1.1 times with 257 and 1024; no faster with
+                // 257 and 256, 0.9 times with 64 queries, 0.8 times with 77 keys
+        const bool fits_tiles = queries >= 1024 || keys % kTileDepth == 0;
+        const bool is_middling = keys >= 256 && head_dim >= 64 && fits_tiles;
+        return queries >= 256 && (is_middling || keys * head_dim >= 32768);
+    }
   }
 
-  explicit SplitAttention(const FlashAttentionArgs& args) : args_(args), plan_(args) {}
+  explicit SplitAttention(const FlashAttentionArgs& args) : args_(args), plan_(args, kTermsOf<T>) {}
 
   // False where a number is beyond what AMX multiplies like float32; the result is then unfinished.
   bool run() {

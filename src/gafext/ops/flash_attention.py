@@ -81,6 +81,9 @@ def _max_head_dim(query: Tensor) -> int:
 # Packing the keys pays from 12 queries on at head size 64: 1.03x, 8 had 0.85x. (257 keys of size 40: 0.65x at 12, 1x at
 # 36.)
 _FEW_QUERIES = 12
+# Of bfloat16 on AMX tiles wider heads need more: 1.02x..1.38x with 12 queries and 77 to 1024 keys of size 40, 1.23x..1.53x
+# with 16 of size 64, 1.09x..1.7x with 48 of size 160, where 16 had 0.82x.
+_DIMENSIONS_A_QUERY = 3
 # Multiply-adds of the scores. With fewer the time is that of a call: on one thread (1,8,64,40) with 1.3 million 1.04x,
 # (1,4,64,80) against 77 keys with 1.6 million 1.46x.
 _LITTLE_WORK = 3 * 2**19
@@ -131,10 +134,14 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
         return []  # torch 2.11 dies of a division by zero
     # PyTorch's bfloat16 is slow over few keys that are not whole blocks: 77 keys 1.5x..1.9x.
     few_odd_keys = not any_size and keys < 128 and keys % 32 != 0 and head_dim < 128
-    if dtype == torch.bfloat16 and _common.MULTIPLIES_BFLOAT16 and not few_odd_keys:
+    on_tiles = _common.INSTRUCTION_SET == "amx"
+    if dtype == torch.bfloat16 and _common.MULTIPLIES_BFLOAT16 and not on_tiles and not few_odd_keys:
         reasons.append("this processor multiplies bfloat16, and PyTorch makes use of it")
-    if not any_size and length < _FEW_QUERIES and dtype != torch.float16:
-        reasons.append(f"fewer than {_FEW_QUERIES} queries do not pay for packing the keys")
+    few = _FEW_QUERIES
+    if dtype == torch.bfloat16 and on_tiles and not any_size:
+        few = max(few, head_dim // _DIMENSIONS_A_QUERY)
+    if not any_size and length < few and dtype != torch.float16:
+        reasons.append(f"fewer than {few} queries do not pay for packing the keys")
     if not any_size and batch * heads * length * keys * head_dim < _LITTLE_WORK:
         reasons.append("so little work that the time is that of a call")
     return reasons
