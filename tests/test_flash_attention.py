@@ -45,6 +45,19 @@ def assert_as_exact_as_torch(query, key, value, **options):
     assert error <= 2 * allowed + 1e-6, f"{error} against PyTorch's {allowed}"
 
 
+def in_float32(query, key, value, **options):
+    """PyTorch's own. In half precision it spreads infinities further, over rows that do not see them."""
+    return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options).to(query.dtype)
+
+
+# What rounding the weights and the result may amount to, for values of size 1.
+ROUNDING = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-5},
+    torch.float16: {"atol": 2e-3, "rtol": 2e-3},
+    torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2},
+}
+
+
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 8, 17, 40, 64, 80, 128, 160, 255, 256])
@@ -55,26 +68,28 @@ def test_every_head_size(head_dim, dtype, device):
 
 
 @on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "lengths", [(1, 1), (1, 257), (63, 65), (65, 63), (257, 257), (257, 1), (100, 1100), (700, 600)], ids=str
 )
-def test_odd_lengths(lengths, is_causal, device):
-    query, key, value = (heads(1, length, 2, 40, device=device) for length in (lengths[0], lengths[1], lengths[1]))
+def test_odd_lengths(lengths, is_causal, dtype, device):
+    query, key, value = (heads(1, n, 2, 40, dtype, device) for n in (lengths[0], lengths[1], lengths[1]))
     assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
 
 
 @on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "sizes",
     [(256, 256, 64), (1025, 257, 80), (257, 1025, 33), (300, 257, 129), (1057, 2050, 80), (256, 128, 256)],
     ids=str,
 )
-def test_large_heads(sizes, is_causal, device):
+def test_large_heads(sizes, is_causal, dtype, device):
     """Large enough for the kernel that multiplies on AMX tiles."""
     queries, keys, head_dim = sizes
-    query, key, value = (heads(1, length, 2, head_dim, device=device) for length in (queries, keys, keys))
+    query, key, value = (heads(1, length, 2, head_dim, dtype, device) for length in (queries, keys, keys))
     assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
 
 
@@ -94,9 +109,30 @@ def test_weights_that_are_denormal_numbers(dtype):
     assert_as_exact_as_torch(query, key, value)
 
 
+@pytest.mark.parametrize("exponents", [(-70, 66, 0), (66, -70, 0), (0, 0, -124), (0, 0, 110), (-100, 0, 20)], ids=str)
+def test_tiny_and_huge_bfloat16(exponents):
+    """Subnormal numbers, which AMX takes for zero, and products that overflow."""
+    tensors = [heads(1, length, 2, 64) for length in (257, 1025, 1025)]
+    query, key, value = ((t * 2.0**e).bfloat16() for t, e in zip(tensors, exponents, strict=True))
+    out, torchs = OP(query, key, value), in_float32(query, key, value)
+    factor = 2.0 ** -exponents[2]
+    torch.testing.assert_close(out.double() * factor, torchs.double() * factor, **ROUNDING[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_precision_among_large_scores(dtype):
+    """Up to 2^16 and beyond, where the weights of AMX tiles end; a row's largest weight is 1 whatever it is."""
+    key, value = heads(1, 300, 2, 64, dtype), heads(1, 300, 2, 64, dtype)
+    for factor in (8, 300, 1000, 8000):
+        query = factor * key[:, :, :257]
+        assert_as_exact_as_torch(query, key, value)
+        assert_as_exact_as_torch(query, key, value, scale=-0.125)
+
+
 @on_devices
-def test_scale(device):
-    query, key, value = (heads(1, 33, 2, 16, device=device) for _ in range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale(dtype, device):
+    query, key, value = (heads(1, 33, 2, 16, dtype, device) for _ in range(3))
     for scale in (0.05, 1.0, -0.5, 0.0):
         assert_as_exact_as_torch(query, key, value, scale=scale)
 
@@ -149,17 +185,18 @@ def test_no_keys_gives_zeros_as_in_pytorch(is_causal, device):
 
 
 @on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("where", ["query", "key"])
-def test_nan_and_infinity_spread_as_in_pytorch(where, poison, is_causal, device):
-    query, key, value = (heads(1, 600, 1, 8, device=device) for _ in range(3))
+def test_nan_and_infinity_spread_as_in_pytorch(where, poison, is_causal, dtype, device):
+    query, key, value = (heads(1, 600, 1, 8, dtype, device) for _ in range(3))
     # Row 300 has its own sign at column 2, so an infinity gives scores of both signs, and rows that are all -inf.
     (query if where == "query" else key)[0, 0, 300, 2] = poison
     out = OP(query, key, value, is_causal=is_causal)
-    torchs = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    torchs = in_float32(query, key, value, is_causal=is_causal)
     assert torch.equal(out.isnan(), torchs.isnan())
-    torch.testing.assert_close(out, torchs, equal_nan=True)
+    torch.testing.assert_close(out, torchs, equal_nan=True, **ROUNDING[dtype])
 
 
 def spoil(tensor, generator):
@@ -171,23 +208,24 @@ def spoil(tensor, generator):
     tensor[0, torch.randint(tensor.shape[1], (), generator=generator), row, columns] = value
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("lengths", [(64, 64), (70, 77), (33, 600), (600, 900)], ids=str)
 @pytest.mark.parametrize("seed", range(8))
-def test_spoilt_inputs_give_what_pytorch_gives(lengths, seed, is_causal):
+def test_spoilt_inputs_give_what_pytorch_gives(lengths, seed, is_causal, dtype):
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = (heads(1, length, 2, 40) for length in (lengths[0], lengths[1], lengths[1]))
+    query, key, value = (heads(1, length, 2, 40, dtype) for length in (lengths[0], lengths[1], lengths[1]))
     for tensor in (query, key, value) if seed % 2 else (query, key):
         spoil(tensor, generator)
     if seed >= 6:  # every score -inf
         query[..., 0], key[..., 0] = 1.0, float("-inf")
     out = OP(query, key, value, is_causal=is_causal)
-    torchs = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    torchs = in_float32(query, key, value, is_causal=is_causal)
     if is_causal and not value.isfinite().all():
         # Weight 0 times a spoilt value is NaN: PyTorch has it in the rows of a whole block before the value.
         assert not (out.isnan() & ~torchs.isnan()).any()
         out = out.masked_fill(torchs.isnan(), float("nan"))
-    torch.testing.assert_close(out, torchs, equal_nan=True, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, torchs, equal_nan=True, **ROUNDING[dtype])
 
 
 @on_devices
@@ -205,18 +243,21 @@ def test_huge_scores(device):
     torch.testing.assert_close(OP(query * 1e15, key * 1e15, value), torchs)
 
 
-def test_a_masked_key_has_no_weight():
-    query, key, value = (heads(1, 64, 2, 16) for _ in range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_masked_key_has_no_weight(dtype):
+    query, key, value = (heads(1, 64, 2, 16, dtype) for _ in range(3))
     before = OP(query, key, value, is_causal=True)
-    key[:, :, 40:], value[:, :, 40:] = 1e9, -1e9
+    large = 1e9 if dtype == torch.float32 else 1e3
+    key[:, :, 40:], value[:, :, 40:] = large, -large
     after = OP(query, key, value, is_causal=True)
     assert torch.equal(before[:, :, :40], after[:, :, :40])
     assert not torch.equal(before[:, :, 40:], after[:, :, 40:])
 
 
-def test_same_bits_on_any_number_of_threads():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_on_any_number_of_threads(dtype):
     threads = torch.get_num_threads()
-    query, key, value = (heads(2, 700, 3, 40) for _ in range(3))
+    query, key, value = (heads(2, 700, 3, 40, dtype) for _ in range(3))
     try:
         results = []
         for n in (1, 2, 3):
@@ -316,6 +357,7 @@ SLOWER = {
 @pytest.mark.parametrize("size, dtype, reason", SLOWER.values(), ids=SLOWER)
 def test_what_pytorch_does_faster_goes_to_pytorch(size, dtype, reason, monkeypatch):
     monkeypatch.setattr(_common, "MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(_common, "INSTRUCTION_SET", "avx512")
     length, keys, head_dim = size
     query, key, value = (heads(2, n, 4, head_dim, dtype) for n in (length, keys, keys))
     assert slower_reasons(query, key) == [reason]
@@ -323,6 +365,14 @@ def test_what_pytorch_does_faster_goes_to_pytorch(size, dtype, reason, monkeypat
     assert torch.equal(out, F.scaled_dot_product_attention(query, key, value))
     assert out.stride() == kernels.stride()
     torch.testing.assert_close(out, kernels, atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=0)
+
+
+def test_bfloat16_stays_where_there_are_tiles(monkeypatch):
+    monkeypatch.setattr(_common, "MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(_common, "INSTRUCTION_SET", "amx")
+    query, wide = heads(2, 64, 8, 64, torch.bfloat16), heads(2, 64, 8, 256, torch.bfloat16)
+    assert slower_reasons(query, query) == []
+    assert slower_reasons(wide, wide) == ["fewer than 85 queries do not pay for packing the keys"]
 
 
 @pytest.mark.parametrize("dtype, keys", [(torch.float32, 1024), (torch.float32, 77), (torch.bfloat16, 77)], ids=str)
@@ -368,7 +418,8 @@ def test_divided_work_on_cuda(sizes, dtype):
 def test_the_same_choice_within_compiled_code():
     query = heads(1, 64, 2, 32, torch.bfloat16)
     compiled = torch.compile(flash_attention, backend="aot_eager", fullgraph=True)
-    wanted = F.scaled_dot_product_attention if _common.MULTIPLIES_BFLOAT16 else OP
+    has_tiles = _common.INSTRUCTION_SET == "amx"
+    wanted = OP if has_tiles or not _common.MULTIPLIES_BFLOAT16 else F.scaled_dot_product_attention
     assert torch.equal(compiled(query, query, query), wanted(query, query, query))
 
 

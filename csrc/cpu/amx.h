@@ -102,54 +102,13 @@ GAFEXT_INLINE Vec load_up_to(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : count > 0 ? load_first(from, count) : Vec{};
 }
 
-// A strip of the left operand: `rows` <= 16 rows of `depth` numbers times `factor`; what is missing is zero.
-template <int Terms = kTerms, typename T>
-void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64_t depth, float factor, Range& range) {
-  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
-    for (int64_t r = 0; r < kTileSide; ++r) {
-      const T* row = from + r * stride + d;
-      const int64_t count = r < rows ? depth - d : 0;
-      store_split<Terms>(to, r, load_up_to(row, count) * factor, load_up_to(row + kLanes, count - kLanes) * factor, range);
-    }
-  }
-}
-
-// A strip of the right operand: its columns are `columns` <= 16 rows of `depth` numbers.
-template <int Terms = kTerms, typename T>
-void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns, int64_t depth, Range& range) {
-  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
-    Vec lower[kTileSide], upper[kTileSide];
-    for (int64_t c = 0; c < kTileSide; ++c) {
-      const T* column = from + c * stride + d;
-      const int64_t count = c < columns ? depth - d : 0;
-      lower[c] = load_up_to(column, count);
-      upper[c] = load_up_to(column + kLanes, count - kLanes);
-    }
-    transpose(lower);
-    transpose(upper);
-    for (int64_t i = 0; i < kTileSide; ++i) store_split<Terms>(to, i, lower[i], upper[i], range);
-  }
-}
-
-// A strip of the right operand: `columns` of up to 16 columns of [depth, stride].
-template <int Terms = kTerms, typename T>
-void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int64_t columns, Range& range) {
-  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
-    for (int64_t i = 0; i < kTileSide; ++i) {
-      const T *lower = from + (d + i) * stride, *upper = lower + kTileSide * stride;
-      store_split<Terms>(to, i, load_up_to(lower, d + i < depth ? columns : 0),
-                  load_up_to(upper, d + i + kTileSide < depth ? columns : 0), range);
-    }
-  }
-}
-
 // 32 numbers as they lie in memory, what is missing is zero: word i holds numbers 2 i and 2 i + 1.
 GAFEXT_INLINE BitVec load_pairs_up_to(const BFloat16* from, int64_t count) {
   const __mmask32 wanted = count >= kTileDepth ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
   return bit_cast<BitVec>(_mm512_maskz_loadu_epi16(wanted, from));
 }
 
-// split_rows and split_columns for numbers that are one term, in which a step's pairs are neighbours on both sides.
+// The three below for bfloat16, which needs no splitting. Rows and columns are copied: their pairs are neighbours.
 inline void copy_rows(uint32_t* to, const BFloat16* from, int64_t stride, int64_t rows, int64_t depth, Range& range) {
   for (int64_t d = 0; d < depth; d += kTileDepth, to += kTileWords) {
     for (int64_t r = 0; r < kTileSide; ++r) {
@@ -188,6 +147,51 @@ inline void copy_down(uint32_t* to, const BFloat16* from, int64_t stride, int64_
                                load_words_up_to(upper, d + i + kTileSide < depth ? columns : 0) << 16};
       range.add(pairs[0]);
       store_terms(to, i, pairs);
+    }
+  }
+}
+
+// A strip of the left operand: `rows` <= 16 rows of `depth` numbers times `factor`; what is missing is zero.
+template <int Terms = kTerms, typename T>
+void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64_t depth, float factor, Range& range) {
+  if constexpr (Terms == 1) return copy_rows(to, from, stride, rows, depth, range);
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
+    for (int64_t r = 0; r < kTileSide; ++r) {
+      const T* row = from + r * stride + d;
+      const int64_t count = r < rows ? depth - d : 0;
+      store_split<Terms>(to, r, load_up_to(row, count) * factor, load_up_to(row + kLanes, count - kLanes) * factor,
+                         range);
+    }
+  }
+}
+
+// A strip of the right operand: its columns are `columns` <= 16 rows of `depth` numbers.
+template <int Terms = kTerms, typename T>
+void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns, int64_t depth, Range& range) {
+  if constexpr (Terms == 1) return copy_columns(to, from, stride, columns, depth, range);
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
+    Vec lower[kTileSide], upper[kTileSide];
+    for (int64_t c = 0; c < kTileSide; ++c) {
+      const T* column = from + c * stride + d;
+      const int64_t count = c < columns ? depth - d : 0;
+      lower[c] = load_up_to(column, count);
+      upper[c] = load_up_to(column + kLanes, count - kLanes);
+    }
+    transpose(lower);
+    transpose(upper);
+    for (int64_t i = 0; i < kTileSide; ++i) store_split<Terms>(to, i, lower[i], upper[i], range);
+  }
+}
+
+// A strip of the right operand: `columns` of up to 16 columns of [depth, stride].
+template <int Terms = kTerms, typename T>
+void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int64_t columns, Range& range) {
+  if constexpr (Terms == 1) return copy_down(to, from, stride, depth, columns, range);
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
+    for (int64_t i = 0; i < kTileSide; ++i) {
+      const T *lower = from + (d + i) * stride, *upper = lower + kTileSide * stride;
+      store_split<Terms>(to, i, load_up_to(lower, d + i < depth ? columns : 0),
+                         load_up_to(upper, d + i + kTileSide < depth ? columns : 0), range);
     }
   }
 }

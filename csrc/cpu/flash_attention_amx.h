@@ -119,7 +119,11 @@ class SplitBlock {
   static constexpr int kParts = kTermsOf<T>;
 
   SplitBlock(const FlashAttentionArgs& args, const SplitPlan& plan, const SplitMemory& memory, int64_t unit)
-      : args_(args), plan_(plan), memory_(memory), score_line_(SplitMemory::score_line(plan)), factor_(args.scale * kLog2E) {
+      : args_(args),
+        plan_(plan),
+        memory_(memory),
+        score_line_(SplitMemory::score_line(plan)),
+        factor_(args.scale * kLog2E) {
     const int64_t head = unit / plan.blocks % args.heads, batch = unit / plan.blocks / args.heads;
     const auto head_of = [&](const void* base, const HeadStrides& stride) {
       return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
@@ -160,21 +164,13 @@ class SplitBlock {
     Range key_range, value_range;
     for (int64_t strip = 0; strip < 2 * steps; ++strip) {
       const int64_t j = strip * kTileSide;
-      uint32_t* to = memory_.keys + strip * plan_.depth * kWords;
-      if constexpr (kParts == 1) {
-        copy_columns(to, key + j * key_stride, key_stride, count_ - j, args_.head_dim, key_range);
-      } else {
-        split_columns<kParts>(to, key + j * key_stride, key_stride, count_ - j, args_.head_dim, key_range);
-      }
+      split_columns<kParts>(memory_.keys + strip * plan_.depth * kWords, key + j * key_stride, key_stride, count_ - j,
+                            args_.head_dim, key_range);
     }
     for (int64_t strip = 0; strip < plan_.columns; ++strip) {
       const int64_t column = strip * kTileSide;
-      uint32_t* to = memory_.values + strip * steps * kWords;
-      if constexpr (kParts == 1) {
-        copy_down(to, value + column, args_.value_stride.row, count_, args_.head_dim - column, value_range);
-      } else {
-        split_down<kParts>(to, value + column, args_.value_stride.row, count_, args_.head_dim - column, value_range);
-      }
+      split_down<kParts>(memory_.values + strip * steps * kWords, value + column, args_.value_stride.row, count_,
+                         args_.head_dim - column, value_range);
     }
     fits_ = fits_ && key_range.fits() && value_range.fits();
   }
@@ -184,14 +180,9 @@ class SplitBlock {
   __attribute__((noinline)) void split_query(const SplitChunk& chunk, int64_t piece) {
     const int64_t strip = piece / plan_.depth, step = piece % plan_.depth, stride = args_.query_stride.row;
     const int64_t row = chunk.row + strip * kTileSide;
-    uint32_t* to = memory_.query + piece * kWords;
-    const T* from = query_ + row * stride + step * kTileDepth;
-    const int64_t depth = min_of(kTileDepth, args_.head_dim - step * kTileDepth);
-    if constexpr (kParts == 1) {
-      copy_rows(to, from, stride, rows_ - row, depth, query_range_);
-    } else {
-      split_rows<kParts>(to, from, stride, rows_ - row, depth, kScalesQuery ? factor_ : 1.0f, query_range_);
-    }
+    split_rows<kParts>(memory_.query + piece * kWords, query_ + row * stride + step * kTileDepth, stride, rows_ - row,
+                       min_of(kTileDepth, args_.head_dim - step * kTileDepth), kScalesQuery ? factor_ : 1.0f,
+                       query_range_);
   }
 
   // The tile's chunk that begins at `key`, or the next group's first.
@@ -384,8 +375,8 @@ class SplitAttention {
       case 2:  // 1.9 times with 1024 and 1024, 1.3 times with 77 and 256, 0.9 times with 77 and 64; heads of 40: 1.4, 1
         if (head_dim < 64) return queries >= 128 && keys >= 128;
         return keys >= 256 ? queries >= 64 : keys >= 64 && queries >= 128;
-      default:  // 1.4 times with 1024 and 1024, 1.15 times with 256 and 256, 1.1 times with 257 and 1024; no faster with
-                // 257 and 256, 0.9 times with 64 queries, 0.8 times with 77 keys
+      default:  // 1.4 times with 1024 and 1024, 1.15 times with 256 and 256, 1.1 times with 257 and 1024; no faster
+                // with 257 and 256, 0.9 times with 64 queries, 0.8 times with 77 keys
         const bool fits_tiles = queries >= 1024 || keys % kTileDepth == 0;
         const bool is_middling = keys >= 256 && head_dim >= 64 && fits_tiles;
         return queries >= 256 && (is_middling || keys * head_dim >= 32768);

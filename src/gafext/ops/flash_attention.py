@@ -81,8 +81,8 @@ def _max_head_dim(query: Tensor) -> int:
 # Packing the keys pays from 12 queries on at head size 64: 1.03x, 8 had 0.85x. (257 keys of size 40: 0.65x at 12, 1x at
 # 36.)
 _FEW_QUERIES = 12
-# Of bfloat16 on AMX tiles wider heads need more: 1.02x..1.38x with 12 queries and 77 to 1024 keys of size 40, 1.23x..1.53x
-# with 16 of size 64, 1.09x..1.7x with 48 of size 160, where 16 had 0.82x.
+# Of bfloat16 on AMX tiles wider heads need more. Against 77 to 1024 keys: 1.3x with 12 queries of size 40, 1.2x..1.5x
+# with 16 of size 64, 1.3x..1.7x with 48 of size 160, where 16 had 0.8x.
 _DIMENSIONS_A_QUERY = 3
 # Multiply-adds of the scores. With fewer the time is that of a call: on one thread (1,8,64,40) with 1.3 million 1.04x,
 # (1,4,64,80) against 77 keys with 1.6 million 1.46x.
