@@ -4,7 +4,7 @@
 // sums six count, hi lo + hi mid + mid mid + mid hi + lo hi + hi hi; the other three are below 2^-23 of the whole. Each
 // product is exact, so what is left is the error of adding in float32: over 640 numbers 0.6 times MKL's sgemm.
 //
-//   split      [strips, steps, 3 terms, 16, 16 words]: a strip is 16 rows of the left operand or 16 columns of the
+//   split      [strips, steps, terms, 16, 16 words]: a strip is 16 rows of the left operand or 16 columns of the
 //              right, a step 32 of what is summed over; word i of a line holds numbers i and i + 16 of the step. So a
 //              tile is 1 KB in a row, and splitting takes no shuffle but the transposition of one operand.
 //   multiply   32 x 32 numbers at a time: tiles 0..3 are sums, 4 and 5 a term of the left, 6 and 7 of the right
@@ -13,6 +13,8 @@
 // units have 64. Loads, 8 cycles each, number 14 for 24 products. Out of the L2 cache a Sapphire Rapids core was
 // measured at 340 GFLOP/s (of float32; AVX-512: 140), and at 415 multiplying zeros, which leave it a higher clock; out
 // of the L3 cache at 240 to 300.
+//
+// A float16 is the sum of two terms, and three products are exact; a bfloat16 is one.
 //
 // AMX takes subnormal numbers for zero, and hi of a huge number overflows: `Range` says when to fall back.
 #pragma once
@@ -28,6 +30,12 @@ constexpr int64_t kTileSide = 16, kTileDepth = 32, kTileWords = kTileSide * kTil
 constexpr int64_t kBlock = 2 * kTileSide;  // rows and columns of a product
 
 constexpr int kTerms = 3;  // of a float32
+template <typename T>
+constexpr int kTermsOf = kTerms;
+template <>
+constexpr int kTermsOf<Float16> = 2;
+template <>
+constexpr int kTermsOf<BFloat16> = 1;
 constexpr int64_t step_words(int terms) { return terms * kTileWords; }
 constexpr int64_t kStepWords = step_words(kTerms);
 

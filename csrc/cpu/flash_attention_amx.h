@@ -1,6 +1,6 @@
 // Flash attention on AMX tiles (amx.h): the algorithm of flash_attention.cpp with both products split.
 //
-//   keys, values  of a key tile, split as right operands: 12 bytes a number       L2 cache, 3/8 of it
+//   keys, values  of a key tile, split as right operands: 2 bytes a term         L2 cache, 3/8 of it
 //   for each group of 32 query rows, split; for each chunk of keys:
 //     scores   S = Q K^T in AMX tiles                                             [32, chunk], twice
 //     weigh    masks, running maximum m, sum l; P = 2^(S - m) split as it is made [2 strips, steps], twice
@@ -12,8 +12,14 @@
 // pieces, the weighing of the chunk between, the adding of the one before those, and the splitting of the next queries.
 // The splitting of keys and values is not hidden.
 //
-// Heads of 64, 4096 keys, inputs that keep the clock: 780 cycles for 24 tile products of 16 cycles each, 540 without
-// the vector work, 410 of vector work alone. With random inputs the tile products lower the clock from 2.9 to 2.3 GHz.
+// float32 has scale and log2(e) folded into the queries, as in flash_attention.cpp. Half precision is exact without:
+// there the softmax multiplies the scores. bfloat16's weights are rounded to nearest, as PyTorch's are. Two cores reach
+// 0.95 TFLOP/s with heads of 64 and 1024 keys, of which the vector work is the larger part: 1.7 times PyTorch's
+// operation.
+//
+// float32, heads of 64, 4096 keys, inputs that keep the clock: 780 cycles for 24 tile products of 16 cycles each, 540
+// without the vector work, 410 of vector work alone. With random inputs the tile products lower the clock from 2.9
+// to 2.3 GHz.
 #pragma once
 
 #include "amx.h"
@@ -25,13 +31,6 @@ namespace {
 
 constexpr int64_t kFold = kMaxGroupRows, kFolds = kBlock / kFold;  // rows whose lanes are folded together
 
-template <typename T>
-constexpr int kTermsOf = kTerms;
-template <>
-constexpr int kTermsOf<Float16> = 2;
-template <>
-constexpr int kTermsOf<BFloat16> = 1;
-
 // 2^x with a relative error of 1e-4, for weights that are rounded to 8 bits.
 GAFEXT_INLINE Vec rough_exp2_of(Vec x) {
   const Vec fraction = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), 0x01));  // x - floor(x)
@@ -42,7 +41,7 @@ GAFEXT_INLINE Vec rough_exp2_of(Vec x) {
   return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(x)));
 }
 
-// Scores times scale beyond it are left to float32, so that their rounding does not make a weight larger than 1.
+// Of scores times scale in half precision; beyond, the rounding of a row's maximum would count.
 constexpr float kLargestScore = 65536.0f;
 
 // How a problem is cut.
@@ -116,8 +115,6 @@ struct SplitChunk {
 template <typename T>
 class SplitBlock {
  public:
-  static constexpr int kParts = kTermsOf<T>;
-
   SplitBlock(const FlashAttentionArgs& args, const SplitPlan& plan, const SplitMemory& memory, int64_t unit)
       : args_(args),
         plan_(plan),
@@ -148,6 +145,7 @@ class SplitBlock {
   }
 
  private:
+  static constexpr int kParts = kTermsOf<T>;
   using Products = TermProducts<kParts>;
   static constexpr int64_t kWords = step_words(kParts);
   static constexpr bool kScalesQuery = kParts == kTerms;
@@ -365,18 +363,17 @@ class SplitBlock {
 template <typename T>
 class SplitAttention {
  public:
-  // Measured against AVX-512 on two cores, heads of 64 where none are named.
+  // Measured against AVX-512 on two cores, heads of 64 unless named.
   static bool pays(const FlashAttentionArgs& args) {
     const int64_t queries = args.query_length, keys = args.key_length, head_dim = args.head_dim;
-    if (kTermsOf<T> < kTerms && !(args.scale > 0.0f)) return false;  // weigh() takes it for positive
+    if (kTermsOf<T> < kTerms && !(args.scale > 0.0f)) return false;  // the largest product has the largest weight
     switch (kTermsOf<T>) {
-      case 1:  // 2.2 times as fast with 257 keys and 64 queries, 1.5 times with 77, 0.8 times with 16 and 12
+      case 1:  // 64 queries: 2.2 times as fast with 257 keys, 1.5 times with 77; 12: 0.8 times with 16 keys
         return queries >= 16 && keys >= 24;
-      case 2:  // 1.9 times with 1024 and 1024, 1.3 times with 77 and 256, 0.9 times with 77 and 64; heads of 40: 1.4, 1
+      case 2:  // 1.9 times with 1024 and 1024, 1.3 times with 77 and 256, 0.9 times with 77 and 64
         if (head_dim < 64) return queries >= 128 && keys >= 128;
-        return keys >= 256 ? queries >= 64 : keys >= 64 && queries >= 128;
-      default:  // 1.4 times with 1024 and 1024, 1.15 times with 256 and 256, 1.1 times with 257 and 1024; no faster
-                // with 257 and 256, 0.9 times with 64 queries, 0.8 times with 77 keys
+        return queries >= 128 ? keys >= 64 : queries >= 64 && keys >= 256;
+      default:  // 1.4 times with 1024 and 1024, 1.15 times with 256 and 256, 1 with 257 and 256, 0.8 times with 77 keys
         const bool fits_tiles = queries >= 1024 || keys % kTileDepth == 0;
         const bool is_middling = keys >= 256 && head_dim >= 64 && fits_tiles;
         return queries >= 256 && (is_middling || keys * head_dim >= 32768);
