@@ -1,6 +1,6 @@
 // Flash attention on AMX tiles (amx.h): the algorithm of flash_attention.cpp with both products split.
 //
-//   keys, values  of a key tile, split as right operands: 2 bytes a term         L2 cache, 3/8 of it
+//   keys, values  of a key tile, split as right operands: 2 bytes a term          L2 cache, 3/8 of it
 //   for each group of 32 query rows, split; for each chunk of keys:
 //     scores   S = Q K^T in AMX tiles                                             [32, chunk], twice
 //     weigh    masks, running maximum m, sum l; P = 2^(S - m) split as it is made [2 strips, steps], twice
@@ -13,13 +13,10 @@
 // The splitting of keys and values is not hidden.
 //
 // float32 has scale and log2(e) folded into the queries, as in flash_attention.cpp. Half precision is exact without:
-// there the softmax multiplies the scores. bfloat16's weights are rounded to nearest, as PyTorch's are. Two cores reach
-// 0.95 TFLOP/s with heads of 64 and 1024 keys, of which the vector work is the larger part: 1.7 times PyTorch's
-// operation.
+// there the softmax multiplies the scores. With heads of 64 and 1024 keys, two cores do 950 GFLOP/s in bfloat16.
 //
 // float32, heads of 64, 4096 keys, inputs that keep the clock: 780 cycles for 24 tile products of 16 cycles each, 540
-// without the vector work, 410 of vector work alone. With random inputs the tile products lower the clock from 2.9
-// to 2.3 GHz.
+// without the vector work, 410 of vector work alone. Random inputs lower the clock from 2.9 to 2.3 GHz.
 #pragma once
 
 #include "amx.h"
@@ -41,18 +38,15 @@ GAFEXT_INLINE Vec rough_exp2_of(Vec x) {
   return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(x)));
 }
 
-// Of scores times scale in half precision; beyond, the rounding of a row's maximum would count.
-constexpr float kLargestScore = 65536.0f;
-
 // How a problem is cut.
 struct SplitPlan {
   static constexpr int64_t kMaxChunk = 128;  // keys whose scores exist at a time
   static constexpr int64_t kMaxRows = 1024;  // of a block, which splits its keys once
   static constexpr int64_t kFewRows = 96;    // to share out a head among threads
 
-  int64_t step_words;
   int64_t depth, columns;  // steps over head_dim, strips of it
   int64_t line;            // of O, in whole products
+  int64_t step_words;      // of one strip
   int64_t keys, chunk;     // of a tile, of a chunk, in whole steps
   int64_t rows, blocks;    // of a block, in whole groups; blocks of a head
 
@@ -149,6 +143,7 @@ class SplitBlock {
   using Products = TermProducts<kParts>;
   static constexpr int64_t kWords = step_words(kParts);
   static constexpr bool kScalesQuery = kParts == kTerms;
+  static constexpr float kLargestScore = 65536.0f;  // after scale; beyond, a maximum's rounding would count
 
   // Keys that the row before `row` sees.
   int64_t keys_seen(int64_t row) const {
@@ -366,7 +361,7 @@ class SplitAttention {
   // Measured against AVX-512 on two cores, heads of 64 unless named.
   static bool pays(const FlashAttentionArgs& args) {
     const int64_t queries = args.query_length, keys = args.key_length, head_dim = args.head_dim;
-    if (kTermsOf<T> < kTerms && !(args.scale > 0.0f)) return false;  // the largest product has the largest weight
+    if (kTermsOf<T> < kTerms && !(args.scale > 0.0f)) return false;  // the largest score must weigh most
     switch (kTermsOf<T>) {
       case 1:  // 64 queries: 2.2 times as fast with 257 keys, 1.5 times with 77; 12: 0.8 times with 16 keys
         return queries >= 16 && keys >= 24;

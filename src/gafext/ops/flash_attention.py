@@ -82,8 +82,8 @@ def _max_head_dim(query: Tensor) -> int:
 # 36.)
 _FEW_QUERIES = 12
 # Of bfloat16 on AMX tiles wider heads need more. Against 77 to 1024 keys: 1.3x with 12 queries of size 40, 1.2x..1.5x
-# with 16 of size 64, 1.3x..1.7x with 48 of size 160, where 16 had 0.8x.
-_DIMENSIONS_A_QUERY = 3
+# with 16 of size 64, 1.3x..1.7x with 48 of size 160, where 16 had 0.8x; 64 keys, size 256: 0.97x with 85, 1.2x with 96.
+_QUERIES_A_DIMENSION = 3 / 8
 # Multiply-adds of the scores. With fewer the time is that of a call: on one thread (1,8,64,40) with 1.3 million 1.04x,
 # (1,4,64,80) against 77 keys with 1.6 million 1.46x.
 _LITTLE_WORK = 3 * 2**19
@@ -139,7 +139,7 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
         reasons.append("this processor multiplies bfloat16, and PyTorch makes use of it")
     few = _FEW_QUERIES
     if dtype == torch.bfloat16 and on_tiles and not any_size:
-        few = max(few, head_dim // _DIMENSIONS_A_QUERY)
+        few = max(few, int(head_dim * _QUERIES_A_DIMENSION))
     if not any_size and length < few and dtype != torch.float16:
         reasons.append(f"fewer than {few} queries do not pay for packing the keys")
     if not any_size and batch * heads * length * keys * head_dim < _LITTLE_WORK:
