@@ -171,10 +171,10 @@ def test_unsupported_goes_to_pytorch_with_the_reason(dtype):
 
 
 def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason(monkeypatch):
-    few, many = problem(95, 40, 40), problem(96, 40, 40)
+    few, many = problem(191, 40, 40), problem(192, 40, 40)
     monkeypatch.setattr(sys.modules["gafext.ops.linear"], "_HAS_AMX", True)  # gafext.ops.linear is the function
-    assert slower_reasons(few[0]) == ["fewer than 96 rows do not pay for splitting the weights"]
-    assert slower_reasons(many[0]) == slower_reasons(many[0].view(3, 32, 40)) == []
+    assert slower_reasons(few[0]) == ["fewer than 192 rows do not pay for splitting the weights"]
+    assert slower_reasons(many[0]) == slower_reasons(many[0].view(3, 64, 40)) == []
     assert not calls_kernel(ops.linear, *few) and calls_kernel(ops.linear, *many)
     monkeypatch.setattr(sys.modules["gafext.ops.linear"], "_HAS_AMX", False)
     assert slower_reasons(many[0])[0].startswith("without AMX it is PyTorch's")
@@ -220,7 +220,7 @@ def test_autocast_as_pytorch():
 
 @pytest.mark.skipif(not HAS_AMX, reason="the kernel needs AMX")
 def test_the_networks_use_it_in_inference():
-    x = torch.randn(2, 50, 64)
+    x = torch.randn(2, 100, 64)
     for module in (Attention(64, 2), FeedForward(64)):
         assert not calls_kernel(module, x)  # which trains
         for backend, used in (("auto", True), ("kernel", True), ("sdpa", False), ("reference", False)):
@@ -239,7 +239,7 @@ def test_what_stands_for_a_linear_layer_is_called():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    x, layer = torch.randn(100, 32), nn.Linear(32, 16)
+    x, layer = torch.randn(200, 32), nn.Linear(32, 16)
     assert torch.equal(attention.linear(nn.Identity(), x), x)
     torch.manual_seed(1)
     doubled = Doubled(32, 16)

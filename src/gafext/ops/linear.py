@@ -10,8 +10,9 @@ from gafext.ops import _common
 
 _OP = "linear"
 _HAS_AMX = _common.INSTRUCTION_SET == "amx"
-# Measured on two cores of a Sapphire Rapids: 77 rows 1.0x to 1.2x of PyTorch's, 128 rows 1.2x to 1.4x.
-_FEW_ROWS = 96
+# Measured on two cores of a Sapphire Rapids, from run to run: 128 rows 0.8x to 1.4x of PyTorch's, 257 rows 1.1x to
+# 1.8x.
+_FEW_ROWS = 192
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     AMX multiplies each float32 as three bfloat16: rounding errors are 0.4 to 0.9 times those of PyTorch's linear, and
     infinities, NaN and numbers so huge or so tiny that this would go wrong are left to that one. On two
-    cores of a Sapphire Rapids it is 1.3 to 1.6 times as fast from 128 rows on. Weights packed once for MKL gained 1.0
+    cores of a Sapphire Rapids it is 1.1 to 1.8 times as fast from 256 rows on. Weights packed once for MKL gained 1.0
     to 1.1 from 512 rows on and 1.2 to 1.3 below, at the price of a second copy in memory: a hundredth of a U-Net's
     time, so that without AMX this is torch's linear.
 
