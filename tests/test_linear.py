@@ -250,7 +250,7 @@ def test_what_stands_for_a_linear_layer_is_called():
     attention.linear(layer, x)
     handle.remove()
     attention.linear(layer, x)
-    assert seen == [(100, 16)]
+    assert seen == [(200, 16)]
     if not int8.unsupported_reasons(x.device):
         quantized = int8.Int8Linear(layer)
         assert torch.equal(attention.linear(quantized, x), quantized(x))
