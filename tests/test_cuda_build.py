@@ -35,8 +35,10 @@ def compile_kernels(source: Path, folder: Path) -> subprocess.CompletedProcess:
 def reports(tmp_path_factory):
     """[(source, kernel, architecture, stack bytes, spill stores, spill loads, registers)]"""
 
+    folder = tmp_path_factory.mktemp("kernels")  # here: two threads that make a worker's first one delete each other's
+
     def report(source):
-        done = compile_kernels(source, tmp_path_factory.mktemp(source.stem))
+        done = compile_kernels(source, folder)
         assert done.returncode == 0, f"{source.name}: {done.stderr}"
         found = REPORT.findall(done.stderr)
         assert {architecture for _, architecture, *_ in found} in (set(), set(architectures(source))), done.stderr
