@@ -51,7 +51,7 @@ class SplitLinear {
     const int64_t most = max_of(1, min_of(shared_pairs_, kMaxSharedWords / pair_words(steps_)));
     const Plan plan(own_pairs_, most);
     own_words_ = plan.most_pairs() * pair_words(chunk_);
-    const int64_t sums = (chunk_ < steps_ ? plan.block * plan.most_pairs() : 1) * kBlock * kBlock;
+    const int64_t sums = chunk_ < steps_ ? plan.block * plan.most_pairs() * kBlock * kBlock : 0;
     shared_ = reinterpret_cast<uint32_t*>(scratch(most * pair_words(steps_) + max_threads() * (own_words_ + sums)));
     uint32_t* own = shared_ + most * pair_words(steps_);
     for (int64_t first = 0; first < shared_pairs_ && fits_; first += most) {

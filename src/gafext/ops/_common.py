@@ -155,3 +155,15 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def heads_like(out: Tensor) -> Tensor:
     """`out` (B,H,L,D) in the memory of (B,L,H,D), as the kernels return it."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def save_x_and_weight(ctx, inputs, output):
+    """What the gradients for x, weight and an optional bias take."""
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def gradients_wanted(ctx) -> list[bool]:
+    """For x, weight and bias; a bias that was left out has no entry in needs_input_grad."""
+    return [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]

@@ -102,18 +102,12 @@ def _fake(x, weight, bias=None):
     return x.new_empty(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
-
-
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    wanted = _common.gradients_wanted(ctx)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
     )
 
 
-torch.library.register_autograd("gafext::conv3x3", _backward, setup_context=_setup_context)
+torch.library.register_autograd("gafext::conv3x3", _backward, setup_context=_common.save_x_and_weight)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gafext.ops import _common
+from gafext.ops.linear import linear_backward
 
 _OP = "geglu"
 
@@ -140,15 +141,9 @@ def _backward(ctx, grad):
     dtype = x.dtype
     grad, x, weight = (t.float() for t in (grad, x, weight))
     grad_h = _gate_backward(grad, *F.linear(x, weight, None if bias is None else bias.float()).chunk(2, dim=-1))
-    rows = grad_h.flatten(0, -2) if grad_h.dim() > 1 else grad_h[None]  # [rows, 2 * inner]
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = (grad_h @ weight).to(dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = (rows.T @ x.reshape(rows.shape[0], -1)).to(dtype)
-    if bias is not None and ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(dim=0).to(dtype)
-    return grad_x, grad_weight, grad_bias
+    wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+    gradients = linear_backward(grad_h, x, weight, wanted)
+    return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
 
 
 torch.library.register_autograd("gafext::geglu", _backward, setup_context=_setup_context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,23 +88,18 @@ def _fake(x, weight, bias=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for x [..., in_features], weight and bias of the result's, `grad` [..., out_features]."""
+    rows = grad.reshape(-1, weight.shape[0])
+    grad_x = grad @ weight if needed[0] else None
+    grad_weight = rows.T @ x.reshape(rows.shape[0], -1) if needed[1] else None
+    return grad_x, grad_weight, rows.sum(dim=0) if needed[2] else None
 
 
 def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    rows = grad.reshape(-1, weight.shape[0])
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ weight
-    if ctx.needs_input_grad[1]:
-        grad_weight = rows.T @ x.reshape(rows.shape[0], -1)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(dim=0)
-    return grad_x, grad_weight, grad_bias
+    return linear_backward(grad, *ctx.saved_tensors, _common.gradients_wanted(ctx))
 
 
-torch.library.register_autograd("gafext::linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("gafext::linear", _backward, setup_context=_common.save_x_and_weight)
