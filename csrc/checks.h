@@ -120,7 +120,7 @@ inline float scale_or_default(std::optional<double> scale, int64_t head_dim) {
 }
 
 inline int64_t max_flash_head_dim(const Tensor& query) {
-  const bool wide = query.is_cuda() && query.scalar_type() != ScalarType::Float && query.size(3) % 8 == 0;
+  const bool wide = !query.is_cuda() || (query.scalar_type() != ScalarType::Float && query.size(3) % 8 == 0);
   return wide ? kMaxWideHeadDim : kMaxHeadDim;
 }
 

@@ -16,7 +16,7 @@ namespace gafext {
 enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int64_t kMaxHeadDim = 256;      // of the attention kernels; larger heads go to PyTorch's operation
-constexpr int64_t kMaxWideHeadDim = 512;  // of flash_attention on CUDA, in half precision and by whole 8s
+constexpr int64_t kMaxWideHeadDim = 512;  // of flash_attention; on CUDA in half precision and by whole 8s only
 constexpr int64_t kMaxViews = 32;         // of cross_view_attention
 
 // Strides of a (batch, heads, length, head_dim) tensor; that of head_dim is 1.

@@ -93,6 +93,24 @@ def test_large_heads(sizes, is_causal, dtype, device):
     assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(65, 77, 257), (300, 290, 512), (1100, 70, 511)], ids=str)
+def test_wide_heads(sizes, dtype):
+    queries, keys, head_dim = sizes
+    query, key, value = (heads(1, length, 2, head_dim, dtype) for length in (queries, keys, keys))
+    for is_causal in (False, True):
+        assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [33, 64, 257, 258, 290, 515, 1059], ids=str)
+def test_a_few_keys_beyond_whole_steps(keys, dtype):
+    """Of AMX tiles, which hold 32 keys: up to four more are multiplied on vectors."""
+    query, key, value = (heads(2, length, 2, 72, dtype) for length in (270, keys, keys))
+    query[:, :, ::3] = 8 * key[:, :, -1:]  # most weight is on the last key
+    assert_as_exact_as_torch(query, key, value)
+
+
 @pytest.mark.parametrize("exponents", [(-70, 66, 0), (66, -70, 0), (0, 0, -120), (0, 0, 110), (-100, 0, 20)], ids=str)
 def test_tiny_and_huge_inputs(exponents):
     tensors = [heads(1, length, 2, 64) for length in (257, 1025, 1025)]
@@ -323,7 +341,7 @@ def test_bad_input_has_one_message_everywhere(make, words):
 
 UNSUPPORTED = {
     "dtype": (torch.float64, 8, 1, "dtype must be float32, float16 or bfloat16, got float64"),
-    "head size": (torch.float32, 257, 1, "head_dim must be in 1..256, got 257"),
+    "head size": (torch.float32, 513, 1, "head_dim must be in 1..512, got 513"),
     "stride": (torch.float32, 8, 2, "the last stride of query must be 1, got 2"),
 }
 
@@ -346,6 +364,11 @@ def test_unsupported_goes_to_pytorch_with_the_reason(dtype, head_dim, step, reas
 SLOWER = {
     "few queries": ((8, 500, 64), torch.float32, "fewer than 12 queries do not pay for packing the keys"),
     "little work": ((16, 16, 16), torch.float16, "so little work that the time is that of a call"),
+    "wide": (
+        (256, 256, 512),
+        torch.float32,
+        "PyTorch's matrix products are the faster ones for heads this wide",
+    ),
     "native": (
         (256, 256, 64),
         torch.bfloat16,

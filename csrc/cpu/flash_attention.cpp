@@ -11,7 +11,7 @@
 //     values  O = alpha O + P V, a panel of columns at a time in registers           L2 cache, [rows, D]
 //
 // The last tile divides by l and writes straight to the result, so O exists only where there are several tiles. Scale
-// and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 1.5 MiB. Each row's
+// and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 2.5 MiB. Each row's
 // arithmetic is the same however rows are dealt out, so the result does not depend on the number of threads.
 #include "flash_attention_amx.h"
 #include "flash_tiles.h"

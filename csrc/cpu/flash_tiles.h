@@ -13,7 +13,7 @@ constexpr int64_t kMaxTileKeys = 512;
 
 // Constants, so that a group's rows are one pointer and immediate offsets; a vector more than a power of two, so that
 // they fall into different sets of the L1 cache.
-constexpr int64_t kQueryStride = kMaxHeadDim + 16;
+constexpr int64_t kQueryStride = kMaxWideHeadDim + 16;
 constexpr int64_t kScoreStride = kMaxTileKeys + 16;
 
 // The softmax's numbers of a group's rows are one array, row r in lane r.
