@@ -15,7 +15,7 @@ def heads(*shape, **kind):
 
 CASES = {
     "float64": heads(2, 3, 5, 8, dtype=torch.float64),
-    "a head of 300": heads(2, 3, 5, 300),
+    "a head of 600": heads(2, 3, 5, 600),
     "a last stride of 5": [x.transpose(2, 3) for x in heads(2, 3, 8, 5)],
     "gradients": heads(2, 3, 5, 8, requires_grad=True),
 }

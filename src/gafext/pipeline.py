@@ -197,7 +197,7 @@ class MultiViewDiffusionPipeline:
         """Choose "auto", "kernel", "sdpa" or "reference" for every attention and GEGLU of every network.
 
         "kernel" leaves the autoencoder at "auto": its one head is as wide as its channels, 512 in Stable Diffusion,
-        and no kernel is that wide yet.
+        and in float32 on a GPU no kernel is that wide.
         """
         check_backend(backend)
         self.attention_backend = backend
