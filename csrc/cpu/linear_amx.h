@@ -114,7 +114,7 @@ class SplitLinear {
   // One product of a panel, whose tiles are made: rows of its sums are taken up while the next product's are.
   struct Made {
     int64_t own_pair, shared_pair;
-    const float* chain;  // the sums over a chunk of steps
+    const float* chain;  // the sums over a chunk of steps, there since the next product began
     float* sums;         // over those before, where there are several
     bool is_first, is_last;
   };
@@ -124,10 +124,9 @@ class SplitLinear {
   void multiply(int64_t first, int64_t begin, int64_t end, Panel panel, uint32_t* own) {
     const TileState tiles_are_ours;
     TileProducts products;
-    alignas(64) float chains[2][kBlock * kBlock];
+    alignas(64) float chain[kBlock * kBlock];
     Made made = {};
     const auto take_up = [&](int64_t piece) { take_up_rows(made, piece * kPieceRows); };
-    int64_t count = 0;
     for (int64_t step = 0; step < steps_; step += chunk_) {
       const int64_t steps = min_of(chunk_, steps_ - step);
       for (int64_t p = 0; p < panel.pairs; ++p) {
@@ -136,9 +135,8 @@ class SplitLinear {
       float* sums = reinterpret_cast<float*>(own + own_words_);
       for (int64_t q = begin; q < end; ++q) {
         const uint32_t* shared = shared_ + q * pair_words(steps_) + step * kStepWords;
-        for (int64_t p = 0; p < panel.pairs; ++p, ++count) {
-          float* chain = chains[count % 2];
-          Spread aside{take_up, 0, count > 0 ? kPieces : 0, steps * TileProducts::kTurns};
+        for (int64_t p = 0; p < panel.pairs; ++p) {
+          Spread aside{take_up, 0, made.chain == nullptr ? 0 : kPieces, steps * TileProducts::kTurns};
           multiply_pairs(own + p * pair_words(steps), shared, steps, chain, products, aside);
           made = {panel.first + p, first + q, chain, sums, step == 0, step + steps == steps_};
           if (chunk_ < steps_) sums += kBlock * kBlock;
