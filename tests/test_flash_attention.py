@@ -1,5 +1,6 @@
 """flash_attention against float64, against PyTorch's own, and against misuse."""
 
+import math
 import subprocess
 import sys
 
@@ -217,6 +218,24 @@ def test_nan_and_infinity_spread_as_in_pytorch(where, poison, is_causal, dtype, 
     torch.testing.assert_close(out, torchs, equal_nan=True, **ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_nan_and_infinity_in_the_key_beyond_whole_steps(poison):
+    query, key, value = (heads(1, length, 1, 64) for length in (300, 257, 257))
+    key[0, 0, 256, 2] = poison
+    out, torchs = OP(query, key, value), F.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(out.isnan(), torchs.isnan())
+    torch.testing.assert_close(out, torchs, equal_nan=True)
+
+
+def test_the_largest_numbers_as_queries():
+    """Times log2(e), which the kernel folds in, and rounded to bfloat16, an AMX tile's type, they are infinite."""
+    query, key, value = heads(1, 300, 1, 64).sign(), heads(1, 288, 1, 64), heads(1, 288, 1, 64)
+    key *= 2.0**-45
+    query *= torch.finfo(torch.float32).max * 0.9999 * math.log(2)
+    out = OP(query, key, value, scale=1.0)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, key, value, scale=1.0))
+
+
 def spoil(tensor, generator):
     """An infinity, a NaN or a huge number somewhere, or along a whole row."""
     value = [float("inf"), float("-inf"), float("nan"), 1e30, -1e30, 1e15][torch.randint(6, (), generator=generator)]
@@ -228,7 +247,7 @@ def spoil(tensor, generator):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("lengths", [(64, 64), (70, 77), (33, 600), (600, 900)], ids=str)
+@pytest.mark.parametrize("lengths", [(64, 64), (70, 77), (33, 600), (600, 900), (300, 257)], ids=str)
 @pytest.mark.parametrize("seed", range(8))
 def test_spoilt_inputs_give_what_pytorch_gives(lengths, seed, is_causal, dtype):
     generator = torch.Generator().manual_seed(seed)
