@@ -319,6 +319,16 @@ void parallel_for(int64_t units, const Body& body) {
 #endif
 }
 
+// body(run) for every run < runs <= max_threads(), each run always on the same thread, whose caches may hold what it took
+// last time.
+template <typename Body>
+void parallel_runs(int64_t runs, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static, 1) num_threads(runs) if (runs > 1)
+#endif
+  for (int64_t run = 0; run < runs; ++run) body(run);
+}
+
 // body(T()) with the element type that `dtype` names.
 template <typename Body>
 void with_element_type(DType dtype, const Body& body) {
