@@ -83,7 +83,11 @@ GAFEXT_INLINE Vec broadcast(float x) { return x - Vec{}; }
 GAFEXT_INLINE Vec load(const float* from) { return load_bits<Vec>(from); }
 
 GAFEXT_INLINE Vec load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(bit_cast<BitVec>(_mm512_cvtepu16_epi32(load_bits<__m256i>(from))) << 16);  // GCC 12: 2 halves
+#else
   return bit_cast<Vec>(__builtin_convertvector(load_bits<HalfBits>(from), BitVec) << 16);
+#endif
 }
 
 GAFEXT_INLINE Vec load(const Float16* from) {
