@@ -5,10 +5,15 @@
 //
 //   thread   one contiguous run of the (batch, position, head), heads fastest: in (batch, length, heads, head_dim)
 //            memory V ascending streams of each tensor, touched once and never copied
-//   ahead    all 4 V rows of the next (position, head), by software: 16 streams and more are beyond the hardware's
-//            prefetchers. A few rows at each group of queries: all in one burst was 10 to 20% slower in the caches
+//   ahead    4 V rows a (position, head), by software: 16 streams and more are beyond the hardware's prefetchers
 //
-// The rest stays in registers and in 2 KB of weights. For kLanes / 4 queries at a time (with AVX-512 all of V = 4):
+// The views lie a multiple of 4 KB apart, and so may the tensors: all 4 V rows then fall on the same sets of the L1
+// cache, 16 lines for V = 4 where 12 fit. So the values and `out` are prefetched once the scores have read the queries
+// and keys that they push out, and with them the queries and keys of the next (position, head). The values are combined
+// one step later, after the next scores, whose multiply-adds also fill the wait for a softmax. All of it one
+// (position, head) ahead took 5 to 20% longer in the caches; without prefetching, cold caches take 13 to 25% longer.
+//
+// The rest stays in registers and in 4 KB of weights. For kLanes / 4 queries at a time (with AVX-512 all of V = 4):
 //
 //   scores   tiles of kLanes / 4 queries by 4 keys: kLanes running products, then all their sums at once, so that lane
 //            4 i + j is <q_i, k_j>. Missing queries and keys count a view again, and its scores are dropped or
@@ -19,10 +24,11 @@
 // Columns beyond the last whole vector are read by one more vector that ends with the row: the scores mask what it has
 // in common with the one before, and the values write that twice.
 //
-// Measured on two cores of a Sapphire Rapids, float32, caches cold: 1.1 to 1.2 times the speed of a large copy of the
-// same bytes for V = 4, 6 and 8, and 0.95 for V = 16, where the arithmetic shows. Packing Q, K and V first took twice
-// the time. Non-temporal stores make the kernel 1.2 times faster, but the kernel and a pass over its result 3 to 5%
-// slower. Prefetching `out` as well is worth 2% cold.
+// Measured on two cores of a Sapphire Rapids, float32, V = 4, heads of 64: 0.9 to 1.0 times the speed of a large copy
+// of the same bytes in the caches, 1.05 to 1.2 times cold. out = query + key + value, read and written in one sweep, is
+// at most 5% faster: the arithmetic, 140 of the 250 cycles of a (position, head), hides behind the memory. Packing Q, K
+// and V first took twice the time. Non-temporal stores make the kernel 1.2 times faster, but the kernel and a pass over
+// its result 3 to 5% slower.
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -34,8 +40,8 @@ constexpr float kLowest = -__FLT_MAX__;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMinRunBytes = 64 * 1024;  // of one tensor: less is not worth waking a thread for
 
-// The rows of one (position, head): row i is view i. In memory, for 4 kViews pointers are more than there are registers,
-// and GCC keeps the rest in vector registers: 66 moves from and to those, on the ports of the arithmetic.
+// The rows of one (position, head): row i is view i. Found once and kept in memory: from strides, GCC computed every
+// pointer again and kept some in vector registers, 66 moves on the ports of the arithmetic.
 template <typename T, int kViews>
 struct Rows {
   const T *query[kViews], *key[kViews], *value[kViews];
@@ -229,19 +235,20 @@ void attend_run(const CrossViewAttentionArgs& args, int64_t begin, int64_t end) 
   }
 }
 
-// Heads narrower than a vector are padded with zeros, one (position, head) at a time.
+// Heads narrower than a vector are padded with zeros. Their rows are so short that the hardware's prefetching will do.
 template <typename T>
 void attend_narrow_run(const CrossViewAttentionArgs& args, int64_t begin, int64_t end) {
   const int64_t views = args.views, head_dim = args.head_dim;
   float query[kMaxViews * kLanes], key[kMaxViews * kLanes], value[kMaxViews * kLanes], out[kMaxViews * kLanes];
-  CrossViewAttentionArgs padded = args;
-  padded.query = query, padded.key = key, padded.value = value, padded.out = out;
-  padded.batch = padded.heads = padded.length = 1;
-  padded.head_dim = kLanes;
-  padded.query_stride = padded.key_stride = padded.value_stride = padded.out_stride = {kLanes, 0, 0};
+  alignas(64) float weights[kMaxViews / kQuad * kLanes];
+  Rows<T, kMaxViews> rows;
+  Rows<float, kMaxViews> padded;
+  for (int64_t i = 0; i < views; ++i) {
+    padded.query[i] = query + i * kLanes, padded.key[i] = key + i * kLanes, padded.value[i] = value + i * kLanes;
+    padded.out[i] = out + i * kLanes;
+  }
   Place place(args, begin);
   for (int64_t unit = begin; unit < end; ++unit) {
-    Rows<T, kMaxViews> rows;
     find_rows(rows, args, place, views);
     place.advance(args);
     for (int64_t i = 0; i < views; ++i) {
@@ -249,7 +256,10 @@ void attend_narrow_run(const CrossViewAttentionArgs& args, int64_t begin, int64_
       store(key + i * kLanes, load_first(rows.key[i], head_dim));
       store(value + i * kLanes, load_first(rows.value[i], head_dim));
     }
-    attend_run<0, kLanes, float>(padded, 0, 1);
+    for (int64_t i = 0; i < views; i += kTileQueries) {
+      weigh(padded, views, kLanes, i, args.scale, weights);
+      combine<1>(padded, views, i, weights, 0);
+    }
     for (int64_t i = 0; i < views; ++i) store_first(rows.out[i], load(out + i * kLanes), head_dim);
   }
 }
@@ -257,7 +267,7 @@ void attend_narrow_run(const CrossViewAttentionArgs& args, int64_t begin, int64_
 template <typename T>
 auto run_for(const CrossViewAttentionArgs& args) {
   if (args.head_dim < kLanes) return attend_narrow_run<T>;
-  if (args.head_dim != 64) return attend_run<0, 0, T>;
+  if (args.head_dim != 64) return args.views == 4 ? attend_run<4, 0, T> : attend_run<0, 0, T>;
   switch (args.views) {
     case 4:
       return attend_run<4, 64, T>;

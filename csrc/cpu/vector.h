@@ -323,8 +323,8 @@ void parallel_for(int64_t units, const Body& body) {
 #endif
 }
 
-// body(run) for every run < runs <= max_threads(), each run always on the same thread, whose caches may hold what it took
-// last time.
+// body(run) for every run < runs <= max_threads(), each always on the same thread: its caches may hold the same part of
+// what came before.
 template <typename Body>
 void parallel_runs(int64_t runs, const Body& body) {
 #ifdef _OPENMP
