@@ -11,7 +11,7 @@
 // cache, 16 lines for V = 4 where 12 fit. So the values and `out` are prefetched once the scores have read the queries
 // and keys that they push out, and with them the queries and keys of the next (position, head). The values are combined
 // one step later, after the next scores, whose multiply-adds also fill the wait for a softmax. All of it one
-// (position, head) ahead took 5 to 20% longer in the caches; without prefetching, cold caches take 13 to 25% longer.
+// (position, head) ahead took 4 to 20% longer in the caches; no prefetching at all, 15 to 30% longer with cold ones.
 //
 // The rest stays in registers and in 4 KB of weights. For kLanes / 4 queries at a time (with AVX-512 all of V = 4):
 //
@@ -24,11 +24,11 @@
 // Columns beyond the last whole vector are read by one more vector that ends with the row: the scores mask what it has
 // in common with the one before, and the values write that twice.
 //
-// Measured on two cores of a Sapphire Rapids, float32, V = 4, heads of 64: 0.9 to 1.0 times the speed of a large copy
-// of the same bytes in the caches, 1.05 to 1.2 times cold. out = query + key + value, read and written in one sweep, is
-// at most 5% faster: the arithmetic, 140 of the 250 cycles of a (position, head), hides behind the memory. Packing Q, K
-// and V first took twice the time. Non-temporal stores make the kernel 1.2 times faster, but the kernel and a pass over
-// its result 3 to 5% slower.
+// Measured on two cores of a Sapphire Rapids, float32, V = 4, heads of 64: 0.9 to 1.05 times the speed of a large copy
+// of the same bytes in the caches (0.7 to 0.9 for 5 MB, where the call itself takes a tenth), 1.05 to 1.2 times cold.
+// out = query + key + value in one sweep is only 1 to 7% faster: the arithmetic, a third to a half of the time when all
+// is in L1, hides behind the memory. For V >= 6 it shows. Packing Q, K and V first took twice the time. Non-temporal
+// stores make the kernel 1.2 times faster, but the kernel and a pass over its result 3 to 5% slower.
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
