@@ -83,7 +83,11 @@ GAFEXT_INLINE Vec broadcast(float x) { return x - Vec{}; }
 GAFEXT_INLINE Vec load(const float* from) { return load_bits<Vec>(from); }
 
 GAFEXT_INLINE Vec load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(bit_cast<BitVec>(_mm512_cvtepu16_epi32(load_bits<__m256i>(from))) << 16);  // GCC 12: 2 halves
+#else
   return bit_cast<Vec>(__builtin_convertvector(load_bits<HalfBits>(from), BitVec) << 16);
+#endif
 }
 
 GAFEXT_INLINE Vec load(const Float16* from) {
@@ -317,6 +321,16 @@ void parallel_for(int64_t units, const Body& body) {
 #else
   for (int64_t unit = 0; unit < units; ++unit) body(0, unit);
 #endif
+}
+
+// body(run) for every run < runs <= max_threads(), each always on the same thread: its caches may hold the same part of
+// what came before.
+template <typename Body>
+void parallel_runs(int64_t runs, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static, 1) num_threads(runs) if (runs > 1)
+#endif
+  for (int64_t run = 0; run < runs; ++run) body(run);
 }
 
 // body(T()) with the element type that `dtype` names.
