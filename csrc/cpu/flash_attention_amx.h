@@ -130,7 +130,6 @@ class SplitBlock {
       store(weights[j], exp2_of(load(weights[j]) - max));
       sum += load(weights[j]);
     }
-    if constexpr (!kScalesQuery) largest_ = max_of(largest_, max_of(max, -max));
     store(memory_.max + row / kFold * kGroupLanes, max);
     store(memory_.sum + row / kFold * kGroupLanes, sum);
   }
