@@ -1,4 +1,4 @@
-// The register tiles of flash_attention.cpp: the scores, the values, and the fold of a group's rows.
+// The register tiles of flash_attention.cpp: the scores, the values, the fold of a group's rows, the scores of one key.
 //
 // A panel is up to kTileVectors vectors of a matrix's columns. A tile is a group of query rows by a panel, and stays in
 // registers while a loop runs over what is summed.
@@ -178,6 +178,31 @@ GAFEXT_INLINE void fold_rows(Vec (&rows)[kMaxGroupRows], float* lanes, Fold fold
     }
     if constexpr (kLanes > kMaxGroupRows) rows[0] = fold(rows[0], rotate<kMaxGroupRows>(rows[0], AllLanes()));
     store(lanes, rows[0]);
+  }
+}
+
+// The same as score_panel for a single key: [head_dim] as the queries, zeros up to the next whole vector. The other
+// lanes of its vector of scores are masked.
+template <int Rows>
+GAFEXT_INLINE void score_key(const float* query, const float* key, int64_t head_dim, int64_t diagonal, float* scores,
+                             Vec* highest) {
+  Vec products[kMaxGroupRows] = {};
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const Vec right = load(key + d);
+    GAFEXT_UNROLL
+    for (int r = 0; r < Rows; ++r) products[r] += load(query + r * kQueryStride + d) * right;
+  }
+  alignas(64) float sums[kGroupLanes];
+  fold_rows(products, sums, [](Vec a, Vec b) { return a + b; });
+
+  Vec tile[Rows][1];
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) tile[r][0] = broadcast(sums[r]);
+  mask_scores(tile, 1, diagonal);
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    store(scores + r * kScoreStride, tile[r][0]);
+    highest[r] = max_of(tile[r][0], highest[r]);
   }
 }
 
