@@ -79,6 +79,14 @@ def test_odd_lengths(lengths, is_causal, dtype, device):
     assert_as_exact_as_torch(query, key, value, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_values_in_place_over_several_tiles(is_causal):
+    """Few rows read float32 values where they are, here from a packed projection."""
+    packed = torch.randn(2, 1100, 3, 3, 64)
+    query, key, value = (t.transpose(1, 2) for t in packed.unbind(2))
+    assert_as_exact_as_torch(query[:, :, 900:1000], key, value, is_causal=is_causal)
+
+
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -42,11 +42,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     What the kernel cannot serve (see `unsupported_reasons`) or PyTorch serves faster (see `slower_reasons`) goes to
     torch's linear; torch.ops.gafext.linear is always the kernel, where there is one.
     """
+    if _fits(x, weight, bias) and slower_reasons(x):
+        return F.linear(x, weight, bias)
     x, weight, bias = _common.autocast(x, weight, bias)
     check_linear(x, weight, bias)
     if unsupported_reasons(x, weight, bias) or slower_reasons(x):
         return F.linear(x, weight, bias)
     return torch.ops.gafext.linear(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `check_linear` would let the tensors through; in one expression, as this comes before small products."""
+    return (
+        weight.dim() == 2
+        and x.dim() >= 1
+        and x.shape[-1] == weight.shape[1]
+        and (x.dtype == weight.dtype and x.device == weight.device)
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device))
+    )
 
 
 def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
