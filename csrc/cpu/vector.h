@@ -313,10 +313,11 @@ GAFEXT_INLINE void transpose_rows(float* to, int64_t stride, const T* from, int6
 }
 
 // body(thread, unit) for every unit; thread < max_threads(). An exception must not leave `body`.
+// All threads take part, even in few units: libgomp ends those that a smaller team leaves out, and starts them anew.
 template <typename Body>
 void parallel_for(int64_t units, const Body& body) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(min_of(units, max_threads())) if (units > 1)
+#pragma omp parallel for schedule(dynamic, 1) if (units > 1)
   for (int64_t unit = 0; unit < units; ++unit) body(omp_get_thread_num(), unit);
 #else
   for (int64_t unit = 0; unit < units; ++unit) body(0, unit);
@@ -328,7 +329,7 @@ void parallel_for(int64_t units, const Body& body) {
 template <typename Body>
 void parallel_runs(int64_t runs, const Body& body) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static, 1) num_threads(runs) if (runs > 1)
+#pragma omp parallel for schedule(static, 1) if (runs > 1)
 #endif
   for (int64_t run = 0; run < runs; ++run) body(run);
 }
@@ -352,7 +353,7 @@ template <typename Body>
 void parallel_for_ahead(int64_t units, const Body& body) {
 #ifdef _OPENMP
   int64_t claimed = 0;
-#pragma omp parallel num_threads(min_of(units, max_threads())) if (units > 1)
+#pragma omp parallel if (units > 1)
   {
     int64_t unit = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
     while (unit < units) {

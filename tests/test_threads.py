@@ -1,0 +1,39 @@
+"""The kernels leave the threads of the process as they are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os
+import torch
+import gafext.ops
+
+torch.set_num_threads(4)
+
+def heads(batch, length, count):
+    return torch.randn(batch, length, count, 64).transpose(1, 2)
+
+def threads_after(*sizes):
+    x = heads(*sizes)
+    torch.ops.gafext.flash_attention(x, x, x)
+    return set(os.listdir("/proc/self/task"))
+
+def threads_across_views():
+    x = heads(4, 260, 1)
+    torch.ops.gafext.cross_view_attention(x, x, x, 4)
+    return set(os.listdir("/proc/self/task"))
+
+first = threads_after(4, 256, 16)
+later = [threads_after(3, 96, 1) | threads_after(4, 256, 16) | threads_across_views() for _ in range(8)]
+print(torch.get_num_threads(), len(set.union(*later) - first))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads")
+def test_small_work_ends_no_thread():
+    """libgomp ends the threads that a team smaller than the last one leaves out; the next large one starts others."""
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["4", "0"]
