@@ -256,6 +256,16 @@ def test_what_stands_for_a_linear_layer_is_called():
         assert torch.equal(attention.linear(quantized, x), quantized(x))
 
 
+def test_a_forward_of_its_own_and_backward_hooks_are_called():
+    x, layer, calls = torch.randn(200, 32), nn.Linear(32, 16).requires_grad_(False), []
+    handle = layer.register_full_backward_hook(lambda *gradients: calls.append(gradients))
+    attention.linear(layer, x.requires_grad_()).sum().backward()
+    assert len(calls) == 1
+    handle.remove()
+    layer.forward = lambda x: x[..., :3]
+    assert attention.linear(layer, x).shape == (200, 3)
+
+
 def test_a_wrong_backend_is_told():
     with pytest.raises(ValueError, match="attention backend: expected one of"):
         attention.linear(nn.Linear(3, 3), torch.ones(1, 3), backend="fast")

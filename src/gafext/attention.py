@@ -6,8 +6,6 @@ global: every module keeps its own `attention_backend`, and `set_attention_backe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -245,67 +243,11 @@ def linear(layer: nn.Module, x: Tensor, *, backend: str = "auto") -> Tensor:
     return layer(x)
 
 
-def linears(layers: Sequence[nn.Module], x: Tensor, *, backend: str = "auto") -> tuple[Tensor, ...]:
-    """`layer(x)` of several layers; in inference, one product makes them all where `stack_weights` was called.
-
-    Args:
-        layers: as of `linear`.
-        x: [...,in_features].
-        backend: "auto" and "kernel" use stacked weights, and are otherwise as in `linear`, as are the other two.
-
-    Returns:
-        [...,out_features] of each; views of one tensor, if one product made them.
-
-    Raises:
-        ValueError: there is no such backend.
-    """
-    check_backend(backend)
-    stacked = _stacked_weight(layers) if backend in ("auto", "kernel") else None
-    if stacked is None:
-        return tuple(linear(layer, x, backend=backend) for layer in layers)
-    product = _linear_kernel(x, stacked) if x.is_cpu else F.linear(x, stacked)
-    return product.split([layer.out_features for layer in layers], dim=-1)
-
-
-def stack_weights(layers: Sequence[nn.Module]) -> None:
-    """Move the weights of linear layers without bias next to each other; each stays its layer's parameter."""
-    if not _can_stack(layers) or _are_stacked(layers):
-        return
-    weights = [layer.weight for layer in layers]
-    stacked = torch.cat([weight.detach() for weight in weights])
-    for weight, part in zip(weights, stacked.split([len(weight) for weight in weights]), strict=True):
-        weight.data = part
-
-
-def _stacked_weight(layers: Sequence[nn.Module]) -> Tensor | None:
-    """The weights as one [all out_features, in_features], where they lie next to each other and need no gradient."""
-    if torch.compiler.is_compiling() or not _can_stack(layers) or not _are_stacked(layers):
-        return None
-    first = layers[0].weight
-    if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers):
-        return None
-    rows = sum(len(layer.weight) for layer in layers)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-
-
-def _can_stack(layers: Sequence[nn.Module]) -> bool:
-    if not all(_is_plain(layer) and layer.bias is None and type(layer.weight) is nn.Parameter for layer in layers):
-        return False
-    kinds = {(layer.weight.device, layer.weight.dtype, layer.weight.shape[1]) for layer in layers}
-    return len(kinds) == 1 and not layers[0].weight.is_meta
-
-
-def _are_stacked(layers: Sequence[nn.Module]) -> bool:
-    """Whether each weight begins where the one before it ends, in the same memory."""
-    first = layers[0].weight
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for layer in layers:
-        weight = layer.weight
-        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
-            return False
-        end += weight.nbytes
-    return True
-
-
 def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether a call is the product and nothing else: no hooks, no `forward` put in place of the class's."""
+    return (
+        type(layer) is nn.Linear
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and "forward" not in layer.__dict__
+    )

@@ -69,9 +69,6 @@ class PretrainedModel(nn.Module):
         return self
 
     def _arrange_weights(self) -> None:
-        for module in self.modules():
-            if hasattr(module, "arrange_weights"):
-                module.arrange_weights()
         if not self.channels_last:
             return
         for parameter in self.parameters():

@@ -25,7 +25,6 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, *, context_channels: int | None = None):
         super().__init__()
         self.heads = heads
-        self.attends_to_itself = context_channels is None
         self.attention_backend = "auto"
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
@@ -34,16 +33,6 @@ class Attention(nn.Module):
 
     def project(self, layer: nn.Module, x: Tensor) -> Tensor:
         return ops.linear(layer, x, backend=self.attention_backend)
-
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B,L,C], keys and values [B,H,L,D] of the same hidden states [B,L,C]."""
-        query, key, value = ops.linears([self.to_q, self.to_k, self.to_v], x, backend=self.attention_backend)
-        return query, self.split_heads(key), self.split_heads(value)
-
-    def arrange_weights(self) -> None:
-        """So that one product makes what `query_key_value` returns."""
-        if self.attends_to_itself:
-            ops.stack_weights([self.to_q, self.to_k, self.to_v])
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,L,C] -> [B,H,L,D], a view
@@ -68,12 +57,8 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: Tensor, key_value: KeyValue | None = None) -> Tensor:
         """Self-attention, or attention to ready keys and values: [N,L,C] -> [N,L,C]."""
-        if key_value is None:
-            query, *ready = self.query_key_value(hidden_states)
-            key_value = KeyValue(*ready)
-        else:
-            query = self.project(self.to_q, hidden_states)
-        return self.project(self.to_out[0], self.attend(query, key_value))
+        key_value = key_value or self.key_value(hidden_states)
+        return self.project(self.to_out[0], self.attend(self.project(self.to_q, hidden_states), key_value))
 
 
 class DecoupledAttention(Attention):
@@ -119,8 +104,8 @@ class CrossViewAttention(Attention):
     """Attention over the views at each position; [B*V,L,C] with the view fastest."""
 
     def forward(self, hidden_states: Tensor, num_views: int) -> Tensor:
-        query, key, value = self.query_key_value(hidden_states)
-        query = self.split_heads(query)
+        query = self.split_heads(self.project(self.to_q, hidden_states))
+        key, value = self.key_value(hidden_states)
         attended = ops.cross_view_attention(query, key, value, num_views, backend=self.attention_backend)
         return self.project(self.to_out[0], self.merge_heads(attended))
 
