@@ -174,7 +174,10 @@ def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason(monkeypatch):
     few, many = problem(191, 40, 40), problem(192, 40, 40)
     monkeypatch.setattr(sys.modules["gafext.ops.linear"], "_HAS_AMX", True)  # gafext.ops.linear is the function
     assert slower_reasons(few[0]) == ["fewer than 192 rows do not pay for splitting the weights"]
-    assert slower_reasons(many[0]) == slower_reasons(many[0].view(3, 64, 40)) == []
+    assert (
+        slower_reasons(many[0]) == slower_reasons(many[0].view(3, 64, 40)) == slower_reasons(torch.ones(128, 640)) == []
+    )
+    assert slower_reasons(torch.ones(127, 640)) == ["fewer than 128 rows do not pay for splitting the weights"]
     assert not calls_kernel(ops.linear, *few) and calls_kernel(ops.linear, *many)
     monkeypatch.setattr(sys.modules["gafext.ops.linear"], "_HAS_AMX", False)
     assert slower_reasons(many[0])[0].startswith("without AMX it is PyTorch's")
