@@ -14,6 +14,18 @@ def assert_same_words(function: Callable, op: Callable, make: Callable, words: s
         assert str(raised.value) == words
 
 
+def heads(
+    batch: int,
+    length: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """(B,H,L,D) over the memory of (B,L,H*D), as a projection leaves it."""
+    return torch.randn(batch, length, num_heads, head_dim, device=device).to(dtype).transpose(1, 2)
+
+
 def max_abs_diff(left: torch.Tensor, right: torch.Tensor) -> float:
     """max |left - right|, in float64; shapes must agree and every value be finite."""
     assert left.shape == right.shape, f"{tuple(left.shape)} and {tuple(right.shape)}"

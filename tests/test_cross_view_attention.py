@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_words
+from helpers import assert_same_words, heads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gafext import _C
@@ -24,11 +24,6 @@ on_devices = pytest.mark.parametrize("device", ["cpu", "cuda"] if HAS_CUDA else 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def heads(batch, length, num_heads, head_dim, dtype=torch.float32, device="cpu"):
-    """(B,H,L,D) over the memory of (B,L,H*D), as a projection leaves it."""
-    return torch.randn(batch, length, num_heads, head_dim, device=device).to(dtype).transpose(1, 2)
 
 
 def position_by_position(query, key, value, num_views, scale):

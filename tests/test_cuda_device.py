@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import heads
 
 from gafext import _C
 from gafext.ops.flash_attention import attention_weights
@@ -17,11 +18,6 @@ pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and _C.build_info
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 OPS = torch.ops.gafext
-
-
-def heads(batch, length, num_heads, head_dim, dtype, device):
-    """(B,H,L,D) over the memory of (B,L,H*D), as a projection leaves it."""
-    return torch.randn(batch, length, num_heads, head_dim, device=device).to(dtype).transpose(1, 2)
 
 
 # Each gives an operation and a function that draws its inputs.
