@@ -24,15 +24,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from gafext.attention import set_attention_backend
 from torch import Tensor, nn
 
-from gafext import PORTRAIT, MultiViewDiffusionPipeline, int8
-from gafext.attention import set_attention_backend
+from gafext import PORTRAIT, MultiViewDiffusionPipeline
 from gafext.config import CLIP_VIT_H_14, SD21_MULTIVIEW_UNET, SD_SCHEDULE, SD_VAE
+from gafext.models import int8
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.scheduler import DDIMScheduler
+from gafext.schedulers import DDIMScheduler
 from gafext.versions import versions
 
 

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from gafext.config import SD_X2_UNET
 from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
-from gafext.models.upsampler import LatentUpsampler, PromptEmbeds
+from gafext.upsampler import LatentUpsampler, PromptEmbeds
 
 SIZE = 8  # of the latents; pictures are four times as large, and twice that when upsampled
 

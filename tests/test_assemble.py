@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import gafext
-from gafext.assemble import assemble, load_trained
+from gafext.checkpoints.assemble import assemble, load_trained
 from gafext.cli import main
 from gafext.errors import CheckpointError
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gafext.attention import set_attention_backend
 from helpers import max_abs_diff, randomized
 
-from gafext.attention import set_attention_backend
 from gafext.models.blocks import MultiViewTransformerBlock
 
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 import transformers
+from gafext.attention import set_attention_backend
 from helpers import max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from gafext.attention import set_attention_backend
+from gafext.checkpoints.prompts import empty_prompt_ids, prompt_ids
 from gafext.config import CLIP_VIT_H_14_TEXT, CLIP_VIT_L_14_TEXT, CLIPTextConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.clip_text import CLIPTextEncoder
-from gafext.prompts import empty_prompt_ids, prompt_ids
 
 WEIGHTS = "model.safetensors"
 TINY = {

@@ -16,12 +16,13 @@ import torch
 from checkpoints import stock_clip, stock_unet, stock_vae
 from damage import damaged_json, damaged_safetensors
 
-from gafext import files, weights
+from gafext import weights
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.scheduler import scheduler_from_pretrained
+from gafext.schedulers import scheduler_from_pretrained
+from gafext.weights import files
 
 
 def edit_json(path, edit):

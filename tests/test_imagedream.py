@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from gafext.attention import set_attention_backend
 from helpers import max_abs_diff
 from safetensors.torch import load_file, save_file
 
-from gafext.attention import set_attention_backend
 from gafext.errors import CheckpointError
 from gafext.models.unet import MultiViewUNet
 

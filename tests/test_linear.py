@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from helpers import assert_same_words
 from torch import nn
 
-from gafext import _C, attention, int8, ops
+from gafext import _C, attention, ops
+from gafext.models import int8
 from gafext.models.blocks import Attention, FeedForward
 from gafext.ops.linear import slower_reasons, unsupported_reasons
 

@@ -12,8 +12,8 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from helpers import max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
 
+from gafext.checkpoints.lora import merge_lora
 from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.lora import merge_lora
 from gafext.models.unet import MultiViewUNet
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

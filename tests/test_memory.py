@@ -7,11 +7,12 @@ import sys
 import pytest
 
 import gafext
-from gafext import _C, memory
+from gafext import _C
+from gafext.ops import memory
 
 SCRIPT = """
 import resource, torch
-from gafext import memory
+from gafext.ops import memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

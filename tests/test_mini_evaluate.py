@@ -9,8 +9,8 @@ import torch
 from gafext import MultiViewDiffusionPipeline, heads
 from gafext.cameras import orbit
 from gafext.cli import main
-from gafext.evaluate import Evaluation, Scores, portrait_camera, subjects, table
-from gafext.evaluate_measures import consistency, psnr, ssim
+from gafext.evaluation import Evaluation, Scores, portrait_camera, subjects, table
+from gafext.evaluation.measures import consistency, psnr, ssim
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_scores_of_the_truth_are_the_best(evaluation):
 
 
 def test_no_image_tokens_means_that_the_portrait_does_not_matter(pipe, evaluation):
-    from gafext.evaluate import _Blind
+    from gafext.evaluation import _Blind
 
     other = Evaluation(pipe, 1, orbit(2), num_inference_steps=2, upsample="none", guidance_scale=2.0)
     other.subjects = subjects(1, 32, orbit(2), first=5)
@@ -86,7 +86,7 @@ def test_no_image_tokens_means_that_the_portrait_does_not_matter(pipe, evaluatio
 
 
 def test_without_cross_view_attention_the_views_are_apart(pipe, evaluation):
-    from gafext.evaluate import _without_cross_view
+    from gafext.evaluation import _without_cross_view
 
     unet = _without_cross_view(pipe.unet)
     assert pipe.unet.transformer_blocks()[0].attn_cv is not None  # the pipeline's own keeps it

@@ -9,9 +9,9 @@ import torch
 from helpers import max_abs_diff
 
 import gafext
-from gafext.embedded import MODEL
-from gafext.evaluate import Evaluation, _without_cross_view
-from gafext.evaluate_measures import psnr
+from gafext.assets import MODEL
+from gafext.evaluation import Evaluation, _without_cross_view
+from gafext.evaluation.measures import psnr
 
 HEADS = 4
 

@@ -10,7 +10,7 @@ import torch
 
 from gafext import LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.cameras import Cameras, orbit
-from gafext.evaluate import subjects
+from gafext.evaluation import subjects
 from gafext.schedulers import schedule
 
 FOLDER = Path(__file__).parent.parent / "examples" / "mini"

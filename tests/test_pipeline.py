@@ -13,9 +13,9 @@ from helpers import max_abs_diff
 from safetensors.torch import save_file
 
 import gafext
-from gafext.embedded import PORTRAIT, CartoonWarning
-from gafext.models.upsampler import NOISE_STEP
+from gafext.assets import PORTRAIT, CartoonWarning
 from gafext.noise import view_noise
+from gafext.upsampler import NOISE_STEP
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

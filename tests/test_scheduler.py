@@ -10,7 +10,7 @@ from helpers import max_abs_diff
 
 from gafext.config import SD_SCHEDULE, SchedulerConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.scheduler import DDIMScheduler
+from gafext.schedulers import DDIMScheduler
 
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

@@ -10,7 +10,7 @@ from helpers import max_abs_diff
 
 from gafext.config import SD_SCHEDULE
 from gafext.errors import CheckpointError
-from gafext.scheduler import (
+from gafext.schedulers import (
     SCHEDULERS,
     DDIMScheduler,
     DPMSolverMultistepScheduler,

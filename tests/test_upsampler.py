@@ -8,16 +8,16 @@ import diffusers
 import pytest
 import torch
 import transformers
+from gafext.attention import set_attention_backend
 from helpers import max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
 from test_clip_text import stock_clip, stock_tokenizer
 
-from gafext.attention import set_attention_backend
 from gafext.config import SD_X2_SCHEDULE, SD_X2_UNET, KUNetConfig, SigmaScheduleConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.k_unet import KUNet, downsample, upsample
-from gafext.models.upsampler import NOISE_STEP, LatentUpsampler, PromptEmbeds, encode_prompt, noise_levels
 from gafext.noise import view_noise
+from gafext.upsampler import NOISE_STEP, LatentUpsampler, PromptEmbeds, encode_prompt, noise_levels
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CROSS = "KCrossAttn{}Block2D"

@@ -18,13 +18,14 @@ from diffusers.loaders import single_file_utils
 from helpers import max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
 
-from gafext import hub, weights
+from gafext import weights
 from gafext.config import UNetConfig, VAEConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.clip_text import CLIPTextEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
+from gafext.weights import hub
 
 STEM = "diffusion_pytorch_model"
 
@@ -413,7 +414,7 @@ def test_a_hub_id_offline(tmp_path, variant):
         stock_vae(seed).save_pretrained(repo / "snapshots" / commit / "vae", variant=variant)
     code = f"""
         import torch
-        from gafext.hub import checkpoint_folder
+        from gafext.weights.hub import checkpoint_folder
         from gafext.errors import CheckpointNotFoundError
         from gafext.models.vae import AutoencoderKL
         for revision in (None, "v2"):

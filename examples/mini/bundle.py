@@ -7,10 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
-from gafext.evaluate import Scores, as_portrait, subjects, table
+from gafext.evaluation import Scores, as_portrait, subjects, table
 
 PORTRAIT_IDENTITY = 34  # of the held-out ones
-ASSETS = Path(__file__).parents[2] / "src" / "gafext" / "assets"
+ASSETS = Path(__file__).parents[2] / "gafext" / "assets"
 CARD = """\
 # The built-in model of gafext
 

@@ -8,7 +8,7 @@ from gafext.config import CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
 
 LATENTS = 8
 """Channels: a 4 x 4 patch has three colours, and edges."""
-_LEVEL = 128  # gafext.models.upsampler.LEVEL_CHANNELS: the condition's first part
+_LEVEL = 128  # gafext.upsampler.LEVEL_CHANNELS: the condition's first part
 _TEXT = 8  # width of the upsampler's empty prompt, which is zero
 
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, portrait_cameras, view_cameras
 from export import GUIDANCE_SCALE, export, load_vae
+from gafext.attention import set_attention_backend
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
-from gafext.attention import set_attention_backend
 from gafext.config import SD_SCHEDULE
-from gafext.evaluate import Evaluation, Scores
+from gafext.evaluation import Evaluation, Scores
 from gafext.models.clip import MEAN, STD
 from gafext.schedulers import schedule
 

@@ -16,9 +16,10 @@ from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import LatentUpsampler, heads
 from gafext.config import SD_X2_SCHEDULE
-from gafext.evaluate_measures import psnr
+from gafext.evaluation.measures import psnr
 from gafext.models.k_unet import KUNet
-from gafext.models.upsampler import LEVEL_CHANNELS, PromptEmbeds, noise_levels
+from gafext.schedulers import EulerDiscreteScheduler
+from gafext.upsampler import LEVEL_CHANNELS, PromptEmbeds
 
 NOISE = 0.15  # at most, in the small latents: those of the U-Net are not as clean as the autoencoder's
 
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     empty = PromptEmbeds(torch.zeros(1, 1, width, device=device), torch.zeros(1, pooled, device=device))
     condition = torch.cat([torch.ones(1, LEVEL_CHANNELS // 2), torch.zeros(1, LEVEL_CHANNELS // 2 + pooled)], dim=1)
     condition = condition.to(device)
-    largest, *_, smallest = noise_levels(SCHEDULE, 1000)[:-1]
+    scheduler = EulerDiscreteScheduler(SCHEDULE)
+    scheduler.set_timesteps(1000)
+    largest, *_, smallest = scheduler.sigmas[:-1].tolist()
 
     def pairs(who: heads.Heads, w2c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of one view of each head at both sizes, and the large picture."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, heads
-from gafext.evaluate_measures import psnr
+from gafext.evaluation.measures import psnr
 
 KL_WEIGHT = 3e-5
 COLOUR_WEIGHT = 1.0

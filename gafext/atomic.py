@@ -1,0 +1,128 @@
+"""Files and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gafext.errors import OutputError
+
+
+@contextmanager
+def replace_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder inside `target` whose files move up one by one, once the block has ended without an error.
+
+    Each file is whole, the old one or the new one; only a stop between two of these renames leaves a mixture.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=target))
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
+    try:
+        yield temporary
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, target / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | None = None) -> Iterator[Path]:
+    """A fresh folder to write into, which takes the name `folder` when the block ends without an error.
+
+    Args:
+        folder: empty, or does not exist yet; its parents are made.
+        replaceable: replace a folder that holds nothing but files of such names; None replaces nothing.
+
+    Raises:
+        OutputError: the folder cannot be written; it is as it was before.
+    """
+    target = Path(os.path.realpath(folder))
+    with _staging(target, replaceable) as new:
+        yield new
+        _check_target(target, replaceable)  # again: others may have written there meanwhile
+        _swap(new, target)
+
+
+def check_writable(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | None = None) -> None:
+    """Raise now what `whole_folder` would raise after hours of work; leaves nothing behind.
+
+    Raises:
+        OutputError: the folder holds something already, or cannot be written.
+    """
+    with _staging(Path(os.path.realpath(folder)), replaceable):
+        pass
+
+
+def _check_target(target: Path, replaceable: re.Pattern[str] | None) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target}: expected a folder, got a file")
+    if target == Path.cwd() or target.is_mount():
+        raise OutputError(
+            f"{target}: expected a folder that can be replaced as a whole, got the current folder or a mount "
+            f"point; pass a folder inside it, such as {target / 'views'}"
+        )
+    entries = sorted(target.iterdir())
+    if entries and replaceable is None:
+        raise OutputError(
+            f"{target}: expected a new or empty folder, got one that holds {_listing(entries)}; pass another "
+            "folder, or overwrite (--overwrite)"
+        )
+    foreign = [path for path in entries if not (path.is_file() and replaceable and replaceable.fullmatch(path.name))]
+    if foreign:
+        raise OutputError(
+            f"{target}: expected nothing but files that gafext wrote, got {_listing(foreign)}; pass another folder"
+        )
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: expected a writable folder, got one without write permission")
+
+
+def _listing(paths: list[Path]) -> str:
+    names = ", ".join(path.name for path in paths[:5])
+    return names + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+@contextmanager
+def _staging(target: Path, replaceable: re.Pattern[str] | None) -> Iterator[Path]:
+    """A fresh folder beside `target`, from where a rename can move it; gone with all it holds afterwards."""
+    new = target.parent / f".gafext-{uuid.uuid4().hex[:8]}"
+    missing: list[Path] = []
+    try:
+        _check_target(target, replaceable)
+        missing = [parent for parent in target.parents if not parent.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        yield new
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not empty: the result is in it
+                parent.rmdir()
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; what was there is removed only once `new` is in its place."""
+    if not (target.exists() and any(target.iterdir())):
+        new.replace(target)
+        return
+    old = new.with_name(f"{new.name}-old")
+    try:
+        target.rename(old)
+        new.rename(target)
+    finally:
+        if not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,162 @@
+"""A multi-view checkpoint out of single-view parents: what is added starts as an exact no-op."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gafext import weights
+from gafext.errors import CheckpointError
+from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.unet import MultiViewUNet
+from gafext.models.vae import AutoencoderKL
+from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.schedulers import DDIMScheduler, scheduler_from_pretrained
+from gafext.upsampler import LatentUpsampler
+from gafext.weights.keys import trained_key
+
+LATENT_SIZE = 32
+"""Of GAF's views, which the upsampler doubles; Stable Diffusion's own 64 or 96 is for pictures without it."""
+
+# Where an added tensor starts as a copy of its twin, so that training begins from attention that works.
+_TWINS = (
+    (r"\.norm_cv\.", ".norm1."),
+    (r"\.attn_cv\.(?=to_[qkv]\.)", ".attn1."),
+    (r"\.norm_ip\.", ".norm2."),
+    (r"\.attn_ip\.(?=to_[qkv]\.)", ".attn2."),
+)
+# What adds to the U-Net's hidden states, and is therefore zero.
+_ZERO = re.compile(r"\.(attn_cv|attn_ip)\.to_out\.0\.|^class_embedding\.linear_2\.")
+
+
+def assemble(
+    parent: str | Path,
+    *,
+    image_encoder: str | Path,
+    upsampler: str | Path | None = None,
+    ip_adapter: str | Path | None = None,
+    trained: str | Path | None = None,
+    pose_dim: int = 12,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> MultiViewDiffusionPipeline:
+    """A multi-view pipeline that gives its parents' pictures until it is trained.
+
+    Args:
+        parent: Stable Diffusion's diffusers folder (`unet/ vae/ scheduler/`), or its single safetensors file.
+        image_encoder: CLIP's folder, as transformers saves it.
+        upsampler: the latent upscaler's own folder.
+        ip_adapter: an IP-Adapter file; the U-Net then looks at the portrait through it, and gets no attn_ip.
+        trained: the state dict of a trained U-Net of this form, to fill the result with.
+        pose_dim: numbers of a camera, 12 or 16.
+        dtype: of the weights; None is float32.
+        variant: "fp16" reads the files that carry it in their name.
+
+    Returns:
+        The pipeline, on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the parts do not fit together.
+    """
+    parent, options = Path(parent), {"dtype": dtype, "variant": variant}
+    if parent.is_dir():
+        unet = MultiViewUNet.from_pretrained(parent / "unet", **options)
+        vae = AutoencoderKL.from_pretrained(parent / "vae", **options)
+        scheduler = scheduler_from_pretrained(parent / "scheduler")
+    else:
+        unet = MultiViewUNet.from_single_file(parent, dtype=dtype)
+        vae = AutoencoderKL.from_single_file(parent, dtype=dtype)
+        scheduler = DDIMScheduler()
+    encoder = CLIPVisionEncoder.from_pretrained(image_encoder, **options)
+    unet = assemble_unet(unet, image_embed_dim=None if ip_adapter else encoder.config.hidden_size, pose_dim=pose_dim)
+    if ip_adapter is not None:
+        unet.load_ip_adapter(ip_adapter)
+    if trained is not None:
+        load_trained(unet, trained)
+    return MultiViewDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        scheduler=scheduler,
+        image_encoder=encoder,
+        upsampler=None if upsampler is None else LatentUpsampler.from_pretrained(upsampler, **options),
+    )
+
+
+def assemble_unet(
+    parent: MultiViewUNet, *, image_embed_dim: int | None, pose_dim: int = 12, seed: int = 0
+) -> MultiViewUNet:
+    """Give a stock U-Net attn_cv, attn_ip, normal latents, a pose MLP and an image projection, all without effect.
+
+    f_child(x, normals, pose, image) = f_parent(x) for every view until it is trained: the output projections of the new
+    attentions, the second layer of the pose MLP and the new input channels of conv_in are zero. Everything before a
+    zero is ready to be trained: copies of the parent's own attentions, or fresh linear layers.
+
+    Args:
+        parent: a U-Net without any of the additions.
+        image_embed_dim: hidden width of the image encoder, 1280 for ViT-H/14; None adds no attn_ip.
+        pose_dim: numbers of a camera, 12 or 16.
+        seed: of the fresh layers.
+
+    Returns:
+        The multi-view U-Net; it shares the parent's tensors.
+
+    Raises:
+        CheckpointError: the parent has additions already.
+    """
+    config = parent.config
+    if config.cross_view or config.image_attention or config.pose_dim or config.in_channels != config.out_channels:
+        raise CheckpointError("unet: expected a stock U-Net without views, image, pose and normals, got one with some")
+    config = replace(
+        config,
+        sample_size=min(config.sample_size or LATENT_SIZE, LATENT_SIZE),
+        in_channels=2 * config.in_channels,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=pose_dim,
+        cross_view="position",
+        image_attention="block" if image_embed_dim else None,
+        image_embed_dim=image_embed_dim,
+    )
+    with torch.device("meta"):
+        child = MultiViewUNet(config)
+    old, generator = parent.state_dict(), torch.Generator().manual_seed(seed)
+    new = {name: _initial(name, blank, old, generator) for name, blank in child.state_dict().items()}
+    child.load_state_dict(new, assign=True)
+    return child.eval()
+
+
+def _initial(name: str, blank: Tensor, old: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    like = next(iter(old.values()))
+    if name == "conv_in.weight":
+        added = old[name].new_zeros(old[name].shape[0], blank.shape[1] - old[name].shape[1], *blank.shape[2:])
+        return torch.cat([old[name], added], dim=1)
+    if name in old:
+        return old[name]
+    if _ZERO.search(name):
+        return like.new_zeros(blank.shape)
+    for pattern, twin in _TWINS:
+        if re.search(pattern, name):
+            return old[re.sub(pattern, twin, name)].clone()
+    if blank.ndim == 1:
+        return like.new_zeros(blank.shape)
+    bound = blank.shape[1] ** -0.5
+    return torch.empty(blank.shape).uniform_(-bound, bound, generator=generator).to(like)
+
+
+def load_trained(unet: MultiViewUNet, path: str | Path) -> None:
+    """Fill a multi-view U-Net with a state dict that training code wrote.
+
+    Args:
+        unet: of the right sizes, as `assemble_unet` makes it.
+        path: a safetensors file; keys may carry wrappers' prefixes ("module.", "unet.", ...) and common other names of
+            the additions (attn_mv, pose_embedding, ...).
+
+    Raises:
+        CheckpointError: the file is damaged, or names or shapes do not fit; all of them are listed.
+    """
+    path = Path(path)
+    weights.require_safetensors(path)
+    weights.load_into(unet, weights.WeightFile(path, trained_key), dtype=unet.dtype, device=unet.device)

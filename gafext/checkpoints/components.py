@@ -1,0 +1,223 @@
+"""The components of a pipeline: loaded, adapted, moved and saved together."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gafext.assets import MODEL, NOTICE, CartoonWarning
+from gafext.checkpoints.folder import load_parts, save_parts
+from gafext.checkpoints.ip_adapter import IPAdapter
+from gafext.checkpoints.lora import merge_lora
+from gafext.config import UNetConfig
+from gafext.errors import CheckpointError
+from gafext.guidance import check_guidance_scale
+from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.int8 import check_move, quantize_transformers, require_supported
+from gafext.models.unet import MultiViewUNet
+from gafext.models.vae import AutoencoderKL
+from gafext.ops.backend import check_backend, set_attention_backend
+from gafext.schedulers import Scheduler
+from gafext.upsampler import LatentUpsampler
+from gafext.weights.hub import checkpoint_folder
+
+PipelineType = TypeVar("PipelineType", bound="PipelineComponents")
+
+
+class PipelineComponents:
+    """Networks and sampler that fit together; arguments and errors are those of `MultiViewDiffusionPipeline`."""
+
+    def __init__(
+        self,
+        *,
+        unet: MultiViewUNet,
+        vae: AutoencoderKL,
+        scheduler: Scheduler,
+        image_encoder: CLIPVisionEncoder | None = None,
+        upsampler: LatentUpsampler | None = None,
+        prompt_embeds: Tensor | None = None,
+        guidance_scale: float = 7.5,
+    ):
+        self.unet, self.vae, self.scheduler, self.image_encoder = unet, vae, scheduler, image_encoder
+        self.upsampler, self.prompt_embeds = upsampler, prompt_embeds
+        check_guidance_scale(guidance_scale)
+        self.guidance_scale = guidance_scale
+        self.attention_backend = "auto"
+        self.origin: dict[str, Any] = {"model": "memory"}
+        """Where the weights come from: what `from_pretrained` was given."""
+        self._check_parts()
+
+    def _check_parts(self, config: UNetConfig | None = None) -> None:
+        """Raise a CheckpointError unless the parts fit together, with `config` in place of the U-Net's own."""
+        config, latent = config or self.unet.config, self.vae.config.latent_channels
+        if config.in_channels not in (latent, 2 * latent):
+            raise CheckpointError(
+                f"unet: expected in_channels {latent} (latents) or {2 * latent} (latents and normal latents) "
+                f"for a VAE of {latent} latent channels, got {config.in_channels}"
+            )
+        if config.out_channels != latent:
+            raise CheckpointError(f"unet: expected out_channels {latent}, got {config.out_channels}")
+        if self.upsampler is not None and self.upsampler.latent_channels != latent:
+            raise CheckpointError(f"upsampler: expected {latent} latents, got {self.upsampler.latent_channels}")
+        if config.image_attention is None:
+            return
+        if self.image_encoder is None:
+            raise CheckpointError("image_encoder: expected one, because the U-Net attends to the portrait, got none")
+        field = "projection_dim" if config.image_projection == "pooled" else "hidden_size"
+        width, got = config.image_embed_dim or config.cross_attention_dim, getattr(self.image_encoder.config, field)
+        if width != got:
+            raise CheckpointError(f"image_encoder: expected {field} {width} to fit the U-Net, got {got}")
+
+    @classmethod
+    def from_pretrained(
+        cls: type[PipelineType],
+        path_or_repo_id: str | Path | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        variant: str | None = None,
+        *,
+        revision: str | None = None,
+        scheduler: str | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        ip_adapter: str | Path | None = None,
+        ip_adapter_scale: float = 1.0,
+    ) -> PipelineType:
+        """Load a checkpoint folder: `unet/ vae/ scheduler/`, and `image_encoder/ upsampler/ text_encoder/` if there.
+
+        Args:
+            path_or_repo_id: a folder, or a hub id such as "owner/name"; None is the small built-in model.
+            dtype: of the weights; None is float32. "int8" is float32 with the U-Net's linear layers in 8-bit integers:
+                faster, about 1 % off per layer, for CPUs with VNNI.
+            device: None is CUDA, else MPS, else the CPU.
+            variant: "fp16" reads the files that carry it in their name.
+            revision: of a hub id: a branch, tag or commit.
+            scheduler: "ddim", "dpm++" or "euler"; None is the checkpoint's own.
+            lora: a safetensors file of low-rank updates; see `load_lora_weights`.
+            lora_scale: weight of the updates.
+            ip_adapter: an IP-Adapter file, plain or Plus; see `load_ip_adapter`.
+            ip_adapter_scale: weight of the portrait's attention.
+
+        Returns:
+            The pipeline, ready to be called.
+
+        Raises:
+            CheckpointError: something is missing, damaged or does not fit together.
+            ValueError: this machine does not have the dtype.
+        """
+        device = torch.device(device) if device is not None else default_device()
+        quantize = dtype == "int8"
+        if quantize:
+            require_supported(device)
+            dtype = torch.float32
+        if not isinstance(dtype, torch.dtype | None):
+            raise ValueError(f"dtype: expected a torch.dtype, 'int8' or None, got {dtype!r}")
+        if path_or_repo_id is None:
+            if not (lora is ip_adapter is variant is revision is None):
+                raise ValueError("lora, ip_adapter, variant, revision: expected None for the built-in model")
+            warnings.warn(NOTICE, CartoonWarning, stacklevel=2)
+            folder, origin = MODEL, {"model": "built-in"}
+        else:
+            folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant)
+            origin = {"model": str(path_or_repo_id), "variant": variant, "revision": revision}
+        parts = load_parts(folder, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
+        try:
+            pipeline = cls(**parts)
+            pipeline.origin = origin
+            if ip_adapter is not None:
+                pipeline.load_ip_adapter(ip_adapter, scale=ip_adapter_scale)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        if lora is not None:
+            pipeline.load_lora_weights(lora, scale=lora_scale)
+        if pipeline.unet.config.image_attention is None:
+            warnings.warn(f"{folder / 'unet'}: this U-Net does not look at the portrait", stacklevel=2)
+        if quantize:
+            quantize_transformers(pipeline.unet)
+        return pipeline
+
+    def load_lora_weights(self, file: str | Path, *, scale: float = 1.0) -> None:
+        """Merge the low-rank updates of a LoRA file into the U-Net: W + scale · alpha/r · up · down.
+
+        Args:
+            file: safetensors of peft, diffusers or kohya.
+            scale: weight of the updates; -1 takes them back, up to rounding.
+
+        Raises:
+            CheckpointError: the file is damaged or does not fit; the U-Net is as it was.
+            ValueError: the scale is not finite, or the weights are 8-bit integers.
+        """
+        for note in merge_lora(self.unet, file, scale=scale):
+            warnings.warn(note, stacklevel=2)
+        self.origin |= {"lora": str(file), "lora_scale": scale}
+
+    def load_ip_adapter(self, file: str | Path, *, scale: float = 1.0) -> None:
+        """Add an IP-Adapter, plain or Plus, to a U-Net that does not look at the portrait otherwise.
+
+        Args:
+            file: safetensors; another adapter takes the place of the one before.
+            scale: weight of the portrait's attention; 0 is no portrait.
+
+        Raises:
+            CheckpointError: the file is damaged or does not fit the U-Net or the image encoder; nothing has changed.
+            ValueError: the U-Net has attn_ip, or the scale is not finite.
+        """
+        adapter = IPAdapter.read(self.unet, file, scale=scale)
+        self._check_parts(adapter.config)
+        adapter.apply(self.unet)
+        self.origin |= {"ip_adapter": str(file), "ip_adapter_scale": scale}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder that `from_pretrained` reads; `model_index.json` comes last."""
+        save_parts(self.components, Path(folder))
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Everything that the pipeline is made of: `MultiViewDiffusionPipeline(**pipe.components)` shares it all."""
+        names = ("unet", "vae", "scheduler", "image_encoder", "upsampler", "prompt_embeds", "guidance_scale")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def _networks(self) -> list[torch.nn.Module]:
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def to(self: PipelineType, *args: Any, **kwargs: Any) -> PipelineType:
+        """Move every network: the arguments are those of `torch.nn.Module.to`.
+
+        Raises:
+            ValueError: the weights are 8-bit integers, which stay on the CPU, with float32 around them.
+        """
+        check_move(self.unet, *args, **kwargs)
+        for network in self._networks:
+            network.to(*args, **kwargs)
+        return self
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose "auto", "kernel", "sdpa" or "reference" for every attention and GEGLU of every network.
+
+        "kernel" leaves the autoencoder at "auto": its one head is as wide as its channels, 512 in Stable Diffusion,
+        and in float32 on a GPU no kernel is that wide.
+        """
+        check_backend(backend)
+        self.attention_backend = backend
+        for network in self._networks:
+            set_attention_backend(network, "auto" if network is self.vae and backend == "kernel" else backend)
+
+
+def default_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,124 @@
+"""A pipeline's folder: the components that are read from it and written to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gafext import weights
+from gafext.atomic import replace_whole
+from gafext.checkpoints.prompts import encode_text
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.families import family_of
+from gafext.guidance import check_guidance_scale
+from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.int8 import is_quantized
+from gafext.models.unet import MultiViewUNet
+from gafext.models.vae import AutoencoderKL
+from gafext.schedulers import scheduler_from_pretrained
+from gafext.upsampler import EMPTY_PROMPT_NAME as EMPTY_PROMPT
+from gafext.upsampler import LatentUpsampler
+
+_LIBRARIES = {
+    "unet": "gafext",
+    "vae": "diffusers",
+    "scheduler": "diffusers",
+    "image_encoder": "transformers",
+    "upsampler": "gafext",
+}
+"""Of each saved component the library whose class `model_index.json` names."""
+
+
+def load_parts(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    variant: str | None,
+    scheduler: str | None = None,
+) -> dict[str, Any]:
+    """Load the components of a pipeline, which are the keyword arguments of `MultiViewDiffusionPipeline`.
+
+    Raises:
+        CheckpointError: something is missing or damaged.
+    """
+    index_path = folder / "model_index.json"
+    index = weights.read_json(index_path) if index_path.exists() else {}
+
+    def is_null(name: str) -> bool:
+        return index.get(name, ["library", "class"]) in (None, [None, None])
+
+    def has(name: str) -> bool:
+        return (folder / name).is_dir() and not is_null(name)
+
+    for name in ("unet", "vae", "scheduler"):
+        if is_null(name):
+            raise CheckpointError(f"{index_path}: expected a {name}, got null")
+        if not has(name):
+            raise CheckpointNotFoundError(f"{folder / name}: no such folder")
+    options = {"dtype": dtype, "device": device, "variant": variant}
+    unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
+    family = family_of(unet.config)
+    guidance_scale = index.get("guidance_scale", family.guidance_scale)
+    try:
+        check_guidance_scale(guidance_scale)
+    except ValueError as error:
+        raise CheckpointError(f"{index_path}: {error}") from None
+    return {
+        "unet": unet,
+        "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
+        "scheduler": scheduler_from_pretrained(folder / "scheduler", name=scheduler),
+        # Also where the U-Net does not look at the portrait, so that save_pretrained gives back what was loaded.
+        "image_encoder": CLIPVisionEncoder.from_pretrained(folder / "image_encoder", **options)
+        if has("image_encoder")
+        else None,
+        "upsampler": LatentUpsampler.from_pretrained(folder / "upsampler", **options) if has("upsampler") else None,
+        "prompt_embeds": _empty_prompt(folder, unet, variant=variant) if family.reads_empty_prompt else None,
+        "guidance_scale": guidance_scale,
+    }
+
+
+def _empty_prompt(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> Tensor | None:
+    """The empty prompt's embeddings [1,T,C], saved earlier or from the text encoder, which is dropped again."""
+    source = folder / EMPTY_PROMPT
+    if source.is_file():
+        file = weights.WeightFile(source)
+        weights.check_keys(file, {"prompt_embeds": file.shapes.get("prompt_embeds", ())})
+        embeds = file.tensor("prompt_embeds")
+    elif (folder / "text_encoder").is_dir():
+        source = folder / "text_encoder"
+        embeds = encode_text(folder, variant=variant).last_hidden_state
+    else:
+        return None
+    width = unet.config.cross_attention_dim
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0 or embeds.shape[2] != width:
+        raise CheckpointError(f"{source}: the empty prompt: expected [1,T,{width}], got {list(embeds.shape)}")
+    return embeds
+
+
+def save_parts(components: Mapping[str, Any], folder: Path) -> None:
+    """Write a folder that `load_parts` reads; `model_index.json` comes last, and says null for what is not there."""
+    if is_quantized(components["unet"]):
+        raise ValueError("save_pretrained: expected floating-point weights, got the 8-bit ones of dtype='int8'")
+    index: dict[str, Any] = {
+        "_class_name": "MultiViewDiffusionPipeline",
+        "guidance_scale": components["guidance_scale"],
+    }
+    for stale in ("model_index.json", EMPTY_PROMPT):  # of another pipeline that was saved here before
+        (folder / stale).unlink(missing_ok=True)
+    for name, library in _LIBRARIES.items():
+        part, index[name] = components[name], [None, None]
+        if part is not None:
+            part.save_pretrained(folder / name)
+            class_name = part.config.class_name if hasattr(part, "config") else type(part).__name__
+            index[name] = [library, "MultiViewUNet" if name == "unet" else class_name]
+    with replace_whole(folder) as temporary:
+        if components["prompt_embeds"] is not None:
+            tensors = {"prompt_embeds": components["prompt_embeds"].contiguous().cpu()}
+            save_file(tensors, temporary / EMPTY_PROMPT, metadata={"format": "pt"})
+        weights.write_json(temporary / "model_index.json", index)

@@ -1,0 +1,138 @@
+"""Low-rank adaptations (LoRA, arXiv 2106.09685) of the U-Net, merged into its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gafext import weights
+from gafext.errors import CheckpointError
+from gafext.weights.keys import lora_rule
+
+_TEXT = ("text_encoder", "lora_te_", "lora_te1_", "lora_te2_", "base_model.model.text_model")
+
+
+class _Factors(NamedTuple):
+    """The keys of one module's tensors in the file."""
+
+    down: str
+    up: str
+    alpha: str | None
+
+
+@torch.no_grad()
+def merge_lora(unet: nn.Module, path: str | Path, *, scale: float = 1.0) -> list[str]:
+    """Add the low-rank updates of a LoRA file to the weights of a U-Net, once: nothing is slower afterwards.
+
+    W ← W + scale · alpha/r · up · down, in float32; for convolutions over the flattened kernel.
+
+    Args:
+        unet: changed when the whole file fits; linear layers and convolutions of any type and device.
+        path: a safetensors file of peft, diffusers (`unet.*.lora_A`, `.lora.down`, `processor.to_q_lora.down`) or
+            kohya (`lora_unet_*.lora_down`, `.alpha`).
+        scale: weight of the update; 0 is none, -1 takes one back, up to rounding.
+
+    Returns:
+        What of the file was left aside: one sentence if it has updates of a text encoder, which gafext has no use for.
+
+    Raises:
+        CheckpointError: the file is a pickle, is missing or damaged, or does not fit; all keys that misfit are listed.
+        ValueError: the scale is not finite.
+
+    Source: arXiv 2106.09685 eq. 3; diffusers: loaders/lora_conversion_utils.py.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    path = Path(path)
+    weights.require_safetensors(path)
+    file = weights.WeightFile(path)
+    targets = {
+        name.removesuffix(".weight"): value
+        for name, value in unet.state_dict().items()
+        if name.endswith(".weight") and value.ndim > 1
+    }
+    text = [key for key in file if key.startswith(_TEXT)]
+    factors = _match(file, set(file) - set(text), targets)
+    scalings = _read_scalings(path, file.metadata)
+    merged = {}
+    for name, keys in factors.items():
+        weight, rank = targets[name], file.shapes[keys.down][0]
+        scaling = scalings(name, rank) if keys.alpha is None else file.number(keys.alpha) / rank
+        down, up = (file.tensor(key).to(weight.device, torch.float32).flatten(1) for key in (keys.down, keys.up))
+        result = weight.float() + (scale * scaling * (up @ down)).view(weight.shape)
+        if not result.isfinite().all() or result.abs().max() > torch.finfo(weight.dtype).max:
+            raise CheckpointError(f"{path}: {name}: the sum is beyond {weight.dtype} at scale={scale}")
+        merged[f"{name}.weight"] = result.to(weight.dtype)
+    unet.load_state_dict(merged, strict=False, assign=True)
+    return [f"{path}: {len(text)} tensors for a text encoder are left aside: no text is encoded here"] if text else []
+
+
+def _match(file: weights.WeightFile, keys: Iterable[str], targets: dict[str, Tensor]) -> dict[str, _Factors]:
+    """The factors of each module by its name; one CheckpointError lists every key that fits no module or partner."""
+    rule, unknown = lora_rule(targets), []
+    found: dict[str, dict[str, str]] = {}
+    for key in sorted(keys):
+        name, part = rule(key) or ("", "")
+        if name not in targets or part in found.get(name, ()):
+            unknown.append(key)
+        else:
+            found.setdefault(name, {})[part] = key
+    lonely = [key for parts in found.values() if not {"down", "up"} <= parts.keys() for key in parts.values()]
+    factors = {
+        name: _Factors(parts["down"], parts["up"], parts.get("alpha"))
+        for name, parts in found.items()
+        if {"down", "up"} <= parts.keys()
+    }
+    shapes = [text for name, keys in factors.items() for text in _wrong_shapes(name, keys, file.shapes, targets[name])]
+    if unknown or lonely or shapes or not factors:
+        raise CheckpointError(
+            f"{file.path}: no LoRA that fits this U-Net"
+            + weights.listing("unknown keys", unknown)
+            + weights.listing("keys without their partner", lonely)
+            + weights.listing("wrong shapes", shapes)
+        )
+    return factors
+
+
+def _wrong_shapes(name: str, keys: _Factors, shapes: dict[str, tuple[int, ...]], weight: Tensor) -> Iterator[str]:
+    down, up = shapes[keys.down], shapes[keys.up]
+    rank = down[0] if down else 0
+    if rank == 0 or math.prod(down[1:]) != weight[0].numel() or len(down) < 2:
+        yield f"{keys.down}: expected [r, {weight[0].numel()}] for {name}, got {list(down)}"
+    elif len(up) < 2 or up[0] != weight.shape[0] or math.prod(up[1:]) != rank:
+        yield f"{keys.up}: expected [{weight.shape[0]}, {rank}] for {name}, got {list(up)}"
+
+
+def _read_scalings(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
+    """alpha/r of a module where the file has no alpha for it: of peft's settings, and else 1.
+
+    diffusers keeps the settings in the file's metadata, peft in adapter_config.json beside it.
+    """
+    source, settings = path, {}
+    try:
+        if "lora_adapter_metadata" in metadata:
+            settings = weights.parse_json(metadata["lora_adapter_metadata"])
+            settings = {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
+        elif path.stem == "adapter_model" and path.with_name("adapter_config.json").is_file():
+            source = path.with_name("adapter_config.json")
+            settings = weights.read_json(source)
+        default, pattern = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+        alphas = {str(key): float(alpha) for key, alpha in pattern.items()}
+        default = None if default is None else float(default)
+        if not all(math.isfinite(alpha) for alpha in (*alphas.values(), default or 0)) or settings.get("use_dora"):
+            raise ValueError("alpha that is no number, or DoRA")
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{source}: expected the settings of a LoRA, got {error}") from None
+
+    def scaling(name: str, rank: int) -> float:
+        alpha = next((a for key, a in alphas.items() if f".{name}".endswith(f".{key}")), default)
+        return 1.0 if alpha is None else alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+    return scaling

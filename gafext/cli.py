@@ -1,0 +1,414 @@
+"""The command line: `gafext generate`, `assemble`, `eval`, `bench` and `info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_CODES = "exit codes: 0 done, 1 an input cannot be used, 2 wrong command line, 130 interrupted"
+_DTYPES = ("float32", "float16", "bfloat16")
+BENCH_OPS = ("flash_attention", "cross_view_attention", "geglu", "geglu_gate", "conv3x3", "linear")
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gafext",
+        description="One portrait in, several consistent views of the same head out.",
+        epilog=EXIT_CODES,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_assemble(commands)
+    _add_eval(commands)
+    _add_bench(commands)
+    info = commands.add_parser(
+        "info", help="versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="views of the head in a portrait",
+        description="Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json into a folder.",
+        epilog=EXIT_CODES,
+    )
+    add = generate.add_argument
+    add("portrait", nargs="?", metavar="PORTRAIT", help="a picture of a head; default: the bundled one")
+    add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
+    add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
+    add("--lora", metavar="FILE", help="low-rank updates to merge into the U-Net")
+    add("--lora-scale", type=float, metavar="S", help="their weight; default: 1")
+    add(
+        "--ip-adapter",
+        metavar="FILE",
+        help="an IP-Adapter, plain or Plus, for a U-Net without attention to the portrait",
+    )
+    add("--ip-adapter-scale", type=float, metavar="S", help="its weight; default: 1")
+    add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
+    add("--overwrite", action="store_true", help="replace the result of an earlier run")
+    add("--views", type=int, metavar="V", help="number of views, on an orbit; default: 4")
+    add("--scheduler", choices=("ddim", "dpm++", "euler"), help="default: the checkpoint's own")
+    add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000; default: 50")
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="guidance scale, 1 to 20; default: the checkpoint's, 7.5 as a rule",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="of all noise; default: 0")
+    add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic, 1: as noisy as DDPM; default: 0")
+    add(
+        "--cameras",
+        metavar="FILE",
+        help="a transforms_train.json to take the cameras from, in place of the orbit",
+    )
+    add("--elevation", type=float, metavar="DEG", help="of the orbit; default: 0")
+    add("--radius", type=float, metavar="R", help="of the orbit; default: 4")
+    add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
+    add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of a neutral head")
+    add("--renders", metavar="DIR", help="folder with one picture a view to start from, with --strength")
+    add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders; default: 1")
+    add(
+        "--upsample",
+        choices=("auto", "bilinear", "none"),
+        default="auto",
+        help="double the latents before decoding; default: auto, by the checkpoint's upsampler",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add(
+        "--dtype",
+        choices=(*_DTYPES, "int8"),
+        default="float32",
+        help="of weights and activations; int8: the U-Net's linear layers, on a CPU; default: float32",
+    )
+    add(
+        "--backend",
+        choices=("auto", "kernel", "sdpa", "reference"),
+        default="auto",
+        help="of attention and GEGLU; default: auto",
+    )
+    add("--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def _add_assemble(commands: argparse._SubParsersAction) -> None:
+    assemble = commands.add_parser(
+        "assemble",
+        help="a multi-view checkpoint out of Stable Diffusion, CLIP and the upscaler",
+        description="Write a checkpoint whose new layers (attention across views and to the portrait, camera pose, "
+        "normal latents) start as exact no-ops: every view is the parent's until they are trained.",
+        epilog=EXIT_CODES,
+    )
+    add = assemble.add_argument
+    add(
+        "--parent", required=True, metavar="DIR", help="Stable Diffusion: unet/ vae/ scheduler/, or a .safetensors file"
+    )
+    add("--image-encoder", required=True, metavar="DIR", help="CLIP, as transformers saves it: ViT-H/14")
+    add("--upsampler", metavar="DIR", help="the latent upscaler's own checkpoint folder")
+    add("--ip-adapter", metavar="FILE", help="an IP-Adapter to look at the portrait with, in place of new layers")
+    add("--trained", metavar="FILE", help="a GAF-style U-Net state dict to fill the result with")
+    add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers of a camera (default: 12)")
+    add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
+    add("--dtype", choices=_DTYPES, default="float32", help="of the weights written (default: float32)")
+    add("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="gafext's operations against PyTorch's, on this machine",
+        description="Time every operation at the shapes of the published networks, contestants taking turns. "
+        "Columns: median and quartiles of a call, how many times faster gafext is, and the share of what a matrix "
+        "product or a copy reaches in the same run.",
+        epilog=EXIT_CODES,
+    )
+    add = bench.add_argument
+    add("--op", choices=BENCH_OPS, action="append", help="only this operation; may be repeated")
+    add("--shape", metavar="TEXT", action="append", help="only shapes that contain this; may be repeated")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--dtype", choices=_DTYPES, default="float32", help="default: float32")
+    add("--rounds", type=int, default=11, metavar="N", help="turns of each contestant, 7 or more; default: 11")
+    add("--threads", type=int, metavar="N", help="of PyTorch and gafext; default: PyTorch's")
+    add("--quick", action="store_true", help="3 rounds of one call: shows that all runs and agrees, measures nothing")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="race torch.compile's forms too, for which it needs a C++ compiler; default: yes",
+    )
+    add("--cold", action="store_true", help="measure with inputs that are in no cache, too")
+    add(
+        "--allocator",
+        choices=("default", "keep", "both"),
+        default="default",
+        help="keep: glibc's malloc keeps big blocks, in place of giving them back to the kernel; default: default",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="measure a shape again for up to S seconds while other processes disturb it; the least disturbed counts",
+    )
+    add("--seconds", type=float, metavar="S", help="leave out the shapes that have not begun after S seconds")
+    add("--compile-seconds", type=float, metavar="S", help="leave torch.compile out once it has taken S seconds in all")
+    add("--json", metavar="FILE", help="write the environment and all times there")
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="how good the views of held-out procedural heads are",
+        description="PSNR, SSIM and cross-view consistency on heads that the built-in model was not trained on, beside "
+        "baselines and ablations.",
+        epilog=EXIT_CODES,
+    )
+    add = evaluate.add_argument
+    add("--model", metavar="DIR", help="checkpoint folder; default: the small built-in model")
+    add("--heads", type=int, default=8, metavar="N", help="default: 8")
+    add("--views", type=int, default=4, metavar="V", help="on an orbit; default: 4")
+    add("--steps", type=int, default=25, metavar="N", help="denoising steps; default: 25")
+    add("--guidance", type=float, metavar="G", help="guidance scale; default: the checkpoint's")
+    add("--seed", type=int, default=0, metavar="S", help="of all noise; default: 0")
+    add("--upsample", choices=("auto", "bilinear", "none"), default="auto", help="default: auto")
+    add("--ablations", action="store_true", help="also what becomes worse when something is taken away or changed")
+    add("--json", metavar="FILE", help="write the numbers")
+    add("--figure", metavar="FILE", help="write a picture: portraits beside normal maps, generated views and the truth")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add("--quiet", action="store_true", help="no progress")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from gafext import cameras
+    from gafext.evaluation import Evaluation, table
+    from gafext.pipeline import MultiViewDiffusionPipeline
+    from gafext.versions import versions
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # drawn heads are what the built-in model is for
+        pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
+    evaluation = Evaluation(
+        pipeline,
+        args.heads,
+        cameras.orbit(args.views),
+        progress=lambda name: None if args.quiet else print(f"gafext: {name}", file=sys.stderr),
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=args.seed,
+        upsample=args.upsample,
+    )
+    lines = evaluation.baselines() + evaluation.main() + (evaluation.ablations() if args.ablations else [])
+    print(table(lines))
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "figure")}
+        report = {"settings": settings, "versions": versions(), "lines": [asdict(line) for line in lines]}
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    if args.figure:
+        evaluation.figure(evaluation.generate()).save(args.figure)
+    return 0
+
+
+def _assemble(args: argparse.Namespace) -> int:
+    import torch
+
+    from gafext.checkpoints.assemble import assemble
+    from gafext.output import check_writable, whole_folder
+
+    check_writable(args.out)
+    pipeline = assemble(
+        args.parent,
+        image_encoder=args.image_encoder,
+        upsampler=args.upsampler,
+        ip_adapter=args.ip_adapter,
+        trained=args.trained,
+        pose_dim=args.pose_dim,
+        dtype=getattr(torch, args.dtype),
+        variant=args.variant,
+    )
+    with whole_folder(args.out) as folder:
+        pipeline.save_pretrained(folder)
+    print(f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.0f} M parameters in the U-Net: {args.out}")
+    return 0
+
+
+def _pictures(folder: str | None, *, count: int, name: str) -> list | None:
+    """A folder's pictures by name, read at once: a bad one ends the command before the model loads."""
+    from gafext.images import load_images
+
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: expected a folder of pictures")
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
+    return load_images(paths, count=count, name=name)
+
+
+def _cameras(args: argparse.Namespace):
+    from gafext import cameras
+
+    orbit = {"num_views": args.views, "elevation": args.elevation, "radius": args.radius, "fov": args.fov}
+    given = {name: value for name, value in orbit.items() if value is not None}
+    if args.cameras is None:
+        return cameras.orbit(**{"num_views": 4, **given})
+    if given:
+        raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")
+    return cameras.read_transforms(args.cameras)
+
+
+def _check_early(args: argparse.Namespace) -> None:
+    """What would fail after minutes of loading fails at once."""
+    from gafext.guidance import check_guidance_scale
+    from gafext.noise import resolve_seed
+    from gafext.output import check_writable
+    from gafext.schedulers import MAX_STEPS, check_eta
+
+    for option, needs in (("lora_scale", "lora"), ("ip_adapter_scale", "ip_adapter"), ("variant", "model")):
+        if getattr(args, option) is not None and getattr(args, needs) is None:
+            option, needs = (name.replace("_", "-") for name in (option, needs))
+            raise ValueError(f"--{option}: expected --{needs} with it")
+    check_writable(args.out, overwrite=args.overwrite)
+    if args.guidance is not None:
+        check_guidance_scale(args.guidance)
+    check_eta(args.eta)
+    resolve_seed(args.seed)
+    if not 1 <= args.steps <= MAX_STEPS:
+        raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
+
+
+def _load(args: argparse.Namespace):
+    import torch
+
+    from gafext.pipeline import MultiViewDiffusionPipeline
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline = MultiViewDiffusionPipeline.from_pretrained(
+            args.model,
+            args.dtype if args.dtype == "int8" else getattr(torch, args.dtype),
+            _device(args.device),
+            args.variant,
+            scheduler=args.scheduler,
+            lora=args.lora,
+            lora_scale=1.0 if args.lora_scale is None else args.lora_scale,
+            ip_adapter=args.ip_adapter,
+            ip_adapter_scale=1.0 if args.ip_adapter_scale is None else args.ip_adapter_scale,
+        )
+    for warning in caught:
+        print(f"gafext: {warning.message}", file=sys.stderr)
+    pipeline.set_attention_backend(args.backend)
+    return pipeline
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from gafext.assets import PORTRAIT
+    from gafext.images import load_image
+
+    _check_early(args)
+    cameras = _cameras(args)
+    portrait = load_image(args.portrait or PORTRAIT)
+    normals = _pictures(args.normals, count=len(cameras), name="normal_maps")
+    renders = _pictures(args.renders, count=len(cameras), name="renders")
+    pipeline = _load(args)
+    start = time.monotonic()
+    output = pipeline(
+        portrait,
+        cameras,
+        normals,
+        num_views=len(cameras),
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=args.seed,
+        renders=renders,
+        strength=args.strength,
+        eta=args.eta,
+        upsample=args.upsample,
+        progress_bar=not args.quiet,
+    )
+    command = {**vars(args), "portrait": str(args.portrait or PORTRAIT.name)}
+    output.run["command"] = {name: value for name, value in command.items() if value is not None}
+    output.save(args.out, overwrite=args.overwrite)
+    if not args.quiet:
+        print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
+    return 0
+
+
+def _device(name: str | None):
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: expected cpu, cuda or mps")
+    return device
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from gafext.bench.command import bench
+
+    return bench(args)
+
+
+def _info(args: argparse.Namespace) -> int:
+    import torch
+
+    from gafext import _C
+    from gafext.versions import versions
+
+    devices = ["cpu"] + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    info = {
+        "versions": versions(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "build": _C.build_info(),
+    }
+    if args.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    for title, value in info.items():
+        if isinstance(value, dict):
+            print(f"{title}:")
+            for key, item in value.items():
+                print(f"  {key}: {', '.join(map(str, item)) if isinstance(item, (list, tuple)) else item}")
+        else:
+            print(f"{title}: {', '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake ends in one line on stderr, never in a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        commands = {"generate": _generate, "assemble": _assemble, "eval": _eval, "bench": _bench, "info": _info}
+        return commands[args.command](args)
+    except KeyboardInterrupt:
+        print("gafext: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # what reads our output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"gafext: error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise  # a fault of ours, not the user's: with its traceback
+        print(f"gafext: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1

@@ -1,0 +1,233 @@
+"""How good generated views are: held-out heads, baselines, and what becomes worse when something is taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from gafext import heads, images
+from gafext.cameras import Cameras, orbit
+from gafext.evaluation.measures import consistency, psnr, ssim
+from gafext.heads import Renders
+from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.schedulers import scheduler_class
+
+PORTRAIT_AZIMUTH, PORTRAIT_ELEVATION = 25.0, 8.0  # degrees: portraits of held-out heads come from within these
+MEAN_OF = 64  # trained-on heads in the mean picture
+STEPS, GUIDANCE_SCALES = (5, 10, 25, 50), (1.0, 2.0, 4.0, 7.5, 10.0)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A held-out head: its portrait, and the truth about its views."""
+
+    identity: int
+    portrait: Tensor  # [3,S,S] in [0,1]
+    cameras: Cameras
+    views: Renders  # [V,...]
+
+
+def portrait_camera(identity: int) -> Cameras:
+    """Where a held-out head's portrait is taken from: it depends on the identity alone."""
+    numbers = torch.Generator().manual_seed(identity)
+    azimuth, elevation = (2 * torch.rand(2, generator=numbers, dtype=torch.float64) - 1).tolist()
+    return orbit(1, elevation=PORTRAIT_ELEVATION * elevation, azimuth_start=PORTRAIT_AZIMUTH * azimuth)
+
+
+def subjects(count: int, size: int, cameras: Cameras | None = None, *, first: int = 0) -> list[Subject]:
+    """Heads that nothing was trained on.
+
+    Args:
+        count: of them, at least 1.
+        size: pixels of a picture's side.
+        cameras: of the views; None is the command's own orbit of 4.
+        first: how many of the held-out identities to pass over.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    identities = list(heads.TEST_IDENTITIES[first : first + count])
+    if count < 1 or len(identities) < count:
+        raise ValueError(f"heads: expected 1 to {len(heads.TEST_IDENTITIES) - first}, got {count}")
+    cameras = cameras or orbit(4)
+    made = []
+    for identity in identities:
+        head = heads.make_heads([identity])
+        portrait = heads.render(head, portrait_camera(identity).w2c, size).rgb[0, 0]
+        views = heads.render(head, cameras.w2c, size, fov=cameras.fov)
+        made.append(Subject(identity, portrait, cameras, Renders(*(tensor[0] for tensor in views))))
+    return made
+
+
+def as_portrait(picture: Tensor) -> PIL.Image.Image:
+    """The 8-bit picture that a user would pass, of one [3,S,S] in [0,1]."""
+    return images.to_pil(picture[None])[0]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One line of the table: means over heads and views."""
+
+    name: str
+    psnr: float  # dB
+    ssim: float
+    consistency: float  # dB
+
+    @classmethod
+    def of(cls, name: str, who: list[Subject], made: list[Tensor]) -> Scores:
+        """Score pictures [V,3,S,S] in [0,1] of each subject."""
+        pairs = [(pictures.clamp(0, 1), subject) for pictures, subject in zip(made, who, strict=True)]
+        agreed = [consistency(pictures, subject.views.depth, subject.cameras) for pictures, subject in pairs]
+        return cls(
+            name,
+            torch.cat([psnr(pictures, subject.views.rgb) for pictures, subject in pairs]).mean().item(),
+            torch.cat([ssim(pictures, subject.views.rgb) for pictures, subject in pairs]).mean().item(),
+            torch.tensor(agreed).nanmean().item(),
+        )
+
+
+class _Blind(MultiViewDiffusionPipeline):
+    """The same networks, but no image tokens."""
+
+    def encode_portraits(self, portraits, *, guided=False):
+        return None
+
+
+class Evaluation:
+    """Runs a pipeline on held-out heads.
+
+    Args:
+        pipe: the pipeline to be measured.
+        count: of heads.
+        cameras: of the views; None is the command's own orbit of 4.
+        first: how many of the held-out identities to pass over: settings are chosen on other heads than are reported.
+        options: of every call, such as num_inference_steps, guidance_scale, generator and upsample.
+        progress: called with the name of each line before it is worked out.
+    """
+
+    def __init__(
+        self,
+        pipe: MultiViewDiffusionPipeline,
+        count: int,
+        cameras: Cameras | None = None,
+        *,
+        first: int = 0,
+        progress: Callable[[str], None] = lambda name: None,
+        **options: object,
+    ):
+        self.pipe, self.progress = pipe, progress
+        self.options = {"generator": 0, "num_inference_steps": 25, "upsample": "auto", **options}
+        self.options |= {"output_type": "pt", "progress_bar": False}
+        size = (pipe.unet.config.sample_size or 32) * pipe.vae.config.factor
+        size = size if self.options["upsample"] == "none" else 2 * size
+        self.subjects = subjects(count, size, cameras, first=first)
+        self.cameras = self.subjects[0].cameras
+
+    def generate(
+        self,
+        *,
+        pipe: MultiViewDiffusionPipeline | None = None,
+        cameras: Cameras | None = None,
+        normals: Callable[[Subject], Tensor | None] = lambda subject: subject.views.normals,
+        **options: object,
+    ) -> list[Tensor]:
+        """The views [V,3,S,S] of every subject, on the CPU."""
+        call = pipe or self.pipe
+        made = []
+        for subject in self.subjects:
+            maps = normals(subject)
+            maps = None if maps is None or not self._takes_normals else list(maps)
+            portrait = as_portrait(subject.portrait)
+            made.append(call(portrait, cameras or self.cameras, maps, **{**self.options, **options}).images.cpu())
+        return made
+
+    @property
+    def _takes_normals(self) -> bool:
+        return self.pipe.unet.config.in_channels > self.pipe.vae.config.latent_channels
+
+    def _score(self, name: str, pictures: Callable[[], list[Tensor]]) -> Scores:
+        self.progress(name)
+        return Scores.of(name, self.subjects, pictures())
+
+    def main(self) -> list[Scores]:
+        """The pipeline itself, with the heads' own normal maps and without any."""
+        return [
+            self._score("generated", self.generate),
+            self._score("generated, no normal maps given", lambda: self.generate(normals=lambda subject: None)),
+        ]
+
+    def baselines(self) -> list[Scores]:
+        """What needs no U-Net."""
+        trained_on = heads.make_heads(heads.TRAIN_IDENTITIES[:MEAN_OF])
+        size = self.subjects[0].portrait.shape[-1]
+
+        def mean() -> list[Tensor]:
+            return [heads.render(trained_on, self.cameras.w2c, size, fov=self.cameras.fov).rgb.mean(0)] * len(
+                self.subjects
+            )
+
+        def codec(subject: Subject) -> Tensor:
+            return self.pipe.decode(self.pipe.encode(subject.views.rgb)).cpu()
+
+        with torch.no_grad():
+            return [
+                self._score("the truth", lambda: [subject.views.rgb for subject in self.subjects]),
+                self._score("codec round trip", lambda: [codec(subject) for subject in self.subjects]),
+                self._score("copy of the portrait", lambda: [s.portrait.expand_as(s.views.rgb) for s in self.subjects]),
+                self._score("mean picture", mean),
+            ]
+
+    def ablations(self, only: Iterable[str] | None = None) -> list[Scores]:
+        """One thing taken away or changed at a time, the rest as in "generated"; `only` these lines, if given."""
+        changes = self._changes()
+        names = list(changes) if only is None else list(only)
+        return [self._score(name, lambda change=changes[name]: self.generate(**change)) for name in names]
+
+    def _changes(self) -> dict[str, dict[str, object]]:
+        """The arguments of `generate` that make each line."""
+        parts, config, changes = self.pipe.components, self.pipe.unet.config, {}
+        if config.image_attention is not None:
+            changes["no image tokens"] = {"pipe": _Blind(**parts)}
+        if any(block.attn_cv is not None for block in self.pipe.unet.transformer_blocks()):
+            apart = {**parts, "unet": _without_cross_view(self.pipe.unet)}
+            changes["attn_cv off"] = {"pipe": MultiViewDiffusionPipeline(**apart)}
+        if self._takes_normals:
+            changes["zero normals"] = {"normals": lambda subject: torch.full_like(subject.views.normals, 0.5)}
+        changes["wrong cameras"] = {"cameras": Cameras(self.cameras.w2c.roll(1, dims=0), self.cameras.fov)}
+        changes |= {f"{steps} steps": {"num_inference_steps": steps} for steps in STEPS}
+        changes |= {f"guidance {scale:g}": {"guidance_scale": scale} for scale in GUIDANCE_SCALES}
+        for solver in ("ddim", "dpm++"):
+            scheduler = scheduler_class(solver).from_config(self.pipe.scheduler.config)
+            other = MultiViewDiffusionPipeline(**{**parts, "scheduler": scheduler})
+            changes |= {f"{solver}, {n} steps": {"pipe": other, "num_inference_steps": n} for n in (10, 25)}
+        return changes
+
+    def figure(self, made: list[Tensor]) -> PIL.Image.Image:
+        """Each head's portrait, and to the right of it three rows: normal maps, generated views, the truth."""
+        blocks = []
+        for subject, pictures in zip(self.subjects, made, strict=True):
+            rows = (subject.views.normals, pictures.clamp(0, 1), subject.views.rgb)
+            blank = torch.ones_like(subject.portrait)
+            columns = zip((blank, subject.portrait, blank), rows, strict=True)
+            blocks += [torch.cat([first, *row], dim=2) for first, row in columns]
+        return as_portrait(torch.cat(blocks, dim=1))
+
+
+def _without_cross_view(unet):
+    unet = deepcopy(unet)
+    for block in unet.transformer_blocks():
+        block.attn_cv = block.norm_cv = None
+    return unet
+
+
+def table(lines: Iterable[Scores]) -> str:
+    """The lines for a terminal."""
+    lines = list(lines)
+    width = max(len(line.name) for line in lines)
+    head = f"{'':{width}}  PSNR dB   SSIM  consistency dB"
+    return "\n".join([head, *(f"{s.name:{width}}  {s.psnr:7.2f}  {s.ssim:5.3f}  {s.consistency:14.2f}" for s in lines)])

@@ -1,0 +1,159 @@
+"""Pictures in and out: whatever a user has becomes an upright RGB picture, and tensors become pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from gafext.errors import ImageError
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+
+MIN_SIDE = 1  # pixels
+_FLOAT_SLACK = 1e-3  # what resampling in float may overshoot [0, 1] by
+
+
+def load_image(image: ImageLike, *, name: str = "image") -> Image.Image:
+    """An upright RGB picture: EXIF orientation applied, transparency composited over white, first frame.
+
+    Args:
+        image: a file's path; a PIL image of any mode; an array [H,W,C] or [H,W]; or a tensor [C,H,W] or
+            [H,W], with 1, 3 or 4 channels (grey, RGB, RGBA) as uint8, uint16, bool, or float in [0,1].
+        name: what errors call an image that has no file name.
+
+    Returns:
+        PIL image, mode RGB, of any size.
+
+    Raises:
+        ImageError: it cannot be read, or has no usable shape, type or range.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        if not path.is_file():
+            got = "a folder" if path.is_dir() else "no such file"
+            raise ImageError(f"{path}: expected an image file, got {got}")
+        try:
+            with Image.open(path) as file:
+                return _to_rgb(file, str(path))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ImageError(f"{path}: expected an image file, but it cannot be read ({error})") from None
+    if isinstance(image, (np.ndarray, Tensor)):
+        image = _from_array(image, name)
+    if not isinstance(image, Image.Image):
+        raise ImageError(f"{name}: expected a path, PIL image, array or tensor, got {type(image).__name__}")
+    return _to_rgb(image, name)
+
+
+def load_images(
+    images: Sequence[ImageLike] | np.ndarray | Tensor | Image.Image, *, count: int, name: str
+) -> list[Image.Image]:
+    """One upright RGB picture a camera.
+
+    Args:
+        images: a list of anything `load_image` takes, a stacked array [V,H,W,C] or tensor [V,C,H,W]; for one
+            camera also a single image.
+        count: number of cameras V.
+        name: the argument's name, for errors.
+
+    Raises:
+        ImageError: an image cannot be used; the text says which.
+        ValueError: their number is not `count`.
+    """
+    stacked = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
+    items = list(images) if stacked or isinstance(images, (list, tuple)) else [images]
+    if len(items) != count:
+        raise ValueError(f"{name}: expected {count}, one a camera, got {len(items)}")
+    return [load_image(item, name=f"{name}[{index}]") for index, item in enumerate(items)]
+
+
+def to_square_tensor(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Crop the centre square of RGB pictures and resize it to `size` by Lanczos.
+
+    Returns:
+        [V,3,size,size] float32 in [0,1].
+    """
+    fitted = [_centre_square(image).resize((size, size), Image.Resampling.LANCZOS) for image in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))  # [V,size,size,3]
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def to_numpy(images: Tensor) -> np.ndarray:
+    """Convert images [V,3,H,W] in [0,1] to diffusers' output_type="np": [V,H,W,3] float32, clamped to [0,1]."""
+    return images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Convert images [V,3,H,W] in [0,1] to diffusers' output_type="pil": rounded to 8 bits."""
+    return [Image.fromarray(image) for image in (to_numpy(images) * 255).round().astype(np.uint8)]
+
+
+def _centre_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if min(image.size) < MIN_SIDE:
+        raise ImageError(
+            f"{name}: expected at least {MIN_SIDE} x {MIN_SIDE} pixels, got {image.width} x {image.height}"
+        )
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "La":  # premultiplied: Pillow converts it to nothing but LA
+            image = image.convert("LA")
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert() would clip these at 255
+            image = _from_array(np.asarray(image), name)
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise ImageError(f"{name}: expected an image, but it cannot be decoded ({error})") from None
+
+
+def _from_array(image: np.ndarray | Tensor, name: str) -> Image.Image:
+    """A grey, RGB or RGBA picture of 8 bits a channel."""
+    shape, channels_first = list(image.shape), isinstance(image, Tensor)
+    channels = shape[0 if channels_first else -1] if len(shape) == 3 else 1
+    if len(shape) not in (2, 3) or channels not in (1, 3, 4):
+        kind = "a tensor [C,H,W]" if channels_first else "an array [H,W,C]"
+        raise ImageError(f"{name}: expected {kind} of 1, 3 or 4 channels, or [H,W], got shape {shape}")
+    if 0 in shape:
+        raise ImageError(f"{name}: expected at least {MIN_SIDE} x {MIN_SIDE} pixels, got shape {shape}")
+    if channels_first:
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+        image = np.moveaxis(image, 0, -1) if len(shape) == 3 else image
+    pixels = np.ascontiguousarray(_eight_bits(image, name))
+    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
+
+
+def _eight_bits(pixels: np.ndarray, name: str) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.bool_:
+        return pixels * np.uint8(255)
+    # Pillow decodes 16-bit grey to int32 in some file formats.
+    if (pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2) or (
+        pixels.dtype == np.int32 and 0 <= pixels.min() <= pixels.max() <= 65535
+    ):
+        return (pixels / 257).round().astype(np.uint8)
+    if pixels.dtype.kind != "f":
+        raise ImageError(f"{name}: expected uint8, uint16, bool or floating point in [0, 1], got {pixels.dtype}")
+    if not np.isfinite(pixels).all():
+        raise ImageError(f"{name}: expected numbers in [0, 1], got NaN or infinity")
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < -_FLOAT_SLACK or high > 1 + _FLOAT_SLACK:
+        hint = "pass uint8 for 0 to 255" if high > 2 else "convert [-1, 1] by x / 2 + 0.5"
+        raise ImageError(f"{name}: expected floating point in [0, 1], got [{low:.4g}, {high:.4g}]; {hint}")
+    return (pixels.clip(0, 1).astype(np.float32) * 255).round().astype(np.uint8)

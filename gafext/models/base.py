@@ -1,0 +1,166 @@
+"""What every network has: a configuration, a folder to come from and a folder to go to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from gafext import weights
+from gafext.config import Config
+from gafext.errors import CheckpointError
+from gafext.weights.single_file import take_part
+
+ModelType = TypeVar("ModelType", bound="PretrainedModel")
+
+
+class _Budget(TorchFunctionMode):
+    """Ends a construction that makes far more tensors than the file has: a damaged configuration would go on for hours.
+
+    A little more is let through, so that a configuration that merely does not fit is told of with all its keys.
+    """
+
+    def __init__(self, stored: int):
+        super().__init__()
+        self.stored, self.left = stored, 4 * stored + 4096
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= func is torch.empty
+        if self.left < 0:
+            raise ValueError(f"asks for far more than the {self.stored} tensors of the weights")
+        return func(*args, **(kwargs or {}))
+
+
+def convolution_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The memory format of a convolution's weights, which decides that of its results.
+
+    cuDNN's kernels for half precision work on channels-last memory, and so do the transformers and gafext's GroupNorm.
+    """
+    on_tensor_cores = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return torch.channels_last if on_tensor_cores else torch.contiguous_format
+
+
+class PretrainedModel(nn.Module):
+    """A network that loads from and saves to one folder of a diffusers or transformers checkpoint."""
+
+    config_class: ClassVar[type[Config]]
+    weights_stem: ClassVar[str] = "diffusion_pytorch_model"
+    key_rule: ClassVar[weights.KeyRule] = staticmethod(weights.same_key)
+    channels_last: ClassVar[bool] = False  # whether its convolutions follow `convolution_format`
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `cuda`, `half` and the like come down to."""
+        super()._apply(fn, recurse)
+        self._arrange_weights()
+        return self
+
+    def _arrange_weights(self) -> None:
+        if not self.channels_last:
+            return
+        for parameter in self.parameters():
+            if parameter.ndim == 4 and not parameter.is_meta:
+                parameter.data = parameter.data.contiguous(memory_format=convolution_format(self.device, self.dtype))
+
+    @classmethod
+    def read_config(cls, folder: Path, file: weights.WeightFile) -> Config:
+        """The configuration in `config.json`; a network may complete it from the names in the weight file."""
+        path = folder / "config.json"
+        return cls.config_class.from_dict(weights.read_json(path), source=str(path))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ModelType],
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        variant: str | None = None,
+    ) -> ModelType:
+        """Load `config.json` and the safetensors of one network, memory-mapped.
+
+        Args:
+            folder: a diffusers or transformers folder, such as `checkpoint/vae`.
+            dtype: of the weights; None is float32.
+            device: of the weights; None is the CPU.
+            variant: "fp16" reads `<stem>.fp16.safetensors`, or the shards of that variant's index.
+
+        Returns:
+            The network, in evaluation mode.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, a value is NaN, or names and shapes do not fit the
+                configuration; all of them are listed.
+        """
+        folder = Path(folder)
+        path = weights.find_weights(folder, cls.weights_stem, variant)
+        file = weights.WeightFile(path, cls.key_rule)
+        config = cls.read_config(folder, file)
+        return cls._load(config, file, source=folder / "config.json", dtype=dtype, device=device)
+
+    @classmethod
+    def from_single_file(
+        cls: type[ModelType],
+        path: str | Path,
+        *,
+        config: Config | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ModelType:
+        """Load one network out of a single-file checkpoint of Stable Diffusion, with latent diffusion's key names.
+
+        Args:
+            path: a safetensors file; what belongs to the other networks in it is left aside.
+            config: None is deduced from the shapes, which is right for Stable Diffusion 2.
+            dtype: of the weights; None is float32.
+            device: of the weights; None is the CPU.
+
+        Returns:
+            The network, in evaluation mode.
+
+        Raises:
+            CheckpointError: the file is a pickle, is missing or damaged, or holds no such network; names and shapes
+                that do not fit are all listed.
+        """
+        path = Path(path)
+        weights.require_safetensors(path)
+        file = weights.WeightFile(path)
+        config = take_part(file, cls.config_class, config)
+        return cls._load(config, file, source=path, dtype=dtype, device=device)
+
+    @classmethod
+    def _load(
+        cls: type[ModelType],
+        config: Config,
+        file: weights.WeightFile,
+        *,
+        source: Path,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> ModelType:
+        try:
+            with torch.device("meta"), _Budget(len(file.shapes)):
+                model = cls(config)
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(f"{source}: makes no {cls.__name__} ({error})") from None
+        weights.load_into(model, file, dtype=dtype, device=device)
+        model._arrange_weights()
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and one safetensors file under the library's own key names."""
+        weights.save_weights(self, self.config.to_dict(), Path(folder), self.weights_stem)

@@ -1,0 +1,274 @@
+"""Blocks of the U-Net and the autoencoder, with diffusers' submodule names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gafext.models.attention import Attention, CrossViewAttention, DecoupledAttention, FeedForward, KeyValue
+from gafext.ops import conv3x3, group_norm_silu
+from gafext.ops.backend import prefer
+from gafext.ops.linear import linear_layer
+
+
+class MultiViewTransformerBlock(nn.Module):
+    """One transformer block: attn1, attn_cv, attn2, attn_ip, ff, each with its own LayerNorm and residual.
+
+    Args:
+        channels: C.
+        heads: H; a head is C/H wide.
+        context_channels: width of the text and image tokens.
+        cross_view: "position" adds `attn_cv`, attention over the views at each position; "dense" lets `attn1` attend
+            to all positions of all views of a portrait; None keeps the views apart.
+        image_attention: "block" adds `attn_ip`; "decoupled" adds `attn2.to_k_ip` and `attn2.to_v_ip`; None neither.
+
+    Raises:
+        ValueError: `cross_view` or `image_attention` is something else.
+
+    Source: GAF (arXiv 2412.10209) section 3; MVDream (arXiv 2308.16512) section 3.1 (dense); diffusers:
+    models/attention.py, BasicTransformerBlock.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        context_channels: int,
+        cross_view: str | None = "position",
+        image_attention: str | None = "block",
+    ):
+        super().__init__()
+        if cross_view not in (None, "position", "dense"):
+            raise ValueError(f"cross_view: expected None, 'position' or 'dense', got {cross_view!r}")
+        if image_attention not in (None, "block", "decoupled"):
+            raise ValueError(f"image_attention: expected None, 'block' or 'decoupled', got {image_attention!r}")
+        positions, block = cross_view == "position", image_attention == "block"
+        self.dense = cross_view == "dense"
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm_cv = nn.LayerNorm(channels) if positions else None
+        self.attn_cv = CrossViewAttention(channels, heads) if positions else None
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = DecoupledAttention(
+            channels, heads, context_channels=context_channels, image=image_attention == "decoupled"
+        )
+        self.norm_ip = nn.LayerNorm(channels) if block else None
+        self.attn_ip = Attention(channels, heads, context_channels=context_channels) if block else None
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | KeyValue | None = None,
+        *,
+        image_embeds: Tensor | KeyValue | None = None,
+        num_views: int = 1,
+    ) -> Tensor:
+        """Apply the operations.
+
+        Args:
+            hidden_states: [B*V,L,C], the view running fastest.
+            encoder_hidden_states: text [R,T,context_channels], or its `KeyValue` from `text_key_value`; R divides B*V,
+                and each run of B*V/R rows reads one text. None is the all-zero text, of which K = V = 0, so that it
+                adds nothing but attn2's output bias.
+            image_embeds: image tokens [B,T,context_channels], or their `KeyValue` from `image_key_value`. Fewer than
+                B portraits serve the LAST rows, and the rows before them see no image: this is how the
+                unconditional pass shares the batch. None is no image at all.
+            num_views: V.
+
+        Returns:
+            [B*V,L,C].
+
+        Raises:
+            ValueError: there are more portraits than rows, or no part that reads an image.
+        """
+        x, text, image = hidden_states, encoder_hidden_states, image_embeds
+        if isinstance(text, Tensor):
+            text = self.text_key_value(text)
+        if isinstance(image, Tensor):
+            image = self.image_key_value(image)
+        first = self._first_with_image(x, image, num_views)
+
+        views = num_views if self.dense else 1
+        x = x + self.attn1(self.norm1(x).reshape(-1, views * x.shape[1], x.shape[2])).view_as(x)
+        if self.attn_cv is not None:
+            x = x + self.attn_cv(self.norm_cv(x), num_views)
+        decoupled = image if self.attn_ip is None else None
+        if text is None and decoupled is None:
+            x = x + self.attn2.to_out[0].bias
+        else:
+            x = x + self.attn2(self.norm2(x), text, decoupled, first=first)
+        if self.attn_ip is not None and image is not None:
+            rows = x[first:]
+            rows = rows + self.attn_ip(self.norm_ip(rows), image)
+            x = rows if first == 0 else torch.cat([x[:first], rows])
+        return x + self.ff(self.norm3(x))
+
+    def text_key_value(self, encoder_hidden_states: Tensor) -> KeyValue:
+        """Keys and values of a text [R,T,C'], which do not change over the denoising steps."""
+        return self.attn2.key_value(encoder_hidden_states)
+
+    def image_key_value(self, image_embeds: Tensor, scale: float = 1.0) -> KeyValue:
+        """Keys and values of image tokens [B,T,C'], which do not change either; `scale` weighs decoupled attention."""
+        if self.attn_ip is not None:
+            return self.attn_ip.key_value(image_embeds)
+        if self.attn2.to_k_ip is None:
+            raise ValueError("image_embeds: expected None, because this block reads no image")
+        return self.attn2.image_key_value(image_embeds, scale)
+
+    @staticmethod
+    def _first_with_image(x: Tensor, image: KeyValue | None, num_views: int) -> int:
+        portraits = 0 if image is None else image.key.shape[0]
+        first = x.shape[0] - portraits * num_views
+        if first < 0:
+            raise ValueError(f"image_embeds: expected at most {x.shape[0] // num_views} portraits, got {portraits}")
+        return first
+
+
+class MultiViewSpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, with a residual around all of them.
+
+    Source: diffusers: models/transformers/transformer_2d.py (its continuous input).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        layers: int,
+        context_channels: int,
+        groups: int,
+        linear_projection: bool,
+        cross_view: str | None,
+        image_attention: str | None,
+    ):
+        super().__init__()
+        self.linear_projection = linear_projection
+        self.attention_backend = "auto"
+        self.norm = GroupNorm(groups, channels, eps=1e-6, silu=False)
+        projection = (
+            (lambda: nn.Linear(channels, channels)) if linear_projection else (lambda: nn.Conv2d(channels, channels, 1))
+        )
+        self.proj_in = projection()
+        self.transformer_blocks = nn.ModuleList(
+            MultiViewTransformerBlock(
+                channels,
+                heads,
+                context_channels=context_channels,
+                cross_view=cross_view,
+                image_attention=image_attention,
+            )
+            for _ in range(layers)
+        )
+        self.proj_out = projection()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        text: Sequence[KeyValue | None],
+        image: Sequence[KeyValue | None],
+        *,
+        num_views: int = 1,
+    ) -> Tensor:
+        """[B*V,C,h,w] -> [B*V,C,h,w]; `text` and `image` have one entry a transformer block."""
+        height = hidden_states.shape[-2]
+        x = self.norm(hidden_states)
+        if not self.linear_projection:
+            x = self.proj_in(x)
+        x = x.flatten(2).transpose(1, 2)  # [B*V,L,C]
+        if self.linear_projection:
+            x = linear_layer(self.proj_in, x, backend=self.attention_backend)
+        for block, block_text, block_image in zip(self.transformer_blocks, text, image, strict=True):
+            x = block(x, block_text, image_embeds=block_image, num_views=num_views)
+        if self.linear_projection:
+            x = linear_layer(self.proj_out, x, backend=self.attention_backend)
+        x = x.transpose(1, 2).unflatten(2, (height, -1))
+        if not self.linear_projection:
+            x = self.proj_out(x)
+        return hidden_states + x  # in this order: the sum keeps the memory format of hidden_states
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution with a border of zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.attention_backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3x3(x, self.weight, self.bias, backend=prefer(self.attention_backend))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation and, with `silu`, the SiLU after it."""
+
+    def __init__(self, groups: int, channels: int, *, eps: float, silu: bool):
+        super().__init__(groups, channels, eps=eps)
+        self.attention_backend = "auto"
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend = prefer(self.attention_backend)
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, backend=backend)
+
+
+class ResnetBlock2D(nn.Module):
+    """norm, SiLU, conv, plus the time embedding; norm, SiLU, conv; plus the input.
+
+    Args:
+        in_channels: channels in.
+        out_channels: channels out; a 1×1 convolution carries the residual when they differ.
+        time_channels: width of the time embedding, or None for a block without one.
+        groups: of the two GroupNorms.
+        eps: of the two GroupNorms: 1e-5 in the U-Net, 1e-6 in the autoencoder.
+
+    Source: diffusers: models/resnet.py, ResnetBlock2D with time_embedding_norm="default".
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, time_channels: int | None, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps, silu=True)
+        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps, silu=True)
+        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """[B,Cin,h,w], time embedding [B,time_channels] -> [B,Cout,h,w]."""
+        x = self.conv1(self.norm1(hidden_states))
+        if self.time_emb_proj is not None:
+            x = x + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
+        x = self.conv2(self.norm2(x))
+        shortcut = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
+        return shortcut + x
+
+
+class Downsample2D(nn.Module):
+    """A stride-2 convolution; padding 0 pads below and to the right alone, as the autoencoder's encoder does."""
+
+    def __init__(self, channels: int, *, padding: int):
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling to twice the size, or to `size`, and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv3x3(channels, channels)
+
+    def forward(self, hidden_states: Tensor, size: torch.Size | None = None) -> Tensor:
+        factor = None if size is not None else 2.0
+        return self.conv(F.interpolate(hidden_states, size=size, scale_factor=factor, mode="nearest"))

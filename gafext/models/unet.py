@@ -1,0 +1,347 @@
+"""The multi-view U-Net: Stable Diffusion's, whose transformer blocks also attend across views and to the portrait."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gafext import families, weights
+from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
+from gafext.models.attention import KeyValue
+from gafext.models.base import PretrainedModel
+from gafext.models.blocks import (
+    Conv3x3,
+    Downsample2D,
+    GroupNorm,
+    MultiViewSpatialTransformer,
+    MultiViewTransformerBlock,
+    ResnetBlock2D,
+    Upsample2D,
+)
+from gafext.models.image_projection import image_projection
+from gafext.ops import memory
+
+
+def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
+    """Sinusoids of the timestep: [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/half).
+
+    Args:
+        timesteps: [B], any dtype.
+        channels: C; half of them are cosines, and an odd one ends in a zero.
+
+    Returns:
+        [B,C] float32.
+
+    Source: diffusers: models/embeddings.py, get_timestep_embedding with flip_sin_to_cos and freq_shift 0.
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device, dtype=torch.float32))
+    angles = timesteps[:, None].float() * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, channels - 2 * half))
+
+
+class TimestepEmbedding(nn.Module):
+    """linear_1, SiLU, linear_2: of the timestep's sinusoids, and of a camera's pose."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class UNetBlock(nn.Module):
+    """Residual blocks, each followed by a transformer where the stage has attention, and a change of resolution."""
+
+    def __init__(
+        self,
+        resnets: list[ResnetBlock2D],
+        attentions: list[MultiViewSpatialTransformer],
+        *,
+        downsampler: Downsample2D | None = None,
+        upsampler: Upsample2D | None = None,
+    ):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
+        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net is told and what does not change over the denoising steps; `MultiViewUNet.precompute` makes it.
+
+    `text_key_values` and `image_key_values` have one entry a transformer block, or none. Images may be of fewer
+    portraits than the batch: the first rows then see no image, which is how the unconditional pass shares the batch
+    with the conditional one. Texts may be fewer than the rows: each run of rows shares one.
+    """
+
+    pose_embeds: Tensor | None = None  # [B*V,time_channels]
+    image_key_values: tuple[KeyValue, ...] = ()  # each [B',H,T,D]
+    text_key_values: tuple[KeyValue, ...] = ()  # each [R,H,T,D]
+
+
+class MultiViewUNet(PretrainedModel):
+    """The denoiser of V views at once.
+
+    Args:
+        config: sizes; the default is SD 2.1 made multi-view.
+
+    Source: GAF (arXiv 2412.10209) section 3; diffusers: models/unets/unet_2d_condition.py.
+    """
+
+    config_class = UNetConfig
+    channels_last = True
+    config: UNetConfig
+
+    def __init__(self, config: UNetConfig = SD21_MULTIVIEW_UNET):
+        super().__init__(config)
+        channels = config.block_out_channels
+        time_channels = 4 * channels[0]
+        self.conv_in = Conv3x3(config.in_channels, channels[0])
+        self.time_embedding = TimestepEmbedding(channels[0], time_channels)
+        self.class_embedding = TimestepEmbedding(config.pose_dim, time_channels) if config.pose_dim else None
+        self.image_projection = image_projection(config)
+        self.down_blocks = nn.ModuleList(self._down_block(stage) for stage in range(len(channels)))
+        mid = len(channels) - 1
+        depth = config.per_stage(config.transformer_layers_per_block)[mid]
+        self.mid_block = UNetBlock(
+            [self._resnet(channels[mid], channels[mid]) for _ in range(2)], [self._transformer(mid, depth)]
+        )
+        self.up_blocks = nn.ModuleList(self._up_block(stage) for stage in reversed(range(len(channels))))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, silu=True)
+        self.conv_out = Conv3x3(channels[0], config.out_channels)
+
+    def _resnet(self, in_channels: int, out_channels: int) -> ResnetBlock2D:
+        return ResnetBlock2D(
+            in_channels,
+            out_channels,
+            time_channels=4 * self.config.block_out_channels[0],
+            groups=self.config.norm_num_groups,
+            eps=self.config.norm_eps,
+        )
+
+    def _transformer(self, stage: int, layers: int) -> MultiViewSpatialTransformer:
+        return MultiViewSpatialTransformer(
+            self.config.block_out_channels[stage],
+            self.config.heads[stage],
+            layers=layers,
+            context_channels=self.config.cross_attention_dim,
+            groups=self.config.norm_num_groups,
+            linear_projection=self.config.use_linear_projection,
+            cross_view=self.config.cross_view,
+            image_attention=self.config.image_attention,
+        )
+
+    def _transformers(self, stage: int, block_type: str, count: int) -> list[MultiViewSpatialTransformer]:
+        layers = self.config.per_stage(self.config.transformer_layers_per_block)[stage]
+        return [self._transformer(stage, layers) for _ in range(count)] if block_type.startswith("CrossAttn") else []
+
+    def _down_block(self, stage: int) -> UNetBlock:
+        config, channels = self.config, self.config.block_out_channels
+        layers = config.per_stage(config.layers_per_block)[stage]
+        widths = [channels[max(stage - 1, 0)]] + [channels[stage]] * (layers - 1)
+        last = stage == len(channels) - 1
+        return UNetBlock(
+            [self._resnet(width, channels[stage]) for width in widths],
+            self._transformers(stage, config.down_block_types[stage], layers),
+            downsampler=None if last else Downsample2D(channels[stage], padding=1),
+        )
+
+    def _up_block(self, stage: int) -> UNetBlock:
+        """The mirror of down block `stage`: each residual block also takes the skip that its twin left."""
+        config, channels = self.config, self.config.block_out_channels
+        layers = config.per_stage(config.layers_per_block)[stage] + 1
+        incoming = channels[min(stage + 1, len(channels) - 1)]
+        skips = [channels[stage]] * (layers - 1) + [channels[max(stage - 1, 0)]]
+        widths = [incoming] + [channels[stage]] * (layers - 1)
+        return UNetBlock(
+            [self._resnet(a + skip, channels[stage]) for a, skip in zip(widths, skips, strict=True)],
+            self._transformers(stage, config.up_block_types[len(channels) - 1 - stage], layers),
+            upsampler=Upsample2D(channels[stage]) if stage else None,
+        )
+
+    @classmethod
+    def read_config(cls, folder: Path, file: weights.WeightFile) -> UNetConfig:
+        """Read `config.json` as the checkpoint's family has it, and rename the file's tensors to ours."""
+        path = folder / "config.json"
+        values = weights.read_json(path)
+        family = families.family_of_file(values)
+        config = family.unet_config(values, file.shapes, source=str(path))
+        file.rename(family.key_rule(config))
+        return config
+
+    def transformer_blocks(self) -> list[MultiViewTransformerBlock]:
+        """All transformer blocks, in the order in which `forward` reaches them."""
+        stages = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [block for stage in stages for spatial in stage.attentions for block in spatial.transformer_blocks]
+
+    def precompute(
+        self,
+        *,
+        pose: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        image_scale: float | None = None,
+    ) -> Conditioning:
+        """Everything that is the same at every step: poses' embeddings, keys and values of the image and the text.
+
+        Args:
+            pose: [B*V,pose_dim], or None.
+            image_embeds: [B,T,cross_attention_dim], or None.
+            encoder_hidden_states: text [R,T,cross_attention_dim], R = 1 when all rows read the same; None is zeros.
+            image_scale: weight of decoupled image attention; None is the configuration's.
+
+        Returns:
+            What `forward` takes as `conditioning`.
+
+        Raises:
+            ValueError: a shape does not fit, or the U-Net has no use for an argument.
+        """
+        width = self.config.cross_attention_dim
+        if pose is not None and self.class_embedding is None:
+            raise ValueError("pose: expected None, because this U-Net has no class_embedding")
+        if self.class_embedding is not None and (pose is None or pose.shape[1:] != (self.config.pose_dim,)):
+            raise ValueError(f"pose: expected [B*V,{self.config.pose_dim}], got {_shape(pose)}")
+        if image_embeds is not None and self.config.image_attention is None:
+            raise ValueError("image_embeds: expected None, because this U-Net has no attention to an image")
+        for name, tokens in (("image_embeds", image_embeds), ("encoder_hidden_states", encoder_hidden_states)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[2] != width):
+                raise ValueError(f"{name}: expected [rows,T,{width}], got {_shape(tokens)}")
+        if image_scale is not None and self.config.image_attention != "decoupled":
+            raise ValueError("image_scale: expected None, because this U-Net's image_attention is not 'decoupled'")
+        scale = self.config.image_scale if image_scale is None else image_scale
+        blocks, text = self.transformer_blocks(), encoder_hidden_states
+        return Conditioning(
+            pose_embeds=None if pose is None else self.class_embedding(pose.to(self.dtype)),
+            image_key_values=()
+            if image_embeds is None
+            else tuple(block.image_key_value(image_embeds, scale) for block in blocks),
+            text_key_values=() if text is None else tuple(block.text_key_value(text) for block in blocks),
+        )
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        pose: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        num_views: int = 1,
+        reference_latents: Tensor | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> Tensor:
+        """Predict the noise (or v) of B·V noisy latents.
+
+        Args:
+            sample: [B*V,Cin,h,w], the view running fastest; latents, then normal latents where Cin says so.
+            timestep: one number for all, or [B*V].
+            encoder_hidden_states: text [R,T,cross_attention_dim]; R divides B*V (B*V itself as a rule), and each run of
+                B*V/R rows reads one. None is the all-zero text, exactly and for free.
+            pose: [B*V,pose_dim].
+            image_embeds: image tokens [B,T,cross_attention_dim]; None is no image.
+            num_views: V, the reference among them.
+            reference_latents: [B,4,h,w], for U-Nets with dense cross-view attention only: takes the place of the last
+                view's latents.
+            conditioning: from `precompute`, in place of `pose`, `image_embeds` and `encoder_hidden_states`.
+
+        Returns:
+            [B*V,Cout,h,w].
+
+        Raises:
+            ValueError: a shape does not fit, naming the argument, what was expected and what was got.
+        """
+        if sample.device.type == "cpu" and not torch.compiler.is_compiling():
+            memory.keep_freed_memory()
+        if conditioning is None:
+            conditioning = self.precompute(
+                pose=pose, image_embeds=image_embeds, encoder_hidden_states=encoder_hidden_states
+            )
+            whole = image_embeds is None or image_embeds.shape[0] * num_views == sample.shape[0]
+            if not whole:
+                raise ValueError(
+                    f"image_embeds: expected {sample.shape[0]} / num_views={num_views} portraits, "
+                    f"got {image_embeds.shape[0]}"
+                )
+        elif not (pose is None and image_embeds is None and encoder_hidden_states is None):
+            raise ValueError("conditioning: expected either it, or pose, image_embeds and text, not both")
+        timesteps = self._check(sample, timestep, num_views, conditioning)
+        if reference_latents is not None:
+            sample = self._with_reference(sample, reference_latents, num_views)
+
+        emb = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).to(self.dtype))
+        if conditioning.pose_embeds is not None:
+            emb = emb + conditioning.pose_embeds
+        texts, images = iter(conditioning.text_key_values), iter(conditioning.image_key_values)
+
+        def run(block: UNetBlock, index: int, x: Tensor) -> Tensor:
+            x = block.resnets[index](x, emb)
+            if index >= len(block.attentions):
+                return x
+            spatial = block.attentions[index]
+            text, image = ([next(each, None) for _ in spatial.transformer_blocks] for each in (texts, images))
+            return spatial(x, text, image, num_views=num_views)
+
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            for index in range(len(block.resnets)):
+                x = run(block, index, x)
+                skips.append(x)
+            for downsampler in block.downsamplers:
+                x = downsampler(x)
+                skips.append(x)
+        x = run(self.mid_block, 0, x)
+        x = self.mid_block.resnets[1](x, emb)
+        for block in self.up_blocks:
+            for index in range(len(block.resnets)):
+                x = run(block, index, torch.cat([x, skips.pop()], dim=1))
+            for upsampler in block.upsamplers:
+                x = upsampler(x, size=skips[-1].shape[2:])  # odd sizes round up on the way down
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _with_reference(self, sample: Tensor, reference_latents: Tensor, num_views: int) -> Tensor:
+        if not self.config.takes_reference:
+            raise ValueError("reference_latents: expected None, because this U-Net's cross_view is not 'dense'")
+        channels = self.config.out_channels  # what comes behind them are no latents of the portrait
+        expected = [sample.shape[0] // num_views, channels, *sample.shape[2:]]
+        if list(reference_latents.shape) != expected:
+            raise ValueError(f"reference_latents: expected {expected}, got {list(reference_latents.shape)}")
+        sample = sample.clone()
+        sample[num_views - 1 :: num_views, :channels] = reference_latents
+        return sample
+
+    def _check(
+        self, sample: Tensor, timestep: Tensor | float | int, num_views: int, conditioning: Conditioning
+    ) -> Tensor:
+        """Validate what `forward` got; returns the timesteps as [B*V]."""
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(f"sample: expected [B*V,{self.config.in_channels},h,w], got {list(sample.shape)}")
+        if sample.dtype != self.dtype:
+            raise ValueError(f"sample: expected {self.dtype} as the weights, got {sample.dtype}")
+        rows = sample.shape[0]
+        if not isinstance(num_views, int) or num_views < 1 or rows % num_views:
+            raise ValueError(f"num_views: expected a divisor of the batch {rows}, got {num_views}")
+        for text in conditioning.text_key_values[:1]:
+            if text.key.shape[0] == 0 or rows % text.key.shape[0]:
+                raise ValueError(f"encoder_hidden_states: expected a divisor of {rows} rows, got {text.key.shape[0]}")
+        pose_embeds = conditioning.pose_embeds
+        if pose_embeds is not None and pose_embeds.shape[0] != rows:
+            raise ValueError(f"pose: expected {rows} rows, got {pose_embeds.shape[0]}")
+        timesteps = torch.as_tensor(timestep, device=sample.device)
+        if timesteps.ndim > 1 or timesteps.numel() not in (1, rows):
+            raise ValueError(f"timestep: expected a number or [{rows}], got {list(timesteps.shape)}")
+        return timesteps.reshape(-1).expand(rows)
+
+
+def _shape(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else list(tensor.shape)

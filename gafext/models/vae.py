@@ -1,0 +1,183 @@
+"""The autoencoder between images and latents: diffusers' AutoencoderKL, its keys and its numbers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from gafext.config import SD_VAE, VAEConfig
+from gafext.models.base import PretrainedModel
+from gafext.models.blocks import Conv3x3, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from gafext.ops import flash_attention
+from gafext.weights.keys import vae_key
+
+EPS = 1e-6
+
+
+def _resnet(in_channels: int, out_channels: int, groups: int) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels, out_channels, time_channels=None, groups=groups, eps=EPS)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the pixels with one head as wide as the channels, and its residual."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.attention_backend = "auto"
+        self.group_norm = GroupNorm(groups, channels, eps=EPS, silu=False)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.group_norm(hidden_states).flatten(2).transpose(1, 2)  # [B,H*W,C]
+        query, key, value = (f(x).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # [B,1,H*W,C]
+        x = self.to_out[0](flash_attention(query, key, value, backend=self.attention_backend).squeeze(1))
+        return hidden_states + x.transpose(1, 2).reshape(hidden_states.shape)
+
+
+class MidBlock(nn.Module):
+    """A ResNet block, attention, a ResNet block."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(_resnet(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatialAttention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Stage(nn.Module):
+    """ResNet blocks at one resolution, then down or up to the next one, or neither at the last."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        layers: int,
+        groups: int,
+        downsample: bool = False,
+        upsample: bool = False,
+    ):
+        super().__init__()
+        widths = (in_channels, *(out_channels,) * layers)
+        self.resnets = nn.ModuleList(_resnet(a, b, groups) for a, b in pairwise(widths))
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images to the moments of the latents, before `quant_conv`."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
+        last = len(widths) - 1
+        self.down_blocks = nn.ModuleList(
+            Stage(before, width, layers=config.layers_per_block, groups=groups, downsample=index < last)
+            for index, (before, width) in enumerate(zip(widths[:1] + widths, widths, strict=False))
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS, silu=True)
+        self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv_in(image)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+
+
+class Decoder(nn.Module):
+    """Latents after `post_quant_conv` to images; one ResNet block a stage more than the encoder has."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = Conv3x3(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], groups)
+        last = len(widths) - 1
+        self.up_blocks = nn.ModuleList(
+            Stage(before, width, layers=config.layers_per_block + 1, groups=groups, upsample=index < last)
+            for index, (before, width) in enumerate(zip(widths[:1] + widths, widths, strict=False))
+        )
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS, silu=True)
+        self.conv_out = Conv3x3(widths[-1], config.out_channels)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(latents))
+        for stage in self.up_blocks:
+            x = stage(x)
+        return self.conv_out(self.conv_norm_out(x))
+
+
+def _require_input(name: str, tensor: Tensor, channels: int, factor: int = 1) -> None:
+    expected = f"{name}: expected (B,{channels},H,W)" + (f", H and W multiples of {factor}" if factor > 1 else "")
+    height, width = tensor.shape[-2:] if tensor.ndim == 4 else (0, 0)
+    if tensor.ndim != 4 or tensor.shape[1] != channels or 0 in (height, width) or height % factor or width % factor:
+        raise ValueError(f"{expected}, got {tuple(tensor.shape)}")
+
+
+class AutoencoderKL(PretrainedModel):
+    """The variational autoencoder of latent diffusion, with diffusers' key names.
+
+    Both ways are unscaled: `config.scaling_factor` times `mean` is what the U-Net works on.
+
+    Args:
+        config: widths and depths; the default is Stable Diffusion's.
+
+    Source: diffusers: models/autoencoders/autoencoder_kl.py; arXiv 2112.10752 section 3.1.
+    """
+
+    config_class: ClassVar = VAEConfig
+    key_rule: ClassVar = staticmethod(vae_key)
+    channels_last: ClassVar = True
+
+    def __init__(self, config: VAEConfig = SD_VAE):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gaussian over the latents of an image: q(z|x) = N(mean, exp(logvar)).
+
+        Args:
+            image: [B,3,H,W] in -1 to 1, the weights' dtype; H and W multiples of `config.factor`.
+
+        Returns:
+            mean and logvar, [B,4,H/factor,W/factor] each, unscaled; logvar is clamped to -30 to 20.
+
+        Raises:
+            ValueError: the shape is not that.
+        """
+        _require_input("image", image, self.config.in_channels, self.config.factor)
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The image of latents.
+
+        Args:
+            latents: [B,4,h,w], unscaled, the weights' dtype.
+
+        Returns:
+            [B,3,h*factor,w*factor], about -1 to 1, not clamped.
+
+        Raises:
+            ValueError: the shape is not that.
+        """
+        _require_input("latents", latents, self.config.latent_channels)
+        return self.decoder(self.post_quant_conv(latents))

@@ -1,0 +1,174 @@
+"""What the Python halves of the operations share: checks in the words of csrc/checks.h, reasons, autocast."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gafext import _C
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops.h
+
+_BUILD = _C.build_info()
+INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
+MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU, when its best kernels run
+_OLDEST_GPU = min(
+    (int(re.match(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0
+)  # 10 x capability
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def require(condition: bool, op: str, words: Callable[[], str]) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {words()}")
+
+
+def check_heads_shape(op: str, name: str, tensor: Tensor) -> None:
+    require(
+        tensor.dim() == 4,
+        op,
+        lambda: f"{name} must have shape (batch, heads, length, head_dim), got {tuple(tensor.shape)}",
+    )
+
+
+def check_equal_shape(op: str, first_name: str, first: Tensor, name: str, other: Tensor) -> None:
+    require(
+        other.shape == first.shape,
+        op,
+        lambda: f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(other.shape)}",
+    )
+
+
+def check_same_kind(op: str, first_name: str, first: Tensor, name: str, other: Tensor) -> None:
+    require(
+        other.dtype == first.dtype,
+        op,
+        lambda: f"{name} must have the dtype of {first_name}, {dtype_name(first)}, got {dtype_name(other)}",
+    )
+    require(other.device == first.device, op, lambda: f"{name} must be on the device of {first_name}")
+
+
+def check_weight_and_bias(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    shape = tuple(weight.shape)
+    if bias is not None:
+        require(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            op,
+            lambda: f"bias must have shape ({shape[0]},) to go with weight {shape}, got {tuple(bias.shape)}",
+        )
+    check_same_kind(op, "x", x, "weight", weight)
+    if bias is not None:
+        check_same_kind(op, "x", x, "bias", bias)
+
+
+def dtype_reasons(tensor: Tensor) -> list[str]:
+    if tensor.dtype in KERNEL_DTYPES:
+        return []
+    return [f"dtype must be float32, float16 or bfloat16, got {dtype_name(tensor)}"]
+
+
+def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether no check here and no reason below can have anything to say, but for the shape of key against query's.
+
+    One expression of 2 us, where they take 8: a small attention takes 10. Where it is False, they find out why.
+    """
+    dtype = query.dtype
+    return (
+        not torch.compiler.is_compiling()  # code that no guard should come from
+        and (query.is_cpu and key.is_cpu and value.is_cpu)
+        and (dtype in KERNEL_DTYPES and key.dtype == dtype and value.dtype == dtype)
+        and (query.dim() == 4 and key.dim() == 4 and key.shape == value.shape)
+        and (query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1)
+        and 1 <= query.shape[3] <= MAX_HEAD_DIM
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+    )
+
+
+def head_reasons(query: Tensor, key: Tensor, value: Tensor, max_head_dim: int = MAX_HEAD_DIM) -> list[str]:
+    """Why the attention kernels cannot serve these tensors, whatever the device."""
+    head_dim = query.shape[3]
+    reasons = dtype_reasons(query)
+    if not 1 <= head_dim <= max_head_dim:
+        reasons.append(f"head_dim must be in 1..{max_head_dim}, got {int(head_dim)}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if head_dim != 1 and tensor.stride(3) != 1:
+            reasons.append(f"the last stride of {name} must be 1, got {int(tensor.stride(3))}")
+    return reasons
+
+
+def _cuda_reason(index: int | None) -> str:
+    if not _BUILD["cuda"]:
+        return "gafext was built without its CUDA kernels"
+    if torch.cuda.is_available():  # fake CUDA tensors exist without a GPU
+        gpu = torch.cuda.get_device_properties(index)
+        if 10 * gpu.major + gpu.minor < _OLDEST_GPU:
+            return f"the CUDA kernels need compute capability {_OLDEST_GPU / 10}, this GPU has {gpu.major}.{gpu.minor}"
+    return ""
+
+
+def place_reasons(*tensors: Tensor | None) -> list[str]:
+    """Why the kernels cannot serve tensors that live here or are tracked by autograd."""
+    device = next(t for t in tensors if t is not None).device
+    reasons = []
+    if device.type == "cuda":
+        reason = _cuda_reason(device.index)
+        reasons += [reason] if reason else []
+    elif device.type not in ("cpu", "mps", "meta"):
+        reasons.append(f"there is no kernel for {device.type} tensors")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        reasons.append("inputs need a gradient, and PyTorch's operation has the faster backward pass")
+    return reasons
+
+
+def require_supported(op: str, reasons: list[str]) -> None:
+    """What the kernels of every device raise, for the fake kernels."""
+    require(not reasons, op, lambda: reasons[0])
+
+
+def call(op: Callable[..., Tensor], *args, **options) -> Tensor:
+    """The operation for any inputs."""
+    return op(*args, **options)
+
+
+# What torch.library's own autograd kernel enters when no input needs a gradient; not in torch's documentation.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+
+
+def call_without_gradient(op: Callable[..., Tensor], *args, **options) -> Tensor:
+    """The operation for inputs that need no gradient, past the autograd kernel, whose Python takes 5 us of 13."""
+    with _below_autograd():
+        return op(*args, **options)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that an active torch.autocast asks for, as PyTorch's own linear and attention do."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
+
+
+def heads_like(out: Tensor) -> Tensor:
+    """`out` (B,H,L,D) in the memory of (B,L,H,D), as the kernels return it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def save_x_and_weight(ctx, inputs, output):
+    """What the gradients for x, weight and an optional bias take."""
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def gradients_wanted(ctx) -> list[bool]:
+    """For x, weight and bias; a bias that was left out has no entry in needs_input_grad."""
+    return [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]

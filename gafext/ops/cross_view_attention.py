@@ -1,0 +1,151 @@
+"""Attention over the views of one portrait, at each spatial position by itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.ops import _common
+from gafext.ops.backend import no_reasons, use_kernel
+from gafext.ops.flash_attention import attention_backward, attention_weights
+
+_OP = "cross_view_attention"
+MAX_VIEWS = 32  # kMaxViews of csrc/ops.h
+
+
+def cross_view_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Attention of each view over all views, at every position by itself, in place over the strides.
+
+    With V = num_views and row b*V+i being view i of portrait b:
+    out[b*V+i,h,l] = sum_j softmax_j(scale * <query[b*V+i,h,l], key[b*V+j,h,l]>) value[b*V+j,h,l]
+
+    Args:
+        query: [B*V,H,L,D], float32, float16 or bfloat16. Any strides, the last being 1: a view of a projection's
+            [B*V,L,H*D] costs no copy. Accumulation is in float32.
+        key: [B*V,H,L,D], like query.
+        value: [B*V,H,L,D], like query.
+        num_views: V, the fastest index of the batch.
+        scale: factor of the scores; 1/sqrt(D) by default.
+        backend: "auto", "kernel", "sdpa" or "reference"; see `gafext.ops.backend`.
+
+    Returns:
+        [B*V,H,L,D] in the memory of [B*V,L,H,D]: `out.transpose(1, 2).flatten(2)` copies nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, a batch that is no multiple of num_views, or
+            "kernel" cannot serve them.
+
+    With "auto", what the kernel cannot serve (see `unsupported_reasons`) goes to torch's scaled_dot_product_attention.
+
+    Source: the cross-view attention of GAF (arXiv 2412.10209); the same pattern as MVDiffusion's and Tune-A-Video's
+    temporal attention in diffusers (models/attention.py, TemporalBasicTransformerBlock).
+    """
+    query, key, value = _common.autocast(query, key, value)
+    plain = _common.are_plain_heads(query, key, value) and _are_views(query, key, num_views)
+    if not plain:
+        check_cross_view_attention(query, key, value, num_views)
+    unsupported = no_reasons if plain else lambda: unsupported_reasons(query, key, value, num_views)
+    if use_kernel(backend, _OP, unsupported):
+        op = torch.ops.gafext.cross_view_attention.default
+        call = _common.call_without_gradient if plain else _common.call
+        return call(op, query, key, value, num_views, scale=scale)
+    form = reference_cross_view_attention if backend == "reference" else sdpa_cross_view_attention
+    return form(query, key, value, num_views, scale=scale)
+
+
+def reference_cross_view_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None
+) -> Tensor:
+    """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
+    query, key, value = (views_last(t, num_views) for t in (query, key, value))
+    return views_first(attention_weights(query, key, scale=scale) @ value)
+
+
+def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> list[str]:
+    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    return _kernel_reasons(query, key, value, num_views) + _common.place_reasons(query, key, value)
+
+
+def check_cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> None:
+    """Raises ValueError for arguments that do not go together, in the words of csrc/checks.h."""
+    _common.check_heads_shape(_OP, "query", query)
+    _common.check_equal_shape(_OP, "query", query, "key", key)
+    _common.check_equal_shape(_OP, "query", query, "value", value)
+    _common.require(num_views >= 1, _OP, lambda: f"num_views must be at least 1, got {num_views}")
+    _common.require(
+        query.shape[0] % num_views == 0,
+        _OP,
+        lambda: f"the batch of query must be a multiple of num_views = {num_views}, got {tuple(query.shape)}",
+    )
+    _common.check_same_kind(_OP, "query", query, "key", key)
+    _common.check_same_kind(_OP, "query", query, "value", value)
+
+
+def _are_views(query: Tensor, key: Tensor, num_views: int) -> bool:
+    return key.shape == query.shape and 1 <= num_views <= MAX_VIEWS and query.shape[0] % num_views == 0
+
+
+def views_last(tensor: Tensor, num_views: int) -> Tensor:
+    """[B*V,H,L,D] -> [B,H,L,V,D], a view: the sequence of an attention over views."""
+    return tensor.unflatten(0, (tensor.shape[0] // num_views, num_views)).permute(0, 2, 3, 1, 4)
+
+
+def views_first(tensor: Tensor) -> Tensor:
+    """[B,H,L,V,D] -> [B*V,H,L,D], the inverse of `views_last`."""
+    return tensor.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def _kernel_reasons(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> list[str]:
+    reasons = _common.head_reasons(query, key, value)
+    if num_views > MAX_VIEWS:
+        reasons.append(f"num_views must be in 1..{MAX_VIEWS}, got {int(num_views)}")
+    return reasons
+
+
+def sdpa_cross_view_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None
+) -> Tensor:
+    """The same by PyTorch's scaled_dot_product_attention, with a copy of every argument and of the result."""
+
+    def folded(x: Tensor) -> Tensor:
+        # Four dimensions: of five, Inductor in torch 2.13 makes wrong numbers on the CPU.
+        _, heads, _, width = x.shape
+        return views_last(x, num_views).transpose(1, 2).reshape(-1, heads, num_views, width)  # [B*L,H,V,D]
+
+    batch, heads, length, width = query.shape
+    out = F.scaled_dot_product_attention(*(folded(x) for x in (query, key, value)), scale=scale)
+    out = out.view(batch // num_views, length, heads, num_views, width)
+    return out.permute(0, 3, 2, 1, 4).reshape(batch, heads, length, width)
+
+
+@torch.library.register_fake("gafext::cross_view_attention")
+def _fake(query, key, value, num_views, *, scale=None):
+    check_cross_view_attention(query, key, value, num_views)
+    _common.require_supported(_OP, _kernel_reasons(query, key, value, num_views))
+    batch, heads, length, head_dim = query.shape
+    return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _mps(query, key, value, num_views, *, scale=None):
+    return _common.heads_like(sdpa_cross_view_attention(query, key, value, num_views, scale=scale))
+
+
+torch.library.impl("gafext::cross_view_attention", "MPS", _mps)
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    query, key, value, ctx.num_views = inputs
+    ctx.save_for_backward(query, key, value, output)
+    ctx.scale = keyword_only_inputs["scale"]
+
+
+def _backward(ctx, grad):
+    folded = (views_last(t, ctx.num_views) for t in (grad, *ctx.saved_tensors))
+    grads = attention_backward(*folded, scale=ctx.scale, needed=ctx.needs_input_grad[:3])
+    return *(None if g is None else views_first(g) for g in grads), None
+
+
+torch.library.register_autograd("gafext::cross_view_attention", _backward, setup_context=_setup_context)

@@ -1,0 +1,253 @@
+"""Softmax attention without the score matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.ops import _common
+from gafext.ops.backend import no_reasons, use_kernel
+
+_OP = "flash_attention"
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every query over all keys, computed by tiles, so that no Lq x Lk matrix is ever held.
+
+    out[b,h,i] = sum_j softmax_j(scale * <query[b,h,i], key[b,h,j]>) value[b,h,j]
+
+    Args:
+        query: [B,H,Lq,D], float32, float16 or bfloat16. Any strides, the last being 1: a view of a projection's
+            [B,Lq,H*D] costs no copy. Accumulation is in float32.
+        key: [B,H,Lk,D], like query.
+        value: [B,H,Lk,D], like query.
+        scale: factor of the scores; 1/sqrt(D) by default.
+        is_causal: query i sees the keys j <= i (aligned at the top left, as in scaled_dot_product_attention).
+        backend: "auto", "kernel", "sdpa" or "reference"; see `gafext.ops.backend`.
+
+    Returns:
+        [B,H,Lq,D] in the memory of [B,Lq,H,D]: `out.transpose(1, 2).flatten(2)` copies nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, or "kernel" cannot serve them.
+
+    With "auto", what the kernel cannot serve (see `unsupported_reasons`) or PyTorch serves faster (see
+    `slower_reasons`) goes to torch's scaled_dot_product_attention; torch.ops.gafext.flash_attention is always the
+    kernel.
+
+    Source: FlashAttention (arXiv 2205.14135), algorithm 1; online softmax (arXiv 1805.02867), algorithm 3.
+    """
+    query, key, value = _common.autocast(query, key, value)
+    plain = _common.are_plain_heads(query, key, value) and _same_but_length(query, key)
+    if not plain:
+        check_flash_attention(query, key, value)
+    unsupported = no_reasons if plain else lambda: unsupported_reasons(query, key, value)
+    if use_kernel(backend, _OP, unsupported, lambda: slower_reasons(query, key)):
+        op = torch.ops.gafext.flash_attention.default
+        call = _common.call_without_gradient if plain else _common.call
+        return call(op, query, key, value, scale=scale, is_causal=is_causal)
+    form = reference_flash_attention if backend == "reference" else _sdpa
+    return form(query, key, value, scale=scale, is_causal=is_causal)
+
+
+def reference_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, is_causal: bool = False
+) -> Tensor:
+    """The formula in plain PyTorch: any dtype, float64 too; differentiable; holds the score matrix."""
+    return attention_weights(query, key, scale=scale, is_causal=is_causal) @ value
+
+
+def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    reasons = _common.head_reasons(query, key, value, _max_head_dim(query)) + _common.place_reasons(query, key, value)
+    if not reasons and query.is_cuda and query.shape[3] > _common.MAX_HEAD_DIM and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(query.device.index)
+        if gpu.major < 8:
+            reasons.append(
+                f"the CUDA kernel for head_dim {int(query.shape[3])} needs compute capability 8.0, "
+                f"this GPU has {gpu.major}.{gpu.minor}"
+            )
+    return reasons
+
+
+def _max_head_dim(query: Tensor) -> int:
+    if query.device.type != "cuda" or (query.dtype != torch.float32 and query.shape[3] % 8 == 0):
+        return 512  # kMaxWideHeadDim of csrc/ops.h
+    return _common.MAX_HEAD_DIM
+
+
+# Measured on two cores of a Sapphire Rapids, gafext against torch 2.13.
+# Packing the keys pays from 12 queries on at head size 64: 1.03x, 8 had 0.85x. (257 keys of size 40: 0.65x at 12, 1x at
+# 36.)
+_FEW_QUERIES = 12
+# Of bfloat16 on AMX tiles wider heads need more. Against 77 to 1024 keys: 1.3x with 12 queries of size 40, 1.2x..1.5x
+# with 16 of size 64, 1.3x..1.7x with 48 of size 160, where 16 had 0.8x; 64 keys, size 256: 0.97x with 85, 1.2x with 96.
+_QUERIES_A_DIMENSION = 3 / 8
+# Multiply-adds of the scores. With fewer the time is that of a call: on one thread (1,8,64,40) with 1.3 million 1.04x,
+# (1,4,64,80) against 77 keys with 1.6 million 1.46x.
+_LITTLE_WORK = 3 * 2**19
+
+
+class GpuShapes(NamedTuple):
+    """Half-precision attentions for which the CUDA kernel was measured faster than each of PyTorch's backends."""
+
+    capability: int  # 90: compute capability 9.0
+    head_dims: range
+    queries: range
+    keys: range
+
+
+# To be filled in from benchmarks on a GPU: nothing was measured yet.
+FASTER_ON_GPU: tuple[GpuShapes, ...] = ()
+
+
+def is_faster_on_gpu(capability: int, head_dim: int, queries: int, keys: int) -> bool:
+    return any(
+        capability == shapes.capability
+        and head_dim in shapes.head_dims
+        and queries in shapes.queries
+        and keys in shapes.keys
+        for shapes in FASTER_ON_GPU
+    )
+
+
+def _gpu_reasons(query: Tensor, key: Tensor) -> list[str]:
+    if FASTER_ON_GPU and query.dtype in (torch.float16, torch.bfloat16):
+        major, minor = torch.cuda.get_device_capability(query.device)
+        if is_faster_on_gpu(10 * major + minor, query.shape[3], query.shape[2], key.shape[2]):
+            return []
+    return ["the CUDA kernel was not measured to be faster than PyTorch's for this GPU, shape and dtype"]
+
+
+def _wide_heads_pay(query: Tensor, key: Tensor) -> bool:
+    """On AMX tiles: float32 1.2x with 256 and 1024 queries and keys of size 512, 1.4x with 4096; float16 1.1x..2.5x."""
+    length, keys, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    if query.dtype == torch.float32:
+        return length >= 256 and keys >= 256 and head_dim >= 384
+    return query.dtype == torch.float16 and length >= 64 and keys >= 64
+
+
+def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
+    """Why PyTorch's own operation is the faster one for what the kernel could serve too; empty when it is not."""
+    if query.device.type == "cuda":
+        return _gpu_reasons(query, key)
+    if query.device.type != "cpu":
+        return []
+    reasons = []
+    dtype, any_size = query.dtype, torch.compiler.is_compiling()  # no guards on sizes
+    batch, heads, length, head_dim = query.shape
+    keys = key.shape[2]
+    if not any_size and 0 in (batch, heads, length, keys):
+        return []  # torch 2.11 dies of a division by zero
+    # PyTorch's bfloat16 is slow over few keys that are not whole blocks: 77 keys 1.5x..1.9x.
+    few_odd_keys = not any_size and keys < 128 and keys % 32 != 0 and head_dim < 128
+    on_tiles = _common.INSTRUCTION_SET == "amx"
+    if dtype == torch.bfloat16 and _common.MULTIPLIES_BFLOAT16 and not on_tiles and not few_odd_keys:
+        reasons.append("this processor multiplies bfloat16, and PyTorch makes use of it")
+    if head_dim > _common.MAX_HEAD_DIM and (any_size or not on_tiles or not _wide_heads_pay(query, key)):
+        reasons.append("PyTorch's matrix products are the faster ones for heads this wide")
+    few = _FEW_QUERIES
+    if dtype == torch.bfloat16 and on_tiles and not any_size:
+        few = max(few, int(head_dim * _QUERIES_A_DIMENSION))
+    if not any_size and length < few and dtype != torch.float16:
+        reasons.append(f"fewer than {few} queries do not pay for packing the keys")
+    if not any_size and batch * heads * length * keys * head_dim < _LITTLE_WORK:
+        reasons.append("so little work that the time is that of a call")
+    return reasons
+
+
+def check_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _common.check_heads_shape(_OP, name, tensor)
+    _common.require(
+        _same_but_length(query, key),
+        _OP,
+        lambda: f"key must have the batch, heads and head_dim of query, {tuple(query.shape)}, got {tuple(key.shape)}",
+    )
+    _common.check_equal_shape(_OP, "key", key, "value", value)
+    _common.check_same_kind(_OP, "query", query, "key", key)
+    _common.check_same_kind(_OP, "query", query, "value", value)
+
+
+def _same_but_length(query: Tensor, key: Tensor) -> bool:
+    (batch, heads, _, head_dim), (key_batch, key_heads, _, key_dim) = query.shape, key.shape
+    return key_batch == batch and key_heads == heads and key_dim == head_dim
+
+
+def attention_weights(query: Tensor, key: Tensor, *, scale: float | None, is_causal: bool = False) -> Tensor:
+    """softmax(scale * query key^T) over the last dimension: [..., Lq, D], [..., Lk, D] -> [..., Lq, Lk]."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * (query @ key.transpose(-1, -2))  # [..., Lq, Lk]
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *,
+    scale: float | None,
+    is_causal: bool = False,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of attention over the last two dimensions, in float32 (FlashAttention, appendix B.2).
+
+    With P the weights: dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale dS K, dK = scale dS^T Q.
+    """
+    dtype = query.dtype
+    grad, query, key, value, out = (t.float() for t in (grad, query, key, value, out))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = attention_weights(query, key, scale=scale, is_causal=is_causal)  # [..., Lq, Lk]
+    grad_query = grad_key = grad_value = None
+    if needed[0] or needed[1]:
+        delta = (grad * out).sum(dim=-1, keepdim=True)  # [..., Lq, 1]
+        grad_scores = scale * weights * (grad @ value.transpose(-1, -2) - delta)
+        grad_query = (grad_scores @ key).to(dtype) if needed[0] else None
+        grad_key = (grad_scores.transpose(-1, -2) @ query).to(dtype) if needed[1] else None
+    if needed[2]:
+        grad_value = (weights.transpose(-1, -2) @ grad).to(dtype)
+    return grad_query, grad_key, grad_value
+
+
+@torch.library.register_fake("gafext::flash_attention")
+def _fake(query, key, value, *, scale=None, is_causal=False):
+    check_flash_attention(query, key, value)
+    _common.require_supported(_OP, _common.head_reasons(query, key, value, _max_head_dim(query)))
+    batch, heads, length, head_dim = query.shape
+    return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _sdpa(query, key, value, *, scale=None, is_causal=False):
+    return _common.heads_like(F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=is_causal))
+
+
+torch.library.impl("gafext::flash_attention", "MPS", _sdpa)
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs, output)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx, grad):
+    return attention_backward(grad, *ctx.saved_tensors, **ctx.options, needed=ctx.needs_input_grad[:3])
+
+
+torch.library.register_autograd("gafext::flash_attention", _backward, setup_context=_setup_context)

@@ -1,0 +1,157 @@
+"""The gated projection of a transformer's feed-forward layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.ops import _common
+from gafext.ops.backend import use_kernel
+from gafext.ops.linear import linear_backward
+
+_OP = "geglu"
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """A linear projection whose first half is multiplied with the GELU of its second half.
+
+    h = x weight^T + bias;  out = h[..., :inner] * gelu(h[..., inner:]),  gelu(g) = g/2 (1 + erf(g / sqrt 2))
+
+    Args:
+        x: [..., in_features], float32, float16 or bfloat16. Accumulation is in float32.
+        weight: [2 * inner, in_features], like x: the rows of the value first, those of the gate second.
+        bias: [2 * inner], like x, or None.
+        backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's linear, chunk and gelu.
+
+    Returns:
+        [..., inner], contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, or "kernel" cannot serve them.
+
+    With "auto", what the kernel cannot serve (see `unsupported_reasons`) goes to torch's linear and gelu.
+
+    Source: GEGLU of "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6; diffusers'
+    models/activations.py, class GEGLU.
+    """
+    x, weight, bias = _common.autocast(x, weight, bias)
+    check_geglu(x, weight, bias)
+    if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, bias)):
+        return torch.ops.gafext.geglu(x, weight, bias)
+    return reference_geglu(x, weight, bias)
+
+
+def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
+    """Multiply the first half of a projection that exists already with the GELU of the second: the gate of GEGLU.
+
+    out = h[..., :inner] * gelu(h[..., inner:])
+
+    Args:
+        projected: h, [..., 2 * inner], float32, float16 or bfloat16.
+        backend: as for `geglu`.
+
+    Returns:
+        [..., inner], contiguous.
+
+    Raises:
+        ValueError: the last dimension is odd, or "kernel" cannot serve the tensor.
+    """
+    check_geglu_gate(projected)
+    if use_kernel(backend, "geglu_gate", lambda: _common.dtype_reasons(projected) + _common.place_reasons(projected)):
+        return torch.ops.gafext.geglu_gate(projected)
+    return reference_geglu_gate(projected)
+
+
+def reference_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
+    return reference_geglu_gate(F.linear(x, weight, bias))
+
+
+def reference_geglu_gate(projected: Tensor) -> Tensor:
+    """The gate's formula in plain PyTorch."""
+    value, gate = projected.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
+    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    return _common.dtype_reasons(x) + _common.place_reasons(x, weight, bias)
+
+
+def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    shape = tuple(weight.shape)
+    _common.require(
+        weight.dim() == 2 and weight.shape[0] % 2 == 0,
+        _OP,
+        lambda: f"weight must have shape (2 * inner, in_features), got {shape}",
+    )
+    _common.require(
+        x.dim() >= 1 and x.shape[-1] == weight.shape[1],
+        _OP,
+        lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
+    )
+    _common.check_weight_and_bias(_OP, x, weight, bias)
+
+
+def check_geglu_gate(projected: Tensor) -> None:
+    """Raises ValueError for a tensor that has no two halves, in the words of csrc/checks.h."""
+    _common.require(
+        projected.dim() >= 1 and projected.shape[-1] % 2 == 0,
+        "geglu_gate",
+        lambda: f"projected must have shape (..., 2 * inner), got {tuple(projected.shape)}",
+    )
+
+
+@torch.library.register_fake("gafext::geglu")
+def _fake(x, weight, bias=None):
+    check_geglu(x, weight, bias)
+    _common.require_supported(_OP, _common.dtype_reasons(x))
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+@torch.library.register_fake("gafext::geglu_gate")
+def _fake_gate(projected):
+    check_geglu_gate(projected)
+    _common.require_supported("geglu_gate", _common.dtype_reasons(projected))
+    return projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
+
+
+def _mps(x, weight, bias=None):
+    return reference_geglu(x, weight, bias)
+
+
+torch.library.impl("gafext::geglu", "MPS", _mps)
+torch.library.impl("gafext::geglu_gate", "MPS", reference_geglu_gate)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_backward(grad, value, gate):
+    """dh = [grad * gelu(gate), grad * value * gelu'(gate)], gelu'(g) = cdf(g) + g pdf(g), of float32 arguments."""
+    cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+    pdf = torch.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
+    return torch.cat([grad * gate * cdf, grad * value * (cdf + gate * pdf)], dim=-1)  # [..., 2 * inner]
+
+
+def _backward(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    dtype = x.dtype
+    grad, x, weight = (t.float() for t in (grad, x, weight))
+    grad_h = _gate_backward(grad, *F.linear(x, weight, None if bias is None else bias.float()).chunk(2, dim=-1))
+    wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+    gradients = linear_backward(grad_h, x, weight, wanted)
+    return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
+
+
+torch.library.register_autograd("gafext::geglu", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "gafext::geglu_gate",
+    lambda ctx, grad: _gate_backward(grad.float(), *ctx.saved_tensors[0].float().chunk(2, dim=-1)).to(grad.dtype),
+    setup_context=_setup_context,
+)

@@ -1,0 +1,408 @@
+"""The whole way from one portrait to several views: prepare, denoise, finish."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gafext import images as imaging
+from gafext.cameras import Cameras, as_cameras
+from gafext.checkpoints.components import PipelineComponents
+from gafext.conditions import ImageTokens, Run, image_tokens, predict, prepare_conditions
+from gafext.families import family_of
+from gafext.guidance import check_guidance_scale, needs_unconditional
+from gafext.heads import head_normals
+from gafext.models.int8 import is_quantized
+from gafext.noise import resolve_seed, view_noise
+from gafext.ops import memory
+from gafext.output import MultiViewOutput
+from gafext.schedulers import check_eta
+from gafext.upsampler import NOISE_STEP
+from gafext.versions import versions
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+UPSAMPLE = ("auto", "bilinear", "none")
+DEFAULT_SAMPLE_SIZE = 32
+DEFAULT_VIEWS = 4
+
+
+class MultiViewDiffusionPipeline(PipelineComponents):
+    """One portrait in, V consistent views of the same head out.
+
+    Args:
+        unet: the multi-view denoiser.
+        vae: between pictures and latents.
+        scheduler: the sampler.
+        image_encoder: CLIP; needed when the U-Net attends to the portrait.
+        upsampler: doubles the latents; without one they are doubled bilinearly.
+        prompt_embeds: the text [1,T,C] of every row; None is the all-zero text.
+        guidance_scale: what a call without one uses.
+
+    Raises:
+        CheckpointError: the parts do not fit together.
+
+    Source: GAF (arXiv 2412.10209) section 3; ImageDream (arXiv 2312.02201) for the dense family.
+    """
+
+    @torch.no_grad()
+    @memory.release_afterwards
+    def __call__(
+        self,
+        image: Any,
+        cameras: Any = None,
+        normal_maps: Any = None,
+        *,
+        num_views: int = DEFAULT_VIEWS,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | int | None = None,
+        latents: Tensor | None = None,
+        renders: Any = None,
+        strength: float = 1.0,
+        eta: float = 0.0,
+        upsample: str = "auto",
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict | None] | None = None,
+        progress_bar: bool = True,
+    ) -> MultiViewOutput | list[MultiViewOutput]:
+        """Generate the views of one portrait, or of each of a list of them.
+
+        Args:
+            image: the portrait: a path, a PIL image, an array [H,W,3] or a tensor [3,H,W], uint8 or float in [0,1], of
+                any size and mode; or a list of them.
+            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes, taken to have a field of view
+                of 30 degrees; None is an orbit of `num_views`.
+            normal_maps: V pictures of camera-space normals, n/2 + 1/2; None are those of a neutral head.
+            num_views: V, when no cameras are given. The reference frame of ImageDream's family does not count.
+            num_inference_steps: 1 to 1000.
+            guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None is the checkpoint's own, 7.5 as a rule.
+            generator: an integer seed or a torch.Generator, whose initial seed counts. Noise depends on the seed, the
+                index of the portrait and the index of the view alone. None draws a seed, which `run` tells.
+            latents: initial noise [B*V,4,h,w] in place of the seed's.
+            renders: B*V pictures to start from, noised: the views of an avatar that is being fitted.
+            strength: how much of the noise schedule is run on `renders`, above 0 to 1.
+            eta: 0 is deterministic, 1 is as noisy as DDPM.
+            upsample: "auto" doubles the latents before they are decoded, by the checkpoint's upsampler if it has one;
+                "bilinear" doubles them without it; "none" leaves them.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step; a dict that
+                it returns replaces the latents.
+            progress_bar: show one.
+
+        Returns:
+            The views; a list of them, one a portrait, when `image` is a list.
+
+        Raises:
+            ImageError: a picture cannot be read.
+            CameraError: a camera is no rigid transform.
+            ValueError: an argument is out of range, or counts do not agree.
+        """
+        run = self.prepare(
+            image,
+            cameras,
+            normal_maps,
+            num_views=num_views,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            renders=renders,
+            strength=strength,
+            eta=eta,
+            upsample=upsample,
+            output_type=output_type,
+        )
+        latents = self.denoise(run, callback_on_step_end=callback_on_step_end, progress_bar=progress_bar)
+        return self.finish(run, latents)
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        image: Any,
+        cameras: Any = None,
+        normal_maps: Any = None,
+        *,
+        num_views: int = DEFAULT_VIEWS,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | int | None = None,
+        latents: Tensor | None = None,
+        renders: Any = None,
+        strength: float = 1.0,
+        eta: float = 0.0,
+        upsample: str = "auto",
+        output_type: str = "pil",
+    ) -> Run:
+        """Validate a call and encode everything that stays the same over its steps; the arguments are `__call__`'s.
+
+        Returns:
+            The run, for `denoise`.
+
+        Raises:
+            ImageError, CameraError, ValueError: as `__call__`.
+        """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        check_guidance_scale(guidance_scale)
+        check_eta(eta)
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        _check_choice("upsample", upsample, UPSAMPLE)
+        given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
+        cameras = _cameras(cameras, num_views)
+        is_batch, portraits = _portraits(image)
+        rows, seed = len(portraits) * len(cameras), resolve_seed(generator)
+        timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
+        size = self._latent_size(latents, rows=rows)
+        if upsample == "auto" and self.upsampler is not None:
+            self.upsampler.check_size(size, size)
+        pixels = size * self.vae.config.factor
+        if renders is not None:
+            renders = imaging.to_square_tensor(imaging.load_images(renders, count=rows, name="renders"), pixels)
+        normals = self._normal_maps(normal_maps, cameras, pixels)
+
+        guided = needs_unconditional(guidance_scale)
+        conditions = prepare_conditions(
+            self.unet,
+            cameras,
+            portraits=len(portraits),
+            tokens=self.encode_portraits(portraits, guided=guided),
+            guided=guided,
+            prompt_embeds=self.prompt_embeds,
+            normal_latents=None if normals is None else self.encode(normals),
+            reference_latents=self._reference(portraits, pixels),
+        )
+        if latents is None:
+            latents = self._noise(seed, portraits=len(portraits), views=len(cameras), size=size)
+        latents = latents.to(self.device, torch.float32)
+        if renders is None:
+            latents = latents * self.scheduler.init_noise_sigma
+        else:
+            latents = self.scheduler.add_noise(self.encode(renders), latents, timesteps[:1].expand(rows))
+        return Run(
+            latents=latents,
+            timesteps=timesteps,
+            conditions=conditions,
+            cameras=cameras,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            eta=eta,
+            upsample=upsample,
+            output_type=output_type,
+            is_batch=is_batch,
+            settings={
+                "num_inference_steps": num_inference_steps,
+                "strength": strength,
+                **{name: "default" if value is None else "given" for name, value in given.items()},
+            },
+        )
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        run: Run,
+        *,
+        callback_on_step_end: Callable[..., dict | None] | None = None,
+        progress_bar: bool = False,
+    ) -> Tensor:
+        """Run the denoising steps.
+
+        Args:
+            run: from `prepare`, which must be the pipeline's last: the scheduler keeps its timesteps.
+            callback_on_step_end: as `__call__`'s.
+            progress_bar: show one.
+
+        Returns:
+            The denoised latents [B*V,4,h,w] float32, for `finish`.
+        """
+        latents, total = run.latents, len(run.timesteps)
+        bar = tqdm(self.steps(run), total=total, disable=not progress_bar, desc=f"{len(latents)} views")
+        for index, (timestep, latents) in enumerate(bar):
+            if callback_on_step_end is not None:
+                _replace(latents, callback_on_step_end(self, index, timestep, {"latents": latents}))
+        return latents
+
+    @torch.no_grad()
+    def steps(self, run: Run) -> Iterator[tuple[float, Tensor]]:
+        """Yield (timestep, latents) after each denoising step; the latents may be changed in place."""
+        latents = run.latents
+        for step, timestep in enumerate(run.timesteps.tolist()):
+            output, noise = predict(self.unet, self.scheduler, run, latents, timestep), None
+            if run.eta > 0:
+                shape = {"portraits": run.num_portraits, "views": run.num_views, "size": latents.shape[-1]}
+                noise = self._noise(run.seed, **shape, step=step + 1).to(latents.device)
+            latents = self.scheduler.step(output, timestep, latents, eta=run.eta, noise=noise)
+            yield timestep, latents
+
+    @torch.no_grad()
+    def finish(self, run: Run, latents: Tensor) -> MultiViewOutput | list[MultiViewOutput]:
+        """Upsample and decode denoised latents.
+
+        Args:
+            run: from `prepare`.
+            latents: [B*V,4,h,w], from `denoise`.
+
+        Returns:
+            The views; a list of them, one per portrait, when `prepare` got a list.
+
+        Raises:
+            ValueError: the decoded pictures are not finite.
+        """
+        settings = self._settings(run)
+        outputs = [
+            MultiViewOutput(self._pictures(part, run.output_type), run.cameras, {**settings, "portrait_index": index})
+            for index, part in enumerate(self.upsample(run, latents).split(run.num_views))
+        ]
+        return outputs if run.is_batch else outputs[0]
+
+    def _settings(self, run: Run) -> dict[str, Any]:
+        """The record of a run: everything that decides how the views look."""
+        learned = run.upsample == "auto" and self.upsampler is not None
+        return {
+            **self.origin,
+            "scheduler": self.scheduler.config.to_dict(),
+            "upsample": "upsampler" if learned else "none" if run.upsample == "none" else "bilinear",
+            "attention_backend": self.attention_backend,
+            "device": str(self.device),
+            "dtype": "int8" if is_quantized(self.unet) else str(self.dtype).removeprefix("torch."),
+            "versions": versions(),
+            "num_views": run.num_views,
+            "guidance_scale": run.guidance_scale,
+            "seed": run.seed,
+            "eta": run.eta,
+            "output_type": run.output_type,
+            **run.settings,
+        }
+
+    def _noise(self, seed: int, *, portraits: int, views: int, size: int, step: int = 0) -> Tensor:
+        shape = (self.vae.config.latent_channels, size, size)
+        return view_noise(seed, portraits=portraits, views=views, shape=shape, step=step)
+
+    def _timesteps(self, num_inference_steps: int, strength: float, *, noised: bool) -> Tensor:
+        """The last `strength` of the schedule, when it starts from renders."""
+        if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
+            raise ValueError(f"strength: expected above 0 to 1, got {strength!r}")
+        if strength < 1 and not noised:
+            raise ValueError(f"strength: expected 1 without renders, got {strength}")
+        self.scheduler.set_timesteps(num_inference_steps)
+        steps = int(num_inference_steps * strength)
+        if steps == 0:
+            raise ValueError(f"strength: {strength} of num_inference_steps={num_inference_steps} leaves no step")
+        return self.scheduler.timesteps[num_inference_steps - steps :]
+
+    def _latent_size(self, latents: Tensor | None, *, rows: int) -> int:
+        if latents is None:
+            return self.unet.config.sample_size or DEFAULT_SAMPLE_SIZE
+        if not isinstance(latents, Tensor):
+            raise ValueError(f"latents: expected a tensor, got {type(latents).__name__}")
+        channels, shape = self.vae.config.latent_channels, list(latents.shape)
+        if len(shape) != 4 or shape[:2] != [rows, channels] or shape[2] != shape[3] or shape[2] == 0:
+            raise ValueError(f"latents: expected [{rows},{channels},s,s], got {shape}")
+        return shape[2]
+
+    def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
+        """[V,3,s,s] in [0,1], or None for a U-Net without normal latents."""
+        if self.unet.config.in_channels == self.vae.config.latent_channels:
+            if normal_maps is not None:
+                raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
+            return None
+        if normal_maps is None:
+            return head_normals(cameras, pixels)
+        return imaging.to_square_tensor(
+            imaging.load_images(normal_maps, count=len(cameras), name="normal_maps"), pixels
+        )
+
+    def _reference(self, portraits: Sequence[PIL.Image.Image], pixels: int) -> Tensor | None:
+        """The portraits' latents [B,4,h,w], for the family that has them as a frame of their own."""
+        if not family_of(self.unet.config).has_reference_frame(self.unet.config):
+            return None
+        return self.encode(imaging.to_square_tensor(portraits, pixels))
+
+    def encode_portraits(self, portraits: Sequence[PIL.Image.Image], *, guided: bool = False) -> ImageTokens | None:
+        """Encode RGB pictures to image tokens; None when the U-Net does not look at the portrait."""
+        if self.unet.config.image_attention is None:
+            return None
+        return image_tokens(self.unet, self.image_encoder, portraits, guided=guided)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Encode pictures [N,3,H,W] in [0,1] to scaled latents [N,4,h,w] float32: the mean, without sampling."""
+        config = self.vae.config
+        # One picture at a time: the same bits whatever the batch, and an eighth of the memory at 8 views.
+        inputs = ((picture * 2 - 1).to(self.device, self.dtype) for picture in pictures.split(1))
+        means = torch.cat([self.vae.encode(picture)[0] for picture in inputs]).float()
+        return (means - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents [N,4,h,w] to pictures [N,3,H,W] float32, about [0,1] and not clamped."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return torch.cat([self.vae.decode(latent.to(self.dtype)).float() / 2 + 0.5 for latent in latents.split(1)])
+
+    def upsample(self, run: Run, latents: Tensor) -> Tensor:
+        """Double the size of latents [B*V,4,h,w] as the run says; the same ones for "none"."""
+        if run.upsample == "none":
+            return latents
+        if run.upsample == "bilinear" or self.upsampler is None:
+            return F.interpolate(latents, scale_factor=2.0, mode="bilinear", align_corners=False)
+        shape = {"portraits": run.num_portraits, "views": run.num_views, "size": 2 * latents.shape[-1]}
+        noise = self._noise(run.seed, **shape, step=NOISE_STEP)
+        return torch.cat([self.upsampler(a, noise=b) for a, b in zip(latents.split(1), noise.split(1), strict=True)])
+
+    def _pictures(self, latents: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
+        if output_type == "latent":
+            return latents
+        pictures = self.decode(latents)
+        if not pictures.isfinite().all():
+            hint = "" if self.dtype == torch.float32 else f": {self.dtype} may be too narrow for this checkpoint"
+            raise ValueError(f"the decoded pictures have NaN or infinite values{hint}")
+        if output_type == "pt":
+            return pictures.clamp(0, 1)
+        return imaging.to_pil(pictures) if output_type == "pil" else imaging.to_numpy(pictures)
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+
+
+def _portraits(image: Any) -> tuple[bool, list[PIL.Image.Image]]:
+    """Whether a call got several portraits, and all of them."""
+    is_batch = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+    portraits = [imaging.load_image(item) for item in (image if is_batch else [image])]
+    if not portraits:
+        raise ValueError("image: expected at least one portrait, got an empty list")
+    return is_batch, portraits
+
+
+def _cameras(cameras: Any, num_views: int) -> Cameras:
+    """The cameras of a call; their number wins over the default of num_views, but not over another number."""
+    orbit = as_cameras(None, num_views=num_views)
+    if cameras is None:
+        return orbit
+    cameras = as_cameras(cameras, num_views=num_views)
+    if num_views not in (DEFAULT_VIEWS, len(cameras)):
+        raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
+    return cameras
+
+
+def _replace(latents: Tensor, returned: Any) -> None:
+    """Put the latents that a callback returned in the place of the loop's."""
+    if returned is None:
+        return
+    if not isinstance(returned, dict):
+        raise ValueError(f"callback_on_step_end: expected a dict or None, got {type(returned).__name__}")
+    replaced = returned.get("latents")
+    if replaced is None:
+        return
+    if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
+        got = list(replaced.shape) if isinstance(replaced, Tensor) else type(replaced).__name__
+        raise ValueError(f"callback_on_step_end: expected latents of shape {list(latents.shape)}, got {got}")
+    latents.copy_(replaced)

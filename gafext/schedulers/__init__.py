@@ -1,0 +1,65 @@
+"""Solvers: from noise to a sample in few steps, over the noise schedules of diffusers' checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gafext import weights
+from gafext.errors import CheckpointError
+from gafext.schedulers.base import CONFIG_NAME, MAX_STEPS, Scheduler, check_eta
+from gafext.schedulers.ddim import DDIMScheduler
+from gafext.schedulers.dpm_solver import DPMSolverMultistepScheduler
+from gafext.schedulers.euler import EulerDiscreteScheduler
+
+__all__ = [
+    "CONFIG_NAME",
+    "MAX_STEPS",
+    "SCHEDULERS",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "Scheduler",
+    "check_eta",
+    "scheduler_class",
+    "scheduler_from_pretrained",
+]
+
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+"""The solvers by their short names."""
+
+
+def scheduler_class(name: str) -> type[Scheduler]:
+    """The solver of a short name; a ValueError lists the names."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler: expected one of {list(SCHEDULERS)}, got {name!r}")
+    return SCHEDULERS[name]
+
+
+def scheduler_from_pretrained(folder: str | Path, *, name: str | None = None) -> Scheduler:
+    """Load the solver that `scheduler_config.json` names, or another one over the same noise schedule.
+
+    Args:
+        folder: a scheduler folder of a diffusers checkpoint.
+        name: "ddim", "dpm++" or "euler"; None is the file's own solver, and DDIM in place of one that is none of them.
+
+    Returns:
+        A DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler.
+
+    Raises:
+        ValueError: there is no solver of that name.
+        CheckpointError: the file is missing or damaged, or asks for what the solver does not do here.
+    """
+    if name is not None:
+        return scheduler_class(name).from_pretrained(folder)
+    written_by = weights.read_json(Path(folder) / CONFIG_NAME).get("_class_name")
+    own = [solver for solver in SCHEDULERS.values() if solver.config_class.class_name == written_by]
+    if not own or own[0] is DDIMScheduler:
+        return DDIMScheduler.from_pretrained(folder)
+    try:
+        return own[0].from_pretrained(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; the scheduler 'ddim' reads the noise schedule alone") from None

@@ -1,0 +1,20 @@
+"""Weight files: from bytes on a disk or a hub to named tensors in our modules."""
+
+from gafext.weights.files import find_weights, parse_json, read_json, require_safetensors, write_json
+from gafext.weights.keys import KeyRule, same_key
+from gafext.weights.store import WeightFile, check_keys, listing, load_into, save_weights
+
+__all__ = [
+    "KeyRule",
+    "WeightFile",
+    "check_keys",
+    "find_weights",
+    "listing",
+    "load_into",
+    "parse_json",
+    "read_json",
+    "require_safetensors",
+    "same_key",
+    "save_weights",
+    "write_json",
+]

@@ -1,0 +1,103 @@
+"""The files of a checkpoint: JSON, and where the weights of a network are."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+
+MAX_JSON_BYTES, MAX_KEY = 2**24, 1000
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value or not key.isprintable() or len(key) > MAX_KEY:
+            raise ValueError(f"{'repeated' if key in value else 'damaged'} key {key[:MAX_KEY]!r}")
+        value[key] = item
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """JSON in which no key of an object occurs twice or cannot be printed; anything else is a ValueError."""
+    try:
+        return json.loads(text, object_pairs_hook=_json_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; errors name the file."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise CheckpointNotFoundError(f"{path}: no such file")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes: expected at most {MAX_JSON_BYTES}")
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
+    """The weights of one network: a safetensors file, or the index of several.
+
+    `<stem>.safetensors`, `<stem>.<variant>.safetensors`, `<stem>.safetensors.index.json`, and for an index of a variant
+    `<stem>.safetensors.index.<variant>.json` or its two older spellings.
+    """
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{folder}: no such folder")
+    part = f".{variant}" if variant else ""
+    single = f"{stem}{part}.safetensors"
+    indices = (f"{stem}.safetensors.index{part}.json", f"{single}.index.json", f"{stem}.safetensors{part}.index.json")
+    for name in (*indices, single):
+        if (folder / name).is_file():
+            return folder / name
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: has {', '.join(pickles)} but no {single}. {_pickle_advice(pickles[0], single)}"
+        )
+    present = ", ".join(sorted(p.name for p in folder.glob("*.safetensors*"))) or "none"
+    variants = sorted({v for p in folder.glob("*.safetensors*") for v in _variants(p.name, stem)})
+    hint = f"; variants: {', '.join(variants)}" if variants else ""
+    raise CheckpointNotFoundError(f"{folder / single}: no such file (safetensors files there: {present}{hint})")
+
+
+def _variants(name: str, stem: str) -> list[str]:
+    """The variant in the name of a weight file, or None written out where it has none."""
+    match = re.fullmatch(
+        rf"{re.escape(stem)}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name
+    )
+    return [match[1] or match[2] or "None"] if match else []
+
+
+def _pickle_advice(pickle: str, target: str, *, nested: bool = False) -> str:
+    flat = "{k: v.contiguous().clone() for k, v in d.get('state_dict', d).items()}"
+    if nested:  # a dictionary of dictionaries, as IP-Adapter's files are
+        flat = "{f'{a}.{b}': v.contiguous() for a in d for b, v in d[a].items()}"
+    return (
+        "Pickled weights can run code when they are opened, so gafext does not read them. Convert once: "
+        f"python -c \"import torch, safetensors.torch as s; d = torch.load('{pickle}', map_location='cpu', "
+        f"weights_only=True); s.save_file({flat}, '{target}')\""
+    )
+
+
+def require_safetensors(path: Path, *, nested: bool = False) -> None:
+    """Raise a CheckpointError unless the path is a safetensors file; a pickle's says how to convert it."""
+    if path.suffix != ".safetensors":
+        advice = _pickle_advice(path.name, path.with_suffix(".safetensors").name, nested=nested)
+        raise CheckpointError(f"{path}: expected a .safetensors file. {advice}")
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{path}: no such file")

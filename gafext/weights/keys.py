@@ -1,0 +1,272 @@
+"""Every rule that maps the keys of a weight file to the keys of our modules; a refused key is looked up here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from gafext.config import CLIPTextConfig, UNetConfig, VAEConfig
+
+KeyRule = Callable[[str], "str | tuple[str, ...] | None"]
+"""Maps a key of a file to the key of our module, to several that share its rows, or to None: it is not needed."""
+
+
+def same_key(key: str) -> str | None:
+    return key
+
+
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def vae_key(key: str) -> str | None:
+    """AutoencoderKL files before diffusers 0.18 call the mid block's projections query, key, value, proj_attn."""
+    match = re.fullmatch(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+    return f"{match[1]}.{_OLD_VAE_ATTENTION[match[2]]}.{match[3]}" if match else key
+
+
+def clip_vision_key(key: str) -> str | None:
+    """transformers 5 leaves out the prefix of a lone image tower; a full CLIPModel file carries the text tower too.
+
+    `position_ids` is a constant that older files store.
+    """
+    if key.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")):
+        key = f"vision_model.{key}"
+    foreign = key.startswith(("text_model.", "text_projection.")) or key == "logit_scale"
+    return None if foreign or key.endswith("position_ids") else key
+
+
+def clip_text_key(key: str) -> str | None:
+    """transformers 5 leaves out the prefix of a lone text tower; full CLIP files carry the image tower too."""
+    foreign = key.startswith(("vision_model.", "visual_projection.", "text_projection.")) or key == "logit_scale"
+    if foreign or key.endswith("position_ids"):
+        return None
+    return key if key.startswith("text_model.") else f"text_model.{key}"
+
+
+_LDM_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_LDM_OUTSIDE = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "camera_embed.0": "class_embedding.linear_1",
+    "camera_embed.2": "class_embedding.linear_2",
+    "image_embed": "image_projection",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+
+def ldm_unet_rule(config: UNetConfig) -> KeyRule:
+    """Names of latent diffusion's U-Net, without a prefix, to ours; what it does not know keeps its name.
+
+    Latent diffusion numbers its blocks through all stages, so that a block's place depends on the configuration.
+    Transformers have the same names inside.
+
+    Source: github.com/CompVis/latent-diffusion: ldm/modules/diffusionmodules/openaimodel.py.
+    """
+    names = {**_LDM_OUTSIDE, **_ldm_down(config), **_ldm_up(config)}
+    names.update(_ldm_resnet("middle_block.0", "mid_block.resnets.0"))
+    names["middle_block.1"] = "mid_block.attentions.0"
+    names.update(_ldm_resnet("middle_block.2", "mid_block.resnets.1"))
+
+    def rule(key: str) -> str:
+        parts = key.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            ours = names.get(".".join(parts[:length]))
+            if ours is not None:
+                return ".".join([ours, *parts[length:]])
+        return key
+
+    return rule
+
+
+def _ldm_resnet(theirs: str, ours: str) -> dict[str, str]:
+    return {f"{theirs}.{name}": f"{ours}.{our_name}" for name, our_name in _LDM_RESNET.items()}
+
+
+def _ldm_down(config: UNetConfig) -> dict[str, str]:
+    names, index = {}, 1  # block 0 is conv_in
+    layers = config.per_stage(config.layers_per_block)
+    for stage, block_type in enumerate(config.down_block_types):
+        for layer in range(layers[stage]):
+            names.update(_ldm_resnet(f"input_blocks.{index}.0", f"down_blocks.{stage}.resnets.{layer}"))
+            if block_type.startswith("CrossAttn"):
+                names[f"input_blocks.{index}.1"] = f"down_blocks.{stage}.attentions.{layer}"
+            index += 1
+        if stage < len(layers) - 1:
+            names[f"input_blocks.{index}.0.op"] = f"down_blocks.{stage}.downsamplers.0.conv"
+            index += 1
+    return names
+
+
+def _ldm_up(config: UNetConfig) -> dict[str, str]:
+    names, index = {}, 0
+    layers = config.per_stage(config.layers_per_block)[::-1]
+    for stage, block_type in enumerate(config.up_block_types):
+        for layer in range(layers[stage] + 1):
+            names.update(_ldm_resnet(f"output_blocks.{index}.0", f"up_blocks.{stage}.resnets.{layer}"))
+            place = 1  # the upsampler comes behind the attention, or in its place
+            if block_type.startswith("CrossAttn"):
+                names[f"output_blocks.{index}.1"] = f"up_blocks.{stage}.attentions.{layer}"
+                place = 2
+            if layer == layers[stage] and stage < len(layers) - 1:
+                names[f"output_blocks.{index}.{place}.conv"] = f"up_blocks.{stage}.upsamplers.0.conv"
+            index += 1
+    return names
+
+
+_VAE_NAMES = (
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+
+
+def ldm_vae_rule(config: VAEConfig) -> KeyRule:
+    """Names of latent diffusion's autoencoder to ours; the loss that trained it is not needed.
+
+    Source: github.com/CompVis/latent-diffusion: ldm/modules/diffusionmodules/model.py.
+    """
+    last = len(config.block_out_channels) - 1
+
+    def rule(key: str) -> str | None:
+        if key.startswith("loss."):
+            return None
+        for theirs, ours in _VAE_NAMES:
+            key = re.sub(theirs, ours, key)
+        # The decoder's stages are numbered by resolution there, in the order in which they run here.
+        return re.sub(r"(?<=\.up_blocks\.)\d{1,4}", lambda match: str(last - int(match[0])), key)
+
+    return rule
+
+
+_TEXT_OUTSIDE = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+_TEXT_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def open_clip_text_rule(config: CLIPTextConfig) -> KeyRule:
+    """Names of OpenCLIP's text tower to transformers'; query, key and value are one tensor there.
+
+    Source: github.com/mlfoundations/open_clip: src/open_clip/transformer.py.
+    """
+
+    def rule(key: str) -> str | tuple[str, ...] | None:
+        if key in ("text_projection", "logit_scale", "attn_mask") or key.startswith("visual."):
+            return None
+        match = re.fullmatch(r"transformer\.resblocks\.(\d{1,4})\.(.+)[._](weight|bias)", key)
+        if match is None:
+            return _TEXT_OUTSIDE.get(key, key)
+        layer, name, kind = match.groups()
+        if int(layer) == config.num_hidden_layers:
+            return None
+        ours = f"text_model.encoder.layers.{int(layer)}"
+        if name == "attn.in_proj":
+            return tuple(f"{ours}.self_attn.{which}_proj.{kind}" for which in "qkv")
+        return f"{ours}.{_TEXT_LAYER.get(name, name)}.{kind}"
+
+    return rule
+
+
+def ip_adapter_rule(block_names: Iterable[str]) -> KeyRule:
+    """Names of an IP-Adapter file to ours; what it does not know keeps its name.
+
+    Args:
+        block_names: the U-Net's transformer blocks. The file numbers attentions in diffusers' order: the blocks on the
+            way down, then up, then the middle; each attn1 takes an even number (and has nothing), attn2 the odd one.
+
+    Source: github.com/tencent-ailab/IP-Adapter: its ModuleList over diffusers' `unet.attn_processors`.
+    """
+    ordered = sorted(block_names, key=lambda name: name.startswith("mid_block"))  # stable: down, up, middle
+    names = {
+        f"ip_adapter.{2 * index + 1}.{which}.weight": f"{block}.attn2.{which}.weight"
+        for index, block in enumerate(ordered)
+        for which in ("to_k_ip", "to_v_ip")
+    }
+
+    def rule(key: str) -> str:
+        if key.startswith("image_proj."):
+            return "image_projection." + key.removeprefix("image_proj.")
+        return names.get(key, key)
+
+    return rule
+
+
+# Names under which training code wraps or renames the same tensors.
+_PREFIXES = re.compile(r"^(?:(?:module|model|unet|denoiser|_orig_mod|state_dict|ema)\.)+")
+_ALIASES = (
+    (r"\.attn_(?:mv|multiview|cross_view|view)\.", ".attn_cv."),
+    (r"\.norm_(?:mv|multiview|cross_view|view)\.", ".norm_cv."),
+    (r"\.attn_(?:image|img|clip)\.", ".attn_ip."),
+    (r"\.norm_(?:image|img|clip)\.", ".norm_ip."),
+    (r"^(?:pose|camera)_(?:embedding|embed|mlp)\.", "class_embedding."),
+    (r"^image_proj\.", "image_projection."),
+)
+
+
+def trained_key(key: str) -> str:
+    """The name here of a tensor in the state dict of GAF-style training code."""
+    key = _PREFIXES.sub("", key)
+    for pattern, name in _ALIASES:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+_LORA_FACTOR = re.compile(
+    r"(?P<module>.+?)"
+    r"(?:\.lora_(?P<peft>A|B)(?:\.\w+)?"  # peft, diffusers
+    r"|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)"  # diffusers before: x.lora.down, processor.to_q_lora.down
+    r"|\.lora_(?P<kohya>down|up))"  # kohya
+    r"\.weight"
+)
+
+
+def lora_rule(modules: Iterable[str]) -> Callable[[str], tuple[str, str] | None]:
+    """Keys of a LoRA file (peft, diffusers, kohya) to (module, "down" | "up" | "alpha"); None is no key of a LoRA.
+
+    Args:
+        modules: names of the network's layers: kohya's names have an underscore for every dot in them.
+    """
+    flat = {name.replace(".", "_"): name for name in modules}
+
+    def rule(key: str) -> tuple[str, str] | None:
+        match = _LORA_FACTOR.fullmatch(key)
+        if match is not None:
+            down = (match["peft"] or match["diffusers"] or match["kohya"]) in ("A", "down")
+            name, part = match["module"], "down" if down else "up"
+        elif key.endswith(".alpha"):
+            name, part = key.removesuffix(".alpha"), "alpha"
+        else:
+            return None
+        for prefix in ("base_model.model.", "unet."):
+            name = name.removeprefix(prefix)
+        if name.startswith("lora_unet_"):
+            return flat.get(name.removeprefix("lora_unet_"), name), part
+        return re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", ".")), part
+
+    return rule

@@ -1,0 +1,196 @@
+"""Safetensors, whole, sharded or a part of a larger file, read into modules and written from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gafext.atomic import replace_whole
+from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.weights.files import MAX_KEY, read_json, write_json
+from gafext.weights.keys import KeyRule, same_key
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
+
+
+class _Stored(NamedTuple):
+    """Where a tensor lies: a shard, its open file, the name there, and rows where several keys share it."""
+
+    shard: Path
+    file: Any
+    name: str
+    rows: slice | None = None
+
+
+def _split(stored: _Stored, shape: tuple[int, ...], count: int) -> list[tuple[_Stored, tuple[int, ...]]]:
+    """The places and shapes of `count` tensors that share the rows of a stored one evenly."""
+    if count <= 1:
+        return [(stored, shape)] * count
+    if not shape or shape[0] % count:
+        raise CheckpointError(f"{stored.shard}: {stored.name}: expected {count} tensors in one, got {list(shape)}")
+    rows = shape[0] // count
+    return [(stored._replace(rows=slice(i * rows, (i + 1) * rows)), (rows, *shape[1:])) for i in range(count)]
+
+
+class WeightFile:
+    """Open safetensors, one file or the shards of an index, whose keys have been mapped to our modules' names.
+
+    Shapes and names come from the headers alone, so that everything can be checked before a tensor is read. Tensors
+    are private views of the mapped file: what is never written is never copied.
+    """
+
+    def __init__(self, path: Path, rule: KeyRule = same_key):
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
+        self._stored: dict[str, _Stored] = {}
+        if path.suffix == ".json":
+            self._open_shards(path)
+        else:
+            self._open(path)
+        self.rename(rule)
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+            self.metadata.update(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118 (the file is no dict)
+                if name in self._stored:
+                    raise CheckpointError(f"{path}: {name} is in {self._stored[name].shard.name} too")
+                self._stored[name] = _Stored(path, file, name)
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({str(error)[:MAX_KEY]})") from None
+
+    def _open_shards(self, path: Path) -> None:
+        """Open every file of an index, which must tell of each tensor where it is, and of no other."""
+        places = read_json(path).get("weight_map")
+        if not isinstance(places, dict) or not all(
+            isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in places.values()
+        ):
+            raise CheckpointError(
+                f"{path}: weight_map: expected names of tensors, each with a .safetensors file's name"
+            )
+        for name in sorted(set(places.values())):
+            if not (path.parent / name).is_file():
+                raise CheckpointNotFoundError(f"{path.parent / name}: no such file, but {path.name} names it")
+            self._open(path.parent / name)
+        found = {name: stored.shard.name for name, stored in self._stored.items()}
+        wrong = sorted(name for name in found.keys() | places.keys() if found.get(name) != places.get(name))
+        if wrong:
+            raise CheckpointError(
+                f"{path}: does not tell where the tensors are"
+                + listing("misplaced", [f"{name}: {places.get(name)}, found in {found.get(name)}" for name in wrong])
+            )
+
+    def rename(self, rule: KeyRule) -> None:
+        """Map the names (once more, where only the configuration tells the layout)."""
+        before, shapes = self._stored, self.shapes
+        self._stored, self.shapes = {}, {}
+        for name, stored in before.items():
+            keys = rule(name)
+            keys = () if keys is None else (keys,) if isinstance(keys, str) else keys
+            for key, (place, shape) in zip(keys, _split(stored, shapes[name], len(keys)), strict=True):
+                if key in self._stored:
+                    raise CheckpointError(f"{self.path}: {self._stored[key].name} and {stored.name} are both {key}")
+                self._stored[key], self.shapes[key] = place, shape
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def tensor(self, key: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor as it is stored; NaN, infinity and what `dtype` cannot hold are errors."""
+        stored = self._stored[key]
+        tensor = self._read(stored, _FLOATS)
+        low, high = (value.item() for value in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)  # makes no copy
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = int((~tensor.isfinite()).sum())
+            raise CheckpointError(f"{stored.shard}: {stored.name} has {bad} NaN or infinite values")
+        if dtype is not None and max(-low, high) > torch.finfo(dtype).max:
+            raise CheckpointError(f"{stored.shard}: {stored.name} has values up to {max(-low, high):g}, over {dtype}'s")
+        return tensor
+
+    def number(self, key: str) -> float:
+        """A tensor of one finite number, of a whole type too."""
+        stored = self._stored[key]
+        tensor = self._read(stored, (*_FLOATS, "I64", "I32"))
+        if tensor.numel() != 1 or not math.isfinite(tensor.item()):
+            raise CheckpointError(
+                f"{stored.shard}: {stored.name}: expected one number, got {tensor.flatten()[:9].tolist()}"
+            )
+        return float(tensor.item())
+
+    @staticmethod
+    def _read(stored: _Stored, types: tuple[str, ...]) -> torch.Tensor:
+        try:
+            kind = stored.file.get_slice(stored.name).get_dtype()
+            if kind not in types:
+                raise CheckpointError(f"{stored.shard}: {stored.name}: expected one of the types {types}, got {kind}")
+            tensor = stored.file.get_tensor(stored.name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{stored.shard}: cannot read {stored.name} ({error})") from None
+        return tensor if stored.rows is None else tensor[stored.rows]
+
+
+def listing(title: str, lines: list[str]) -> str:
+    short = [line if len(line) < 500 else f"{line[:240]}...{line[-240:]}" for line in sorted(lines)]
+    return f"\n  {title} ({len(lines)}):\n    " + "\n    ".join(short) if lines else ""
+
+
+def _is_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """A 1×1 convolution is a linear layer: old autoencoders store the projections of their attention so."""
+    return got == expected or (len(expected) == 2 and got[:2] == expected and set(got[2:]) == {1})
+
+
+def check_keys(file: WeightFile, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise one CheckpointError that lists every missing key, every unknown key and every wrong shape."""
+    missing = [key for key in expected if key not in file.shapes]
+    unknown = [key for key in file.shapes if key not in expected]
+    shapes = [
+        f"{key}: expected {list(shape)}, got {list(file.shapes[key])}"
+        for key, shape in expected.items()
+        if key in file.shapes and not _is_shape(file.shapes[key], shape)
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            f"{file.path}: the weights do not fit the configuration"
+            + listing("missing keys", missing)
+            + listing("unknown keys", unknown)
+            + listing("wrong shapes", shapes)
+        )
+
+
+def load_into(
+    module: torch.nn.Module, file: WeightFile, *, dtype: torch.dtype | None, device: torch.device | str | None
+) -> None:
+    """Fill a module that was built on the meta device; nothing is read before every name and shape fits.
+
+    A parameter that keeps the file's type and stays on the CPU is the mapped file itself, until something writes to it.
+    """
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    check_keys(file, expected)
+    dtype = dtype or torch.float32
+    tensors = {
+        key: file.tensor(key, dtype=dtype).view(expected[key]).to(device=device or "cpu", dtype=dtype) for key in file
+    }
+    module.load_state_dict(tensors, assign=True)
+
+
+def save_weights(module: torch.nn.Module, config: dict, folder: Path, stem: str) -> None:
+    """Write `config.json` and `<stem>.safetensors`, each of them whole; an index and its shards there go."""
+    with replace_whole(folder) as temporary:
+        write_json(temporary / "config.json", config)
+        tensors = {key: value.detach().contiguous().cpu() for key, value in module.state_dict().items()}
+        save_file(tensors, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
+    stale = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
+    for path in folder.iterdir():
+        if stale.fullmatch(path.name):  # readers, diffusers among them, would take it before the file just written
+            path.unlink()
