@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from gafext.attention import set_attention_backend
 from torch import Tensor, nn
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
@@ -33,6 +32,7 @@ from gafext.models import int8
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
+from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import DDIMScheduler
 from gafext.versions import versions
 

@@ -89,8 +89,8 @@ for name in tests "${checks[@]}"; do finish "$name"; done
 
 # In processes of their own: what one kernel breaks on the GPU, the others do not feel.
 bench=(python3 -m gafext bench --device cuda --rounds 7 --cold)
-others='from gafext.cli import BENCH_OPS
-print(*(f"--op {op}" for op in BENCH_OPS if op not in ("flash_attention", "conv3x3", "linear")))'
+others='from gafext import ops
+print(*(f"--op {op}" for op in ops.__all__ if op not in ("flash_attention", "conv3x3", "linear")))'
 read -ra others < <(python3 -c "$others")
 step attention 125 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-compile --seconds 90 \
   --json "$results/attention-bfloat16-$device.json"

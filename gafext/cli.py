@@ -9,11 +9,27 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+import PIL.Image
+import torch
+
+from gafext import _C, cameras, ops
+from gafext.assets import PORTRAIT
+from gafext.atomic import check_writable, whole_folder
+from gafext.cameras import Cameras
+from gafext.guidance import check_guidance_scale
+from gafext.images import load_image, load_images
+from gafext.noise import resolve_seed
+from gafext.ops.backend import BACKENDS
+from gafext.output import VIEW_FILES
+from gafext.pipeline import UPSAMPLE, MultiViewDiffusionPipeline
+from gafext.schedulers import MAX_STEPS, SCHEDULERS, check_eta
+from gafext.versions import versions
 
 EXIT_CODES = "exit codes: 0 done, 1 an input cannot be used, 2 wrong command line, 130 interrupted"
 _DTYPES = ("float32", "float16", "bfloat16")
-BENCH_OPS = ("flash_attention", "cross_view_attention", "geglu", "geglu_gate", "conv3x3", "linear")
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -57,7 +73,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--views", type=int, metavar="V", help="number of views, on an orbit; default: 4")
-    add("--scheduler", choices=("ddim", "dpm++", "euler"), help="default: the checkpoint's own")
+    add("--scheduler", choices=tuple(SCHEDULERS), help="default: the checkpoint's own")
     add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000; default: 50")
     add(
         "--guidance",
@@ -80,7 +96,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders; default: 1")
     add(
         "--upsample",
-        choices=("auto", "bilinear", "none"),
+        choices=UPSAMPLE,
         default="auto",
         help="double the latents before decoding; default: auto, by the checkpoint's upsampler",
     )
@@ -93,7 +109,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--backend",
-        choices=("auto", "kernel", "sdpa", "reference"),
+        choices=BACKENDS,
         default="auto",
         help="of attention and GEGLU; default: auto",
     )
@@ -132,7 +148,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = bench.add_argument
-    add("--op", choices=BENCH_OPS, action="append", help="only this operation; may be repeated")
+    add("--op", choices=ops.__all__, action="append", help="only this operation; may be repeated")
     add("--shape", metavar="TEXT", action="append", help="only shapes that contain this; may be repeated")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--dtype", choices=_DTYPES, default="float32", help="default: float32")
@@ -179,7 +195,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     add("--steps", type=int, default=25, metavar="N", help="denoising steps; default: 25")
     add("--guidance", type=float, metavar="G", help="guidance scale; default: the checkpoint's")
     add("--seed", type=int, default=0, metavar="S", help="of all noise; default: 0")
-    add("--upsample", choices=("auto", "bilinear", "none"), default="auto", help="default: auto")
+    add("--upsample", choices=UPSAMPLE, default="auto", help="default: auto")
     add("--ablations", action="store_true", help="also what becomes worse when something is taken away or changed")
     add("--json", metavar="FILE", help="write the numbers")
     add("--figure", metavar="FILE", help="write a picture: portraits beside normal maps, generated views and the truth")
@@ -188,12 +204,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from gafext import cameras
     from gafext.evaluation import Evaluation, table
-    from gafext.pipeline import MultiViewDiffusionPipeline
-    from gafext.versions import versions
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # drawn heads are what the built-in model is for
@@ -220,10 +231,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _assemble(args: argparse.Namespace) -> int:
-    import torch
-
     from gafext.checkpoints.assemble import assemble
-    from gafext.output import check_writable, whole_folder
 
     check_writable(args.out)
     pipeline = assemble(
@@ -242,10 +250,8 @@ def _assemble(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(folder: str | None, *, count: int, name: str) -> list | None:
-    """A folder's pictures by name, read at once: a bad one ends the command before the model loads."""
-    from gafext.images import load_images
-
+def _pictures(folder: str | None, *, count: int, name: str) -> list[PIL.Image.Image] | None:
+    """Read a folder's pictures in the order of their names, before the model loads: a bad one costs no wait."""
     if folder is None:
         return None
     if not Path(folder).is_dir():
@@ -254,9 +260,7 @@ def _pictures(folder: str | None, *, count: int, name: str) -> list | None:
     return load_images(paths, count=count, name=name)
 
 
-def _cameras(args: argparse.Namespace):
-    from gafext import cameras
-
+def _cameras(args: argparse.Namespace) -> Cameras:
     orbit = {"num_views": args.views, "elevation": args.elevation, "radius": args.radius, "fov": args.fov}
     given = {name: value for name, value in orbit.items() if value is not None}
     if args.cameras is None:
@@ -268,16 +272,11 @@ def _cameras(args: argparse.Namespace):
 
 def _check_early(args: argparse.Namespace) -> None:
     """What would fail after minutes of loading fails at once."""
-    from gafext.guidance import check_guidance_scale
-    from gafext.noise import resolve_seed
-    from gafext.output import check_writable
-    from gafext.schedulers import MAX_STEPS, check_eta
-
     for option, needs in (("lora_scale", "lora"), ("ip_adapter_scale", "ip_adapter"), ("variant", "model")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             option, needs = (name.replace("_", "-") for name in (option, needs))
             raise ValueError(f"--{option}: expected --{needs} with it")
-    check_writable(args.out, overwrite=args.overwrite)
+    check_writable(args.out, replaceable=VIEW_FILES if args.overwrite else None)
     if args.guidance is not None:
         check_guidance_scale(args.guidance)
     check_eta(args.eta)
@@ -286,11 +285,7 @@ def _check_early(args: argparse.Namespace) -> None:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
 
 
-def _load(args: argparse.Namespace):
-    import torch
-
-    from gafext.pipeline import MultiViewDiffusionPipeline
-
+def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pipeline = MultiViewDiffusionPipeline.from_pretrained(
@@ -311,21 +306,18 @@ def _load(args: argparse.Namespace):
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from gafext.assets import PORTRAIT
-    from gafext.images import load_image
-
     _check_early(args)
-    cameras = _cameras(args)
+    views = _cameras(args)
     portrait = load_image(args.portrait or PORTRAIT)
-    normals = _pictures(args.normals, count=len(cameras), name="normal_maps")
-    renders = _pictures(args.renders, count=len(cameras), name="renders")
+    normals = _pictures(args.normals, count=len(views), name="normal_maps")
+    renders = _pictures(args.renders, count=len(views), name="renders")
     pipeline = _load(args)
     start = time.monotonic()
     output = pipeline(
         portrait,
-        cameras,
+        views,
         normals,
-        num_views=len(cameras),
+        num_views=len(views),
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         generator=args.seed,
@@ -343,9 +335,7 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str | None):
-    import torch
-
+def _device(name: str | None) -> torch.device | None:
     if name is None:
         return None
     try:
@@ -365,11 +355,6 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    import torch
-
-    from gafext import _C
-    from gafext.versions import versions
-
     devices = ["cpu"] + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")

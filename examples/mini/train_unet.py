@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, portrait_cameras, view_cameras
 from export import GUIDANCE_SCALE, export, load_vae
-from gafext.attention import set_attention_backend
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
@@ -17,6 +16,7 @@ from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDif
 from gafext.config import SD_SCHEDULE
 from gafext.evaluation import Evaluation, Scores
 from gafext.models.clip import MEAN, STD
+from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import schedule
 
 POOL_VIEWS = 8  # of a head in the pool; a step takes 1, 2, 4 or 8 of them

@@ -1,0 +1,67 @@
+"""Cases of attention across views: SDPA with its permutes, and the same formula elementwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gafext.bench.cases.base import Case, Contestant, compiled_form, heads_first
+from gafext.ops import cross_view_attention
+from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
+
+# (views, positions, heads of 64, where)
+CROSS_VIEW_SHAPES = [
+    (4, 1024, 5, "4 views, 32x32"),
+    (4, 256, 10, "4 views, 16x16"),
+    (4, 64, 20, "4 views, 8x8"),
+    (6, 1024, 5, "6 views, 32x32"),
+    (8, 1024, 5, "8 views, 32x32"),
+    (16, 256, 10, "16 views, 16x16"),
+]
+# On GPUs besides those, with two portraits: the halves of guidance.
+GPU_CROSS_VIEW_SHAPES = [
+    (views, positions, heads, f"{views} views with guidance")
+    for views in (4, 8)
+    for positions, heads in ((1024, 5), (256, 10), (4096, 5))
+]
+
+
+def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
+    options = {"compiled": compiled, "device": device, "dtype": dtype}
+    for *sizes, where in CROSS_VIEW_SHAPES:
+        yield cross_view_case(*sizes, where, **options)
+    for *sizes, where in GPU_CROSS_VIEW_SHAPES * (device == "cuda"):
+        yield cross_view_case(*sizes, where, portraits=2, **options)
+
+
+def cross_view_elementwise(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> Tensor:
+    """Products and sums over broadcast pairs of views: no copies, and the form that torch.compile fuses best."""
+    query, key, value = (x.unflatten(0, (-1, num_views)) for x in (query, key, value))
+    weights = ((query[:, :, None] * key[:, None]).sum(-1, keepdim=True) * query.shape[-1] ** -0.5).softmax(2)
+    return (weights * value[:, None]).sum(2).flatten(0, 1)
+
+
+def cross_view_case(
+    views: int, positions: int, heads: int, where: str, *, portraits: int = 1, compiled: bool, **kind
+) -> Case:
+    forms = {"sdpa": sdpa_cross_view_attention, "elementwise": cross_view_elementwise}
+
+    def of_views(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda query, key, value: form(query, key, value, views)
+
+    contestants = [Contestant("gafext", of_views(cross_view_attention))]
+    contestants += [Contestant(name, of_views(form)) for name, form in forms.items()]
+    if compiled:
+        contestants += [compiled_form(name, of_views(form)) for name, form in forms.items()]
+    contestants.append(Contestant("matmul", of_views(reference_cross_view_attention)))
+    return Case(
+        op="cross_view_attention",
+        shape=f"{portraits}x" * (portraits > 1) + f"V={views},({positions},{heads * 64})",
+        where=where,
+        bound="memory",
+        flops=4 * portraits * views * views * heads * positions * 64,
+        inputs=lambda: tuple(heads_first(portraits * views, positions, heads, 64, **kind) for _ in range(3)),
+        contestants=contestants,
+    )

@@ -1,0 +1,57 @@
+"""Cases of GEGLU: linear, chunk and gelu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.bench.cases.base import Case, Contestant, compiled_form, linear_packed_by_mkl, pack_by_mkl
+from gafext.ops import geglu
+from gafext.ops.geglu import reference_geglu
+
+# (rows, channels, where); the inner width is 4 * channels
+GEGLU_SHAPES = [
+    (4096, 320, "4 views, 32x32"),
+    (1024, 640, "4 views, 16x16"),
+    (256, 1280, "4 views, 8x8"),
+]
+# On GPUs besides those.
+GPU_GEGLU_SHAPES = [(2 * rows, channels, f"{where}, with guidance") for rows, channels, where in GEGLU_SHAPES]
+
+
+def shapes(device: str) -> list[tuple[int, int, str]]:
+    return GEGLU_SHAPES + GPU_GEGLU_SHAPES * (device == "cuda")
+
+
+def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
+    for *sizes, where in shapes(device):
+        yield geglu_case(*sizes, where, compiled=compiled, device=device, dtype=dtype)
+
+
+def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    value, gate = linear_packed_by_mkl(x, packed, weight, bias).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        weight = torch.randn(8 * channels, channels, **kind) * channels**-0.5
+        return torch.randn(rows, channels, **kind), weight, torch.randn(8 * channels, **kind)
+
+    contestants = [Contestant("gafext", geglu), Contestant("eager", reference_geglu)]
+    if compiled:
+        contestants.append(compiled_form("eager", reference_geglu))
+    if kind["device"] == "cpu" and kind["dtype"] == torch.float32 and torch.backends.mkl.is_available():
+        contestants.append(Contestant("eager packed by MKL", geglu_packed_by_mkl, prepare=pack_by_mkl))
+    return Case(
+        op="geglu",
+        shape=f"{rows}x{channels}",
+        where=where,
+        bound="compute",
+        flops=2 * rows * channels * 8 * channels,
+        inputs=inputs,
+        contestants=contestants,
+    )

@@ -1,0 +1,33 @@
+"""Cases of GEGLU's gate, at the shapes of GEGLU: chunk and gelu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from gafext.bench.cases import geglu
+from gafext.bench.cases.base import Case, Contestant, compiled_form
+from gafext.ops import geglu_gate
+from gafext.ops.geglu import reference_geglu_gate
+
+
+def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
+    for *sizes, where in geglu.shapes(device):
+        yield geglu_gate_case(*sizes, where, compiled=compiled, device=device, dtype=dtype)
+
+
+def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) -> Case:
+    inner = 4 * channels
+    contestants = [Contestant("gafext", geglu_gate), Contestant("eager", reference_geglu_gate)]
+    if compiled:
+        contestants.append(compiled_form("eager", reference_geglu_gate))
+    return Case(
+        op="geglu_gate",
+        shape=f"{rows},{2 * inner}->{inner}",
+        where=where,
+        bound="memory",
+        flops=rows * inner,
+        inputs=lambda: (torch.randn(rows, 2 * inner, **kind),),
+        contestants=contestants,
+    )

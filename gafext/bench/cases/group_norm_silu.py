@@ -1,0 +1,58 @@
+"""Cases of GroupNorm and SiLU: PyTorch's two operations in both layouts. On CPUs ours is PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gafext.bench.cases.base import Case, Contestant, channels_last, compiled_form, contiguous
+from gafext.ops import group_norm_silu
+from gafext.ops.group_norm_silu import reference_group_norm_silu
+
+# (batch, channels, side, where), in 32 groups
+GROUP_NORM_SHAPES = [
+    (8, 320, 32, "4 views with guidance, 32x32"),
+    (8, 640, 32, "32x32, on the way up"),
+    (8, 960, 32, "32x32, on the way up"),
+    (8, 640, 16, "16x16"),
+    (8, 1920, 16, "16x16, on the way up"),
+    (8, 1280, 8, "8x8"),
+    (8, 2560, 4, "4x4, on the way up"),
+    (8, 320, 64, "64x64 latents"),
+    (1, 512, 64, "autoencoder, 64x64"),
+    (1, 256, 256, "autoencoder, 256x256"),
+    (1, 128, 512, "autoencoder, 512x512"),
+]
+
+
+def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
+    for *sizes, where in GROUP_NORM_SHAPES if device == "cuda" else GROUP_NORM_SHAPES[:1]:
+        yield group_norm_case(*sizes, where, compiled=compiled, device=device, dtype=dtype)
+
+
+def group_norm_case(batch: int, channels: int, side: int, where: str, *, compiled: bool, **kind) -> Case:
+    def of_32(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias: form(x, 32, weight, bias)
+
+    def inputs() -> tuple[Tensor, ...]:
+        x = torch.randn(batch, channels, side, side, **kind)
+        return *channels_last(x), torch.randn(channels, **kind), torch.randn(channels, **kind)
+
+    contestants = [
+        Contestant("gafext", of_32(group_norm_silu)),
+        Contestant("eager channels-last", of_32(reference_group_norm_silu)),
+        Contestant("eager contiguous", of_32(reference_group_norm_silu), prepare=contiguous),
+    ]
+    if compiled:
+        contestants.append(compiled_form("eager", of_32(reference_group_norm_silu)))
+    return Case(
+        op="group_norm_silu",
+        shape=f"{batch},{channels},{side}x{side}",
+        where=where,
+        bound="memory",
+        flops=8 * batch * channels * side * side,
+        inputs=inputs,
+        contestants=contestants,
+    )

@@ -1,0 +1,51 @@
+"""Cases of linear layers: PyTorch's linear, also with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.bench.cases.base import Case, Contestant, linear_packed_by_mkl, pack_by_mkl
+from gafext.ops import linear
+
+# (rows, features in, features out, where); with guidance, 4 views are a batch of 8
+LINEAR_SHAPES = [
+    *(
+        (rows, ratio * channels, channels, f"{what}, {side}x{side}")
+        for rows, channels, side in ((8192, 320, 32), (2048, 640, 16), (512, 1280, 8), (128, 1280, 4))
+        for ratio, what in ((1, "projections of attention"), (4, "feed-forward"))
+    ),
+    (257, 1280, 1280, "CLIP ViT-H, projections of attention"),
+    (257, 1280, 5120, "CLIP ViT-H, feed-forward"),
+    (257, 5120, 1280, "CLIP ViT-H, feed-forward"),
+]
+
+
+def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
+    if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
+        for *sizes, where in LINEAR_SHAPES:
+            yield linear_case(*sizes, where)
+
+
+def linear_case(rows: int, in_features: int, out_features: int, where: str) -> Case:
+    """torch.compile is no contestant: it calls the same linear."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        weight = torch.randn(out_features, in_features) * in_features**-0.5
+        return torch.randn(rows, in_features), weight, torch.randn(out_features)
+
+    contestants = [Contestant("gafext", linear), Contestant("eager", F.linear)]
+    if torch.backends.mkl.is_available():
+        contestants.append(Contestant("packed by MKL", linear_packed_by_mkl, prepare=pack_by_mkl))
+    return Case(
+        op="linear",
+        shape=f"{rows},{in_features}->{out_features}",
+        where=where,
+        bound="compute",
+        flops=2 * rows * in_features * out_features,
+        inputs=inputs,
+        contestants=contestants,
+    )
