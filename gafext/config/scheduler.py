@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -143,31 +142,6 @@ class SigmaConfig(NoiseScheduleConfig):
             self.final_sigmas_type in ("zero", "sigma_min"),
             f"final_sigmas_type={self.final_sigmas_type!r}: expected 'zero' or 'sigma_min'",
         )
-
-
-@dataclass(frozen=True)
-class DPMSolverConfig(SigmaConfig):
-    """A diffusers DPMSolverMultistepScheduler, of DPM-Solver++ and up to its second order."""
-
-    class_name: ClassVar[str] = "DPMSolverMultistepScheduler"
-    only: ClassVar[dict[str, tuple]] = {
-        **NoiseScheduleConfig.only,
-        "algorithm_type": ("dpmsolver++",),
-        "solver_type": ("midpoint",),
-        "use_exponential_sigmas": (False,),
-        "use_beta_sigmas": (False,),
-        "use_lu_lambdas": (False,),
-        "lambda_min_clipped": (-math.inf,),
-        "variance_type": (None,),
-    }
-
-    solver_order: int = 2
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.solver_order in (1, 2), f"solver_order={self.solver_order}: expected 1 or 2")
 
 
 @dataclass(frozen=True)

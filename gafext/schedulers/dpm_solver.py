@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from gafext.config.scheduler import DPMSolverConfig
+from gafext.config.base import require
+from gafext.config.scheduler import NoiseScheduleConfig, SigmaConfig
 from gafext.schedulers import schedule
 from gafext.schedulers.base import MAX_STEPS
 from gafext.schedulers.sigmas import SigmaScheduler
+
+
+@dataclass(frozen=True)
+class DPMSolverConfig(SigmaConfig):
+    """A diffusers DPMSolverMultistepScheduler, of DPM-Solver++ and up to its second order."""
+
+    class_name: ClassVar[str] = "DPMSolverMultistepScheduler"
+    only: ClassVar[dict[str, tuple]] = {
+        **NoiseScheduleConfig.only,
+        "algorithm_type": ("dpmsolver++",),
+        "solver_type": ("midpoint",),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "use_lu_lambdas": (False,),
+        "lambda_min_clipped": (-math.inf,),
+        "variance_type": (None,),
+    }
+
+    solver_order: int = 2
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.solver_order in (1, 2), f"solver_order={self.solver_order}: expected 1 or 2")
 
 
 class DPMSolverMultistepScheduler(SigmaScheduler):
