@@ -1,6 +1,7 @@
-"""What all tests share: one thread, and a small pipeline."""
+"""What all tests share: one thread, one seed, and a small pipeline."""
 
 import os
+import sys
 
 import pytest
 
@@ -9,10 +10,31 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def pretend_cpu(monkeypatch):
+    """A function that lets operations choose as on another CPU; which kernels run stays the same."""
+    import gafext.ops  # noqa: F401
+
+    def pretend(instruction_set, *, multiplies_bfloat16=True):
+        common, linear = (sys.modules[f"gafext.ops.{name}"] for name in ("_common", "linear"))
+        monkeypatch.setattr(common, "INSTRUCTION_SET", instruction_set)
+        monkeypatch.setattr(common, "MULTIPLIES_BFLOAT16", multiplies_bfloat16)
+        monkeypatch.setattr(linear, "_HAS_AMX", instruction_set == "amx")
+
+    return pretend
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The folder of a small multi-view checkpoint; not to be written to."""
-    from checkpoints import save_checkpoint
+    from small_checkpoints import save_checkpoint
 
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 

@@ -1,29 +1,22 @@
-"""Shared by the tests."""
+"""Shared by the tests: comparisons, inputs of the operations, edits of files. No diffusers: a GPU machine may lack it."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from gafext import _C
 
-def assert_same_words(function: Callable, op: Callable, make: Callable, words: str) -> None:
-    """The public function, its operation and the fake kernel refuse make(zeros) in the same words."""
-    for refuse, device, error in ((function, "cpu", ValueError), (op, "cpu", RuntimeError), (op, "meta", ValueError)):
-        with pytest.raises(error) as raised:
-            refuse(*make(lambda *shape, device=device: torch.zeros(shape, device=device)))
-        assert str(raised.value) == words
-
-
-def heads(
-    batch: int,
-    length: int,
-    num_heads: int,
-    head_dim: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """(B,H,L,D) over the memory of (B,L,H*D), as a projection leaves it."""
-    return torch.randn(batch, length, num_heads, head_dim, device=device).to(dtype).transpose(1, 2)
+ROOT = Path(__file__).resolve().parents[1]
+UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLIP_WEIGHTS = "model.safetensors"
+BACKENDS = ("auto", "kernel", "sdpa", "reference")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HAS_CUDA = torch.cuda.is_available() and _C.build_info()["cuda"]
+on_devices = pytest.mark.parametrize("device", ["cpu", "cuda"] if HAS_CUDA else ["cpu"])
 
 
 def max_abs_diff(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -31,6 +24,11 @@ def max_abs_diff(left: torch.Tensor, right: torch.Tensor) -> float:
     assert left.shape == right.shape, f"{tuple(left.shape)} and {tuple(right.shape)}"
     assert left.isfinite().all() and right.isfinite().all()
     return (left.double() - right.double()).abs().max().item()
+
+
+def worst_difference(ours: object, expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference between attributes of a network's result and the expected tensors."""
+    return max(max_abs_diff(getattr(ours, name), tensor) for name, tensor in expected.items())
 
 
 @torch.no_grad()
@@ -45,3 +43,153 @@ def randomized(module: torch.nn.Module, *, seed: int) -> torch.nn.Module:
             values = 0.2 * values + (1.0 if name.endswith("weight") else 0.0)
         parameter.copy_(values)
     return module
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers of the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Operations
+
+
+def heads(
+    batch: int,
+    length: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """(B,H,L,D) over the memory of (B,L,H*D), as a projection leaves it."""
+    return torch.randn(batch, length, num_heads, head_dim, device=device).to(dtype).transpose(1, 2)
+
+
+LAYOUTS = ["contiguous", "projection", "packed", "anywhere"]
+
+
+def heads_in_layout(
+    layout: str, count: int, batch: int, num_heads: int, length: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """`count` tensors (B,H,L,D) in one of `LAYOUTS`."""
+    inner = num_heads * head_dim
+    if layout == "contiguous":
+        return [torch.randn(batch, num_heads, length, head_dim).to(dtype) for _ in range(count)]
+    if layout == "projection":
+        return [heads(batch, length, num_heads, head_dim, dtype) for _ in range(count)]
+    if layout == "packed":
+        flat = torch.randn(batch, length, count * inner).to(dtype).chunk(count, dim=2)
+    else:  # rows that begin anywhere
+        flat = [torch.randn(batch, length + 1, inner + 7).to(dtype)[:, 1:, 3 : 3 + inner] for _ in range(count)]
+    return [tensor.unflatten(2, (num_heads, head_dim)).transpose(1, 2) for tensor in flat]
+
+
+def channels_last(*shape: int) -> torch.Tensor:
+    """[B,C,...] in the memory of [B,...,C]."""
+    batch, channels, *sides = shape
+    return torch.randn(batch, *sides, channels).movedim(-1, 1)
+
+
+def assert_as_exact_as_torch(
+    ours: Callable, reference: Callable, *args: object, torchs: Callable | None = None, **options: object
+) -> torch.Tensor:
+    """Check the result: at most twice the error of PyTorch's own operation, both measured against float64.
+
+    Args:
+        ours: the operation.
+        reference: the formula, for float64.
+        args: of both; so are the options.
+        torchs: PyTorch's own operation; the formula by default.
+    """
+    wide = [value.double() if isinstance(value, torch.Tensor) else value for value in args]
+    out, theirs = ours(*args, **options), (torchs or reference)(*args, **options)
+    exact = reference(*wide, **options)
+    assert out.shape == theirs.shape and out.dtype == args[0].dtype
+    if out.numel():
+        error, allowed = ((t.double() - exact).abs().max().item() for t in (out, theirs))
+        assert error <= 2 * allowed + 1e-6, f"{error} against PyTorch's {allowed}"
+    return out
+
+
+def assert_same_words(function: Callable, op: Callable, make: Callable, words: str) -> None:
+    """The public function, its operation and the fake kernel refuse make(zeros) in the same words."""
+    for refuse, device, error in ((function, "cpu", ValueError), (op, "cpu", RuntimeError), (op, "meta", ValueError)):
+        with pytest.raises(error) as raised:
+            refuse(*make(lambda *shape, device=device: torch.zeros(shape, device=device)))
+        assert str(raised.value) == words
+
+
+def assert_refused(op: Callable, words: str, *args: object) -> None:
+    """The operation and its fake kernel refuse arguments, of any strides, with these words."""
+
+    def on_meta(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    for given, error in ((args, RuntimeError), ([on_meta(value) for value in args], ValueError)):
+        with pytest.raises(error) as raised:
+            op(*given)
+        assert str(raised.value) == words
+
+
+def assert_same_bits_on_any_number_of_threads(function: Callable, *args: object, counts: Iterable[int] = (1, 2, 3)):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(function(*args))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+def assert_gradients(functions: Iterable[Callable], reference: Callable, *tensors: torch.Tensor) -> None:
+    """Gradients for the tensors are those of the reference in float64."""
+    exact = [t.double().requires_grad_() for t in tensors]
+    out = reference(*exact)
+    factor = torch.randn(out.shape)
+    (out * factor).sum().backward()
+    for function in functions:
+        ours = [t.clone().requires_grad_() for t in tensors]
+        (function(*ours) * factor).sum().backward()
+        for mine, theirs in zip(ours, exact, strict=True):
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
+
+
+def called(function: Callable, *args: object, **options: object) -> set[str]:
+    """Names of the operations that a call runs, such as "gafext::geglu"."""
+    with torch.profiler.profile() as profile:
+        function(*args, **options)
+    return {event.key for event in profile.key_averages()}
+
+
+def mps_implementation(op: Callable) -> Callable:
+    """What the dispatcher would run for tensors on MPS, here for tensors of the CPU."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
+    return lambda *args, **options: op.default.redispatch(keys, *args, **options)
+
+
+# Files
+
+
+def edit_json(path: Path, edit: Callable[[dict], object] | None = None, **changes: object) -> None:
+    """Rewrite a JSON file after `edit(values)`, with the changes."""
+    values = json.loads(path.read_text())
+    if edit is not None:
+        edit(values)
+    path.write_text(json.dumps({**values, **changes}))
+
+
+def edit_weights(path: Path, edit: Callable[[dict], object]) -> None:
+    """Rewrite a safetensors file after `edit(tensors)`."""
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def assert_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module | dict[str, torch.Tensor]) -> None:
+    """Bit-equal weights under equal names."""
+    ours, theirs = ours.state_dict(), theirs.state_dict() if isinstance(theirs, torch.nn.Module) else theirs
+    assert ours.keys() == theirs.keys()
+    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from gafext.attention import set_attention_backend
+from gafext.ops.backend import set_attention_backend
 from helpers import max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
 from test_clip_text import stock_clip, stock_tokenizer

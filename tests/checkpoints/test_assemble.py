@@ -1,0 +1,162 @@
+"""`gafext assemble`: what is added to the parents has no effect, yet can be trained."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from small_checkpoints import portrait, run
+from helpers import max_abs_diff, randomized
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import gafext
+from gafext.checkpoints.assemble import assemble, load_trained
+from gafext.cli import main
+from gafext.errors import CheckpointError
+
+
+def save_parents(folder, *, seed=0):
+    """A stock Stable Diffusion folder and a CLIP folder, small."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        cross_attention_dim=40,
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+    randomized(unet, seed=seed).save_pretrained(folder / "sd" / "unet")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    vae.save_pretrained(folder / "sd" / "vae")
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "sd" / "scheduler")
+    clip = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=32,
+        projection_dim=16,
+    )
+    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
+    return folder / "sd", folder / "clip"
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    return save_parents(tmp_path_factory.mktemp("parents"))
+
+
+@pytest.mark.parametrize("views", [4, 8])
+@torch.no_grad()
+def test_every_view_is_the_parents(parents, views):
+    sd, clip = parents
+    child = assemble(sd, image_encoder=clip).unet
+    parent = diffusers.UNet2DConditionModel.from_pretrained(sd / "unet")
+    latents = torch.randn(views, 4, 8, 8)
+    expected = parent(latents, 301, torch.zeros(views, 1, 40)).sample
+    result = child(
+        torch.cat([latents, torch.randn(views, 4, 8, 8)], dim=1),
+        301,
+        pose=torch.randn(views, 12),
+        image_embeds=child.image_projection(torch.randn(1, 50, 24)),
+        num_views=views,
+    )
+    assert expected.std() > 0.1
+    assert max_abs_diff(result, expected) < 1e-5
+
+
+def test_every_addition_can_be_trained(parents):
+    sd, clip = parents
+    child = assemble(sd, image_encoder=clip).unet.train()
+    sample, pose, image = torch.randn(4, 8, 8, 8), torch.randn(4, 12), torch.randn(1, 50, 24)
+    optimizer = torch.optim.SGD(child.parameters(), lr=0.1)
+    for _ in range(2):  # behind a zero layer, gradients come with the second step
+        optimizer.zero_grad()
+        out = child(sample, 301, pose=pose, image_embeds=child.image_projection(image), num_views=4)
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        optimizer.step()
+    added = ("attn_cv", "norm_cv", "attn_ip", "norm_ip", "class_embedding", "image_projection")
+    dead = [n for n, p in child.named_parameters() if any(a in n for a in added) and not p.grad.abs().sum() > 0]
+    assert not dead
+    assert child.conv_in.weight.grad[:, 4:].abs().sum() > 0
+
+
+def test_the_command_writes_a_checkpoint(parents, tmp_path, capsys):
+    sd, clip = parents
+    command = ["assemble", "--parent", str(sd), "--image-encoder", str(clip), "--out", str(tmp_path / "model")]
+    assert main(command) == 0
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    assert pipe.unet.config.cross_view == "position" and pipe.unet.config.image_attention == "block"
+    stock = diffusers.UNet2DConditionModel.from_pretrained(sd / "unet")
+    latents = torch.randn(4, 4, 8, 8)
+    ours = run(pipe, portrait(), latents=latents, upsample="none", output_type="latent").images
+    scheduler = diffusers.DDIMScheduler.from_pretrained(sd / "scheduler")
+    scheduler.set_timesteps(2)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            latents = scheduler.step(stock(latents, t, torch.zeros(4, 1, 40)).sample, t, latents).prev_sample
+    assert max_abs_diff(ours, latents) < 1e-4
+    assert main(command) == 1
+    assert "new or empty" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_nothing(parents, tmp_path, capsys):
+    sd, _ = parents
+    command = [
+        "assemble",
+        "--parent",
+        str(sd),
+        "--image-encoder",
+        str(tmp_path / "none"),
+        "--out",
+        str(tmp_path / "model"),
+    ]
+    assert main(command) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trained_state_dict_under_other_names(parents, tmp_path):
+    sd, clip = parents
+    trained = randomized(assemble(sd, image_encoder=clip).unet, seed=8)
+    renamed = {}
+    for key, value in trained.state_dict().items():
+        key = key.replace(".attn_cv.", ".attn_mv.").replace(".norm_cv.", ".norm_mv.")
+        renamed["module.unet." + key.replace("class_embedding.", "pose_embedding.")] = value.clone()
+    save_file(renamed, tmp_path / "trained.safetensors")
+    child = assemble(sd, image_encoder=clip, trained=tmp_path / "trained.safetensors").unet
+    assert all(torch.equal(a, b) for a, b in zip(child.parameters(), trained.parameters(), strict=True))
+
+    renamed["module.unet.mystery.a"] = renamed["module.unet.mystery.b"] = torch.zeros(1)
+    del renamed["module.unet.conv_in.bias"]
+    save_file({k: v.clone() for k, v in renamed.items()}, tmp_path / "trained.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load_trained(child, tmp_path / "trained.safetensors")
+    assert all(part in str(error.value) for part in ("mystery.a", "mystery.b", "conv_in.bias"))
+
+
+def test_a_parent_that_has_additions_is_refused(parents, tmp_path):
+    sd, clip = parents
+    assemble(sd, image_encoder=clip).save_pretrained(tmp_path / "child")
+    with pytest.raises(CheckpointError, match="expected a stock U-Net"):
+        assemble(tmp_path / "child", image_encoder=clip)
+
+
+def test_copies_of_the_parents_attention_wait_behind_the_zeros(parents, tmp_path):
+    sd, clip = parents
+    assemble(sd, image_encoder=clip).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert torch.equal(state[f"{block}.attn_cv.to_q.weight"], state[f"{block}.attn1.to_q.weight"])
+    assert torch.equal(state[f"{block}.attn_ip.to_k.weight"], state[f"{block}.attn2.to_k.weight"])
+    assert not state[f"{block}.attn_cv.to_out.0.weight"].any()
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["in_channels"] == 8

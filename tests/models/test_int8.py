@@ -1,0 +1,98 @@
+"""The U-Net's linear layers in 8-bit integers."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import gafext
+from gafext.models.int8 import Int8Linear, is_quantized, quantize_transformers, unsupported_reasons
+
+pytestmark = pytest.mark.skipif(bool(unsupported_reasons(torch.device("cpu"))), reason="needs a processor with VNNI")
+
+
+def relative_error(ours, exact):
+    return ((ours - exact).norm() / exact.norm()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 65, 64)], ids=str)
+def test_layer(shape, bias):
+    linear = nn.Linear(64, 130, bias=bias)
+    linear.weight[5] = 0.0  # a channel without a scale
+    x = torch.randn(shape) * 30
+    ours = Int8Linear(linear)(x)
+    assert ours.shape == (*shape[:-1], 130) and ours.dtype == torch.float32
+    assert 1e-4 < relative_error(ours, linear(x)) < 0.02
+    assert torch.equal(Int8Linear(linear)(torch.zeros(shape)), linear(torch.zeros(shape)))
+    assert Int8Linear(linear)(x.new_empty(0, 64)).shape == (0, 130)
+
+
+@torch.no_grad()
+def test_rows_do_not_depend_on_each_other():
+    linear = nn.Linear(64, 130)
+    x = torch.randn(9, 64) * torch.logspace(-2, 2, 9)[:, None]
+    out = Int8Linear(linear)(x)
+    for row in range(9):
+        assert torch.equal(Int8Linear(linear)(x[row : row + 1])[0], out[row])
+        assert relative_error(out[row], linear(x[row])) < 0.03
+
+
+@torch.no_grad()
+def test_layer_can_be_copied_pickled_and_compiled():
+    layer, x = Int8Linear(nn.Linear(64, 32)), torch.randn(5, 64)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_layer_refuses_what_it_is_not_for():
+    layer = Int8Linear(nn.Linear(64, 32))
+    with pytest.raises(ValueError, match="expected an input without gradient"):
+        layer(torch.zeros(1, 64, requires_grad=True))
+    with pytest.raises(ValueError, match="expected floating-point weights, got 8-bit ones in 0"):
+        nn.Sequential(layer).state_dict()
+    with pytest.raises(ValueError, match="expected float32 weights, got torch.float16"):
+        quantize_transformers(nn.Linear(2, 2).half())
+    with pytest.raises(ValueError, match="expected float32 on the CPU, got torch.float16 on cpu"):
+        layer(torch.zeros(1, 64, dtype=torch.float16))
+    with pytest.raises(ValueError, match="8-bit linear layers are for CPUs, got meta"):
+        quantize_transformers(nn.Linear(2, 2, device="meta"))
+
+
+@torch.no_grad()
+def test_pipeline(checkpoint, tmp_path):
+    exact = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
+    rounded = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, dtype="int8", device="cpu")
+    kept = [name for name, module in rounded.unet.named_modules() if isinstance(module, nn.Linear)]
+    assert kept and not any(".transformer_blocks." in name for name in kept)
+    assert is_quantized(rounded.unet) and not is_quantized(exact.unet)
+    options = {"num_views": 2, "num_inference_steps": 2, "generator": 0, "output_type": "latent", "progress_bar": False}
+    a, b = (pipe(gafext.PORTRAIT, **options) for pipe in (exact, rounded))
+    assert 1e-5 < relative_error(b.images, a.images) < 0.1
+    assert (a.run["dtype"], b.run["dtype"]) == ("float32", "int8")
+    with pytest.raises(ValueError, match="expected floating-point weights, got the 8-bit ones"):
+        rounded.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="expected float32 on the CPU for dtype='int8', got torch.float16"):
+        rounded.to(torch.float16)
+    rounded.to("cpu")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_dtype_is_checked(checkpoint):
+    with pytest.raises(ValueError, match="dtype: expected a torch.dtype, 'int8' or None, got 'int4'"):
+        gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, dtype="int4", device="cpu")
+
+
+def test_command_line(checkpoint, tmp_path, capsys):
+    from gafext.cli import main
+
+    arguments = ["generate", "--model", str(checkpoint), "--views", "2", "--steps", "1", "--device", "cpu", "--quiet"]
+    assert main([*arguments, "--dtype", "int8", "--out", str(tmp_path / "views")]) == 0
+    assert json.loads((tmp_path / "views" / "run.json").read_text())["dtype"] == "int8"

@@ -1,0 +1,251 @@
+"""linear against float64, against PyTorch's linear, and against misuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    assert_as_exact_as_torch,
+    assert_gradients,
+    assert_refused,
+    assert_same_bits_on_any_number_of_threads,
+    assert_same_words,
+    called,
+)
+from torch import nn
+
+from gafext import _C, ops
+from gafext.models import int8
+from gafext.models.blocks import Attention, FeedForward
+from gafext.ops.backend import set_attention_backend
+from gafext.ops.linear import linear_layer, slower_reasons, unsupported_reasons
+
+OP = torch.ops.gafext.linear
+HAS_AMX = _C.build_info()["instruction_set"] == "amx"
+
+
+def problem(rows, in_features, out_features):
+    weight = torch.randn(out_features, in_features) * in_features**-0.5
+    return torch.randn(rows, in_features), weight, torch.randn(out_features)
+
+
+def assert_exact(x, weight, bias=None):
+    assert assert_as_exact_as_torch(OP, F.linear, x, weight, bias).is_contiguous()
+
+
+def calls_kernel(function, *args, **options):
+    return "gafext::linear" in called(function, *args, **options)
+
+
+SIZES = [
+    (1, 1, 1),
+    (7, 33, 24),
+    (33, 31, 65),
+    (65, 257, 63),
+    (13, 640, 257),
+    (257, 65, 31),
+    (300, 1283, 90),
+    (90, 1283, 300),
+    (1009, 9, 5),
+    (31, 2000, 700),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_odd_sizes(sizes):
+    x, weight, bias = problem(*sizes)
+    assert_exact(x, weight, bias)
+    assert_exact(x, weight)
+
+
+@pytest.mark.parametrize("sizes", [(2048, 640, 640), (512, 1280, 1280), (128, 5120, 1280), (257, 1280, 5120)], ids=str)
+def test_more_exact_than_pytorch_where_it_is_used(sizes):
+    x, weight, bias = problem(*sizes)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    error, torchs = (
+        (t.double() - exact).square().mean().sqrt() for t in (OP(x, weight, bias), F.linear(x, weight, bias))
+    )
+    assert error <= (0.8 if HAS_AMX else 1.0) * torchs
+
+
+def test_more_than_fits_the_scratch_memory():
+    assert_exact(*problem(1200, 5120, 1240))  # either operand split takes 37 MB; 24 MB at a time
+
+
+@pytest.mark.parametrize("shape", [(33,), (4, 33), (2, 3, 33), (2, 1, 3, 33)], ids=str)
+def test_leading_dimensions(shape):
+    _, weight, bias = problem(1, 33, 24)
+    assert_exact(torch.randn(shape), weight, bias)
+
+
+def test_strides():
+    _, weight, bias = problem(1, 33, 24)
+    wide = torch.randn(48, 40)
+    wide[:, :33] = weight.repeat(2, 1)
+    for x in (torch.randn(2, 7, 50)[..., 3:36], torch.randn(9, 66)[::2, :33], torch.randn(1, 33).expand(5, 33)):
+        assert_exact(x, wide[:24, :33], bias)
+        assert_exact(x, wide[::2, :33], bias)
+    assert_exact(torch.randn(33, 7).T, weight, bias)
+    assert_exact(torch.randn(2, 5, 3, 33).transpose(1, 2), weight.T.contiguous().T, bias.repeat(2)[::2])
+
+
+def test_empty_inputs():
+    x, weight, bias = problem(100, 8, 4)
+    for function in (OP, ops.linear):
+        assert function(x[:0], weight, bias).shape == (0, 4)
+        assert function(x, weight[:0], bias[:0]).shape == (100, 0)
+        assert torch.equal(function(x[:, :0], weight[:, :0], bias), bias.expand(100, 4))
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "bias"])
+def test_nan_infinity_and_huge_numbers_as_in_pytorch(where):
+    x, weight, bias = problem(150, 40, 64)
+    poison = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e35, -1e35])
+    target = {"x": x, "weight": weight, "bias": bias}[where].view(-1)
+    target[torch.randperm(target.numel())[:10]] = poison.repeat(2)
+    out, expected = ops.linear(x, weight, bias), F.linear(x, weight, bias)
+    assert expected.isnan().any() and expected.isfinite().any()
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("exponents", [(-100, 98), (98, -100), (-130, 0), (0, -130), (-70, 0), (0, -70)], ids=str)
+def test_tiny_and_huge_inputs(exponents):
+    x, weight, _ = problem(130, 257, 63)
+    x, weight = x * 2.0 ** exponents[0], weight * 2.0 ** exponents[1]
+    out, exact = OP(x, weight).double(), F.linear(x.double(), weight.double())
+    assert (out - exact).abs().max() <= 1e-6 * exact.abs().max() + 2.0**-143  # subnormal sums round to 2^-149
+
+
+@pytest.mark.parametrize("sizes", [(500, 300, 70), (70, 1300, 500)], ids=str)
+def test_same_bits_on_any_number_of_threads(sizes):
+    counts = (1, 2, 3) if HAS_AMX else (1,)
+    assert_same_bits_on_any_number_of_threads(OP, *problem(*sizes), counts=counts)
+
+
+BAD_INPUTS = {
+    "flat weight": (lambda t: (t(3, 8), t(8)), "weight must have shape (out_features, in_features), got (8,)"),
+    "columns": (lambda t: (t(3, 8), t(6, 9)), "x must have shape (..., 9) to go with weight (6, 9), got (3, 8)"),
+    "scalar": (lambda t: (t(), t(6, 1)), "x must have shape (..., 1) to go with weight (6, 1), got ()"),
+    "bias": (
+        lambda t: (t(3, 8), t(6, 8), t(3)),
+        "bias must have shape (6,) to go with weight (6, 8), got (3,)",
+    ),
+    "weight dtype": (
+        lambda t: (t(3, 8), t(6, 8).half()),
+        "weight must have the dtype of x, float32, got float16",
+    ),
+    "bias dtype": (
+        lambda t: (t(3, 8), t(6, 8), t(6).double()),
+        "bias must have the dtype of x, float32, got float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_has_one_message_everywhere(make, words):
+    assert_same_words(ops.linear, OP, make, f"linear: {words}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_unsupported_goes_to_pytorch_with_the_reason(dtype):
+    inputs = [t.to(dtype) for t in problem(100, 8, 4)]
+    reason = f"dtype must be float32, got {str(dtype).removeprefix('torch.')}"
+    assert unsupported_reasons(*inputs) == [reason]
+    assert torch.equal(ops.linear(*inputs), F.linear(*inputs))
+    assert_refused(OP, f"linear: {reason}", *inputs)
+
+
+def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason(pretend_cpu):
+    few, many = problem(191, 40, 40), problem(192, 40, 40)
+    pretend_cpu("amx")
+    assert slower_reasons(few[0]) == ["fewer than 192 rows do not pay for splitting the weights"]
+    assert (
+        slower_reasons(many[0]) == slower_reasons(many[0].view(3, 64, 40)) == slower_reasons(torch.ones(128, 640)) == []
+    )
+    assert slower_reasons(torch.ones(127, 640)) == ["fewer than 128 rows do not pay for splitting the weights"]
+    assert not calls_kernel(ops.linear, *few) and calls_kernel(ops.linear, *many)
+    pretend_cpu("avx512")
+    assert slower_reasons(many[0])[0].startswith("without AMX it is PyTorch's")
+    assert not calls_kernel(ops.linear, *many)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(33,), (2, 50, 33)], ids=str)
+def test_gradients(shape, with_bias):
+    _, weight, bias = problem(1, 33, 24)
+    tensors = [torch.randn(shape), weight, bias][: 3 if with_bias else 2]
+    assert_gradients((OP, ops.linear), F.linear, *tensors)
+
+
+def test_opcheck():
+    inputs = tuple(t.requires_grad_() for t in problem(40, 8, 4))
+    torch.library.opcheck(OP.default, inputs)
+    torch.library.opcheck(OP.default, inputs[:2])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_in_one_graph_with_dynamic_shapes(backend):
+    compiled = torch.compile(OP, backend=backend, fullgraph=True, dynamic=True)
+    whole = torch.compile(ops.linear, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (3, 99, 170):
+        x, weight, bias = problem(rows, 33, 24)
+        assert torch.equal(compiled(x, weight, bias), OP(x, weight, bias))
+        torch.testing.assert_close(whole(x, weight, bias), OP(x, weight, bias), atol=1e-5, rtol=1e-5)
+
+
+def test_autocast_as_pytorch():
+    x, weight, bias = problem(100, 8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.skipif(not HAS_AMX, reason="the kernel needs AMX")
+def test_the_networks_use_it_in_inference():
+    x = torch.randn(2, 100, 64)
+    for module in (Attention(64, 2), FeedForward(64)):
+        assert not calls_kernel(module, x)  # which trains
+        for backend, used in (("auto", True), ("kernel", True), ("sdpa", False), ("reference", False)):
+            set_attention_backend(module, backend)
+            with torch.no_grad():
+                assert calls_kernel(module, x) == used
+                out = module(x)
+        set_attention_backend(module, "auto")
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), out, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_stands_for_a_linear_layer_is_called():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, layer = torch.randn(200, 32), nn.Linear(32, 16)
+    assert torch.equal(linear_layer(nn.Identity(), x), x)
+    torch.manual_seed(1)
+    doubled = Doubled(32, 16)
+    torch.manual_seed(1)
+    torch.testing.assert_close(linear_layer(doubled, x), 2 * nn.Linear(32, 16)(x))
+    seen = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    linear_layer(layer, x)
+    handle.remove()
+    linear_layer(layer, x)
+    assert seen == [(200, 16)]
+    if not int8.unsupported_reasons(x.device):
+        quantized = int8.Int8Linear(layer)
+        assert torch.equal(linear_layer(quantized, x), quantized(x))
+
+
+def test_a_forward_of_its_own_and_backward_hooks_are_called():
+    x, layer, calls = torch.randn(200, 32), nn.Linear(32, 16).requires_grad_(False), []
+    handle = layer.register_full_backward_hook(lambda *gradients: calls.append(gradients))
+    linear_layer(layer, x.requires_grad_()).sum().backward()
+    assert len(calls) == 1
+    handle.remove()
+    layer.forward = lambda x: x[..., :3]
+    assert linear_layer(layer, x).shape == (200, 3)
+
+
+def test_a_wrong_backend_is_an_error():
+    with pytest.raises(ValueError, match="attention backend: expected one of"):
+        linear_layer(nn.Linear(3, 3), torch.ones(1, 3), backend="fast")

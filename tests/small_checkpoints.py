@@ -1,0 +1,184 @@
+"""Small checkpoints in the layouts of diffusers and transformers, and how the tests run a pipeline."""
+
+import json
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import torch
+from helpers import randomized
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+
+from gafext.config import SD_X2_UNET, UNetConfig
+from gafext.models.k_unet import KUNet
+from gafext.models.unet import MultiViewUNet
+from gafext.upsampler import LatentUpsampler, PromptEmbeds
+
+SIZE = 8  # of the latents; pictures are four times as large, and twice that when upsampled
+
+# Stock networks, of diffusers and transformers.
+
+SMALL_UNET = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+}
+NARROW = {"block_out_channels": (16, 32), "cross_attention_dim": 12}  # changes to SMALL_UNET
+SMALL_CLIP = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 32,
+    "projection_dim": 16,
+}
+SMALL_TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 12,
+    "bos_token_id": 97,
+    "eos_token_id": 98,
+}
+SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def filled(module, seed):
+    """Random weights of the seed; None keeps those of the initialisation."""
+    return (module if seed is None else randomized(module, seed=seed)).eval()
+
+
+def stock_unet(settings=SMALL_UNET, *, seed=0, **changes):
+    sizes = {"sample_size": SIZE, "cross_attention_dim": 40, "norm_num_groups": 8}
+    return filled(diffusers.UNet2DConditionModel(**{**sizes, **settings, **changes}), seed)
+
+
+def stock_vae(widths=(8, 16), *, seed=0, **changes):
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+    }
+    settings = {"block_out_channels": widths, "norm_num_groups": 4, **blocks, **changes}
+    return filled(diffusers.AutoencoderKL(**settings), seed)
+
+
+def stock_clip(settings=SMALL_CLIP, *, kind=CLIPVisionModelWithProjection, seed=0, **changes):
+    """A tower of transformers, by default the one for images."""
+    return filled(kind(kind.config_class(**{**settings, **changes})), seed)
+
+
+def stock_text(*, kind=CLIPTextModel, seed=0, **changes):
+    return stock_clip(SMALL_TEXT, kind=kind, seed=seed, **changes)
+
+
+VOCABULARY = {
+    **{word: index for index, word in enumerate(["!", "a", "b", "c", "a</w>", "b</w>", "c</w>", "ab</w>"])},
+    **{"<|startoftext|>": 8, "<|endoftext|>": 9},
+}
+MERGES = "#version: 0.2\na b</w>\n"
+
+
+def stock_tokenizer(folder, **changes):
+    """A small CLIP tokenizer in the files that published folders have."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
+    (folder / "merges.txt").write_text(MERGES)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **changes}))
+    return folder
+
+
+# Our own networks.
+
+
+def multi_view_config(**changes):
+    additions = {"cross_view": "position", "image_attention": True, "image_embed_dim": 24}
+    pose = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
+    sizes = {"sample_size": SIZE, "in_channels": 8, "cross_attention_dim": 40, "norm_num_groups": 8}
+    return UNetConfig(**{**SMALL_UNET, **sizes, **pose, **additions, **changes})
+
+
+def multi_view_unet(*, seed=1, **changes):
+    return randomized(MultiViewUNet(multi_view_config(**changes)), seed=seed).eval()
+
+
+def save_checkpoint(folder, *, multi_view=True, prediction_type="epsilon", seed=0):
+    """A checkpoint folder with diffusers' and transformers' own files; the U-Net is ours where it is multi-view."""
+    torch.manual_seed(seed)
+    pose = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
+    unet = multi_view_unet(seed=seed) if multi_view else stock_unet(in_channels=8, seed=seed, **pose)
+    unet.save_pretrained(folder / "unet")
+    stock_vae((8, 16, 16), seed=None, scaling_factor=0.3).save_pretrained(folder / "vae")
+    stock_clip(num_hidden_layers=3, seed=None).save_pretrained(folder / "image_encoder")
+    diffusers.DDIMScheduler(
+        **SD_SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
+    ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def save_upsampler(folder):
+    """A small K-block upsampler with a ready empty prompt."""
+    config = replace(
+        SD_X2_UNET,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        attention_head_dim=16,
+        cross_attention_dim=24,
+        time_cond_proj_dim=128 + 24,
+    )
+    prompt = PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 24))
+    upsampler = LatentUpsampler(randomized(KUNet(config), seed=2), empty_prompt=prompt).eval()
+    upsampler.save_pretrained(folder)
+    return upsampler
+
+
+def save_ip_adapter(path, *, attentions=(32, 32, 32, 64), tokens=4, context=40, embeds=16, seed=0):
+    """An IP-Adapter file for `SMALL_UNET` and `SMALL_CLIP`; `attentions`: channels of each, down, up, middle."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "proj.weight": (tokens * context, embeds),
+        "proj.bias": (tokens * context,),
+        "norm.weight": (context,),
+        "norm.bias": (context,),
+    }
+    tensors = {f"image_proj.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for index, channels in enumerate(attentions):
+        for which in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{2 * index + 1}.{which}.weight"] = torch.randn(channels, context, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+def save_lora(path, *, channels=32, rank=4):
+    """A LoRA file for one layer of `SMALL_UNET`."""
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {
+        f"{name}.lora_A.weight": torch.randn(rank, channels),
+        f"{name}.lora_B.weight": torch.randn(channels, rank),
+    }
+    save_file(factors, path)
+    return path
+
+
+# Runs of a pipeline.
+
+
+def portrait(seed=0, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+def run(pipe, image=None, **options):
+    defaults = {"num_inference_steps": 2, "generator": 0, "output_type": "pt", "progress_bar": False}
+    return pipe(portrait() if image is None else image, **{**defaults, **options})
+
+
+def count_rows(pipe):
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    return rows
