@@ -1,4 +1,4 @@
-"""Shared by the tests: comparisons, inputs of the operations, edits of files. No diffusers: a GPU machine may lack it."""
+"""Comparisons, inputs of the operations, edits of files. Without diffusers, which a GPU machine may lack."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -168,6 +168,24 @@ def mps_implementation(op: Callable) -> Callable:
     """What the dispatcher would run for tensors on MPS, here for tensors of the CPU."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
     return lambda *args, **options: op.default.redispatch(keys, *args, **options)
+
+
+# Schedulers
+
+
+def noise_maker(seed: int = 0, shape: tuple[int, ...] = (2, 4, 5, 3)) -> Callable[[], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+def fake_model(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Stands for the network: bounded, and depends on both its inputs."""
+    return torch.sin(sample + 0.01 * float(t)) + 0.1 * sample
+
+
+def write_scheduler(folder: Path, **values: object) -> Path:
+    (folder / "scheduler_config.json").write_text(json.dumps(values))
+    return folder
 
 
 # Files

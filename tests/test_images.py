@@ -206,27 +206,28 @@ def test_to_square_tensor_crops_the_centre():
     pixels[:, 20:40] = RED  # exactly the central square
     tensor = to_square_tensor([Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2))], 10)
     assert tensor.shape == (2, 3, 10, 10) and tensor.dtype == torch.float32 and tensor.is_contiguous()
-    assert torch.equal(tensor, torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(2, 3, 10, 10))
+    assert torch.equal(tensor, torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(2, 3, 10, 10))
 
 
 def test_to_square_tensor_keeps_orientation_and_exact_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 255
     assert torch.allclose(to_square_tensor([Image.fromarray(pixels)], 16)[0], expected, atol=1e-6)
 
 
 def test_to_square_tensor_is_antialiased():
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     inside = to_square_tensor([load_image(board)], 16)[..., 2:-2, 2:-2]
-    assert inside.abs().max() < 0.02
+    assert (inside - 0.5).abs().max() < 0.01
 
 
 def test_to_pil_and_to_numpy_are_those_of_diffusers():
     processor = pytest.importorskip("diffusers.image_processor").VaeImageProcessor()
     images = torch.randn(2, 3, 9, 11, generator=torch.Generator().manual_seed(0))
-    assert np.array_equal(to_numpy(images), processor.postprocess(images, output_type="np"))
-    assert to_numpy(images).dtype == np.float32
-    for ours, theirs in zip(to_pil(images), processor.postprocess(images, output_type="pil"), strict=True):
+    pictures = images * 0.5 + 0.5  # theirs are in [-1,1]
+    assert np.array_equal(to_numpy(pictures), processor.postprocess(images, output_type="np"))
+    assert to_numpy(pictures).dtype == np.float32
+    for ours, theirs in zip(to_pil(pictures), processor.postprocess(images, output_type="pil"), strict=True):
         assert ours.mode == "RGB" and np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from gafext.atomic import check_writable
 from gafext.cameras import orbit
 from gafext.errors import OutputError
-from gafext.output import check_writable, contact_sheet, write_views
+from gafext.output import VIEW_FILES, contact_sheet, write_views
 
 NAMES = ["contact_sheet.png", "run.json", "transforms_train.json", "view_000.png", "view_001.png"]
+REPLACEABLE = {"replaceable": VIEW_FILES}
 
 
 def views(count=2, size=32, level=0):
@@ -109,15 +111,15 @@ def test_a_symbolic_link_to_a_folder_is_followed(tmp_path):
     assert (tmp_path / "link").is_symlink() and names(tmp_path / "disk") == NAMES
 
 
-@pytest.mark.parametrize("call", [write, check_writable])
-def test_a_folder_that_holds_something_stays(tmp_path, call):
+@pytest.mark.parametrize(("call", "overwrite"), [(write, {"overwrite": True}), (check_writable, REPLACEABLE)])
+def test_a_folder_that_holds_something_stays(tmp_path, call, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match=r"expected a new or empty folder, got .*thesis.tex; .*--overwrite"):
         call(tmp_path)
     with pytest.raises(
         OutputError, match=r"expected nothing but files that gafext wrote, got thesis.tex; pass another"
     ):
-        call(tmp_path, overwrite=True)
+        call(tmp_path, **overwrite)
     assert names(tmp_path) == ["thesis.tex"] and (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -127,7 +129,7 @@ def test_an_earlier_result_is_replaced_only_on_demand(tmp_path):
     with pytest.raises(OutputError, match="overwrite"):
         write(out, level=9)
     assert json.loads((out / "run.json").read_text()) == {"seed": 0}
-    check_writable(out, overwrite=True)
+    check_writable(out, **REPLACEABLE)
     write(out, level=9, overwrite=True)
     assert json.loads((out / "run.json").read_text()) == {"seed": 9}
     assert names(out) == NAMES and names(tmp_path) == ["out"]

@@ -1,28 +1,28 @@
 """The K-UNet and the latent upsampler against diffusers, on small checkpoints that diffusers itself saves."""
 
 import inspect
-import json
 from dataclasses import fields
 
 import diffusers
 import pytest
 import torch
 import transformers
-from gafext.ops.backend import set_attention_backend
-from helpers import max_abs_diff, randomized
-from safetensors.torch import load_file, save_file
-from test_clip_text import stock_clip, stock_tokenizer
+from helpers import UNET_WEIGHTS as WEIGHTS
+from helpers import assert_equal_weights, edit_json, edit_weights, max_abs_diff, normal
+from safetensors.torch import save_file
+from small_checkpoints import SD_SCHEDULE, stock_text, stock_tokenizer, stock_unet, stock_vae
 
-from gafext.config import SD_X2_SCHEDULE, SD_X2_UNET, KUNetConfig, SigmaScheduleConfig
+from gafext.config import SD_X2_SCHEDULE, SD_X2_UNET, EulerConfig, KUNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.k_unet import KUNet, downsample, upsample
 from gafext.noise import view_noise
-from gafext.upsampler import NOISE_STEP, LatentUpsampler, PromptEmbeds, encode_prompt, noise_levels
+from gafext.ops.backend import set_attention_backend
+from gafext.schedulers import EulerDiscreteScheduler
+from gafext.upsampler import NOISE_STEP, LatentUpsampler, PromptEmbeds, encode_prompt
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 CROSS = "KCrossAttn{}Block2D"
 TEXT = {"hidden_size": 24, "vocab_size": 10, "eos_token_id": 9, "bos_token_id": 8}
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "sample"}
+SCHEDULE = {**SD_SCHEDULE, "prediction_type": "sample"}
 
 
 def block_types(stages, *, first="K{}Block2D"):
@@ -33,28 +33,28 @@ def block_types(stages, *, first="K{}Block2D"):
     }
 
 
-def stock_unet(widths=(32, 32, 64, 64), *, seed=0, **changes):
+def stock_k_unet(widths=(32, 32, 64, 64), *, seed=0, **changes):
     """diffusers' own small K-UNet with random weights."""
     settings = {
         **{"act_fn": "gelu", "timestep_post_act": "gelu", "time_embedding_type": "fourier", "mid_block_type": None},
         **{"norm_num_groups": None, "resnet_time_scale_shift": "scale_shift", "conv_in_kernel": 1},
         **{"conv_out_kernel": 1, "in_channels": 8, "out_channels": 5, "attention_head_dim": 16},
         **{"layers_per_block": 2, "cross_attention_dim": 24, "time_cond_proj_dim": 152},
-        **{"block_out_channels": widths, **block_types(len(widths)), **changes},
     }
-    return randomized(diffusers.UNet2DConditionModel(**settings), seed=seed).eval()
+    return stock_unet({**settings, "block_out_channels": widths, **block_types(len(widths)), **changes}, seed=seed)
 
 
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def noise_levels(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
 
 
 def stock_pipeline(*, unet=None, text_encoder=None, tokenizer=None, **schedule):
     """diffusers' pipeline; its autoencoder only says how many channels latents have."""
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=8)
+    vae = stock_vae((8,))
     scheduler = diffusers.EulerDiscreteScheduler(**{**SCHEDULE, **schedule})
     pipeline = diffusers.StableDiffusionLatentUpscalePipeline(
-        vae, text_encoder, tokenizer, unet or stock_unet(), scheduler
+        vae, text_encoder, tokenizer, unet or stock_k_unet(), scheduler
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -71,16 +71,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_weights(path, edit):
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("widths", "changes", "size"),
@@ -95,7 +85,7 @@ def edit_weights(path, edit):
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_k_unet_equals_diffusers(tmp_path, widths, changes, size, seed):
-    theirs = stock_unet(widths, seed=seed, **changes)
+    theirs = stock_k_unet(widths, seed=seed, **changes)
     theirs.save_pretrained(tmp_path)
     ours = KUNet.from_pretrained(tmp_path)
     assert not ours.training and ours.dtype == torch.float32
@@ -153,20 +143,31 @@ def test_published_size():
 @pytest.mark.parametrize("beta", ["linear", "scaled_linear"])
 def test_noise_levels_equal_diffusers(interpolation, beta):
     settings = {"interpolation_type": interpolation, "beta_schedule": beta, "prediction_type": "sample"}
-    theirs, ours = diffusers.EulerDiscreteScheduler(**settings), SigmaScheduleConfig(**settings)
+    theirs, ours = diffusers.EulerDiscreteScheduler(**settings), EulerDiscreteScheduler(EulerConfig(**settings))
     for count in (1, 2, 10, 37):
         theirs.set_timesteps(count)
         expected = theirs.sigmas[: count + 1]
-        torch.testing.assert_close(torch.tensor(noise_levels(ours, count)), expected, rtol=1e-6, atol=0)
-        assert theirs.init_noise_sigma == expected[0]
+        torch.testing.assert_close(noise_levels(ours, count), expected, rtol=1e-6, atol=0)
+        assert theirs.init_noise_sigma == expected[0] == pytest.approx(ours.init_noise_sigma, rel=1e-6)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("interpolation", ["linear", "log_linear"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"interpolation_type": "linear"},
+        {"interpolation_type": "log_linear"},
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "trailing"},
+        {"use_karras_sigmas": True},
+        {"final_sigmas_type": "sigma_min"},
+    ],
+    ids=lambda schedule: "-".join(map(str, next(iter(schedule.items())))),
+)
 @pytest.mark.parametrize("guidance", [0, 1.0, 3.0])
 @pytest.mark.parametrize(("seed", "steps", "size"), [(0, 10, (8, 8)), (1, 3, (12, 20))])
-def test_the_whole_loop_equals_diffusers(tmp_path, interpolation, guidance, seed, steps, size):
-    pipeline = stock_pipeline(unet=stock_unet(seed=seed, layers_per_block=1), interpolation_type=interpolation)
+def test_the_whole_loop_equals_diffusers(tmp_path, schedule, guidance, seed, steps, size):
+    pipeline = stock_pipeline(unet=stock_k_unet(seed=seed, layers_per_block=1), **schedule)
     saved_parts(tmp_path, pipeline, "unet", "scheduler")
     ours = LatentUpsampler.from_pretrained(tmp_path)
     latents, noise = normal(2, 4, *size, seed=seed), normal(2, 4, *(2 * edge for edge in size), seed=seed + 1)
@@ -187,7 +188,7 @@ def published(tmp_path):
     tokenizer = transformers.CLIPTokenizer.from_pretrained(
         stock_tokenizer(tmp_path / "tokenizer", pad_token="!", model_max_length=12)
     )
-    pipeline = stock_pipeline(text_encoder=stock_clip(**TEXT), tokenizer=tokenizer)
+    pipeline = stock_pipeline(text_encoder=stock_text(**TEXT), tokenizer=tokenizer)
     saved_parts(tmp_path, pipeline, "unet", "scheduler", "text_encoder")
     return tmp_path, pipeline
 
@@ -223,9 +224,8 @@ def test_what_it_saves_needs_no_text_encoder_and_gives_the_same_bits(published, 
     network = ["unet/config.json", f"unet/{WEIGHTS}"]
     assert names == ["empty_prompt.safetensors", "scheduler/scheduler_config.json", *network]
     again = LatentUpsampler.from_pretrained(target)
-    assert again.schedule == ours.schedule and again.unet.config == ours.unet.config
-    assert again.state_dict().keys() == ours.state_dict().keys()
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert again.scheduler.config == ours.scheduler.config and again.unet.config == ours.unet.config
+    assert_equal_weights(again, ours)
     latents = normal(1, 4, 8, 8)
     assert torch.equal(again(latents, num_inference_steps=2), ours(latents, num_inference_steps=2))
 
@@ -236,7 +236,7 @@ def test_what_it_saves_needs_no_text_encoder_and_gives_the_same_bits(published, 
     scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(target / "scheduler")
     scheduler.set_timesteps(10)
     assert scheduler.config.prediction_type == "sample"
-    assert torch.allclose(scheduler.sigmas, torch.tensor(noise_levels(ours.schedule, 10)))
+    assert torch.allclose(scheduler.sigmas, noise_levels(ours.scheduler, 10))
 
 
 @torch.no_grad()
@@ -383,7 +383,7 @@ def test_a_network_config_that_contradicts_the_weights_or_is_not_supported(folde
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [(KUNetConfig, diffusers.UNet2DConditionModel), (SigmaScheduleConfig, diffusers.EulerDiscreteScheduler)],
+    [(KUNetConfig, diffusers.UNet2DConditionModel), (EulerConfig, diffusers.EulerDiscreteScheduler)],
 )
 def test_field_defaults_are_diffusers(ours, theirs):
     defaults = inspect.signature(theirs.__init__).parameters
@@ -394,10 +394,7 @@ def test_field_defaults_are_diffusers(ours, theirs):
 
 @pytest.mark.parametrize("key", ["act_fn", "time_embedding_type", "timestep_post_act", "norm_num_groups"])
 def test_a_key_left_out_means_diffusers_default_which_is_another_network(folder, key):
-    path = folder / "unet" / "config.json"
-    config = json.loads(path.read_text())
-    del config[key]
-    path.write_text(json.dumps(config))
+    edit_json(folder / "unet" / "config.json", lambda config: config.pop(key))
     with pytest.raises(CheckpointError, match=f"{key}="):
         KUNet.from_pretrained(folder / "unet")
 
@@ -405,16 +402,16 @@ def test_a_key_left_out_means_diffusers_default_which_is_another_network(folder,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prediction_type": "epsilon"}, "prediction_type='epsilon': expected one of"),
+        ({"prediction_type": "epsilon"}, "scheduler: expected prediction_type 'sample', got 'epsilon'"),
         ({"interpolation_type": "cubic"}, "interpolation_type='cubic'"),
-        ({"timestep_spacing": "leading"}, "timestep_spacing='leading'"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas=True is not known"),
-        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type='sigma_min'"),
+        ({"timestep_spacing": "even"}, "timestep_spacing='even'"),
+        ({"use_beta_sigmas": True}, "use_beta_sigmas=True"),
+        ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
         ({"_class_name": "DDIMScheduler"}, "_class_name='DDIMScheduler': expected 'EulerDiscreteScheduler'"),
         ({"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000"),
         ({"beta_end": 2.0}, "beta_end=2.0"),
         ({"beta_start": 1e-9}, "beta_start=1e-09"),
-        ({"beta_end": 0.9}, "scheduler: expected finite noise levels, got .inf"),
+        ({"beta_end": 0.9}, "expected noise that grows with every timestep, got sigmas from .* that do not"),
     ],
 )
 def test_a_schedule_that_is_not_supported(folder, changes, message):
@@ -423,11 +420,12 @@ def test_a_schedule_that_is_not_supported(folder, changes, message):
         LatentUpsampler.from_pretrained(folder)
 
 
-def test_old_scheduler_files():
+def test_old_scheduler_files(folder):
     old = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
     values = {**SCHEDULE, **old, "prediction_type": "original_sample", "trained_betas": None}
-    config = SigmaScheduleConfig.from_dict(values)
-    assert noise_levels(config, 10) == noise_levels(SD_X2_SCHEDULE, 10)
+    edit_json(folder / "scheduler" / "scheduler_config.json", **values)
+    ours = LatentUpsampler.from_pretrained(folder).scheduler
+    assert torch.equal(noise_levels(ours, 10), noise_levels(EulerDiscreteScheduler(SD_X2_SCHEDULE), 10))
 
 
 @pytest.mark.parametrize(
@@ -439,9 +437,11 @@ def test_old_scheduler_files():
     ],
 )
 def test_networks_that_are_no_upsampler_s(changes, message):
-    config = KUNetConfig.from_dict({**dict(stock_unet().config), **changes})
-    with torch.device("meta"), pytest.raises(CheckpointError, match=message):
-        LatentUpsampler(KUNet(config))
+    config = KUNetConfig.from_dict({**dict(stock_k_unet().config), **changes})
+    with torch.device("meta"):
+        unet = KUNet(config)
+    with pytest.raises(CheckpointError, match=message):
+        LatentUpsampler(unet)
 
 
 def test_parts_that_are_missing_or_do_not_fit(published):
@@ -449,7 +449,7 @@ def test_parts_that_are_missing_or_do_not_fit(published):
     edit_json(folder / "tokenizer" / "vocab.json", **{"!": 10})
     with pytest.raises(CheckpointError, match=r"tokenizer: expected token ids under .* vocab_size 10, got 10"):
         LatentUpsampler.from_pretrained(folder)
-    stock_clip(**{**TEXT, "hidden_size": 32, "vocab_size": 11}).save_pretrained(folder / "text_encoder")
+    stock_text(**{**TEXT, "hidden_size": 32, "vocab_size": 11}).save_pretrained(folder / "text_encoder")
     with pytest.raises(CheckpointError, match=r"empty prompt's prompt_embeds: expected \(1,T,24\), got \(1, 12, 32\)"):
         LatentUpsampler.from_pretrained(folder)
     prompt = PromptEmbeds(torch.zeros(1, 5, 24), torch.zeros(1, 25))._asdict()

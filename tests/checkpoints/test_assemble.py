@@ -5,10 +5,9 @@ import json
 import diffusers
 import pytest
 import torch
-from small_checkpoints import portrait, run
-from helpers import max_abs_diff, randomized
+from helpers import UNET_WEIGHTS, max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from small_checkpoints import portrait, run, stock_clip, stock_unet, stock_vae
 
 import gafext
 from gafext.checkpoints.assemble import assemble, load_trained
@@ -16,43 +15,15 @@ from gafext.cli import main
 from gafext.errors import CheckpointError
 
 
-def save_parents(folder, *, seed=0):
-    """A stock Stable Diffusion folder and a CLIP folder, small."""
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        cross_attention_dim=40,
-        use_linear_projection=True,
-        norm_num_groups=8,
-    )
-    randomized(unet, seed=seed).save_pretrained(folder / "sd" / "unet")
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    )
-    vae.save_pretrained(folder / "sd" / "vae")
-    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "sd" / "scheduler")
-    clip = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=32,
-        projection_dim=16,
-    )
-    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
-    return folder / "sd", folder / "clip"
-
-
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory):
-    return save_parents(tmp_path_factory.mktemp("parents"))
+    """A stock Stable Diffusion folder and a CLIP folder, small."""
+    folder = tmp_path_factory.mktemp("parents")
+    stock_unet().save_pretrained(folder / "sd" / "unet")
+    stock_vae(seed=None).save_pretrained(folder / "sd" / "vae")
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "sd" / "scheduler")
+    stock_clip(seed=None).save_pretrained(folder / "clip")
+    return folder / "sd", folder / "clip"
 
 
 @pytest.mark.parametrize("views", [4, 8])
@@ -111,16 +82,8 @@ def test_the_command_writes_a_checkpoint(parents, tmp_path, capsys):
 
 def test_a_failure_leaves_nothing(parents, tmp_path, capsys):
     sd, _ = parents
-    command = [
-        "assemble",
-        "--parent",
-        str(sd),
-        "--image-encoder",
-        str(tmp_path / "none"),
-        "--out",
-        str(tmp_path / "model"),
-    ]
-    assert main(command) == 1
+    command = ["assemble", "--parent", sd, "--image-encoder", tmp_path / "none", "--out", tmp_path / "model"]
+    assert main(list(map(str, command))) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +117,7 @@ def test_a_parent_that_has_additions_is_refused(parents, tmp_path):
 def test_copies_of_the_parents_attention_wait_behind_the_zeros(parents, tmp_path):
     sd, clip = parents
     assemble(sd, image_encoder=clip).save_pretrained(tmp_path)
-    state = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    state = load_file(tmp_path / "unet" / UNET_WEIGHTS)
     block = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert torch.equal(state[f"{block}.attn_cv.to_q.weight"], state[f"{block}.attn1.to_q.weight"])
     assert torch.equal(state[f"{block}.attn_ip.to_k.weight"], state[f"{block}.attn2.to_k.weight"])

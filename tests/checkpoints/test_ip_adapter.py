@@ -1,17 +1,17 @@
 """IP-Adapter files, plain and Plus, against diffusers on the same files; and the projections they bring."""
 
 import copy
-import json
 import math
 import pickle
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from helpers import max_abs_diff, randomized
+from helpers import assert_equal_weights, edit_json, max_abs_diff, randomized
 from safetensors.torch import load_file, save_file
+from small_checkpoints import stock_unet
 
+from gafext.checkpoints.ip_adapter import load_ip_adapter
 from gafext.config import UNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.blocks import MultiViewTransformerBlock
@@ -20,16 +20,13 @@ from gafext.models.unet import MultiViewUNet
 
 CONTEXT, CLIP = 40, 24
 STOCK = {
-    "sample_size": 8,
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "attention_head_dim": (2, 4),
     "layers_per_block": 1,
     "transformer_layers_per_block": 2,
-    "cross_attention_dim": CONTEXT,
     "use_linear_projection": True,
-    "norm_num_groups": 8,
 }
 # Channels of the attentions in the file's order: two a transformer; down 1 + 1, up 2 + 2, then the middle.
 CHANNELS = [32] * 2 + [64] * 2 + [64] * 4 + [32] * 4 + [64] * 2
@@ -81,7 +78,7 @@ def clip_features(kind, portraits, *, seed=0):
 def stock(tmp_path_factory):
     """A stock U-Net of diffusers, and the folder it was saved to."""
     folder = tmp_path_factory.mktemp("stock")
-    theirs = randomized(UNet2DConditionModel(**STOCK), seed=3).eval()
+    theirs = stock_unet(STOCK, seed=3, cross_attention_dim=CONTEXT)
     theirs.save_pretrained(folder)
     return theirs, folder
 
@@ -108,7 +105,7 @@ def test_against_diffusers(kind, scale, stock, tmp_path):
     save_file(tensors, tmp_path / "adapter.safetensors")
     theirs = with_adapter(theirs, tensors, scale)
     ours = MultiViewUNet.from_pretrained(folder)
-    ours.load_ip_adapter(tmp_path / "adapter.safetensors", scale=scale)
+    load_ip_adapter(ours, tmp_path / "adapter.safetensors", scale=scale)
     assert ours.image_projection.clip_output == {"plain": "image_embeds", "plus": "penultimate"}[kind]
 
     features, sample, text = clip_features(kind, 2), torch.randn(6, 4, 8, 8), torch.randn(6, 5, CONTEXT)
@@ -131,7 +128,7 @@ def test_scale_zero_is_no_adapter(stock, tmp_path):
     ours = MultiViewUNet.from_pretrained(stock[1])
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, CONTEXT)
     expected = ours(sample, 9, text), ours(sample, 9)
-    ours.load_ip_adapter(tmp_path / "adapter.safetensors", scale=0.0)
+    load_ip_adapter(ours, tmp_path / "adapter.safetensors", scale=0.0)
     tokens = ours.image_projection(clip_features("plain", 1))
     assert torch.equal(ours(sample, 9, text, image_embeds=tokens, num_views=2), expected[0])
     assert max_abs_diff(ours(sample, 9, image_embeds=tokens, num_views=2), expected[1]) < 1e-5
@@ -144,26 +141,26 @@ def test_scale_zero_is_no_adapter(stock, tmp_path):
 def test_saved_with_the_adapter_it_is_the_same(kind, stock, tmp_path):
     save_file(adapter_tensors(kind), tmp_path / "adapter.safetensors")
     unet = MultiViewUNet.from_pretrained(stock[1])
-    unet.load_ip_adapter(tmp_path / "adapter.safetensors", scale=0.75)
+    load_ip_adapter(unet, tmp_path / "adapter.safetensors", scale=0.75)
     unet.save_pretrained(tmp_path / "unet")
     again = MultiViewUNet.from_pretrained(tmp_path / "unet")
     assert again.config == unet.config
     assert (again.config.image_attention, again.config.image_scale) == ("decoupled", 0.75)
     assert again.config.image_unconditional == {"plain": "zero_features", "plus": "zero_image"}[kind]
-    left, right = unet.state_dict(), again.state_dict()
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert_equal_weights(again, unet)
 
 
 def test_what_was_added_shows_by_its_keys(stock, tmp_path):
     save_file(adapter_tensors("plus"), tmp_path / "adapter.safetensors")
     unet = MultiViewUNet.from_pretrained(stock[1])
-    unet.load_ip_adapter(tmp_path / "adapter.safetensors")
+    load_ip_adapter(unet, tmp_path / "adapter.safetensors")
     unet.save_pretrained(tmp_path / "unet")
-    path = tmp_path / "unet" / "config.json"
-    values = json.loads(path.read_text())
-    kept = {name: value for name, value in values.items() if not name.startswith(("image_", "resampler_"))}
-    path.write_text(json.dumps(kept))
+
+    def forget(values):
+        for name in [name for name in values if name.startswith(("image_", "resampler_"))]:
+            del values[name]
+
+    edit_json(tmp_path / "unet" / "config.json", forget)
     config = MultiViewUNet.from_pretrained(tmp_path / "unet").config
     assert replace(config, image_unconditional="zero_image") == unet.config
 
@@ -194,15 +191,14 @@ def test_another_adapter_takes_its_place(stock, tmp_path):
     twice, once = (MultiViewUNet.from_pretrained(stock[1]) for _ in range(2))
     for unet, names in ((twice, ("plain", "plus")), (once, ("plus",))):
         for name in names:
-            unet.load_ip_adapter(tmp_path / f"{name}.safetensors")
+            load_ip_adapter(unet, tmp_path / f"{name}.safetensors")
     assert twice.config == once.config
-    assert all(torch.equal(a, b) for a, b in zip(twice.parameters(), once.parameters(), strict=True))
+    assert_equal_weights(twice, once)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["text", "no text"])
 @torch.no_grad()
 def test_rows_before_the_last_portraits_see_no_image(given):
-    torch.manual_seed(0)
     block = randomized(MultiViewTransformerBlock(64, 2, context_channels=24, image_attention="decoupled"), seed=5)
     x, image, text = torch.randn(4, 9, 64), torch.randn(1, 11, 24), torch.randn(4, 3, 24) if given else None
     both = block(torch.cat([x, x]), torch.cat([text, text]) if given else None, image_embeds=image, num_views=4)
@@ -214,7 +210,7 @@ def test_rows_before_the_last_portraits_see_no_image(given):
 def test_it_trains_after_an_adapter(stock, tmp_path):
     save_file(adapter_tensors("plus"), tmp_path / "adapter.safetensors")
     unet = MultiViewUNet.from_pretrained(stock[1])
-    unet.load_ip_adapter(tmp_path / "adapter.safetensors")
+    load_ip_adapter(unet, tmp_path / "adapter.safetensors")
     tokens = unet.image_projection(clip_features("plus", 1))
     unet(torch.randn(2, 4, 8, 8), 9, torch.randn(2, 5, CONTEXT), image_embeds=tokens, num_views=2).sum().backward()
     assert not [name for name, parameter in unet.named_parameters() if parameter.grad is None]
@@ -230,7 +226,7 @@ def test_every_misfit_is_listed_and_nothing_changes(stock, tmp_path):
     unet = MultiViewUNet.from_pretrained(stock[1])
     config, names = unet.config, set(unet.state_dict())
     with pytest.raises(CheckpointError) as error:
-        unet.load_ip_adapter(path)
+        load_ip_adapter(unet, path)
     for part in (
         str(path),
         "down_blocks.0.attentions.0.transformer_blocks.1.attn2.to_k_ip.weight",
@@ -247,9 +243,9 @@ def test_files_that_are_none(stock, tmp_path):
     pickled = tmp_path / "ip-adapter_sd15.bin"
     pickled.write_bytes(pickle.dumps({}))
     with pytest.raises(CheckpointError, match="Convert once: python -c .*ip-adapter_sd15.safetensors"):
-        unet.load_ip_adapter(pickled)
+        load_ip_adapter(unet, pickled)
     with pytest.raises(CheckpointNotFoundError, match="no such file"):
-        unet.load_ip_adapter(tmp_path / "absent.safetensors")
+        load_ip_adapter(unet, tmp_path / "absent.safetensors")
     for name, tensors, word in (
         ("other", {"lora.up.weight": torch.zeros(1)}, "expected image_proj.proj and image_proj.norm"),
         ("nan", {**adapter_tensors("plain"), "image_proj.norm.bias": torch.full((CONTEXT,), math.nan)}, "NaN"),
@@ -257,11 +253,11 @@ def test_files_that_are_none(stock, tmp_path):
     ):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(CheckpointError, match=word) as error:
-            unet.load_ip_adapter(tmp_path / f"{name}.safetensors")
+            load_ip_adapter(unet, tmp_path / f"{name}.safetensors")
         assert f"{name}.safetensors" in str(error.value)
     assert unet.image_projection is None
     with pytest.raises(ValueError, match="scale: expected a finite number, got nan"):
-        unet.load_ip_adapter(tmp_path / "other.safetensors", scale=math.nan)
+        load_ip_adapter(unet, tmp_path / "other.safetensors", scale=math.nan)
 
 
 def test_the_conversion_command_that_is_shown_works(stock, tmp_path, monkeypatch):
@@ -272,7 +268,7 @@ def test_the_conversion_command_that_is_shown_works(stock, tmp_path, monkeypatch
     torch.save(nested, tmp_path / "adapter.bin")
     unet = MultiViewUNet.from_pretrained(stock[1])
     with pytest.raises(CheckpointError) as error:
-        unet.load_ip_adapter(tmp_path / "adapter.bin")
+        load_ip_adapter(unet, tmp_path / "adapter.bin")
     monkeypatch.chdir(tmp_path)
     exec(str(error.value).partition('python -c "')[2].rpartition('"')[0], {})
     converted = load_file(tmp_path / "adapter.safetensors")

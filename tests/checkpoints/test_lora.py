@@ -9,8 +9,9 @@ import torch
 from damage import damaged_safetensors
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from helpers import max_abs_diff, randomized
+from helpers import max_abs_diff
 from safetensors.torch import load_file, save_file
+from small_checkpoints import NARROW, stock_unet
 
 from gafext.checkpoints.lora import merge_lora
 from gafext.errors import CheckpointError, CheckpointNotFoundError
@@ -36,16 +37,7 @@ RANK, ALPHA = 3, 2.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        cross_attention_dim=12,
-        norm_num_groups=8,
-    )
-    randomized(unet, seed=0).save_pretrained(folder)
+    stock_unet(**NARROW, use_linear_projection=False).save_pretrained(folder)
     return folder
 
 

@@ -6,11 +6,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import portrait, run
 from helpers import max_abs_diff
+from plain_imagedream import IMAGEDREAM, MVDREAM, Plain, write
 from safetensors.torch import save_file
-from test_imagedream import IMAGEDREAM, MVDREAM, Plain, write
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+from small_checkpoints import SD_SCHEDULE, portrait, run, stock_clip, stock_vae
+from transformers import CLIPTextModel, CLIPVisionModel
 
 import gafext
 from gafext.errors import CheckpointError
@@ -21,33 +21,14 @@ def save_checkpoint(folder, config, *, seed=0):
     folder.mkdir(exist_ok=True)
     state = write(folder / "unet", config, seed=seed)
     torch.manual_seed(seed)
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "vae")
-    text = CLIPTextConfig(
-        hidden_size=40,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=49408,
-        hidden_act="gelu",
-    )
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    vision = CLIPVisionConfig(
-        hidden_size=1280,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=16,
-        patch_size=56,
-        hidden_act="gelu",
-    )
-    CLIPVisionModel(vision).save_pretrained(folder / "image_encoder")
-    diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    ).save_pretrained(folder / "scheduler")
+    stock_vae(seed=None).save_pretrained(folder / "vae")
+    sizes = {"num_hidden_layers": 2, "hidden_act": "gelu"}
+    text = {**sizes, "hidden_size": 40, "intermediate_size": 80, "num_attention_heads": 2, "vocab_size": 49408}
+    stock_clip(text, kind=CLIPTextModel, seed=None).save_pretrained(folder / "text_encoder")
+    vision = {**sizes, "hidden_size": 1280, "intermediate_size": 64, "num_attention_heads": 16, "patch_size": 56}
+    stock_clip(vision, kind=CLIPVisionModel, seed=None).save_pretrained(folder / "image_encoder")
+    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULE, clip_sample=False, steps_offset=1)
+    scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "MVDreamPipeline",
         "image_encoder": ["transformers", "CLIPVisionModel"],

@@ -61,7 +61,9 @@ def test_channels_last_reaches_every_norm(make, config, run, monkeypatch):
     for name, module in network.named_modules():
         if isinstance(module, GroupNorm):
             module.register_forward_pre_hook(
-                lambda module, inputs, name=name: reasons.update({name: unsupported_reasons(inputs[0], module.num_groups)})
+                lambda module, inputs, name=name: reasons.update(
+                    {name: unsupported_reasons(inputs[0], module.num_groups)}
+                )
             )
     torch.manual_seed(0)
     assert max_abs_diff(run(network), expected) < 1e-4 * expected.abs().max()

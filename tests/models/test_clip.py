@@ -1,21 +1,21 @@
 """CLIPVisionEncoder against transformers, on small checkpoints that transformers itself saves."""
 
-import json
-
 import pytest
 import torch
 import transformers
-from helpers import max_abs_diff, randomized
+from helpers import CLIP_WEIGHTS as WEIGHTS
+from helpers import edit_json, edit_weights, max_abs_diff, normal, randomized, worst_difference
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from small_checkpoints import stock_clip
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gafext.config import CLIP_VIT_H_14, CLIPVisionConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.ops.backend import set_attention_backend
 
-WEIGHTS = "model.safetensors"
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -28,43 +28,21 @@ TINY = {
 }
 
 
-def stock_clip(*, seed=0, **changes):
-    """transformers' own small vision tower with random weights."""
-    model = CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**{**TINY, **changes}))
-    return randomized(model, seed=seed).eval()
-
-
 def pixels(config, *, batch=2, seed=0):
-    shape = (batch, config.num_channels, config.image_size, config.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return normal(batch, config.num_channels, config.image_size, config.image_size, seed=seed)
 
 
 @torch.no_grad()
-def worst_difference(ours, theirs, pixel_values):
-    result = ours(pixel_values)
+def difference(ours, theirs, pixel_values):
     expected = theirs(pixel_values, output_hidden_states=True)
-    return max(
-        max_abs_diff(result.last_hidden_state, expected.last_hidden_state),
-        max_abs_diff(result.penultimate, expected.hidden_states[-2]),
-        max_abs_diff(result.image_embeds, expected.image_embeds),
-    )
+    names = {"last_hidden_state": expected.last_hidden_state, "image_embeds": expected.image_embeds}
+    return worst_difference(ours(pixel_values), {**names, "penultimate": expected.hidden_states[-2]})
 
 
 @pytest.fixture
 def folder(tmp_path):
-    stock_clip().save_pretrained(tmp_path)
+    stock_clip(TINY).save_pretrained(tmp_path)
     return tmp_path
-
-
-def edit_weights(folder, edit):
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +60,11 @@ def edit_config(folder, **changes):
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_transformers(tmp_path, changes, seed):
-    theirs = stock_clip(seed=seed, **changes)
+    theirs = stock_clip(TINY, seed=seed, **changes)
     theirs.save_pretrained(tmp_path)
     ours = CLIPVisionEncoder.from_pretrained(tmp_path)
     assert not ours.training and ours.dtype == torch.float32
-    assert worst_difference(ours, theirs, pixels(ours.config, seed=seed)) < 1e-5
+    assert difference(ours, theirs, pixels(ours.config, seed=seed)) < 1e-5
 
 
 @torch.no_grad()
@@ -95,9 +73,7 @@ def test_every_backend_gives_the_same_states(folder, backend):
     model = CLIPVisionEncoder.from_pretrained(folder)
     pixel_values = pixels(model.config)
     expected = model(pixel_values).last_hidden_state
-    for module in model.modules():
-        if hasattr(module, "attention_backend"):
-            module.attention_backend = backend
+    set_attention_backend(model, backend)
     assert max_abs_diff(model(pixel_values).last_hidden_state, expected) < 1e-5
 
 
@@ -143,15 +119,17 @@ def test_a_full_model_of_an_older_transformers(tmp_path):
         "id2label": {"0": "LABEL_0"},
     }
     generation |= {"torchscript": False, "bos_token_id": None, "temperature": 1.0, "torch_dtype": "float32"}
-    edit_config(tmp_path, vision_config={**part, **generation, "hidden_act": "gelu"}, vision_config_dict=part)
+    edit_json(
+        tmp_path / "config.json", vision_config={**part, **generation, "hidden_act": "gelu"}, vision_config_dict=part
+    )
     edit_weights(
-        tmp_path,
+        tmp_path / WEIGHTS,
         lambda tensors: tensors.update({"vision_model.embeddings.position_ids": torch.arange(5).view(1, -1)}),
     )
     config = CLIPVisionEncoder.from_pretrained(tmp_path).config
     assert config == CLIPVisionConfig(**{**TINY, "projection_dim": 20, "hidden_act": "quick_gelu"})
     assert transformers.CLIPConfig.from_pretrained(tmp_path).vision_config.hidden_act == "quick_gelu"
-    edit_config(tmp_path, vision_config_dict=None)
+    edit_json(tmp_path / "config.json", vision_config_dict=None)
     assert CLIPVisionEncoder.from_pretrained(tmp_path).config.hidden_act == "gelu"
 
 
@@ -169,7 +147,7 @@ def test_what_it_saves_transformers_loads(folder, tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["config.json", WEIGHTS]
     theirs, loading = CLIPVisionModelWithProjection.from_pretrained(target, output_loading_info=True)
     assert not any(loading.values())
-    assert worst_difference(ours, theirs.eval(), pixels(ours.config)) < 1e-5
+    assert difference(ours, theirs.eval(), pixels(ours.config)) < 1e-5
     assert CLIPVisionEncoder.from_pretrained(target).config == ours.config
 
 
@@ -237,7 +215,7 @@ def test_every_key_that_does_not_fit_is_listed(folder):
         tensors["vision_model.pre_layernorm.bias"] = torch.zeros(32)
         tensors["vision_model.encoder.layers.1.mlp.fc1.bias"] = torch.zeros(63)
 
-    edit_weights(folder, spoil)
+    edit_weights(folder / WEIGHTS, spoil)
     with pytest.raises(CheckpointError) as caught:
         CLIPVisionEncoder.from_pretrained(folder)
     for text in (
@@ -249,7 +227,7 @@ def test_every_key_that_does_not_fit_is_listed(folder):
 
 
 def test_damaged_and_missing_weights(folder):
-    edit_weights(folder, lambda tensors: tensors["visual_projection.weight"].view(-1)[3].fill_(float("nan")))
+    edit_weights(folder / WEIGHTS, lambda tensors: tensors["visual_projection.weight"].view(-1)[3].fill_(float("nan")))
     with pytest.raises(CheckpointError, match=r"visual_projection\.weight has 1 NaN"):
         CLIPVisionEncoder.from_pretrained(folder)
     path = folder / WEIGHTS
@@ -279,7 +257,7 @@ def test_damaged_and_missing_weights(folder):
     ],
 )
 def test_a_config_that_contradicts_the_weights_or_is_not_supported(folder, changes, message):
-    edit_config(folder, **changes)
+    edit_json(folder / "config.json", **changes)
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         CLIPVisionEncoder.from_pretrained(folder)
 
@@ -287,7 +265,7 @@ def test_a_config_that_contradicts_the_weights_or_is_not_supported(folder, chang
 @torch.no_grad()
 def test_a_tower_without_projection(tmp_path):
     """As ImageDream ships it: `image_embeds` is None, and it is saved without one again."""
-    theirs = randomized(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY)), seed=3).eval()
+    theirs = stock_clip(TINY, kind=transformers.CLIPVisionModel, seed=3)
     theirs.save_pretrained(tmp_path / "theirs")
     pixels = torch.randn(2, 3, TINY["image_size"], TINY["image_size"])
     expected = theirs(pixels).last_hidden_state

@@ -1,38 +1,22 @@
 """CLIPTextEncoder against transformers, on small checkpoints that transformers itself saves."""
 
-import json
 import sys
 from dataclasses import asdict, fields
 
 import pytest
 import torch
 import transformers
-from gafext.ops.backend import set_attention_backend
-from helpers import max_abs_diff, randomized
-from safetensors.torch import load_file, save_file
+from helpers import CLIP_WEIGHTS as WEIGHTS
+from helpers import edit_json, edit_weights, max_abs_diff, randomized, worst_difference
+from safetensors.torch import load_file
+from small_checkpoints import SMALL_TEXT, stock_text, stock_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from gafext.checkpoints.prompts import empty_prompt_ids, prompt_ids
 from gafext.config import CLIP_VIT_H_14_TEXT, CLIP_VIT_L_14_TEXT, CLIPTextConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.clip_text import CLIPTextEncoder
-
-WEIGHTS = "model.safetensors"
-TINY = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 12,
-    "bos_token_id": 97,
-    "eos_token_id": 98,
-}
-
-
-def stock_clip(kind=CLIPTextModel, *, seed=0, **changes):
-    """transformers' own small text tower with random weights."""
-    return randomized(kind(transformers.CLIPTextConfig(**{**TINY, **changes})), seed=seed).eval()
+from gafext.ops.backend import set_attention_backend
 
 
 def tokens(*, batch=3, length=12, end=98, seed=0):
@@ -45,31 +29,17 @@ def tokens(*, batch=3, length=12, end=98, seed=0):
 
 
 @torch.no_grad()
-def worst_difference(ours, theirs, input_ids):
-    result, expected = ours(input_ids), theirs(input_ids, output_hidden_states=True)
-    return max(
-        max_abs_diff(result.last_hidden_state, expected.last_hidden_state),
-        max_abs_diff(result.unnormalized, expected.hidden_states[-1]),
-        max_abs_diff(result.penultimate, expected.hidden_states[-2]),
-        max_abs_diff(result.pooled, expected.pooler_output),
-    )
+def difference(ours, theirs, input_ids):
+    expected = theirs(input_ids, output_hidden_states=True)
+    names = {"last_hidden_state": expected.last_hidden_state, "unnormalized": expected.hidden_states[-1]}
+    names |= {"penultimate": expected.hidden_states[-2], "pooled": expected.pooler_output}
+    return worst_difference(ours(input_ids), names)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    stock_clip().save_pretrained(tmp_path)
+    stock_text().save_pretrained(tmp_path)
     return tmp_path
-
-
-def edit_weights(folder, edit):
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -83,18 +53,18 @@ def edit_config(folder, **changes):
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_transformers(tmp_path, changes, seed):
-    theirs = stock_clip(seed=seed, **changes)
+    theirs = stock_text(seed=seed, **changes)
     theirs.save_pretrained(tmp_path)
     ours = CLIPTextEncoder.from_pretrained(tmp_path)
     assert not ours.training and ours.dtype == torch.float32
     for length in (12, 9, 1):
-        assert worst_difference(ours, theirs, tokens(length=length, seed=seed)) < 1e-5
+        assert difference(ours, theirs, tokens(length=length, seed=seed)) < 1e-5
 
 
 def test_pooling_finds_the_first_end_token_or_with_the_wrong_id_2_the_largest(tmp_path):
     ids = torch.tensor([[97, 5, 98, 7, 98], [97, 5, 6, 7, 8], [2, 98, 2, 98, 3], [98, 97, 2, 98, 1]])
     for end, expected in ((98, [2, 0, 1, 0]), (2, [2, 0, 1, 0]), (7, [3, 3, 0, 0])):
-        theirs = stock_clip(eos_token_id=end)
+        theirs = stock_text(eos_token_id=end)
         theirs.save_pretrained(tmp_path)
         result = CLIPTextEncoder.from_pretrained(tmp_path)(ids)
         assert torch.equal(result.pooled, result.last_hidden_state[torch.arange(4), torch.tensor(expected)])
@@ -123,24 +93,28 @@ def test_every_backend_gives_the_same(folder, backend):
 
 def test_every_spelling_of_the_keys(folder, tmp_path):
     plain = CLIPTextEncoder.from_pretrained(folder)
-    theirs = stock_clip(CLIPTextModelWithProjection)
+    theirs = stock_text(kind=CLIPTextModelWithProjection)
     theirs.save_pretrained(folder)
     names = set(load_file(folder / WEIGHTS))
     assert "text_projection.weight" in names and "text_model.final_layer_norm.bias" in names
-    edit_weights(folder, lambda t: t.update({"text_model.embeddings.position_ids": torch.arange(12).view(1, -1)}))
+    edit_weights(
+        folder / WEIGHTS, lambda t: t.update({"text_model.embeddings.position_ids": torch.arange(12).view(1, -1)})
+    )
     ours = CLIPTextEncoder.from_pretrained(folder)
     assert ours.state_dict().keys() == plain.state_dict().keys()
-    assert worst_difference(ours, theirs.text_model, tokens()) < 1e-5
+    assert difference(ours, theirs.text_model, tokens()) < 1e-5
 
 
 def test_the_text_tower_of_a_full_model(tmp_path):
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.CLIPConfig(text_config=TINY, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    config = transformers.CLIPConfig(
+        text_config=SMALL_TEXT, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
     theirs = randomized(transformers.CLIPModel(config), seed=0).eval()
     theirs.save_pretrained(tmp_path)
     ours = CLIPTextEncoder.from_pretrained(tmp_path)
-    assert worst_difference(ours, theirs.text_model, tokens()) < 1e-5
-    edit_config(tmp_path, text_config=[1])
+    assert difference(ours, theirs.text_model, tokens()) < 1e-5
+    edit_json(tmp_path / "config.json", text_config=[1])
     with pytest.raises(CheckpointError, match="text_config: expected an object"):
         CLIPTextEncoder.from_pretrained(tmp_path)
 
@@ -160,7 +134,7 @@ def test_what_it_saves_transformers_loads(folder, tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["config.json", WEIGHTS]
     theirs, loading = CLIPTextModel.from_pretrained(target, output_loading_info=True)
     assert not any(loading.values())
-    assert worst_difference(ours, theirs.eval(), tokens()) < 1e-5
+    assert difference(ours, theirs.eval(), tokens()) < 1e-5
     again = CLIPTextEncoder.from_pretrained(target)
     assert again.config == ours.config
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
@@ -188,7 +162,7 @@ def test_every_key_that_does_not_fit_is_listed(folder):
         tensors["encoder.layers.0.extra.bias"] = torch.zeros(3)
         tensors["encoder.layers.1.mlp.fc1.bias"] = torch.zeros(63)
 
-    edit_weights(folder, spoil)
+    edit_weights(folder / WEIGHTS, spoil)
     with pytest.raises(CheckpointError) as caught:
         CLIPTextEncoder.from_pretrained(folder)
     for text in (
@@ -213,7 +187,7 @@ def test_every_key_that_does_not_fit_is_listed(folder):
     ],
 )
 def test_a_config_that_contradicts_the_weights_or_is_not_supported(folder, changes, message):
-    edit_config(folder, **changes)
+    edit_json(folder / "config.json", **changes)
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         CLIPTextEncoder.from_pretrained(folder)
 
@@ -221,22 +195,6 @@ def test_a_config_that_contradicts_the_weights_or_is_not_supported(folder, chang
 def test_a_key_left_out_means_transformers_default():
     theirs = transformers.CLIPTextConfig()
     assert asdict(CLIPTextConfig()) == {field.name: getattr(theirs, field.name) for field in fields(CLIPTextConfig)}
-
-
-VOCABULARY = {
-    **{word: index for index, word in enumerate(["!", "a", "b", "c", "a</w>", "b</w>", "c</w>", "ab</w>"])},
-    **{"<|startoftext|>": 8, "<|endoftext|>": 9},
-}
-MERGES = "#version: 0.2\na b</w>\n"
-
-
-def stock_tokenizer(folder, **changes):
-    """A small CLIP tokenizer in the files that published folders have."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
-    (folder / "merges.txt").write_text(MERGES)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **changes}))
-    return folder
 
 
 @pytest.mark.parametrize("changes", [{}, {"pad_token": "!"}, {"pad_token": {"__type": "AddedToken", "content": "!"}}])

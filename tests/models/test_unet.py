@@ -1,14 +1,17 @@
+"""MultiViewUNet against diffusers, on small checkpoints that diffusers itself saves, and what it adds to them."""
+
 import json
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import max_abs_diff, randomized
-from safetensors.torch import load_file, save_file
+from helpers import BACKENDS, UNET_WEIGHTS, edit_json, edit_weights, max_abs_diff
+from small_checkpoints import multi_view_config, multi_view_unet, stock_unet
 
-from gafext.config import SD21_MULTIVIEW_UNET, SD21_UNET, UNetConfig
+from gafext.config import SD21_MULTIVIEW_UNET, SD21_UNET
 from gafext.errors import CheckpointError
 from gafext.models.unet import MultiViewUNet, timestep_embedding
+from gafext.ops.backend import set_attention_backend
 
 STOCK = {
     "three stages, linear projection, 8 inputs, pose": dict(
@@ -39,36 +42,6 @@ STOCK = {
 }
 
 
-def stock_unet(name: str, *, seed: int = 0) -> UNet2DConditionModel:
-    options = {"sample_size": 8, "cross_attention_dim": 40, "norm_num_groups": 8, **STOCK[name]}
-    return randomized(UNet2DConditionModel(**options), seed=seed).eval()
-
-
-def multi_view_config(**changes) -> UNetConfig:
-    options = dict(
-        sample_size=8,
-        in_channels=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        cross_attention_dim=40,
-        use_linear_projection=True,
-        norm_num_groups=8,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=12,
-        cross_view="position",
-        image_attention=True,
-        image_embed_dim=24,
-    )
-    return UNetConfig(**{**options, **changes})
-
-
-def multi_view_unet(**changes) -> MultiViewUNet:
-    return randomized(MultiViewUNet(multi_view_config(**changes)), seed=1).eval()
-
-
 def inputs(*, views: int, portraits: int = 1, size: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = views * portraits
@@ -83,7 +56,7 @@ def inputs(*, views: int, portraits: int = 1, size: int = 8, seed: int = 0) -> d
 @pytest.mark.parametrize("name", STOCK)
 @torch.no_grad()
 def test_a_stock_folder_gives_stock_numbers(name, height, width, tmp_path):
-    theirs = stock_unet(name, seed=3)
+    theirs = stock_unet(STOCK[name], seed=3)
     theirs.save_pretrained(tmp_path)
     ours = MultiViewUNet.from_pretrained(tmp_path)
     sample = torch.randn(3, theirs.config.in_channels, height, width)
@@ -101,8 +74,7 @@ def test_a_stock_folder_gives_stock_numbers(name, height, width, tmp_path):
 
 @torch.no_grad()
 def test_saved_again_it_loads_in_diffusers(tmp_path):
-    name = next(iter(STOCK))
-    stock_unet(name).save_pretrained(tmp_path / "theirs")
+    stock_unet(next(iter(STOCK.values()))).save_pretrained(tmp_path / "theirs")
     MultiViewUNet.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     theirs, ours = (UNet2DConditionModel.from_pretrained(tmp_path / who) for who in ("theirs", "ours"))
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
@@ -190,12 +162,10 @@ def test_conditioning_computed_once_gives_the_same_and_may_leave_rows_out():
 
 @torch.no_grad()
 def test_backends_agree():
-    from gafext.ops.backend import set_attention_backend
-
     unet = multi_view_unet()
     x = inputs(views=4)
     results = {}
-    for backend in ("auto", "kernel", "sdpa", "reference"):
+    for backend in BACKENDS:
         set_attention_backend(unet, backend)
         results[backend] = unet(x["sample"], 10, pose=x["pose"], image_embeds=x["image_embeds"], num_views=4)
     for backend in ("auto", "kernel", "sdpa"):
@@ -250,26 +220,24 @@ def test_wrong_inputs_are_named():
 
 def saved(tmp_path):
     multi_view_unet().save_pretrained(tmp_path)
-    return tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    return tmp_path / UNET_WEIGHTS, tmp_path / "config.json"
 
 
 def test_the_added_attentions_show_by_their_keys(tmp_path):
     _, config = saved(tmp_path)
-    values = json.loads(config.read_text())
-    for key in ("cross_view", "image_attention", "image_embed_dim"):
-        del values[key]
-    config.write_text(json.dumps(values))
+    added = ("cross_view", "image_attention", "image_embed_dim")
+    edit_json(config, lambda values: [values.pop(key) for key in added])
     assert MultiViewUNet.from_pretrained(tmp_path).config == multi_view_config()
 
 
 def test_a_square_sample_size_of_two_numbers(tmp_path):
     _, config = saved(tmp_path)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": [8, 8]}))
+    edit_json(config, sample_size=[8, 8])
     assert MultiViewUNet.from_pretrained(tmp_path).config == multi_view_config()
 
 
 def test_a_stock_unet_saved_by_us_has_no_field_of_ours(tmp_path):
-    stock_unet(next(iter(STOCK))).save_pretrained(tmp_path / "theirs")
+    stock_unet(next(iter(STOCK.values()))).save_pretrained(tmp_path / "theirs")
     MultiViewUNet.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     theirs, ours = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("theirs", "ours"))
     assert set(ours) <= set(theirs) and ours["_class_name"] == "UNet2DConditionModel"
@@ -277,11 +245,12 @@ def test_a_stock_unet_saved_by_us_has_no_field_of_ours(tmp_path):
 
 def test_every_misfit_is_listed(tmp_path):
     path, _ = saved(tmp_path)
-    tensors = load_file(path)
-    del tensors["conv_in.bias"], tensors["time_embedding.linear_1.weight"]
-    tensors["conv_out.bias"] = torch.zeros(5)
-    tensors["surplus.a"] = tensors["surplus.b"] = torch.zeros(1)
-    save_file({k: v.clone() for k, v in tensors.items()}, path)
+
+    def spoil(tensors):
+        del tensors["conv_in.bias"], tensors["time_embedding.linear_1.weight"]
+        tensors |= {"conv_out.bias": torch.zeros(5), "surplus.a": torch.zeros(1), "surplus.b": torch.zeros(1)}
+
+    edit_weights(path, spoil)
     with pytest.raises(CheckpointError) as error:
         MultiViewUNet.from_pretrained(tmp_path)
     for part in (str(path), "conv_in.bias", "time_embedding.linear_1.weight", "surplus.a", "surplus.b"):
@@ -308,7 +277,7 @@ def test_every_misfit_is_listed(tmp_path):
 )
 def test_a_configuration_that_contradicts(change, word, tmp_path):
     _, config = saved(tmp_path)
-    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    edit_json(config, **change)
     with pytest.raises(CheckpointError, match=word) as error:
         MultiViewUNet.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)

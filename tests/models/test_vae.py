@@ -1,53 +1,35 @@
 """AutoencoderKL against diffusers, on small checkpoints that diffusers itself saves."""
 
-import json
 import re
 
 import diffusers
 import pytest
 import torch
-from helpers import max_abs_diff, randomized
-from safetensors.torch import load_file, save_file
+from helpers import UNET_WEIGHTS as WEIGHTS
+from helpers import edit_json, edit_weights, max_abs_diff, normal
+from safetensors.torch import load_file
+from small_checkpoints import stock_vae
 
 from gafext.config import SD_VAE, VAEConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.vae import AutoencoderKL
+from gafext.ops.backend import set_attention_backend
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def stock_vae(widths=(32, 64), *, seed=0, **changes):
-    """diffusers' own small autoencoder with random weights."""
-    stages = len(widths)
-    settings = {"norm_num_groups": 8, "sample_size": 32, **changes}
-    model = diffusers.AutoencoderKL(
-        block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * stages,
-        up_block_types=("UpDecoderBlock2D",) * stages,
-        **settings,
-    )
-    return randomized(model, seed=seed).eval()
+WIDE = {"norm_num_groups": 8, "sample_size": 32}
 
 
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def wide_vae(**changes):
+    return stock_vae((32, 64), **{**WIDE, **changes})
 
 
 def image(*shape, seed=0):
-    return noise(*shape, seed=seed).clamp(-1, 1)
+    return normal(*shape, seed=seed).clamp(-1, 1)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    stock_vae().save_pretrained(tmp_path)
+    wide_vae().save_pretrained(tmp_path)
     return tmp_path
-
-
-def edit_weights(folder, edit):
-    """Rewrite the folder's safetensors file after `edit(tensors)`."""
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -65,7 +47,7 @@ def edit_weights(folder, edit):
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_diffusers(tmp_path, widths, changes, size, seed):
-    theirs = stock_vae(widths, seed=seed, **changes)
+    theirs = stock_vae(widths, seed=seed, **{**WIDE, **changes})
     theirs.save_pretrained(tmp_path)
     ours = AutoencoderKL.from_pretrained(tmp_path)
     assert not ours.training and ours.dtype == torch.float32
@@ -77,7 +59,7 @@ def test_equals_diffusers(tmp_path, widths, changes, size, seed):
     assert max_abs_diff(logvar, posterior.logvar) < 1e-5
     assert mean.shape[-2:] == tuple(edge // ours.config.factor for edge in size)
 
-    latents = noise(*mean.shape, seed=seed)
+    latents = normal(*mean.shape, seed=seed)
     decoded = ours.decode(latents)
     assert max_abs_diff(decoded, theirs.decode(latents).sample) < 1e-5
     assert decoded.shape[-2:] == size
@@ -88,7 +70,7 @@ def test_logvar_is_clamped_as_in_diffusers(folder):
     def stretch(tensors):
         tensors["quant_conv.bias"][4:] = torch.tensor([-100.0, 100.0, 0.0, 19.0])
 
-    edit_weights(folder, stretch)
+    edit_weights(folder / WEIGHTS, stretch)
     pixels = image(1, 3, 16, 16)
     _, logvar = AutoencoderKL.from_pretrained(folder).encode(pixels)
     theirs = diffusers.AutoencoderKL.from_pretrained(folder).encode(pixels).latent_dist.logvar
@@ -99,11 +81,9 @@ def test_logvar_is_clamped_as_in_diffusers(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_every_backend_gives_the_same_image(folder, backend):
-    model, latents = AutoencoderKL.from_pretrained(folder), noise(1, 4, 9, 5)
+    model, latents = AutoencoderKL.from_pretrained(folder), normal(1, 4, 9, 5)
     expected = model.decode(latents)
-    for module in model.modules():
-        if hasattr(module, "attention_backend"):
-            module.attention_backend = backend
+    set_attention_backend(model, backend)
     assert max_abs_diff(model.decode(latents), expected) < 1e-5
 
 
@@ -117,9 +97,9 @@ def test_old_spelling_of_the_attention_keys(folder):
             block, new, kind = re.fullmatch(r"(.+\.attentions\.0)\.(.+)\.(weight|bias)", key).groups()
             tensors[f"{block}.{old.get(new, new)}.{kind}"] = tensors.pop(key)
 
-    edit_weights(folder, rename)
+    edit_weights(folder / WEIGHTS, rename)
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in load_file(folder / WEIGHTS)
-    latents = noise(1, 4, 8, 8)
+    latents = normal(1, 4, 8, 8)
     decoded = AutoencoderKL.from_pretrained(folder).decode(latents)
     assert max_abs_diff(decoded, theirs.decode(latents).sample) < 1e-5
 
@@ -133,11 +113,9 @@ def test_published_size():
 
 
 def test_the_scaling_factor_is_the_files_own(tmp_path):
-    stock_vae(scaling_factor=0.13025).save_pretrained(tmp_path)
+    wide_vae(scaling_factor=0.13025).save_pretrained(tmp_path)
     assert AutoencoderKL.from_pretrained(tmp_path).config.scaling_factor == 0.13025
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["scaling_factor"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "config.json", lambda config: config.pop("scaling_factor"))
     assert AutoencoderKL.from_pretrained(tmp_path).config.scaling_factor == 0.18215
 
 
@@ -157,10 +135,10 @@ def test_what_it_saves_diffusers_loads(folder, tmp_path):
 
 @torch.no_grad()
 def test_dtype_and_variant(folder):
-    stock_vae().half().save_pretrained(folder, variant="fp16")
+    wide_vae().half().save_pretrained(folder, variant="fp16")
     assert AutoencoderKL.from_pretrained(folder, variant="fp16").dtype == torch.float32
     model = AutoencoderKL.from_pretrained(folder, variant="fp16", dtype=torch.bfloat16)
-    assert model.decode(noise(1, 4, 4, 4).bfloat16()).dtype == torch.bfloat16
+    assert model.decode(normal(1, 4, 4, 4).bfloat16()).dtype == torch.bfloat16
 
 
 def test_gradients_reach_the_weights(folder):
@@ -172,14 +150,14 @@ def test_gradients_reach_the_weights(folder):
 
 @pytest.mark.parametrize("shape", [(1, 3, 17, 16), (1, 3, 16, 17), (1, 4, 16, 16), (3, 16, 16), (1, 3, 0, 8)])
 def test_images_of_a_wrong_shape(shape):
-    model = AutoencoderKL(VAEConfig.from_dict(dict(stock_vae().config)))
+    model = AutoencoderKL(VAEConfig.from_dict(dict(wide_vae().config)))
     with pytest.raises(ValueError, match=r"image: expected \(B,3,H,W\), H and W multiples of 2, got \("):
         model.encode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 8, 8), (1, 4, 8, 0), (1, 1, 4, 8, 8)])
 def test_latents_of_a_wrong_shape(shape):
-    model = AutoencoderKL(VAEConfig.from_dict(dict(stock_vae().config)))
+    model = AutoencoderKL(VAEConfig.from_dict(dict(wide_vae().config)))
     with pytest.raises(ValueError, match=r"latents: expected \(B,4,H,W\), got \("):
         model.decode(torch.zeros(shape))
 
@@ -192,7 +170,7 @@ def test_every_key_that_does_not_fit_is_listed(folder):
         tensors["quant_conv.weight"] = torch.zeros(8, 7, 1, 1)
         tensors["post_quant_conv.bias"] = torch.zeros(5)
 
-    edit_weights(folder, spoil)
+    edit_weights(folder / WEIGHTS, spoil)
     with pytest.raises(CheckpointError) as caught:
         AutoencoderKL.from_pretrained(folder)
     for text in (
@@ -206,7 +184,7 @@ def test_every_key_that_does_not_fit_is_listed(folder):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_numbers(folder, value):
-    edit_weights(folder, lambda tensors: tensors["decoder.conv_in.weight"].view(-1)[5:7].fill_(value))
+    edit_weights(folder / WEIGHTS, lambda tensors: tensors["decoder.conv_in.weight"].view(-1)[5:7].fill_(value))
     with pytest.raises(CheckpointError, match=r"decoder\.conv_in\.weight has 2 NaN or infinite values"):
         AutoencoderKL.from_pretrained(folder)
 
@@ -255,7 +233,6 @@ def test_a_pickle_is_refused_with_the_reason(folder):
     ],
 )
 def test_a_config_that_contradicts_the_weights_or_is_not_supported(folder, changes, message):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit_json(folder / "config.json", **changes)
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         AutoencoderKL.from_pretrained(folder)

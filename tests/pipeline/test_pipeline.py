@@ -8,12 +8,21 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import SIZE, count_rows, portrait, run, save_checkpoint, save_upsampler
-from helpers import max_abs_diff
-from safetensors.torch import save_file
+from helpers import BACKENDS, max_abs_diff
+from small_checkpoints import (
+    SIZE,
+    count_rows,
+    portrait,
+    run,
+    save_checkpoint,
+    save_ip_adapter,
+    save_lora,
+    save_upsampler,
+)
 
 import gafext
 from gafext.assets import PORTRAIT, CartoonWarning
+from gafext.heads import head_normals
 from gafext.noise import view_noise
 from gafext.upsampler import NOISE_STEP
 
@@ -66,7 +75,7 @@ def test_guidance_is_two_passes(pipe):
         callback_on_step_end=lambda p, i, t, kw: seen.update(t=t, **kw),
     )
     cameras = gafext.cameras.orbit(4)
-    normals = pipe.encode(gafext.pipeline.head_normals(cameras, 4 * SIZE) * 2 - 1)
+    normals = pipe.encode(head_normals(cameras, 4 * SIZE))
     image_embeds = pipe.encode_portraits([portrait()]).conditional
     common = {"pose": cameras.pose(12), "num_views": 4}
     sample = torch.cat([latents, normals], 1)
@@ -95,7 +104,7 @@ def test_guidance_one_runs_no_unconditional_pass(pipe):
     assert rows == [8, 8]
 
 
-def test_image_keys_and_values_are_made_once_a_run(pipe):
+def test_image_keys_and_values_are_made_once_per_run(pipe):
     calls = []
     pipe.unet.transformer_blocks()[0].attn_ip.to_k.register_forward_hook(lambda *_: calls.append(1))
     run(pipe, num_inference_steps=3)
@@ -166,7 +175,7 @@ def test_each_condition_changes_the_views(pipe):
 
 def test_attention_backends_agree(pipe):
     images = {}
-    for backend in ("auto", "kernel", "sdpa", "reference"):
+    for backend in BACKENDS:
         pipe.set_attention_backend(backend)
         images[backend] = run(pipe, guidance_scale=2.0).images
     for backend in ("auto", "kernel", "sdpa"):
@@ -184,7 +193,7 @@ def test_renders_and_strength(pipe):
 
     near = run(pipe, renders=views, strength=0.25, num_inference_steps=8, callback_on_step_end=note)
     assert seen == [126, 1]  # the last quarter of 876, 751, ..., 126, 1
-    clean = pipe.decode(pipe.encode(torch.from_numpy(views).permute(0, 3, 1, 2) * 2 - 1)) / 2 + 0.5
+    clean = pipe.decode(pipe.encode(torch.from_numpy(views).permute(0, 3, 1, 2)))
     far = run(pipe, renders=views, strength=1.0, num_inference_steps=8)
     small = torch.nn.functional.avg_pool2d
     assert max_abs_diff(small(near.images, 2), small(far.images, 2)) > 1e-3
@@ -242,36 +251,27 @@ def test_the_upsampler_in_the_folder_is_used(checkpoint, tmp_path):
 def test_an_ip_adapter_and_a_lora(tmp_path):
     """Both change the views; guidance moves away from the projection of zero features, as IP-Adapter has it."""
     save_checkpoint(tmp_path, multi_view=False)
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"proj.weight": (4 * 40, 16), "proj.bias": (4 * 40,), "norm.weight": (40,), "norm.bias": (40,)}
-    tensors = {f"image_proj.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    for index, channels in enumerate([32, 32, 32, 64]):  # down, up, middle
-        for which in ("to_k_ip", "to_v_ip"):
-            tensors[f"ip_adapter.{2 * index + 1}.{which}.weight"] = torch.randn(channels, 40, generator=generator)
-    save_file(tensors, tmp_path / "adapter.safetensors")
-    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    factors = {f"{name}.lora_A.weight": torch.randn(4, 32), f"{name}.lora_B.weight": torch.randn(32, 4)}
-    save_file(factors, tmp_path / "lora.safetensors")
+    adapter, lora = save_ip_adapter(tmp_path / "adapter.safetensors"), save_lora(tmp_path / "lora.safetensors")
 
     def load(**options):
         return gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu", **options)
 
     with pytest.warns(UserWarning, match="does not look at the portrait"):
-        plain, tuned = load(), load(lora=tmp_path / "lora.safetensors")
-    adapted = load(ip_adapter=tmp_path / "adapter.safetensors", ip_adapter_scale=0.7)
+        plain, tuned = load(), load(lora=lora)
+    adapted = load(ip_adapter=adapter, ip_adapter_scale=0.7)
     assert adapted.unet.config.image_scale == 0.7
     latents = torch.randn(4, 4, SIZE, SIZE)
     options = {"latents": latents, "num_inference_steps": 1, "upsample": "none", "output_type": "latent"}
     base = run(plain, **options).images
     assert torch.equal(run(plain, portrait(5), **options).images, base)
     assert max_abs_diff(run(tuned, **options).images, base) > 1e-3
-    untouched = load(lora=tmp_path / "lora.safetensors", lora_scale=0.0)
+    untouched = load(lora=lora, lora_scale=0.0)
     assert torch.equal(run(untouched, **options).images, base)
     ours = run(adapted, guidance_scale=3.0, **options).images
 
     features = adapted.image_encoder(adapted.image_encoder.preprocess(portrait())).image_embeds
     cameras = gafext.cameras.orbit(4)
-    normals = adapted.encode(gafext.pipeline.head_normals(cameras, 4 * SIZE) * 2 - 1)
+    normals = adapted.encode(head_normals(cameras, 4 * SIZE))
     sample = torch.cat([latents, normals], dim=1)
     negative, positive = (
         adapted.unet(sample, 1, pose=cameras.pose(12), image_embeds=adapted.unet.image_projection(x), num_views=4)
@@ -298,15 +298,15 @@ def test_schedulers_by_name(name, checkpoint):
     }[name].from_pretrained(checkpoint / "scheduler")
     theirs.set_timesteps(6)
     cameras = gafext.cameras.orbit(4)
-    told = {
+    given = {
         "pose": cameras.pose(12),
         "image_embeds": pipe.encode_portraits([portrait()]).conditional,
         "num_views": 4,
     }
-    normals = pipe.encode(gafext.pipeline.head_normals(cameras, 4 * SIZE) * 2 - 1)
+    normals = pipe.encode(head_normals(cameras, 4 * SIZE))
     sample = latents * theirs.init_noise_sigma
     for t in theirs.timesteps:
-        output = pipe.unet(torch.cat([theirs.scale_model_input(sample, t), normals], dim=1), t, **told)
+        output = pipe.unet(torch.cat([theirs.scale_model_input(sample, t), normals], dim=1), t, **given)
         sample = theirs.step(output, t, sample).prev_sample
     assert max_abs_diff(ours, sample) < 1e-4 * max(1.0, sample.abs().max().item())
 

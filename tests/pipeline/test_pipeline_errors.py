@@ -1,13 +1,10 @@
 """Bad arguments and checkpoints whose parts do not fit: clear errors before any work, and nothing half-built."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import count_rows, run, save_upsampler
-from helpers import randomized
-from test_unet import multi_view_config
+from helpers import edit_json
+from small_checkpoints import count_rows, multi_view_config, multi_view_unet, run, save_upsampler
 
 import gafext
 from gafext.errors import CameraError, CheckpointError, CheckpointNotFoundError, ImageError
@@ -62,7 +59,7 @@ def test_bad_arguments_are_named_before_any_work(case, pipe):
 
 def test_a_unet_without_normals_refuses_them(tmp_path, checkpoint):
     pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
-    unet = randomized(MultiViewUNet(multi_view_config(in_channels=4)), seed=0).eval()
+    unet = multi_view_unet(in_channels=4, seed=0)
     plain = gafext.MultiViewDiffusionPipeline(
         unet=unet, vae=pipe.vae, scheduler=pipe.scheduler, image_encoder=pipe.image_encoder
     )
@@ -125,8 +122,7 @@ def test_saving_over_another_pipeline_leaves_nothing_of_it(pipe, checkpoint, tmp
 )
 def test_a_damaged_index_is_named(values, words, pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    path = tmp_path / "model_index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    edit_json(tmp_path / "model_index.json", **values)
     with pytest.raises(CheckpointError, match=words) as error:
         gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)

@@ -1,12 +1,11 @@
 """DDIM against diffusers' DDIMScheduler."""
 
 import dataclasses
-import json
 
 import diffusers
 import pytest
 import torch
-from helpers import max_abs_diff
+from helpers import fake_model, max_abs_diff, noise_maker, write_scheduler
 
 from gafext.config import SD_SCHEDULE, SchedulerConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
@@ -20,16 +19,6 @@ def pair(**changes):
     """Our scheduler and diffusers', of one configuration."""
     config = dataclasses.replace(SD_SCHEDULE, **changes)
     return DDIMScheduler(config), diffusers.DDIMScheduler(**dataclasses.asdict(config))
-
-
-def noise_maker(seed=0, shape=(2, 4, 5, 3)):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(shape, generator=generator)
-
-
-def fake_model(sample, t):
-    """Stands for the network: bounded, and depends on both its inputs."""
-    return torch.sin(sample + 0.01 * int(t)) + 0.1 * sample
 
 
 def trajectory_difference(ours, theirs, *, steps, eta=0.0, seed=0):
@@ -216,11 +205,6 @@ def test_add_noise_refuses_to_broadcast():
         DDIMScheduler().add_noise(torch.zeros(2, 4, 2, 2), torch.zeros(1, 4, 2, 2), 5)
 
 
-def write_config(folder, **values):
-    (folder / "scheduler_config.json").write_text(json.dumps(values))
-    return folder
-
-
 def test_a_folder_from_diffusers_and_back(tmp_path):
     _, theirs = pair(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -234,7 +218,7 @@ def test_a_folder_from_diffusers_and_back(tmp_path):
 
 
 def test_keys_that_a_file_leaves_out_have_diffusers_defaults(tmp_path):
-    ours = DDIMScheduler.from_pretrained(write_config(tmp_path, _class_name="DDIMScheduler"))
+    ours = DDIMScheduler.from_pretrained(write_scheduler(tmp_path, _class_name="DDIMScheduler"))
     assert ours.config.clip_sample and ours.config.beta_schedule == "linear"
     assert trajectory_difference(ours, diffusers.DDIMScheduler(), steps=10) < 1e-6
 
@@ -256,7 +240,7 @@ def test_another_solvers_file_gives_its_noise_schedule(tmp_path, solver):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_empty_file_of_another_solver_means_its_defaults(tmp_path, solver):
-    ours = DDIMScheduler.from_pretrained(write_config(tmp_path, _class_name=solver)).config
+    ours = DDIMScheduler.from_pretrained(write_scheduler(tmp_path, _class_name=solver)).config
     theirs = getattr(diffusers, solver)().config
     for field in dataclasses.fields(ours):
         assert getattr(ours, field.name) == theirs.get(field.name, getattr(ours, field.name)), field.name
@@ -271,7 +255,7 @@ def test_the_published_file_of_stable_diffusion_2_1(tmp_path):
     }
     values |= {"set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True, "trained_betas": None}
     values |= {"num_train_timesteps": 1000, "_class_name": "DDIMScheduler", "_diffusers_version": "0.8.0"}
-    folder = write_config(tmp_path, prediction_type="v_prediction", **values)
+    folder = write_scheduler(tmp_path, prediction_type="v_prediction", **values)
     expected = dataclasses.replace(SD_SCHEDULE, prediction_type="v_prediction")
     assert DDIMScheduler.from_pretrained(folder).config == expected
 
@@ -298,7 +282,7 @@ def test_the_published_file_of_stable_diffusion_2_1(tmp_path):
 )
 def test_files_that_are_refused(tmp_path, values, message):
     with pytest.raises(CheckpointError, match=message) as caught:
-        DDIMScheduler.from_pretrained(write_config(tmp_path, **values))
+        DDIMScheduler.from_pretrained(write_scheduler(tmp_path, **values))
     assert "scheduler_config.json" in str(caught.value)
 
 

@@ -1,12 +1,11 @@
 """DPM-Solver++ and Euler against diffusers' schedulers."""
 
 import dataclasses
-import json
 
 import diffusers
 import pytest
 import torch
-from helpers import max_abs_diff
+from helpers import fake_model, max_abs_diff, noise_maker, write_scheduler
 
 from gafext.config import SD_SCHEDULE
 from gafext.errors import CheckpointError
@@ -36,16 +35,6 @@ def pair_at(name, steps):
     solver, _ = pair(name)
     solver.set_timesteps(steps)
     return solver
-
-
-def noise_maker(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(SHAPE, generator=generator)
-
-
-def fake_model(sample, t):
-    """Stands for the network: bounded, and depends on both its inputs."""
-    return torch.sin(sample + 0.01 * float(t)) + 0.1 * sample
 
 
 def trajectory_difference(ours, theirs, *, steps, begin=0, seed=0):
@@ -268,7 +257,7 @@ def test_every_step_count(name, timestep_spacing):
 def test_messages(name):
     solver, _ = pair(name)
     sample = torch.zeros(1, 4, 2, 2)
-    for call in (solver.step, lambda a, t, _: solver.add_noise(a, a, t), lambda a, t, _: solver._index(t)):
+    for call in (solver.step, lambda a, t, _: solver.add_noise(a, a, t)):
         with pytest.raises(ValueError, match="set_timesteps"):
             call(sample, 999, sample)
     for steps in (0, 1001, 2.5, True):
@@ -285,11 +274,6 @@ def test_messages(name):
         solver.step(sample, 999, sample, eta=1.5, noise=sample)
 
 
-def write_config(folder, **values):
-    (folder / "scheduler_config.json").write_text(json.dumps(values))
-    return folder
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("writer", ["DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", *NAMES.values()])
 def test_by_name_over_the_schedule_of_any_file(tmp_path, name, writer):
@@ -304,7 +288,7 @@ def test_by_name_over_the_schedule_of_any_file(tmp_path, name, writer):
 @pytest.mark.parametrize("name", NAMES)
 def test_by_name_over_a_file_that_leaves_keys_out(tmp_path, name):
     """Stable Diffusion 2.1's published file names no timestep spacing: diffusers then takes the new solver's."""
-    folder = write_config(tmp_path, _class_name="DDIMScheduler", **SD, set_alpha_to_one=False, clip_sample=False)
+    folder = write_scheduler(tmp_path, _class_name="DDIMScheduler", **SD, set_alpha_to_one=False, clip_sample=False)
     theirs = getattr(diffusers, NAMES[name]).from_pretrained(folder)
     assert trajectory_difference(scheduler_from_pretrained(folder, name=name), theirs, steps=10) < TOLERANCE
 
@@ -352,7 +336,7 @@ def test_the_file_chooses_the_solver(tmp_path, writer, expected):
     ],
 )
 def test_files_that_are_refused(tmp_path, values, message):
-    folder = write_config(tmp_path, **{"_class_name": "DPMSolverMultistepScheduler", **values})
+    folder = write_scheduler(tmp_path, **{"_class_name": "DPMSolverMultistepScheduler", **values})
     with pytest.raises(CheckpointError, match=message) as caught:
         scheduler_from_pretrained(folder)
     assert "scheduler_config.json" in str(caught.value)
@@ -360,4 +344,4 @@ def test_files_that_are_refused(tmp_path, values, message):
 
 def test_names_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"scheduler: expected one of \['ddim', 'dpm\+\+', 'euler'\], got 'heun'"):
-        scheduler_from_pretrained(write_config(tmp_path, _class_name="DDIMScheduler"), name="heun")
+        scheduler_from_pretrained(write_scheduler(tmp_path, _class_name="DDIMScheduler"), name="heun")

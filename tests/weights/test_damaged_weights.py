@@ -1,6 +1,5 @@
 """Damaged and absurd checkpoint files: each ends in an error that names it, or does no harm."""
 
-import json
 import os
 import random
 import re
@@ -13,8 +12,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from small_checkpoints import stock_clip, stock_unet, stock_vae
 from damage import damaged_json, damaged_safetensors
+from helpers import edit_json
+from small_checkpoints import NARROW, stock_clip, stock_unet, stock_vae
 
 from gafext import weights
 from gafext.errors import CheckpointError, CheckpointNotFoundError
@@ -25,18 +25,12 @@ from gafext.schedulers import scheduler_from_pretrained
 from gafext.weights import files
 
 
-def edit_json(path, edit):
-    value = json.loads(path.read_text())
-    edit(value)
-    path.write_text(json.dumps(value))
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """One small folder of each kind, with what loads it."""
     root = tmp_path_factory.mktemp("parts")
-    stock_unet().save_pretrained(root / "unet")
-    stock_unet().save_pretrained(root / "shards", max_shard_size="40KB")
+    stock_unet(**NARROW).save_pretrained(root / "unet")
+    stock_unet(**NARROW).save_pretrained(root / "shards", max_shard_size="40KB")
     stock_vae().save_pretrained(root / "vae")
     stock_clip().save_pretrained(root / "clip")
     diffusers.DDIMScheduler().save_pretrained(root / "ddim")
@@ -115,7 +109,7 @@ def test_damaged_files(parts, limits, batch):
 def test_absurd_configurations_are_refused_at_once(parts, tmp_path, part, changes, message):
     root, loaders = parts
     folder = shutil.copytree(root / part, tmp_path / part)
-    edit_json(folder / "config.json", lambda values: values.update(changes))
+    edit_json(folder / "config.json", **changes)
     start = time.perf_counter()
     with pytest.raises(CheckpointError, match=message):
         loaders[part](folder)

@@ -13,10 +13,10 @@ import diffusers
 import pytest
 import torch
 import transformers
-from small_checkpoints import stock_clip, stock_vae
 from diffusers.loaders import single_file_utils
-from helpers import max_abs_diff, randomized
+from helpers import assert_equal_weights, edit_json, edit_weights, max_abs_diff
 from safetensors.torch import load_file, save_file
+from small_checkpoints import stock_clip, stock_unet, stock_vae
 
 from gafext import weights
 from gafext.config import UNetConfig, VAEConfig
@@ -30,25 +30,12 @@ from gafext.weights import hub
 STEM = "diffusion_pytorch_model"
 
 
-def assert_equal(ours, theirs):
-    """Bit-equal weights under equal names."""
-    ours, theirs = ours.state_dict(), theirs.state_dict() if isinstance(theirs, torch.nn.Module) else theirs
-    assert ours.keys() == theirs.keys()
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
-
-
-def edit_json(path, edit):
-    value = json.loads(path.read_text())
-    edit(value)
-    path.write_text(json.dumps(value))
-
-
 @pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
 def test_variants_are_exact(tmp_path, variant):
-    models = {name: stock_vae(seed) for seed, name in enumerate([None, "fp16", "non_ema"])}
+    models = {name: stock_vae(seed=seed) for seed, name in enumerate([None, "fp16", "non_ema"])}
     for name, model in models.items():
         model.save_pretrained(tmp_path, variant=name)
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path, variant=variant), models[variant])
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path, variant=variant), models[variant])
 
 
 def test_a_missing_variant_lists_what_is_there(tmp_path):
@@ -66,7 +53,7 @@ def test_shards(tmp_path, stock, ours, size, variant):
     theirs = stock()
     theirs.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_equal(ours.from_pretrained(tmp_path, variant=variant), theirs)
+    assert_equal_weights(ours.from_pretrained(tmp_path, variant=variant), theirs)
 
 
 @pytest.mark.parametrize("name", [f"{STEM}.fp16.safetensors.index.json", f"{STEM}.safetensors.fp16.index.json"])
@@ -74,7 +61,7 @@ def test_older_names_of_a_variants_index(tmp_path, name):
     theirs = stock_vae()
     theirs.save_pretrained(tmp_path, max_shard_size="20KB", variant="fp16")
     (tmp_path / f"{STEM}.safetensors.index.fp16.json").rename(tmp_path / name)
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path, variant="fp16"), theirs)
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path, variant="fp16"), theirs)
 
 
 @pytest.mark.parametrize(
@@ -101,22 +88,25 @@ def test_saving_over_shards_leaves_none_of_them(tmp_path):
     stock_vae(seed=1).save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     new = AutoencoderKL.from_pretrained(tmp_path, variant="fp16")
     new.save_pretrained(tmp_path)
-    assert_equal(diffusers.AutoencoderKL.from_pretrained(tmp_path), new.state_dict())
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path), new.state_dict())
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path, variant="fp16"), new.state_dict())  # another variant stays
+    assert_equal_weights(diffusers.AutoencoderKL.from_pretrained(tmp_path), new.state_dict())
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path), new.state_dict())
+    assert_equal_weights(
+        AutoencoderKL.from_pretrained(tmp_path, variant="fp16"), new.state_dict()
+    )  # another variant stays
 
 
 @pytest.mark.parametrize("ones", [1, 2])
 def test_attention_stored_as_1x1_convolutions(tmp_path, ones):
     theirs = stock_vae()
     theirs.save_pretrained(tmp_path)
-    path = tmp_path / f"{STEM}.safetensors"
-    tensors = load_file(path)
-    for key, value in tensors.items():
-        if re.search(r"attentions\.0\.to_.+weight", key):
-            tensors[key] = value.view(*value.shape, *[1] * ones)
-    save_file(tensors, path)
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path), theirs)
+
+    def add_dimensions(tensors):
+        for key, value in tensors.items():
+            if re.search(r"attentions\.0\.to_.+weight", key):
+                tensors[key] = value.view(*value.shape, *[1] * ones)
+
+    edit_weights(tmp_path / f"{STEM}.safetensors", add_dimensions)
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path), theirs)
 
 
 # Names of single files of Stable Diffusion 2, as the published converters have them: four stages, two layers.
@@ -188,28 +178,13 @@ def open_clip(tensors, layers):
 @pytest.fixture(scope="module")
 def single_file(tmp_path_factory):
     """One file as Stable Diffusion 2.1's, at small widths, and the three stock networks in it."""
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(64, 64, 128, 128),
-        attention_head_dim=(1, 1, 2, 2),
-        cross_attention_dim=64,
-        use_linear_projection=True,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1},
-            **{"vocab_size": 40, "max_position_embeddings": 9, "hidden_act": "gelu"},
-            **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-        )
-    )
+    sizes = {"block_out_channels": (64, 64, 128, 128), "attention_head_dim": (1, 1, 2, 2), "cross_attention_dim": 64}
+    unet = stock_unet(sizes, seed=0, use_linear_projection=True, norm_num_groups=32, sample_size=None)
+    vae = stock_vae((32, 32, 64, 64), seed=1, layers_per_block=2, norm_num_groups=32)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
+    words = {"vocab_size": 40, "max_position_embeddings": 9, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = stock_clip({**sizes, **words, "hidden_act": "gelu"}, kind=transformers.CLIPTextModel, seed=2)
     stock = {"unet": unet, "vae": vae, "text": text}
-    for seed, model in enumerate(stock.values()):
-        randomized(model, seed=seed)
     tensors = renamed(unet.state_dict(), *ldm_unet_names(), "model.diffusion_model.")
     tensors |= renamed(vae.state_dict(), *ldm_vae_names(), "first_stage_model.")
     tensors |= open_clip(text.state_dict(), layers=2)
@@ -226,12 +201,12 @@ def single_file(tmp_path_factory):
 def test_a_single_file_gives_every_network(single_file):
     path, stock = single_file
     unet = MultiViewUNet.from_single_file(path)
-    assert_equal(unet, stock["unet"])
+    assert_equal_weights(unet, stock["unet"])
     assert unet.config == dataclasses.replace(
         UNetConfig.from_dict(dict(stock["unet"].config)), sample_size=None, attention_head_dim=(1, 1, 2, 2)
     )
     vae = AutoencoderKL.from_single_file(path)
-    assert_equal(vae, stock["vae"])
+    assert_equal_weights(vae, stock["vae"])
     assert vae.config == VAEConfig.from_dict(dict(stock["vae"].config))
     text = CLIPTextEncoder.from_single_file(path)
     ids = torch.tensor([[1, 5, 7, 2, 2]])
@@ -241,17 +216,17 @@ def test_a_single_file_gives_every_network(single_file):
 def test_a_single_file_equals_diffusers_converter(single_file):
     path, stock = single_file
     tensors = load_file(path)
-    assert_equal(
+    assert_equal_weights(
         MultiViewUNet.from_single_file(path),
         single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), stock["unet"].config),
     )
     vae = single_file_utils.convert_ldm_vae_checkpoint(dict(tensors), stock["vae"].config)
-    assert_equal(AutoencoderKL.from_single_file(path), vae)
+    assert_equal_weights(AutoencoderKL.from_single_file(path), vae)
     text = single_file_utils.convert_open_clip_checkpoint(stock["text"], dict(tensors))
     text.pop("text_projection.weight", None)
     third = {key for key in text if ".layers.2." in key}  # diffusers knows only layer 23 as the one not read
     assert len(third) == 16
-    assert_equal(
+    assert_equal_weights(
         CLIPTextEncoder.from_single_file(path), {key: value for key, value in text.items() if key not in third}
     )
 
@@ -262,7 +237,7 @@ def test_a_single_file_of_one_network_without_a_prefix(single_file, tmp_path):
         k.removeprefix("first_stage_model."): v for k, v in load_file(path).items() if k.startswith("first_stage_model")
     }
     save_file(own, tmp_path / "vae.safetensors")
-    assert_equal(AutoencoderKL.from_single_file(tmp_path / "vae.safetensors"), stock["vae"])
+    assert_equal_weights(AutoencoderKL.from_single_file(tmp_path / "vae.safetensors"), stock["vae"])
 
 
 def test_single_files_that_do_not_fit(single_file, tmp_path):
@@ -294,7 +269,7 @@ def test_the_conversion_command_converts(tmp_path):
         AutoencoderKL.from_pretrained(tmp_path)
     code = re.search(r'python -c "(.*)"', str(caught.value))[1]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path), model)
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path), model)
 
 
 def is_mapped(tensor, path):
@@ -321,12 +296,12 @@ def test_weights_are_the_mapped_file_until_they_are_written(tmp_path):
     optimizer.step()
     assert path.read_bytes() == before
     assert not torch.equal(model.decoder.conv_in.weight, other.decoder.conv_in.weight)
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path), other.state_dict())
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path), other.state_dict())
 
     kept = {key: value.clone() for key, value in other.state_dict().items()}
     model.save_pretrained(tmp_path)  # over the file that both are mapped from
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path), model.state_dict())
-    assert_equal(other, kept)
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path), model.state_dict())
+    assert_equal_weights(other, kept)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts private mappings on Linux alone")
@@ -368,10 +343,7 @@ def test_loading_makes_no_second_copy(tmp_path, dtype, times):
 
 def test_values_that_a_narrower_type_cannot_hold(tmp_path):
     stock_vae().save_pretrained(tmp_path)
-    path = tmp_path / f"{STEM}.safetensors"
-    tensors = load_file(path)
-    tensors["quant_conv.bias"][2] = -70_000.0
-    save_file(tensors, path)
+    edit_weights(tmp_path / f"{STEM}.safetensors", lambda tensors: tensors["quant_conv.bias"][2].fill_(-70_000.0))
     assert AutoencoderKL.from_pretrained(tmp_path, dtype=torch.bfloat16).quant_conv.bias[2] == -70_144
     with pytest.raises(CheckpointError, match=r"quant_conv\.bias has values up to 70000, over torch\.float16's"):
         AutoencoderKL.from_pretrained(tmp_path, dtype=torch.float16)
@@ -411,7 +383,7 @@ def test_a_hub_id_offline(tmp_path, variant):
     (repo / "refs").mkdir(parents=True)
     for ref, commit, seed in (("main", "a" * 40, 0), ("v2", "b" * 40, 1)):
         (repo / "refs" / ref).write_text(commit)
-        stock_vae(seed).save_pretrained(repo / "snapshots" / commit / "vae", variant=variant)
+        stock_vae(seed=seed).save_pretrained(repo / "snapshots" / commit / "vae", variant=variant)
     code = f"""
         import torch
         from gafext.weights.hub import checkpoint_folder
@@ -429,7 +401,9 @@ def test_a_hub_id_offline(tmp_path, variant):
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
-    assert [json.loads(line) for line in result[:2]] == [stock_vae(seed).quant_conv.bias.tolist() for seed in (0, 1)]
+    assert [json.loads(line) for line in result[:2]] == [
+        stock_vae(seed=seed).quant_conv.bias.tolist() for seed in (0, 1)
+    ]
     assert result[2].startswith("owner/other: no such folder, and the hub says:")
     assert result[3].startswith("owner/name: no such folder, and the hub says:")
 
