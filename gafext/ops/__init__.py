@@ -1,11 +1,10 @@
-"""The operations that gafext brings along: flash attention, cross-view attention, GEGLU, GroupNorm, 3×3 convolution,
-linear layers.
+"""Operations of gafext: flash attention, cross-view attention, GEGLU, GroupNorm and SiLU, 3×3 convolution, linear.
 
-Each is a function here and, under the same name, an operation of `torch.ops.gafext`. The functions check their
-arguments and hand what the kernels cannot serve to PyTorch's own operations; `torch.ops.gafext` raises instead.
+Each is a function here and an operation of the same name in `torch.ops.gafext`. The functions validate their arguments
+and fall back to PyTorch's operations for inputs that the kernels do not support; `torch.ops.gafext` raises instead.
 """
 
-import torch  # noqa: F401  first: the module below binds to its libraries and to its OpenMP runtime
+import torch  # noqa: F401  must come first: the module below links to its libraries and its OpenMP runtime
 
 from gafext import _C  # noqa: F401  registers torch.ops.gafext
 from gafext.ops.conv3x3 import conv3x3

@@ -1,10 +1,11 @@
-"""What the Python halves of the operations share: checks in the words of csrc/checks.h, reasons, autocast."""
+"""Helpers shared by the operations: checks (error messages as in csrc/checks.h), reasons to fall back, autocast."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +17,18 @@ MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops.h
 
 _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
-MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU, when its best kernels run
-_OLDEST_GPU = min(
-    (int(re.match(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0
-)  # 10 x capability
+MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # by instructions that PyTorch uses and the kernels do not
+# Ten times the lowest compute capability that the kernels were compiled for.
+_OLDEST_GPU = min((int(re.findall(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0)
 
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def require(condition: bool, op: str, words: Callable[[], str]) -> None:
+def require(condition: bool, op: str, message: Callable[[], str]) -> None:
     if not condition:
-        raise ValueError(f"{op}: {words()}")
+        raise ValueError(f"{op}: {message()}")
 
 
 def check_heads_shape(op: str, name: str, tensor: Tensor) -> None:
@@ -76,13 +76,14 @@ def dtype_reasons(tensor: Tensor) -> list[str]:
 
 
 def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether no check here and no reason below can have anything to say, but for the shape of key against query's.
+    """Return whether all checks and reasons in this module pass, except for the shape of key compared with query's.
 
-    One expression of 2 us, where they take 8: a small attention takes 10. Where it is False, they find out why.
+    False only means that the individual checks have to run.
     """
+    # One expression takes 2 us, the individual checks take 8, and a small attention takes 10.
     dtype = query.dtype
     return (
-        not torch.compiler.is_compiling()  # code that no guard should come from
+        not torch.compiler.is_compiling()  # this expression would add guards
         and (query.is_cpu and key.is_cpu and value.is_cpu)
         and (dtype in KERNEL_DTYPES and key.dtype == dtype and value.dtype == dtype)
         and (query.dim() == 4 and key.dim() == 4 and key.shape == value.shape)
@@ -93,7 +94,7 @@ def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def head_reasons(query: Tensor, key: Tensor, value: Tensor, max_head_dim: int = MAX_HEAD_DIM) -> list[str]:
-    """Why the attention kernels cannot serve these tensors, whatever the device."""
+    """List why the attention kernels of every device do not support these tensors."""
     head_dim = query.shape[3]
     reasons = dtype_reasons(query)
     if not 1 <= head_dim <= max_head_dim:
@@ -115,7 +116,7 @@ def _cuda_reason(index: int | None) -> str:
 
 
 def place_reasons(*tensors: Tensor | None) -> list[str]:
-    """Why the kernels cannot serve tensors that live here or are tracked by autograd."""
+    """List why the kernels do not support the tensors' device or their need of a gradient."""
     device = next(t for t in tensors if t is not None).device
     reasons = []
     if device.type == "cuda":
@@ -129,27 +130,31 @@ def place_reasons(*tensors: Tensor | None) -> list[str]:
 
 
 def require_supported(op: str, reasons: list[str]) -> None:
-    """What the kernels of every device raise, for the fake kernels."""
+    """Raise the first reason as a ValueError; the fake kernels fail like the real ones."""
     require(not reasons, op, lambda: reasons[0])
 
 
 def call(op: Callable[..., Tensor], *args, **options) -> Tensor:
-    """The operation for any inputs."""
+    """Call an operation for any inputs."""
     return op(*args, **options)
 
 
-# What torch.library's own autograd kernel enters when no input needs a gradient; not in torch's documentation.
+# Undocumented: torch.library's autograd kernel enters this context when no input needs a gradient. Entering it here
+# bypasses that kernel, whose Python code takes 5 of the 13 us of a call.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
 def call_without_gradient(op: Callable[..., Tensor], *args, **options) -> Tensor:
-    """The operation for inputs that need no gradient, past the autograd kernel, whose Python takes 5 us of 13."""
+    """Call an operation for inputs that need no gradient, bypassing its autograd kernel."""
     with _below_autograd():
         return op(*args, **options)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that an active torch.autocast asks for, as PyTorch's own linear and attention do."""
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast tensors, of which any but the first may be None, to the dtype of an active torch.autocast.
+
+    PyTorch's linear and attention do the same.
+    """
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -158,17 +163,17 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def heads_like(out: Tensor) -> Tensor:
-    """`out` (B,H,L,D) in the memory of (B,L,H,D), as the kernels return it."""
+    """Copy `out` [B,H,L,D] to the memory layout [B,L,H,D], in which the kernels return it."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def save_x_and_weight(ctx, inputs, output):
-    """What the gradients for x, weight and an optional bias take."""
+    """Save x and weight for the backward pass of an operation with an optional bias."""
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
     ctx.has_bias = bias is not None
 
 
-def gradients_wanted(ctx) -> list[bool]:
-    """For x, weight and bias; a bias that was left out has no entry in needs_input_grad."""
+def gradients_needed(ctx) -> list[bool]:
+    """List whether x, weight and bias need a gradient; an omitted bias has no entry in needs_input_grad."""
     return [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]

@@ -1,7 +1,7 @@
-"""Which backend serves a call: "kernel" (gafext's C++/CUDA), "sdpa" (PyTorch's op) or "reference" (the formula).
+"""Choice of the backend of a call: "kernel" (gafext's C++/CUDA), "sdpa" (PyTorch's operation) or "reference" (formula).
 
-"auto" takes the kernel unless it cannot serve the inputs or PyTorch is faster at them. The choice is an argument, never
-a global: every module keeps its own `attention_backend`, and `set_attention_backend` sets those of a whole tree.
+"auto" is the kernel unless it does not support the inputs or PyTorch is faster. The choice is an argument, never a
+global: every module has its own `attention_backend`, and `set_attention_backend` sets all of a network's.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def no_reasons() -> list[str]:
 
 
 def use_kernel(backend: str, op: str, unsupported: Reasons, slower: Reasons = no_reasons) -> bool:
-    """Decide whether the kernel serves a call; each of the two functions is called once at most.
+    """Return whether a call runs the kernel.
 
     Args:
         backend: one of `BACKENDS`.
         op: name of the operation, for the error.
-        unsupported: returns why the kernel cannot serve the inputs.
-        slower: returns why PyTorch's op is the faster one; asked with "auto" alone.
+        unsupported: lists why the kernel does not support the inputs; called at most once.
+        slower: lists why PyTorch's operation is faster; called at most once, and only with "auto".
 
     Raises:
-        ValueError: no such backend, or "kernel" was asked for and cannot serve the inputs; the reasons are listed.
+        ValueError: `backend` is unknown, or is "kernel" and the kernel does not support the inputs (lists the reasons).
     """
     if backend == "auto":
         return not (unsupported() or slower())
@@ -49,7 +49,7 @@ def use_kernel(backend: str, op: str, unsupported: Reasons, slower: Reasons = no
 
 
 def prefer(backend: str) -> str:
-    """The backend for ops with kernels on some devices only: "kernel" is a preference there, not a demand."""
+    """Turn "kernel" into "auto", for operations whose kernels exist on some devices only."""
     return "auto" if backend == "kernel" else backend
 
 
@@ -61,9 +61,10 @@ def set_attention_backend(module: nn.Module, backend: str) -> None:
         backend: "auto", "kernel", "sdpa" or "reference".
 
     Raises:
-        ValueError: no such backend.
+        ValueError: `backend` is unknown.
     """
     check_backend(backend)
     for submodule in module.modules():
         if hasattr(submodule, "attention_backend"):
-            submodule.attention_backend = backend
+            # In torch's stubs the attributes of a module are tensors or modules.
+            submodule.attention_backend = backend  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Attention over the views of one portrait, at each spatial position by itself."""
+"""Attention over the views of one portrait, separately at each spatial position."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ MAX_VIEWS = 32  # kMaxViews of csrc/ops.h
 def cross_view_attention(
     query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Attention of each view over all views, at every position by itself, in place over the strides.
+    """Attend from each view to all views of its portrait, separately at each position.
 
-    With V = num_views and row b*V+i being view i of portrait b:
+    With V = num_views, and row b*V+i holding view i of portrait b:
     out[b*V+i,h,l] = sum_j softmax_j(scale * <query[b*V+i,h,l], key[b*V+j,h,l]>) value[b*V+j,h,l]
 
     Args:
-        query: [B*V,H,L,D], float32, float16 or bfloat16. Any strides, the last being 1: a view of a projection's
-            [B*V,L,H*D] costs no copy. Accumulation is in float32.
+        query: [B*V,H,L,D], float32, float16 or bfloat16. The last stride must be 1, the others are free: a view of a
+            projection [B*V,L,H*D] is not copied. Accumulation is in float32.
         key: [B*V,H,L,D], like query.
         value: [B*V,H,L,D], like query.
         num_views: V, the fastest index of the batch.
-        scale: factor of the scores; 1/sqrt(D) by default.
+        scale: factor of the scores; None is 1/sqrt(D).
         backend: "auto", "kernel", "sdpa" or "reference"; see `gafext.ops.backend`.
 
     Returns:
-        [B*V,H,L,D] in the memory of [B*V,L,H,D]: `out.transpose(1, 2).flatten(2)` copies nothing.
+        [B*V,H,L,D] in the memory layout [B*V,L,H,D]: `out.transpose(1, 2).flatten(2)` is a view.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, a batch that is no multiple of num_views, or
-            "kernel" cannot serve them.
+        ValueError: shapes, dtypes or devices do not match, the batch is not a multiple of num_views, or the backend is
+            "kernel" and does not support them.
 
-    With "auto", what the kernel cannot serve (see `unsupported_reasons`) goes to torch's scaled_dot_product_attention.
+    With "auto", inputs that the kernel does not support (`unsupported_reasons`) fall back to torch's
+    scaled_dot_product_attention.
 
-    Source: the cross-view attention of GAF (arXiv 2412.10209); the same pattern as MVDiffusion's and Tune-A-Video's
-    temporal attention in diffusers (models/attention.py, TemporalBasicTransformerBlock).
+    Source: the cross-view attention of GAF (arXiv 2412.10209); MVDiffusion's has the same form, and so has the temporal
+    attention of Tune-A-Video (diffusers: models/attention.py, TemporalBasicTransformerBlock).
     """
     query, key, value = _common.autocast(query, key, value)
     plain = _common.are_plain_heads(query, key, value) and _are_views(query, key, num_views)
@@ -59,18 +60,18 @@ def cross_view_attention(
 def reference_cross_view_attention(
     query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None
 ) -> Tensor:
-    """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
+    """Compute the formula in plain PyTorch: any dtype, float64 included; differentiable."""
     query, key, value = (views_last(t, num_views) for t in (query, key, value))
     return views_first(attention_weights(query, key, scale=scale) @ value)
 
 
 def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> list[str]:
-    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    """List why the kernel does not support tensors of matching shapes; empty when it does."""
     return _kernel_reasons(query, key, value, num_views) + _common.place_reasons(query, key, value)
 
 
 def check_cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> None:
-    """Raises ValueError for arguments that do not go together, in the words of csrc/checks.h."""
+    """Raise a ValueError for arguments that do not match; the messages are those of csrc/checks.h."""
     _common.check_heads_shape(_OP, "query", query)
     _common.check_equal_shape(_OP, "query", query, "key", key)
     _common.check_equal_shape(_OP, "query", query, "value", value)
@@ -89,12 +90,12 @@ def _are_views(query: Tensor, key: Tensor, num_views: int) -> bool:
 
 
 def views_last(tensor: Tensor, num_views: int) -> Tensor:
-    """[B*V,H,L,D] -> [B,H,L,V,D], a view: the sequence of an attention over views."""
+    """View [B*V,H,L,D] as [B,H,L,V,D], whose sequence dimension is the views."""
     return tensor.unflatten(0, (tensor.shape[0] // num_views, num_views)).permute(0, 2, 3, 1, 4)
 
 
 def views_first(tensor: Tensor) -> Tensor:
-    """[B,H,L,V,D] -> [B*V,H,L,D], the inverse of `views_last`."""
+    """Return [B*V,H,L,D] from [B,H,L,V,D], the inverse of `views_last`."""
     return tensor.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
@@ -108,15 +109,15 @@ def _kernel_reasons(query: Tensor, key: Tensor, value: Tensor, num_views: int) -
 def sdpa_cross_view_attention(
     query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None
 ) -> Tensor:
-    """The same by PyTorch's scaled_dot_product_attention, with a copy of every argument and of the result."""
+    """Compute the formula with PyTorch's scaled_dot_product_attention, copying every argument and the result."""
 
     def folded(x: Tensor) -> Tensor:
-        # Four dimensions: of five, Inductor in torch 2.13 makes wrong numbers on the CPU.
+        # Four dimensions: with five, Inductor of torch 2.13 computes wrong numbers on the CPU.
         _, heads, _, width = x.shape
         return views_last(x, num_views).transpose(1, 2).reshape(-1, heads, num_views, width)  # [B*L,H,V,D]
 
     batch, heads, length, width = query.shape
-    out = F.scaled_dot_product_attention(*(folded(x) for x in (query, key, value)), scale=scale)
+    out = F.scaled_dot_product_attention(folded(query), folded(key), folded(value), scale=scale)
     out = out.view(batch // num_views, length, heads, num_views, width)
     return out.permute(0, 3, 2, 1, 4).reshape(batch, heads, length, width)
 

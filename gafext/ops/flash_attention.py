@@ -23,28 +23,28 @@ def flash_attention(
     is_causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of every query over all keys, computed by tiles, so that no Lq x Lk matrix is ever held.
+    """Attend from every query to all keys, tile by tile, without holding the Lq x Lk score matrix.
 
     out[b,h,i] = sum_j softmax_j(scale * <query[b,h,i], key[b,h,j]>) value[b,h,j]
 
     Args:
-        query: [B,H,Lq,D], float32, float16 or bfloat16. Any strides, the last being 1: a view of a projection's
-            [B,Lq,H*D] costs no copy. Accumulation is in float32.
+        query: [B,H,Lq,D], float32, float16 or bfloat16. The last stride must be 1, the others are free: a view of a
+            projection [B,Lq,H*D] is not copied. Accumulation is in float32.
         key: [B,H,Lk,D], like query.
         value: [B,H,Lk,D], like query.
-        scale: factor of the scores; 1/sqrt(D) by default.
-        is_causal: query i sees the keys j <= i (aligned at the top left, as in scaled_dot_product_attention).
+        scale: factor of the scores; None is 1/sqrt(D).
+        is_causal: query i attends to keys j <= i only (aligned at the top left, as in scaled_dot_product_attention).
         backend: "auto", "kernel", "sdpa" or "reference"; see `gafext.ops.backend`.
 
     Returns:
-        [B,H,Lq,D] in the memory of [B,Lq,H,D]: `out.transpose(1, 2).flatten(2)` copies nothing.
+        [B,H,Lq,D] in the memory layout [B,Lq,H,D]: `out.transpose(1, 2).flatten(2)` is a view.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, or "kernel" cannot serve them.
+        ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
 
-    With "auto", what the kernel cannot serve (see `unsupported_reasons`) or PyTorch serves faster (see
-    `slower_reasons`) goes to torch's scaled_dot_product_attention; torch.ops.gafext.flash_attention is always the
-    kernel.
+    With "auto", inputs that the kernel does not support (`unsupported_reasons`) or that PyTorch computes faster
+    (`slower_reasons`) fall back to torch's scaled_dot_product_attention; torch.ops.gafext.flash_attention always runs
+    the kernel.
 
     Source: FlashAttention (arXiv 2205.14135), algorithm 1; online softmax (arXiv 1805.02867), algorithm 3.
     """
@@ -64,12 +64,12 @@ def flash_attention(
 def reference_flash_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, is_causal: bool = False
 ) -> Tensor:
-    """The formula in plain PyTorch: any dtype, float64 too; differentiable; holds the score matrix."""
+    """Compute the formula in plain PyTorch, with the score matrix: any dtype, float64 included; differentiable."""
     return attention_weights(query, key, scale=scale, is_causal=is_causal) @ value
 
 
 def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    """List why the kernel does not support tensors of matching shapes; empty when it does."""
     reasons = _common.head_reasons(query, key, value, _max_head_dim(query)) + _common.place_reasons(query, key, value)
     if not reasons and query.is_cuda and query.shape[3] > _common.MAX_HEAD_DIM and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(query.device.index)
@@ -87,28 +87,29 @@ def _max_head_dim(query: Tensor) -> int:
     return _common.MAX_HEAD_DIM
 
 
-# Measured on two cores of a Sapphire Rapids, gafext against torch 2.13.
-# Packing the keys pays from 12 queries on at head size 64: 1.03x, 8 had 0.85x. (257 keys of size 40: 0.65x at 12, 1x at
-# 36.)
+# Measured on two cores of a Sapphire Rapids; ratios are gafext's speed over torch 2.13's.
+# Packing the keys pays from 12 queries on with heads of 64 (1.03; 8 queries 0.85). With 257 keys and heads of 40, 12
+# queries had 0.65 and 36 had 1.
 _FEW_QUERIES = 12
-# Of bfloat16 on AMX tiles wider heads need more. Against 77 to 1024 keys: 1.3x with 12 queries of size 40, 1.2x..1.5x
-# with 16 of size 64, 1.3x..1.7x with 48 of size 160, where 16 had 0.8x; 64 keys, size 256: 0.97x with 85, 1.2x with 96.
-_QUERIES_A_DIMENSION = 3 / 8
-# Multiply-adds of the scores. With fewer the time is that of a call: on one thread (1,8,64,40) with 1.3 million 1.04x,
-# (1,4,64,80) against 77 keys with 1.6 million 1.46x.
+# With bfloat16 on AMX tiles, wider heads need more queries. With 77 to 1024 keys: 1.3 with 12 queries and heads of 40,
+# 1.2 to 1.5 with 16 and 64, 1.3 to 1.7 with 48 and 160, where 16 had 0.8. With 64 keys and heads of 256: 0.97 with 85
+# queries, 1.2 with 96.
+_QUERIES_PER_DIMENSION = 3 / 8
+# Multiply-adds of the scores, below which the call itself takes the time. On one thread: 1.04 with 1.3 million
+# (1,8,64,40), 1.46 with 1.6 million (1,4,64,80 and 77 keys).
 _LITTLE_WORK = 3 * 2**19
 
 
 class GpuShapes(NamedTuple):
-    """Half-precision attentions for which the CUDA kernel was measured faster than each of PyTorch's backends."""
+    """Half-precision attentions for which the CUDA kernel was measured to be faster than all of PyTorch's backends."""
 
-    capability: int  # 90: compute capability 9.0
+    capability: int  # ten times the compute capability
     head_dims: range
     queries: range
     keys: range
 
 
-# To be filled in from benchmarks on a GPU: nothing was measured yet.
+# To be filled in from benchmarks on a GPU; nothing has been measured yet.
 FASTER_ON_GPU: tuple[GpuShapes, ...] = ()
 
 
@@ -131,7 +132,7 @@ def _gpu_reasons(query: Tensor, key: Tensor) -> list[str]:
 
 
 def _wide_heads_pay(query: Tensor, key: Tensor) -> bool:
-    """On AMX tiles: float32 1.2x with 256 and 1024 queries and keys of size 512, 1.4x with 4096; float16 1.1x..2.5x."""
+    # On AMX tiles with heads of 512: float32 1.2 with 256 and 1024 queries and keys, 1.4 with 4096; float16 1.1 to 2.5.
     length, keys, head_dim = query.shape[2], key.shape[2], query.shape[3]
     if query.dtype == torch.float32:
         return length >= 256 and keys >= 256 and head_dim >= 384
@@ -139,18 +140,18 @@ def _wide_heads_pay(query: Tensor, key: Tensor) -> bool:
 
 
 def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
-    """Why PyTorch's own operation is the faster one for what the kernel could serve too; empty when it is not."""
+    """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     if query.device.type == "cuda":
         return _gpu_reasons(query, key)
     if query.device.type != "cpu":
         return []
     reasons = []
-    dtype, any_size = query.dtype, torch.compiler.is_compiling()  # no guards on sizes
+    dtype, any_size = query.dtype, torch.compiler.is_compiling()  # while compiling, sizes would add guards
     batch, heads, length, head_dim = query.shape
     keys = key.shape[2]
     if not any_size and 0 in (batch, heads, length, keys):
-        return []  # torch 2.11 dies of a division by zero
-    # PyTorch's bfloat16 is slow over few keys that are not whole blocks: 77 keys 1.5x..1.9x.
+        return []  # torch 2.11 crashes with a division by zero
+    # PyTorch's bfloat16 is slow with few keys that do not fill whole blocks: 1.5 to 1.9 with 77 keys.
     few_odd_keys = not any_size and keys < 128 and keys % 32 != 0 and head_dim < 128
     on_tiles = _common.INSTRUCTION_SET == "amx"
     if dtype == torch.bfloat16 and _common.MULTIPLIES_BFLOAT16 and not on_tiles and not few_odd_keys:
@@ -159,7 +160,7 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
         reasons.append("PyTorch's matrix products are the faster ones for heads this wide")
     few = _FEW_QUERIES
     if dtype == torch.bfloat16 and on_tiles and not any_size:
-        few = max(few, int(head_dim * _QUERIES_A_DIMENSION))
+        few = max(few, int(head_dim * _QUERIES_PER_DIMENSION))
     if not any_size and length < few and dtype != torch.float16:
         reasons.append(f"fewer than {few} queries do not pay for packing the keys")
     if not any_size and batch * heads * length * keys * head_dim < _LITTLE_WORK:
@@ -168,7 +169,7 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
 
 
 def check_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _common.check_heads_shape(_OP, name, tensor)
     _common.require(
@@ -187,9 +188,9 @@ def _same_but_length(query: Tensor, key: Tensor) -> bool:
 
 
 def attention_weights(query: Tensor, key: Tensor, *, scale: float | None, is_causal: bool = False) -> Tensor:
-    """softmax(scale * query key^T) over the last dimension: [..., Lq, D], [..., Lk, D] -> [..., Lq, Lk]."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * (query @ key.transpose(-1, -2))  # [..., Lq, Lk]
+    """Compute softmax(scale * query key^T) over the last dimension: [..., Lq, D], [..., Lk, D] -> [..., Lq, Lk]."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = factor * (query @ key.transpose(-1, -2))  # [..., Lq, Lk]
     if is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -207,18 +208,18 @@ def attention_backward(
     is_causal: bool = False,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of attention over the last two dimensions, in float32 (FlashAttention, appendix B.2).
+    """Compute the gradients of attention over the last two dimensions, in float32 (FlashAttention, appendix B.2).
 
     With P the weights: dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale dS K, dK = scale dS^T Q.
     """
     dtype = query.dtype
     grad, query, key, value, out = (t.float() for t in (grad, query, key, value, out))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    weights = attention_weights(query, key, scale=scale, is_causal=is_causal)  # [..., Lq, Lk]
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = attention_weights(query, key, scale=factor, is_causal=is_causal)  # [..., Lq, Lk]
     grad_query = grad_key = grad_value = None
     if needed[0] or needed[1]:
         delta = (grad * out).sum(dim=-1, keepdim=True)  # [..., Lq, 1]
-        grad_scores = scale * weights * (grad @ value.transpose(-1, -2) - delta)
+        grad_scores = factor * weights * (grad @ value.transpose(-1, -2) - delta)
         grad_query = (grad_scores @ key).to(dtype) if needed[0] else None
         grad_key = (grad_scores.transpose(-1, -2) @ query).to(dtype) if needed[1] else None
     if needed[2]:

@@ -1,4 +1,4 @@
-"""The gated projection of a transformer's feed-forward layer."""
+"""GEGLU, the gated projection of a transformer's feed-forward layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _OP = "geglu"
 
 
 def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """A linear projection whose first half is multiplied with the GELU of its second half.
+    """Project linearly and multiply the first half of the result by the GELU of the second.
 
     h = x weight^T + bias;  out = h[..., :inner] * gelu(h[..., inner:]),  gelu(g) = g/2 (1 + erf(g / sqrt 2))
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16. Accumulation is in float32.
-        weight: [2 * inner, in_features], like x: the rows of the value first, those of the gate second.
+        weight: [2 * inner, in_features], like x: the rows of the value, then those of the gate.
         bias: [2 * inner], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's linear, chunk and gelu.
 
@@ -30,9 +30,9 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
         [..., inner], contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, or "kernel" cannot serve them.
+        ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
 
-    With "auto", what the kernel cannot serve (see `unsupported_reasons`) goes to torch's linear and gelu.
+    With "auto", inputs that the kernel does not support (`unsupported_reasons`) fall back to torch's linear and gelu.
 
     Source: GEGLU of "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6; diffusers'
     models/activations.py, class GEGLU.
@@ -45,7 +45,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
 
 
 def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
-    """Multiply the first half of a projection that exists already with the GELU of the second: the gate of GEGLU.
+    """Multiply the first half of a projection by the GELU of the second: GEGLU without its linear layer.
 
     out = h[..., :inner] * gelu(h[..., inner:])
 
@@ -57,7 +57,7 @@ def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
         [..., inner], contiguous.
 
     Raises:
-        ValueError: the last dimension is odd, or "kernel" cannot serve the tensor.
+        ValueError: the last dimension is odd, or the backend is "kernel" and does not support the tensor.
     """
     check_geglu_gate(projected)
     if use_kernel(backend, "geglu_gate", lambda: _common.dtype_reasons(projected) + _common.place_reasons(projected)):
@@ -66,23 +66,23 @@ def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def reference_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
+    """Compute the formula in plain PyTorch: any dtype, float64 included; differentiable."""
     return reference_geglu_gate(F.linear(x, weight, bias))
 
 
 def reference_geglu_gate(projected: Tensor) -> Tensor:
-    """The gate's formula in plain PyTorch."""
+    """Compute the gate's formula in plain PyTorch."""
     value, gate = projected.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
 def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
-    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    """List why the kernel does not support tensors of matching shapes; empty when it does."""
     return _common.dtype_reasons(x) + _common.place_reasons(x, weight, bias)
 
 
 def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
     shape = tuple(weight.shape)
     _common.require(
         weight.dim() == 2 and weight.shape[0] % 2 == 0,
@@ -98,7 +98,7 @@ def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def check_geglu_gate(projected: Tensor) -> None:
-    """Raises ValueError for a tensor that has no two halves, in the words of csrc/checks.h."""
+    """Raise a ValueError for a tensor whose last dimension is odd; the message is that of csrc/checks.h."""
     _common.require(
         projected.dim() >= 1 and projected.shape[-1] % 2 == 0,
         "geglu_gate",
@@ -133,7 +133,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gate_backward(grad, value, gate):
-    """dh = [grad * gelu(gate), grad * value * gelu'(gate)], gelu'(g) = cdf(g) + g pdf(g), of float32 arguments."""
+    """Compute dh = [grad * gelu(gate), grad * value * gelu'(gate)], gelu'(g) = cdf(g) + g pdf(g), from float32."""
     cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
     pdf = torch.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
     return torch.cat([grad * gate * cdf, grad * value * (cdf + gate * pdf)], dim=-1)  # [..., 2 * inner]
@@ -144,8 +144,8 @@ def _backward(ctx, grad):
     dtype = x.dtype
     grad, x, weight = (t.float() for t in (grad, x, weight))
     grad_h = _gate_backward(grad, *F.linear(x, weight, None if bias is None else bias.float()).chunk(2, dim=-1))
-    wanted = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
-    gradients = linear_backward(grad_h, x, weight, wanted)
+    needed = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+    gradients = linear_backward(grad_h, x, weight, needed)
     return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
 
 

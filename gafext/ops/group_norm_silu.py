@@ -1,4 +1,4 @@
-"""Group normalisation and the SiLU that follows it in residual networks, in one pass on CUDA."""
+"""Group normalisation followed by SiLU, as in residual networks; fused on CUDA."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def group_norm_silu(
     silu: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalise groups of channels of each image, and apply SiLU.
+    """Normalise groups of channels of each image and apply SiLU.
 
     out = f((x - mean) / sqrt(variance + eps) * weight + bias),  f(y) = y / (1 + exp(-y)) or, without `silu`, y
-    with mean and (biased) variance over channels / num_groups channels next to each other, at all positions.
+    with mean and (biased) variance over all positions of each group of C / num_groups consecutive channels.
 
     Args:
         x: [B,C,h,w] or [B,C,L], float32, float16 or bfloat16. Mean, variance and result are computed in float32.
@@ -34,16 +34,17 @@ def group_norm_silu(
         weight: [C], like x, or None.
         bias: [C], like x, or None.
         eps: added to the variance.
-        silu: whether SiLU follows.
+        silu: apply SiLU to the result.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's group_norm and silu.
 
     Returns:
-        [B,C,h,w] or [B,C,L], channels-last where the kernel ran.
+        [B,C,h,w] or [B,C,L], channels-last if the kernel ran.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, or "kernel" cannot serve them.
+        ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
 
-    With "auto", what the kernel cannot serve (see `unsupported_reasons`) goes to torch's group_norm and silu.
+    With "auto", inputs that the kernel does not support (`unsupported_reasons`) fall back to torch's group_norm and
+    silu.
 
     Source: "Group Normalization" (arXiv 1803.08494), equation 7; diffusers' models/resnet.py, class ResnetBlock2D.
     """
@@ -62,7 +63,7 @@ def reference_group_norm_silu(
     *,
     silu: bool = True,
 ) -> Tensor:
-    """The formula in plain PyTorch: any dtype, float64 too; differentiable."""
+    """Compute the formula in plain PyTorch: any dtype, float64 included; differentiable."""
     normalized = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(normalized, inplace=True) if silu else normalized
 
@@ -70,7 +71,7 @@ def reference_group_norm_silu(
 def unsupported_reasons(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> list[str]:
-    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    """List why the kernel does not support tensors of matching shapes; empty when it does."""
     reasons = _kernel_reasons(x, num_groups) + _common.place_reasons(x, weight, bias)
     if x.device.type not in ("cuda", "meta"):
         reasons.append(f"the kernel is for CUDA, got {x.device.type} tensors")
@@ -93,7 +94,7 @@ def _kernel_reasons(x: Tensor, num_groups: int) -> list[str]:
 
 
 def check_group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
-    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
     shape = tuple(x.shape)
     _common.require(
         x.dim() in (3, 4),
@@ -119,7 +120,7 @@ def check_group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = No
 
 
 def _channels_last(out: Tensor) -> Tensor:
-    """`out` [B,C,...] in the memory of [B,...,C], as the kernels return it."""
+    """Copy `out` [B,C,...] to the memory layout [B,...,C], in which the kernels return it."""
     return out.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -144,7 +145,9 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 
 
 def _backward(ctx, grad):
-    """With n the normalised x and y = n weight + bias: dy = grad * silu'(y); dn = dy weight;
+    """Compute the gradients in float32.
+
+    With n the normalised x and y = n weight + bias: dy = grad * silu'(y), dn = dy weight,
     dx = (dn - mean(dn) - n mean(dn n)) / sqrt(variance + eps), the means over a group.
     """
     x, weight, bias = ctx.saved_tensors

@@ -1,8 +1,9 @@
-"""A linear layer, on the tiles of a CPU with AMX."""
+"""Linear layer, on the AMX tiles of a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +14,20 @@ from gafext.ops.backend import prefer, use_kernel
 
 _OP = "linear"
 _HAS_AMX = _common.INSTRUCTION_SET == "amx"
-# Rows from which on it pays. Measured on two cores of a Sapphire Rapids, three runs: 128 rows of 1280 numbers 1.15x to
-# 1.25x PyTorch's, of 5120 1.4x, of 320 0.9x; 64 and 77 rows 0.8x to 1.2x from run to run.
-# Weights packed once for MKL gained 1.0x to 1.1x from 512 rows on and 1.2x to 1.3x below, at the price of a second copy
-# in memory: a hundredth of a U-Net's time, so that without AMX this is torch's linear.
+# Rows below which PyTorch's linear is faster. Measured on two cores of a Sapphire Rapids, three runs, as gafext's speed
+# over PyTorch's: 128 rows of 1280 features 1.15 to 1.25, of 5120 1.4, of 320 0.9; 64 and 77 rows 0.8 to 1.2.
+# Without AMX this is torch's linear: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to 1.3 below,
+# which saved a hundredth of a U-Net's time and cost a second copy of the weights.
 _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """A linear layer.
+    """Apply a linear layer.
 
     out = x weight^T + bias
 
-    AMX multiplies each float32 as three bfloat16: rounding errors are 0.4 to 0.9 times those of PyTorch's linear.
-    Infinities, NaN, and numbers so huge or so tiny that the terms lose digits, fall back to PyTorch's linear.
+    AMX multiplies each float32 as three bfloat16 terms: rounding errors are 0.4 to 0.9 times those of PyTorch's linear.
+    Infinities, NaN and magnitudes at which the terms lose digits fall back to PyTorch's linear.
 
     Args:
         x: [..., in_features], float32.
@@ -35,16 +36,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's linear.
 
     Returns:
-        [..., out_features], contiguous where the kernel ran.
+        [..., out_features], contiguous if the kernel ran.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, or "kernel" cannot serve them.
+        ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
 
-    With "auto", what the kernel cannot serve (see `unsupported_reasons`) or PyTorch serves faster (see
-    `slower_reasons`) goes to torch's linear; torch.ops.gafext.linear is always the kernel, where there is one.
+    With "auto", inputs that the kernel does not support (`unsupported_reasons`) or that PyTorch computes faster
+    (`slower_reasons`) fall back to torch's linear; torch.ops.gafext.linear runs the kernel on every CPU with AMX.
     """
     slower = slower_reasons(x) if backend == "auto" else []
-    if slower and _fits(x, weight, bias):  # without AMX, every call ends here
+    if slower and _fits(x, weight, bias):  # without AMX, every valid call ends here
         return F.linear(x, weight, bias)
     x, weight, bias = _common.autocast(x, weight, bias)
     check_linear(x, weight, bias)
@@ -54,12 +55,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 def linear_layer(layer: nn.Module, x: Tensor, *, backend: str = "auto") -> Tensor:
-    """Call a layer, by `linear` where it is a plain torch.nn.Linear on a CPU.
+    """Call a layer, through `linear` if it is a plain torch.nn.Linear on a CPU.
 
     Args:
-        layer: a torch.nn.Linear or its replacement: 8-bit, wrapped, with hooks.
+        layer: a torch.nn.Linear, or a replacement (8-bit, wrapped, with hooks), which is called as it is.
         x: [...,in_features].
-        backend: as for `linear`, but "kernel" is a preference.
+        backend: as for `linear`, but "kernel" counts as "auto".
 
     Returns:
         [...,out_features].
@@ -69,8 +70,8 @@ def linear_layer(layer: nn.Module, x: Tensor, *, backend: str = "auto") -> Tenso
     return layer(x)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Tell whether a call is the product and nothing else: no hooks, no `forward` that replaces the class's."""
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether calling the layer is only the product: no hooks, no `forward` on the instance."""
     return (
         type(layer) is nn.Linear
         and not (layer._forward_hooks or layer._forward_pre_hooks)
@@ -80,7 +81,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `check_linear` would let the tensors through; in one expression, as this comes before small products."""
+    """Return whether `check_linear` passes; one expression, because small products are fast."""
     return (
         weight.dim() == 2
         and x.dim() >= 1
@@ -91,7 +92,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
-    """Why the kernel cannot serve tensors of matching shapes; empty when it can."""
+    """List why the kernel does not support tensors of matching shapes; empty when it does."""
     reasons = _common.place_reasons(x, weight, bias)
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
@@ -101,10 +102,10 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def slower_reasons(x: Tensor) -> list[str]:
-    """Why PyTorch's own operation is the faster one for what the kernel could serve too; empty when it is not."""
+    """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     if not _HAS_AMX:
         return [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
-    if torch.compiler.is_compiling():  # where this would be a guard on sizes
+    if torch.compiler.is_compiling():  # the rest would add a guard on sizes
         return []
     width = x.shape[-1] if x.dim() else 1
     few = _FEW_ROWS if width >= _WIDE else _FEW_NARROW_ROWS
@@ -114,7 +115,7 @@ def slower_reasons(x: Tensor) -> list[str]:
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Raises ValueError for tensors that do not go together, in the words of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
     shape = tuple(weight.shape)
     _common.require(weight.dim() == 2, _OP, lambda: f"weight must have shape (out_features, in_features), got {shape}")
     _common.require(
@@ -135,7 +136,7 @@ def _fake(x, weight, bias=None):
 def linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients for x [..., in_features], weight and bias of the result's, `grad` [..., out_features]."""
+    """Compute the needed gradients of x [..., in_features], weight and bias from `grad` [..., out_features]."""
     rows = grad.reshape(-1, weight.shape[0])
     grad_x = grad @ weight if needed[0] else None
     grad_weight = rows.T @ x.reshape(rows.shape[0], -1) if needed[1] else None
@@ -143,7 +144,8 @@ def linear_backward(
 
 
 def _backward(ctx, grad):
-    return linear_backward(grad, *ctx.saved_tensors, _common.gradients_wanted(ctx))
+    x, weight = ctx.saved_tensors
+    return linear_backward(grad, x, weight, _common.gradients_needed(ctx))
 
 
 torch.library.register_autograd("gafext::linear", _backward, setup_context=_common.save_x_and_weight)

@@ -1,4 +1,4 @@
-"""How a process on the CPU treats the memory that networks free."""
+"""Setting of malloc for the memory that networks free on the CPU."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ T = TypeVar("T")
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let malloc keep what tensors free, for the tensors that come after them; a U-Net calls it on a CPU.
+    """Let malloc keep freed memory for later tensors; U-Nets call this on the CPU.
 
-    glibc's default maps every block above some size anew from the kernel: a U-Net of Stable Diffusion's size then takes
-    640 thousand page faults a forward pass, and 1.15 to 1.25 times as long. It is a setting of the whole process, for
-    blocks of up to 32 MiB in the main thread; `GAFEXT_KEEP_MEMORY=0` in the environment leaves malloc alone.
+    The setting holds for the whole process and covers blocks of up to 32 MiB in the main thread. With
+    `GAFEXT_KEEP_MEMORY=0` in the environment, malloc is not changed.
     """
+    # By default glibc maps every large block anew: a U-Net of Stable Diffusion's size then has 640 thousand page faults
+    # per forward pass and takes 1.15 to 1.25 times as long.
     if os.environ.get("GAFEXT_KEEP_MEMORY", "1") != "0":
         _C.keep_freed_memory()
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what malloc has kept."""
+    """Return the memory that malloc keeps to the operating system."""
     _C.release_freed_memory()
 
 
 def release_afterwards(method: Callable[..., T]) -> Callable[..., T]:
-    """A method of something with a device that gives back what malloc has kept on the CPU, also when it raises."""
+    """Decorate a method of an object with a `device` to release malloc's memory after a call on the CPU."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
