@@ -1,0 +1,1 @@
+"""Networks: multi-view U-Net, autoencoder, CLIP encoders, latent upsampler, with the checkpoints' key names."""

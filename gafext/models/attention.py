@@ -1,4 +1,4 @@
-"""The attentions and the feed-forward layer of a transformer block, with diffusers' submodule names."""
+"""Attention layers and feed-forward layer of a transformer block, with diffusers' submodule names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gafext.ops.linear import linear_layer
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B,L,H*D] -> [B,H,L,D], a view."""
+    """View [B,L,H*D] as [B,H,L,D]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """[B,H,L,D] -> [B,L,H*D]; a view of what the attentions return."""
+    """Merge [B,H,L,D] to [B,L,H*D]; for results of the attention operations, a view."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -29,7 +29,7 @@ class KeyValue(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with diffusers' key names: to_q, to_k, to_v without bias, to_out.0 with one."""
+    """Multi-head attention with diffusers' key names: to_q, to_k, to_v without bias, to_out.0 with bias."""
 
     def __init__(self, channels: int, heads: int, *, context_channels: int | None = None):
         super().__init__()
@@ -44,27 +44,28 @@ class Attention(nn.Module):
         return linear_layer(layer, x, backend=self.attention_backend)
 
     def key_value(self, context: Tensor) -> KeyValue:
-        """Keys and values of a context [B,T,C'] that many calls attend to."""
+        """Compute the keys and values of a context [B,T,C'], for any number of calls."""
         key, value = (split_heads(self.project(layer, context), self.heads) for layer in (self.to_k, self.to_v))
         return KeyValue(key, value)
 
     def attend(self, query: Tensor, key_value: KeyValue) -> Tensor:
-        """Attention before the output projection: query [N,L,C], R contexts -> [N,L,C].
+        """Attend without the output projection: query [N,L,C] and R contexts to [N,L,C].
 
-        N is a multiple of R: each run of N/R rows shares a context, as one long row of queries; nothing is repeated.
+        N is a multiple of R: each run of N/R rows shares a context and is one row of queries, so that no context is
+        repeated.
         """
-        long = split_heads(query.reshape(key_value.key.shape[0], -1, query.shape[-1]), self.heads)  # [R,H,N/R*L,D]
-        attended = flash_attention(long, *key_value, backend=self.attention_backend)
+        queries = split_heads(query.reshape(key_value.key.shape[0], -1, query.shape[-1]), self.heads)  # [R,H,N/R*L,D]
+        attended = flash_attention(queries, *key_value, backend=self.attention_backend)
         return merge_heads(attended).view(query.shape)
 
     def forward(self, hidden_states: Tensor, key_value: KeyValue | None = None) -> Tensor:
-        """Self-attention, or attention to ready keys and values: [N,L,C] -> [N,L,C]."""
+        """Map [N,L,C] to [N,L,C] by self-attention, or by attention to precomputed keys and values."""
         key_value = key_value or self.key_value(hidden_states)
         return self.project(self.to_out[0], self.attend(self.project(self.to_q, hidden_states), key_value))
 
 
 class DecoupledAttention(Attention):
-    """Attention to the text and, where there is `to_k_ip`, to the image with the same queries.
+    """Attention to the text and, if the layer has `to_k_ip`, to the image with the same queries.
 
     out = W_out (softmax(Q K_textᵀ / √D) V_text + s · softmax(Q K_imageᵀ / √D) V_image)
 
@@ -78,32 +79,34 @@ class DecoupledAttention(Attention):
             self.add_image()
 
     def add_image(self) -> None:
-        """Make room for the image's projections."""
+        """Add the projections of the image, `to_k_ip` and `to_v_ip`."""
         self.to_k_ip, self.to_v_ip = (
             nn.Linear(self.to_k.in_features, self.to_k.out_features, bias=False) for _ in range(2)
         )
 
     def image_key_value(self, image_embeds: Tensor, scale: float = 1.0) -> KeyValue:
-        """Keys and values of image tokens [B,T,C']; `scale` is s."""
+        """Compute the keys and values of image tokens [B,T,C']; `scale` is s."""
+        assert self.to_k_ip is not None and self.to_v_ip is not None
         key, value = self.to_k_ip(image_embeds), self.to_v_ip(image_embeds)
         return KeyValue(split_heads(key, self.heads), split_heads(value * scale, self.heads))
 
     def forward(
         self, hidden_states: Tensor, text: KeyValue | None, image: KeyValue | None = None, *, first: int = 0
     ) -> Tensor:
-        """[N,L,C] -> [N,L,C], from at least one of text and image; the rows before `first` do not see the image."""
+        """Map [N,L,C] to [N,L,C], given text, image or both; rows before `first` do not attend to the image."""
         query = self.project(self.to_q, hidden_states)
         attended = None if text is None else self.attend(query, text)
         if image is not None:
-            seen = self.attend(query[first:], image)
+            from_image = self.attend(query[first:], image)
             if first > 0:
-                seen = F.pad(seen, (0, 0, 0, 0, first, 0))
-            attended = seen if attended is None else attended + seen
+                from_image = F.pad(from_image, (0, 0, 0, 0, first, 0))
+            attended = from_image if attended is None else attended + from_image
+        assert attended is not None
         return self.project(self.to_out[0], attended)
 
 
 class CrossViewAttention(Attention):
-    """Attention over the views at each position; [B*V,L,C] with the view fastest."""
+    """Attention over the views at each position of [B*V,L,C], the view index fastest."""
 
     def forward(self, hidden_states: Tensor, num_views: int) -> Tensor:
         query = split_heads(self.project(self.to_q, hidden_states), self.heads)
@@ -113,6 +116,8 @@ class CrossViewAttention(Attention):
 
 
 class GEGLU(nn.Module):
+    """Linear projection to value and gate, value * gelu(gate); the projection may have 8-bit weights."""
+
     def __init__(self, channels: int, inner: int):
         super().__init__()
         self.attention_backend = "auto"
@@ -125,7 +130,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU up to four times the width, and down again. `net.1` is diffusers' dropout: it has no weights."""
+    """GEGLU to four times the width and a linear layer back; `net.1` is diffusers' dropout, without weights."""
 
     def __init__(self, channels: int):
         super().__init__()

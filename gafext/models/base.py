@@ -1,4 +1,4 @@
-"""What every network has: a configuration, a folder to come from and a folder to go to."""
+"""Base class of the networks: configuration, loading and saving."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ ModelType = TypeVar("ModelType", bound="PretrainedModel")
 
 
 class _Budget(TorchFunctionMode):
-    """Ends a construction that makes far more tensors than the file has: a damaged configuration would go on for hours.
+    """Limit on the tensors that a constructor creates: with a damaged configuration it would run for hours.
 
-    A little more is let through, so that a configuration that merely does not fit is told of with all its keys.
+    The limit is well above the number of stored tensors, so that a configuration that merely does not match the weights
+    is reported with all its keys.
     """
 
     def __init__(self, stored: int):
@@ -35,9 +36,9 @@ class _Budget(TorchFunctionMode):
 
 
 def convolution_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """The memory format of a convolution's weights, which decides that of its results.
+    """Return the memory format of a convolution's weights, which determines that of its results.
 
-    cuDNN's kernels for half precision work on channels-last memory, and so do the transformers and gafext's GroupNorm.
+    cuDNN's half-precision kernels, the transformers and gafext's GroupNorm work on channels-last memory.
     """
     on_tensor_cores = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     return torch.channels_last if on_tensor_cores else torch.contiguous_format
@@ -49,7 +50,7 @@ class PretrainedModel(nn.Module):
     config_class: ClassVar[type[Config]]
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"
     key_rule: ClassVar[weights.KeyRule] = staticmethod(weights.same_key)
-    channels_last: ClassVar[bool] = False  # whether its convolutions follow `convolution_format`
+    channels_last: ClassVar[bool] = False  # convolutions take `convolution_format`
 
     def __init__(self, config: Config):
         super().__init__()
@@ -64,7 +65,7 @@ class PretrainedModel(nn.Module):
         return next(self.parameters()).device
 
     def _apply(self, fn, recurse: bool = True):
-        """What `to`, `cuda`, `half` and the like come down to."""
+        """Apply `fn` to all tensors, as `to`, `cuda` and `half` do, and restore the memory format."""
         super()._apply(fn, recurse)
         self._arrange_weights()
         return self
@@ -78,7 +79,7 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> Config:
-        """The configuration in `config.json`; a network may complete it from the names in the weight file."""
+        """Read the configuration in `config.json`; a network may complete it from the names in the weight file."""
         path = folder / "config.json"
         return cls.config_class.from_dict(weights.read_json(path), source=str(path))
 
@@ -103,8 +104,8 @@ class PretrainedModel(nn.Module):
             The network, in evaluation mode.
 
         Raises:
-            CheckpointError: a file is missing or damaged, a value is NaN, or names and shapes do not fit the
-                configuration; all of them are listed.
+            CheckpointError: a file is missing or damaged, a value is NaN, or names or shapes do not match the
+                configuration (lists all that do not).
         """
         folder = Path(folder)
         path = weights.find_weights(folder, cls.weights_stem, variant)
@@ -124,8 +125,8 @@ class PretrainedModel(nn.Module):
         """Load one network out of a single-file checkpoint of Stable Diffusion, with latent diffusion's key names.
 
         Args:
-            path: a safetensors file; what belongs to the other networks in it is left aside.
-            config: None is deduced from the shapes, which is right for Stable Diffusion 2.
+            path: a safetensors file; tensors of other networks in it are ignored.
+            config: None deduces it from the shapes, which is correct for Stable Diffusion 2.
             dtype: of the weights; None is float32.
             device: of the weights; None is the CPU.
 
@@ -133,8 +134,8 @@ class PretrainedModel(nn.Module):
             The network, in evaluation mode.
 
         Raises:
-            CheckpointError: the file is a pickle, is missing or damaged, or holds no such network; names and shapes
-                that do not fit are all listed.
+            CheckpointError: the file is a pickle, is missing or damaged, does not contain the network, or names or
+                shapes do not match (lists all that do not).
         """
         path = Path(path)
         weights.require_safetensors(path)

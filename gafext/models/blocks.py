@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class MultiViewTransformerBlock(nn.Module):
         heads: H; a head is C/H wide.
         context_channels: width of the text and image tokens.
         cross_view: "position" adds `attn_cv`, attention over the views at each position; "dense" lets `attn1` attend
-            to all positions of all views of a portrait; None keeps the views apart.
+            to all positions of all views of a portrait; None keeps the views independent.
         image_attention: "block" adds `attn_ip`; "decoupled" adds `attn2.to_k_ip` and `attn2.to_v_ip`; None neither.
 
     Raises:
@@ -69,23 +70,23 @@ class MultiViewTransformerBlock(nn.Module):
         image_embeds: Tensor | KeyValue | None = None,
         num_views: int = 1,
     ) -> Tensor:
-        """Apply the operations.
+        """Apply the block.
 
         Args:
-            hidden_states: [B*V,L,C], the view running fastest.
+            hidden_states: [B*V,L,C], the view index fastest.
             encoder_hidden_states: text [R,T,context_channels], or its `KeyValue` from `text_key_value`; R divides B*V,
-                and each run of B*V/R rows reads one text. None is the all-zero text, of which K = V = 0, so that it
-                adds nothing but attn2's output bias.
+                and each run of B*V/R rows shares one text. None is the all-zero text, for which K = V = 0: attn2 adds
+                its output bias only.
             image_embeds: image tokens [B,T,context_channels], or their `KeyValue` from `image_key_value`. Fewer than
-                B portraits serve the LAST rows, and the rows before them see no image: this is how the
-                unconditional pass shares the batch. None is no image at all.
+                B portraits belong to the LAST rows, and the rows before have no image: this is how the unconditional
+                pass shares the batch. None is no image.
             num_views: V.
 
         Returns:
             [B*V,L,C].
 
         Raises:
-            ValueError: there are more portraits than rows, or no part that reads an image.
+            ValueError: there are more portraits than rows, or the block has no attention to an image.
         """
         x, text, image = hidden_states, encoder_hidden_states, image_embeds
         if isinstance(text, Tensor):
@@ -96,25 +97,25 @@ class MultiViewTransformerBlock(nn.Module):
 
         views = num_views if self.dense else 1
         x = x + self.attn1(self.norm1(x).reshape(-1, views * x.shape[1], x.shape[2])).view_as(x)
-        if self.attn_cv is not None:
+        if self.attn_cv is not None and self.norm_cv is not None:
             x = x + self.attn_cv(self.norm_cv(x), num_views)
         decoupled = image if self.attn_ip is None else None
         if text is None and decoupled is None:
             x = x + self.attn2.to_out[0].bias
         else:
             x = x + self.attn2(self.norm2(x), text, decoupled, first=first)
-        if self.attn_ip is not None and image is not None:
+        if self.attn_ip is not None and self.norm_ip is not None and image is not None:
             rows = x[first:]
             rows = rows + self.attn_ip(self.norm_ip(rows), image)
             x = rows if first == 0 else torch.cat([x[:first], rows])
         return x + self.ff(self.norm3(x))
 
     def text_key_value(self, encoder_hidden_states: Tensor) -> KeyValue:
-        """Keys and values of a text [R,T,C'], which do not change over the denoising steps."""
+        """Compute the keys and values of a text [R,T,C'], which are constant over the denoising steps."""
         return self.attn2.key_value(encoder_hidden_states)
 
     def image_key_value(self, image_embeds: Tensor, scale: float = 1.0) -> KeyValue:
-        """Keys and values of image tokens [B,T,C'], which do not change either; `scale` weighs decoupled attention."""
+        """Compute the keys and values of image tokens [B,T,C']; `scale` is the weight of decoupled attention."""
         if self.attn_ip is not None:
             return self.attn_ip.key_value(image_embeds)
         if self.attn2.to_k_ip is None:
@@ -131,7 +132,7 @@ class MultiViewTransformerBlock(nn.Module):
 
 
 class MultiViewSpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, with a residual around all of them.
+    """Transformer blocks over the pixels of a feature map, with one residual around all blocks.
 
     Source: diffusers: models/transformers/transformer_2d.py (its continuous input).
     """
@@ -156,7 +157,7 @@ class MultiViewSpatialTransformer(nn.Module):
             (lambda: nn.Linear(channels, channels)) if linear_projection else (lambda: nn.Conv2d(channels, channels, 1))
         )
         self.proj_in = projection()
-        self.transformer_blocks = nn.ModuleList(
+        blocks = nn.ModuleList(
             MultiViewTransformerBlock(
                 channels,
                 heads,
@@ -166,6 +167,7 @@ class MultiViewSpatialTransformer(nn.Module):
             )
             for _ in range(layers)
         )
+        self.transformer_blocks = cast("Sequence[MultiViewTransformerBlock]", blocks)
         self.proj_out = projection()
 
     def forward(
@@ -176,7 +178,7 @@ class MultiViewSpatialTransformer(nn.Module):
         *,
         num_views: int = 1,
     ) -> Tensor:
-        """[B*V,C,h,w] -> [B*V,C,h,w]; `text` and `image` have one entry a transformer block."""
+        """Map [B*V,C,h,w] to [B*V,C,h,w]; `text` and `image` have one entry per transformer block."""
         height = hidden_states.shape[-2]
         x = self.norm(hidden_states)
         if not self.linear_projection:
@@ -191,11 +193,11 @@ class MultiViewSpatialTransformer(nn.Module):
         x = x.transpose(1, 2).unflatten(2, (height, -1))
         if not self.linear_projection:
             x = self.proj_out(x)
-        return hidden_states + x  # in this order: the sum keeps the memory format of hidden_states
+        return hidden_states + x  # in this order, the sum has the memory format of hidden_states
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution with a border of zeros."""
+    """3×3 convolution with zero padding of 1."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -206,7 +208,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation and, with `silu`, the SiLU after it."""
+    """Group normalisation, followed by SiLU if `silu` is set."""
 
     def __init__(self, groups: int, channels: int, *, eps: float, silu: bool):
         super().__init__(groups, channels, eps=eps)
@@ -219,12 +221,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResnetBlock2D(nn.Module):
-    """norm, SiLU, conv, plus the time embedding; norm, SiLU, conv; plus the input.
+    """Residual block: norm, SiLU, conv, plus the time embedding, norm, SiLU, conv, plus the input.
 
     Args:
-        in_channels: channels in.
-        out_channels: channels out; a 1×1 convolution carries the residual when they differ.
-        time_channels: width of the time embedding, or None for a block without one.
+        in_channels: channels of the input.
+        out_channels: channels of the output; if they differ, the residual goes through a 1×1 convolution.
+        time_channels: width of the time embedding; None for a block without it.
         groups: of the two GroupNorms.
         eps: of the two GroupNorms: 1e-5 in the U-Net, 1e-6 in the autoencoder.
 
@@ -241,9 +243,10 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
-        """[B,Cin,h,w], time embedding [B,time_channels] -> [B,Cout,h,w]."""
+        """Map [B,Cin,h,w] and the time embedding [B,time_channels] to [B,Cout,h,w]."""
         x = self.conv1(self.norm1(hidden_states))
         if self.time_emb_proj is not None:
+            assert time_embedding is not None
             x = x + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
         x = self.conv2(self.norm2(x))
         shortcut = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
@@ -251,7 +254,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """A stride-2 convolution; padding 0 pads below and to the right alone, as the autoencoder's encoder does."""
+    """Stride-2 convolution; padding 0 pads the bottom and the right only, as the autoencoder's encoder does."""
 
     def __init__(self, channels: int, *, padding: int):
         super().__init__()
@@ -263,7 +266,7 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbour upsampling to twice the size, or to `size`, and a convolution."""
+    """Nearest-neighbour upsampling to twice the size, or to `size`, followed by a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

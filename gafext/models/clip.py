@@ -1,4 +1,4 @@
-"""The image tower of CLIP: transformers' CLIPVisionModelWithProjection, its keys and its numbers."""
+"""Image tower of CLIP, with the keys and numbers of transformers' CLIPVisionModelWithProjection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gafext import weights
-from gafext.config import CLIP_VIT_H_14, CLIPVisionConfig
+from gafext.config import CLIP_VIT_H_14, CLIPTextConfig, CLIPVisionConfig
 from gafext.errors import CheckpointError
 from gafext.models.attention import merge_heads, split_heads
 from gafext.models.base import PretrainedModel
@@ -26,7 +26,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class CLIPVisionOutput(NamedTuple):
-    """What the three kinds of image conditioning read."""
+    """Outputs of the image tower, one per kind of image conditioning."""
 
     last_hidden_state: Tensor  # [B,tokens,hidden], before post_layernorm
     penultimate: Tensor  # [B,tokens,hidden]: transformers' hidden_states[-2]
@@ -50,14 +50,11 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention, biases everywhere."""
+    """Multi-head attention with biases in all layers; `is_causal` hides later tokens, as in the text tower."""
 
-    is_causal = False
-    """Whether a token sees only itself and the tokens before it: set by the text tower."""
-
-    def __init__(self, hidden: int, heads: int):
+    def __init__(self, hidden: int, heads: int, *, is_causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_causal = heads, is_causal
         self.attention_backend = "auto"
         self.k_proj = nn.Linear(hidden, hidden)
         self.v_proj = nn.Linear(hidden, hidden)
@@ -74,9 +71,9 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with the configuration's GELU between them."""
+    """Two linear layers with the configuration's GELU in between."""
 
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: CLIPVisionConfig | CLIPTextConfig):
         super().__init__()
         self.attention_backend = "auto"
         self.exact = config.hidden_act == "gelu"
@@ -92,9 +89,9 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and MLP, each on a normalised input and with a residual."""
 
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: CLIPVisionConfig | CLIPTextConfig, *, is_causal: bool):
         super().__init__()
-        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
+        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads, is_causal=is_causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -105,21 +102,22 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers."""
+    """Stack of layers, of the image tower and of the text tower."""
 
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: CLIPVisionConfig | CLIPTextConfig, *, is_causal: bool = False):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = (EncoderLayer(config, is_causal=is_causal) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,tokens,hidden] -> what goes into the last layer, and what comes out of it."""
+        """Map [B,tokens,hidden] to the input and the output of the last layer."""
         for layer in self.layers[:-1]:
             x = layer(x)
         return x, self.layers[-1](x)
 
 
 class VisionTransformer(nn.Module):
-    """Embeddings and encoder between two LayerNorms; the misspelt one is CLIP's own key."""
+    """Embeddings, encoder and two LayerNorms; `pre_layrnorm` is misspelt in the checkpoints too."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -130,7 +128,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIPVisionEncoder(PretrainedModel):
-    """CLIP's image tower with its projection; loads from full CLIP checkpoints too.
+    """CLIP's image tower with its projection; also loads full CLIP checkpoints.
 
     Args:
         config: widths and depths; the default is ViT-H/14.
@@ -139,6 +137,7 @@ class CLIPVisionEncoder(PretrainedModel):
     """
 
     config_class: ClassVar = CLIPVisionConfig
+    config: CLIPVisionConfig
     weights_stem: ClassVar = "model"
     key_rule: ClassVar = staticmethod(clip_vision_key)
 
@@ -151,11 +150,11 @@ class CLIPVisionEncoder(PretrainedModel):
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> CLIPVisionConfig:
-        """The configuration in `config.json`; a full CLIP model's has the vision part inside."""
+        """Read the configuration in `config.json`; in a full CLIP model's it is the vision part."""
         path = folder / "config.json"
         values = weights.read_json(path)
         if values.get("model_type") == "clip":
-            # vision_config_dict is an older name of the same part, and wins; the projection is on top.
+            # vision_config_dict, an older name of the same part, takes precedence; projection_dim is at the top level.
             part = values.get("vision_config_dict") or values.get("vision_config") or {}
             if not isinstance(part, dict):
                 raise CheckpointError(f"{path}: vision_config: expected an object, got {part!r}")
@@ -175,7 +174,7 @@ class CLIPVisionEncoder(PretrainedModel):
             checkpoint has no projection.
 
         Raises:
-            ValueError: the shape is not that.
+            ValueError: the shape does not match.
         """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
@@ -193,7 +192,7 @@ class CLIPVisionEncoder(PretrainedModel):
         """Resize a PIL image so that its shorter edge is `image_size`, crop the centre and normalise it.
 
         Args:
-            image: any size and mode; what is transparent becomes white.
+            image: any size and mode; transparent pixels are composed with white.
 
         Returns:
             [1,3,image_size,image_size], float32, on the CPU.
@@ -206,9 +205,9 @@ class CLIPVisionEncoder(PretrainedModel):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image, size, short = image.convert("RGB"), self.config.image_size, min(image.size)
-        if max(image.size) > 64 * short:  # only the middle is kept: a long strip need not be resized as a whole
-            surplus = [max(edge - 64 * short, 0) // 2 for edge in image.size]
-            image = image.crop((*surplus, image.width - surplus[0], image.height - surplus[1]))
+        if max(image.size) > 64 * short:  # only the centre is kept: do not resize a long strip as a whole
+            left, top = (max(edge - 64 * short, 0) // 2 for edge in image.size)
+            image = image.crop((left, top, image.width - left, image.height - top))
         image = image.resize([int(size * edge / short) for edge in image.size], Image.Resampling.BICUBIC)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))

@@ -1,4 +1,4 @@
-"""The text tower of CLIP: transformers' CLIPTextModel, its keys and its numbers."""
+"""Text tower of CLIP, with the keys and numbers of transformers' CLIPTextModel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gafext.weights.keys import clip_text_key
 
 
 class CLIPTextOutput(NamedTuple):
-    """What the kinds of text conditioning read."""
+    """Outputs of the text tower, one per kind of text conditioning."""
 
     last_hidden_state: Tensor  # [B,T,hidden], after final_layer_norm
     unnormalized: Tensor  # [B,T,hidden]: transformers' hidden_states[-1], before final_layer_norm
@@ -38,19 +38,17 @@ class Embeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Embeddings, the image tower's kind of encoder with causal attention, and a LayerNorm."""
+    """Embeddings, the encoder of the image tower with causal attention, and a LayerNorm."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = clip.Encoder(config)
-        for layer in self.encoder.layers:
-            layer.self_attn.is_causal = True
+        self.encoder = clip.Encoder(config, is_causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class CLIPTextEncoder(PretrainedModel):
-    """CLIP's text tower without its projection; loads from full CLIP checkpoints too.
+    """CLIP's text tower without its projection; also loads full CLIP checkpoints.
 
     Args:
         config: widths and depths; the default is ViT-L/14.
@@ -69,11 +67,11 @@ class CLIPTextEncoder(PretrainedModel):
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> CLIPTextConfig:
-        """The configuration in `config.json`; a full CLIP model's has the text part inside."""
+        """Read the configuration in `config.json`; in a full CLIP model's it is the text part."""
         path = folder / "config.json"
         values = weights.read_json(path)
         if values.get("model_type") == "clip":
-            # text_config_dict is an older name of the same part, and wins.
+            # text_config_dict, an older name of the same part, takes precedence.
             values = values.get("text_config_dict") or values.get("text_config") or {}
             if not isinstance(values, dict):
                 raise CheckpointError(f"{path}: text_config: expected an object, got {values!r}")
@@ -83,14 +81,14 @@ class CLIPTextEncoder(PretrainedModel):
         """Encode tokenized prompts.
 
         Args:
-            input_ids: [B,T], int64, 0 to vocab_size - 1; T at most max_position_embeddings. Padding is not masked:
-                CLIP's own text never is, and causal attention keeps it from the tokens before it.
+            input_ids: [B,T], int64, 0 to vocab_size - 1; T at most max_position_embeddings. Padding is not masked, as
+                in CLIP: causal attention hides it from the tokens before it.
 
         Returns:
             last_hidden_state, unnormalized and penultimate [B,T,hidden_size], pooled [B,hidden_size].
 
         Raises:
-            ValueError: the shape, the type or an id is not that.
+            ValueError: the shape, the dtype or an id is invalid.
         """
         self._check_ids(input_ids)
         tower = self.text_model
@@ -100,8 +98,8 @@ class CLIPTextEncoder(PretrainedModel):
         return CLIPTextOutput(last, unnormalized, penultimate, pooled)
 
     def _end_of_text(self, input_ids: Tensor) -> Tensor:
-        """[B]: where the first end-of-text token is, or 0 without one, as in transformers."""
-        # Files from before transformers 4.31 say 2, which is wrong: the true token is the largest id there is.
+        """Return the positions [B] of the first end-of-text tokens, or 0 without one, as in transformers."""
+        # Files from before transformers 4.31 say 2, which is wrong: the actual token is the largest id.
         if self.config.eos_token_id == 2:
             return input_ids.argmax(dim=1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=1)

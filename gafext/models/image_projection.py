@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +26,25 @@ class ImageProjection(nn.Module):
     """
 
     clip_output: ClassVar[str] = "last_hidden_state"
-    """Which of CLIP's outputs it reads."""
+    """Name of the CLIP output that is projected, a field of `CLIPVisionOutput`."""
 
     def __init__(self, image_embed_dim: int, cross_attention_dim: int):
         super().__init__()
         self.proj = nn.Linear(image_embed_dim, cross_attention_dim)
 
     def forward(self, clip_hidden_states: Tensor) -> Tensor:
-        """[B,T,image_embed_dim] -> [B,T,cross_attention_dim]."""
+        """Map [B,T,image_embed_dim] to [B,T,cross_attention_dim]."""
         _check(clip_hidden_states, 3, self.proj.in_features)
         return self.proj(clip_hidden_states)
 
 
 class PooledProjection(nn.Module):
-    """A few tokens from CLIP's one projected embedding: LayerNorm(W e), cut into tokens.
+    """Projection of CLIP's pooled embedding e to a few tokens: LayerNorm(W e), with W e split into tokens.
 
     Args:
         image_embed_dim: width of CLIP's `image_embeds`: 1024 for ViT-H/14.
         cross_attention_dim: width of the context.
-        tokens: T: 4 in the published files.
+        tokens: T, 4 in the published files.
 
     Source: IP-Adapter (arXiv 2308.06721) section 3.2.1; its ip_adapter.py, ImageProjModel.
     """
@@ -57,13 +58,13 @@ class PooledProjection(nn.Module):
         self.norm = nn.LayerNorm(cross_attention_dim)
 
     def forward(self, clip_hidden_states: Tensor) -> Tensor:
-        """[B,image_embed_dim] -> [B,T,cross_attention_dim]."""
+        """Map [B,image_embed_dim] to [B,T,cross_attention_dim]."""
         _check(clip_hidden_states, 2, self.proj.in_features)
         return self.norm(self.proj(clip_hidden_states).unflatten(1, (self.tokens, -1)))
 
 
 class PerceiverAttention(nn.Module):
-    """Attention of the queries to the image's tokens and to themselves, with the names of the published files."""
+    """Attention from the queries to the image tokens and to themselves, with the published files' key names."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -76,7 +77,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(heads * HEAD_WIDTH, width, bias=False)
 
     def forward(self, x: Tensor, queries: Tensor) -> Tensor:
-        """Tokens [B,T,W], queries [B,Q,W] -> [B,Q,W]."""
+        """Map tokens [B,T,W] and queries [B,Q,W] to [B,Q,W]."""
         queries = self.norm2(queries)
         key, value = self.to_kv(torch.cat([self.norm1(x), queries], dim=1)).chunk(2, dim=-1)  # [B,T+Q,H*D] each
         query, key, value = (split_heads(t, self.heads) for t in (self.to_q(queries), key, value))
@@ -85,15 +86,15 @@ class PerceiverAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Learned queries that read all of CLIP's tokens, layer after layer.
+    """Learned queries that attend to all of CLIP's tokens in several layers.
 
     Args:
         image_embed_dim: width of CLIP's hidden states.
         cross_attention_dim: width of the context.
-        tokens: Q, the number of queries: 16 in the published files.
-        width: W, inside: `cross_attention_dim` in the published files.
-        depth: number of layers: 4 in the published files.
-        heads: 64 wide each: 12 in the published files.
+        tokens: Q, the number of queries, 16 in the published files.
+        width: W of the layers, `cross_attention_dim` in the published files.
+        depth: number of layers, 4 in the published files.
+        heads: number of heads, 12 in the published files, each 64 wide.
 
     Source: IP-Adapter Plus: ip_adapter/resampler.py; ImageDream (arXiv 2312.02201) section 3.2, its local controller.
     """
@@ -108,9 +109,8 @@ class Resampler(nn.Module):
         self.proj_in = nn.Linear(image_embed_dim, width)
         self.proj_out = nn.Linear(width, cross_attention_dim)
         self.norm_out = nn.LayerNorm(cross_attention_dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(width, heads), self._feed_forward(width)]) for _ in range(depth)
-        )
+        layers = ([PerceiverAttention(width, heads), self._feed_forward(width)] for _ in range(depth))
+        self.layers = cast("Sequence[Sequence[nn.Module]]", nn.ModuleList(map(nn.ModuleList, layers)))
 
     @staticmethod
     def _feed_forward(width: int) -> nn.Sequential:
@@ -118,7 +118,7 @@ class Resampler(nn.Module):
         return nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down)
 
     def forward(self, clip_hidden_states: Tensor) -> Tensor:
-        """[B,T,image_embed_dim] -> [B,Q,cross_attention_dim]."""
+        """Map [B,T,image_embed_dim] to [B,Q,cross_attention_dim]."""
         _check(clip_hidden_states, 3, self.proj_in.in_features)
         x, queries = self.proj_in(clip_hidden_states), self.latents.expand(len(clip_hidden_states), -1, -1)
         for attention, feed_forward in self.layers:
@@ -134,18 +134,19 @@ def _check(clip_hidden_states: Tensor, ndim: int, width: int) -> None:
 
 
 def image_projection(config: UNetConfig) -> ImageProjection | PooledProjection | Resampler | None:
-    """The projection that a U-Net's configuration asks for."""
-    sizes = (config.image_embed_dim, config.cross_attention_dim)
+    """Build the projection of a U-Net's configuration; None if it has none."""
+    checked: Any = config  # its sizes are not None, where the projection needs them
+    sizes = (checked.image_embed_dim, checked.cross_attention_dim)
     if config.image_projection == "linear":
         return ImageProjection(*sizes)
     if config.image_projection == "pooled":
-        return PooledProjection(*sizes, tokens=config.image_tokens)
+        return PooledProjection(*sizes, tokens=checked.image_tokens)
     if config.image_projection == "resampler":
         return Resampler(
             *sizes,
-            tokens=config.image_tokens,
-            width=config.resampler_width,
-            depth=config.resampler_depth,
-            heads=config.resampler_heads,
+            tokens=checked.image_tokens,
+            width=checked.resampler_width,
+            depth=checked.resampler_depth,
+            heads=checked.resampler_heads,
         )
     return None

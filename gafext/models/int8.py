@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit integers, for processors with VNNI: an option of the CPU that trades exactness for speed."""
+"""Linear layers in 8-bit integers on CPUs with VNNI, an option that trades accuracy for speed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights, one scale an output channel, and inputs rounded to 8 bits as they come.
+    """Linear layer with 8-bit weights, scaled per output channel, and 8-bit inputs, scaled per row at run time.
 
-    y = s_x s_w (q_x q_wᵀ) + b,  q = round(value / s),  s_w = max |w| / 127 of a channel, s_x = max |x| / 127 of a row
+    y = s_x s_w (q_x q_wᵀ) + b,  q = round(value / s),  s_w = max |w| / 127 per channel, s_x = max |x| / 127 per row
 
-    The products go through oneDNN, in 32-bit integers. The error is about 1 % of the result's norm.
+    oneDNN computes the products, with 32-bit integer accumulators. The error is about 1 % of the result's norm.
 
     Args:
         linear: float32, on the CPU; its weights are not kept.
@@ -37,7 +37,7 @@ class Int8Linear(nn.Module):
         self._zero = torch.zeros(self.out_features, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[...,in_features] float32 -> [...,out_features]."""
+        """Map [...,in_features] float32 to [...,out_features]."""
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"int8 linear layer: expected float32 on the CPU, got {x.dtype} on {x.device}")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -53,7 +53,7 @@ class Int8Linear(nn.Module):
         y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
         return y.view(*x.shape[:-1], self.out_features)
 
-    # oneDNN's packed weights can be neither copied nor pickled; the plain ones make them again.
+    # oneDNN's packed weights can be neither copied nor pickled; the copy packs the plain ones again.
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
 
 
 def unsupported_reasons(device: torch.device) -> list[str]:
-    """Why linear layers cannot be in 8-bit integers; empty when they can."""
+    """List why linear layers cannot be in 8-bit integers; empty when they can."""
     if device.type != "cpu":
         return [f"8-bit linear layers are for CPUs, got {device.type}"]
     supported = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
@@ -75,25 +75,25 @@ def unsupported_reasons(device: torch.device) -> list[str]:
 
 
 def require_supported(device: torch.device) -> None:
-    """Raises ValueError, with the reasons, where linear layers cannot be in 8-bit integers."""
+    """Raise a ValueError with the reasons if linear layers cannot be in 8-bit integers."""
     reasons = unsupported_reasons(device)
     if reasons:
         raise ValueError("dtype: expected one that this machine has, got int8: " + "; ".join(reasons))
 
 
 def quantize_transformers(network: nn.Module) -> int:
-    """Turn the linear layers of every transformer of a U-Net into `Int8Linear`, in place.
+    """Replace the linear layers of every transformer of a U-Net by `Int8Linear`, in place.
 
-    The time embedding, the convolutions and the image projection stay as they are.
+    The time embedding, the convolutions and the image projection are not changed.
 
     Args:
         network: float32, on the CPU.
 
     Returns:
-        How many layers were turned.
+        Number of replaced layers.
 
     Raises:
-        ValueError: the device or the processor cannot do it, or the weights are not float32.
+        ValueError: the device or the processor does not support it, or the weights are not float32.
     """
     parameter = next(network.parameters())
     require_supported(parameter.device)
@@ -111,13 +111,14 @@ def quantize_transformers(network: nn.Module) -> int:
 
 
 def is_quantized(network: nn.Module) -> bool:
-    """Whether some of its linear layers are in 8-bit integers, so that it can neither be moved nor saved."""
+    """Return whether a network has linear layers in 8-bit integers, and so can be neither moved nor saved."""
     return any(isinstance(module, Int8Linear) for module in network.modules())
 
 
 def check_move(network: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Raises ValueError if `network.to(...)` with these arguments would take 8-bit weights from where they work."""
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # as torch.nn.Module.to reads them
+    """Raise a ValueError if `network.to(...)` with these arguments would move or convert 8-bit weights."""
+    # torch.nn.Module.to parses its arguments with this function; torch's stubs lack the module.
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     stays = dtype in (None, torch.float32) and torch.device(device or "cpu").type == "cpu"
     if is_quantized(network) and not stays:
         raise ValueError("to: expected float32 on the CPU for dtype='int8', got " + str(dtype or device))

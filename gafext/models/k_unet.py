@@ -1,4 +1,4 @@
-"""The K-UNet of the latent upsampler: diffusers' UNet2DConditionModel of K-blocks, its keys and its numbers."""
+"""K-UNet of the latent upsampler, with the keys and numbers of diffusers' UNet2DConditionModel of K-blocks."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ ATTENTION_EPS = 1e-5
 
 
 def downsample(x: Tensor) -> Tensor:
-    """Half the size with the fixed filter [1,3,3,1]/8, reflected at the edges: [B,C,h,w] -> [B,C,h/2,w/2].
+    """Halve the size with the fixed filter [1,3,3,1]/8, reflected at the edges: [B,C,h,w] -> [B,C,h/2,w/2].
 
     Source: diffusers: models/downsampling.py, KDownsample2D.
     """
     x = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    # [1,3,3,1]/8 is [1,1]/2 applied three times: means of pixel pairs, of which the last keeps every other one.
+    # [1,3,3,1]/8 is [1,1]/2 applied three times: means of pixel pairs, the last one with stride 2.
     for stride in (1, 1, 2):
         x = F.avg_pool2d(x, 2, stride)
     return x
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Twice the size with the same filter: [B,C,h,w] -> [B,C,2h,2w].
+    """Double the size with the filter of `downsample`: [B,C,h,w] -> [B,C,2h,2w].
 
     Source: diffusers: models/upsampling.py, KUpsample2D.
     """
-    # Away from the edges the filter is bilinear interpolation; at them it reflects instead of repeating.
+    # Inside, the filter is bilinear interpolation; at the edges it reflects instead of repeating.
     x = F.interpolate(F.pad(x, (1, 1, 1, 1), mode="reflect"), scale_factor=2.0, mode="bilinear", align_corners=False)
     return x[..., 2:-2, 2:-2]
 
 
 class FourierTime(nn.Module):
-    """Random frequencies of a noise level's timestep: [cos(2π t w), sin(2π t w)]; `weight` w is in the file."""
+    """Fourier features of the timestep, [cos(2π t w), sin(2π t w)]; the random w, `weight`, is in the checkpoint."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(channels // 2), requires_grad=False)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """[B] -> [B,channels], float32."""
+        """Map [B] to [B,channels] float32."""
         angles = timestep.float()[:, None] * self.weight.float() * 2 * math.pi
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class ConditionedTimeEmbedding(nn.Module):
-    """Frequencies and a projected condition, added; linear_1, GELU, linear_2, GELU."""
+    """MLP (linear_1, GELU, linear_2, GELU) of the Fourier features plus a projected condition."""
 
     def __init__(self, channels: int, condition_channels: int):
         super().__init__()
@@ -84,7 +84,7 @@ class AdaGroupNorm(nn.Module):
 
 
 class KResnetBlock(nn.Module):
-    """norm, GELU, conv, norm, GELU, conv; plus the input, through a 1×1 convolution when the channels differ.
+    """Residual block: norm, GELU, conv, norm, GELU, conv, plus the input; a 1×1 convolution adapts its channels.
 
     Source: diffusers: models/resnet.py, ResnetBlockCondNorm2D with time_embedding_norm="ada_group".
     """
@@ -105,7 +105,7 @@ class KResnetBlock(nn.Module):
 
 
 class KAttention(nn.Module):
-    """Multi-head attention with biases everywhere; a context is normalised first, by `norm_cross`."""
+    """Multi-head attention with biases in all layers; `norm_cross` normalises a context first."""
 
     def __init__(self, channels: int, head_width: int, *, context_channels: int | None = None):
         super().__init__()
@@ -118,7 +118,7 @@ class KAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """[B,L,C]; context [1 or B,T,C'], or None for self-attention -> [B,L,C]."""
+        """Map x [B,L,C] to [B,L,C]; context is [1 or B,T,C'], or None for self-attention."""
         context = x if context is None else self.norm_cross(context)
         query, key, value = (
             split_heads(project(source), self.heads).expand(len(x), -1, -1, -1)
@@ -129,7 +129,7 @@ class KAttention(nn.Module):
 
 
 class KAttentionBlock(nn.Module):
-    """Self-attention over the pixels where there is one, then attention to the text; no feed-forward.
+    """Optional self-attention over the pixels, then attention to the text; no feed-forward layer.
 
     Source: diffusers: models/unets/unet_2d_blocks.py, KAttentionBlock.
     """
@@ -151,13 +151,13 @@ class KAttentionBlock(nn.Module):
         def image(x: Tensor) -> Tensor:
             return x.transpose(1, 2).unflatten(2, (height, -1))  # [B,C,h,w]
 
-        if self.attn1 is not None:
+        if self.attn1 is not None and self.norm1 is not None:
             x = x + image(self.attn1(pixels(self.norm1(x, time))))
         return x + image(self.attn2(pixels(self.norm2(x, time)), text))
 
 
 class KStage(nn.Module):
-    """Residual blocks at one resolution, each followed by an attention block where the stage has them."""
+    """Residual blocks at one resolution, each followed by an attention block if the stage has attention."""
 
     def __init__(self, resnets: list[KResnetBlock], attentions: list[KAttentionBlock]):
         super().__init__()
@@ -173,7 +173,7 @@ class KStage(nn.Module):
 
 
 class KUNet(PretrainedModel):
-    """The network F of the latent upsampler, with diffusers' key names.
+    """Network F of the latent upsampler, with diffusers' key names.
 
     Args:
         config: sizes; the default is sd-x2-latent-upscaler's.
@@ -186,6 +186,7 @@ class KUNet(PretrainedModel):
 
     def __init__(self, config: KUNetConfig = SD_X2_UNET):
         super().__init__(config)
+        assert config.time_cond_proj_dim is not None  # checked by the configuration
         widths, kernels = config.block_out_channels, (config.conv_in_kernel, config.conv_out_kernel)
         deepest = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], kernels[0], padding=kernels[0] // 2)
@@ -222,8 +223,8 @@ class KUNet(PretrainedModel):
         """Evaluate the network.
 
         Args:
-            sample: [B,in_channels,h,w], the weights' dtype; h and w multiples of `config.size_multiple`, and twice
-                that at least.
+            sample: [B,in_channels,h,w], the weights' dtype; h and w multiples of `config.size_multiple`, at least twice
+                that.
             timestep: ln(σ)/4, a scalar, [1] or [B], float32.
             encoder_hidden_states: text, [1,T,cross_attention_dim] for all rows or [B,T,cross_attention_dim].
             timestep_cond: condition of the time embedding, [1,time_cond_proj_dim] or [B,time_cond_proj_dim].
@@ -232,7 +233,7 @@ class KUNet(PretrainedModel):
             [B,out_channels,h,w].
 
         Raises:
-            ValueError: a shape is not that.
+            ValueError: a shape does not match.
         """
         self._check_inputs(sample, timestep, encoder_hidden_states, timestep_cond)
         time = self.time_embedding(self.time_proj(timestep.reshape(-1)), timestep_cond)  # [1 or B,time_channels]
@@ -249,7 +250,7 @@ class KUNet(PretrainedModel):
 
     def _check_inputs(self, sample: Tensor, timestep: Tensor, text: Tensor, condition: Tensor) -> None:
         config, multiple = self.config, self.config.size_multiple
-        # A reflected edge needs a second pixel, also where the picture is smallest.
+        # Reflection at the edges needs two pixels at the lowest resolution too.
         least = 2 * multiple if multiple > 1 else 1
         if (
             sample.ndim != 4

@@ -1,10 +1,12 @@
-"""The multi-view U-Net: Stable Diffusion's, whose transformer blocks also attend across views and to the portrait."""
+"""Multi-view U-Net: Stable Diffusion's, with transformer blocks that also attend across views and to the portrait."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +30,11 @@ from gafext.ops import memory
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
-    """Sinusoids of the timestep: [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/half).
+    """Encode timesteps as sinusoids: [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/half), half = C // 2.
 
     Args:
         timesteps: [B], any dtype.
-        channels: C; half of them are cosines, and an odd one ends in a zero.
+        channels: C; if it is odd, the last channel is zero.
 
     Returns:
         [B,C] float32.
@@ -46,7 +48,7 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """linear_1, SiLU, linear_2: of the timestep's sinusoids, and of a camera's pose."""
+    """MLP (linear_1, SiLU, linear_2) of the timestep's sinusoids or of a camera pose."""
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
@@ -58,7 +60,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Residual blocks, each followed by a transformer where the stage has attention, and a change of resolution."""
+    """Residual blocks, each followed by a transformer if the stage has attention, and a change of resolution."""
 
     def __init__(
         self,
@@ -70,18 +72,18 @@ class UNetBlock(nn.Module):
     ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
+        self.attentions = cast("Sequence[MultiViewSpatialTransformer]", nn.ModuleList(attentions))
         self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is told and what does not change over the denoising steps; `MultiViewUNet.precompute` makes it.
+    """Conditioning of the U-Net that is constant over the denoising steps, computed by `MultiViewUNet.precompute`.
 
-    `text_key_values` and `image_key_values` have one entry a transformer block, or none. Images may be of fewer
-    portraits than the batch: the first rows then see no image, which is how the unconditional pass shares the batch
-    with the conditional one. Texts may be fewer than the rows: each run of rows shares one.
+    `text_key_values` and `image_key_values` have one entry per transformer block, or none. There may be fewer portraits
+    than the batch has: the first rows then have no image, which is how the unconditional pass shares the batch with the
+    conditional one. There may be fewer texts than rows: each run of rows shares one.
     """
 
     pose_embeds: Tensor | None = None  # [B*V,time_channels]
@@ -90,10 +92,10 @@ class Conditioning:
 
 
 class MultiViewUNet(PretrainedModel):
-    """The denoiser of V views at once.
+    """Denoising U-Net for V views at once.
 
     Args:
-        config: sizes; the default is SD 2.1 made multi-view.
+        config: sizes and layers; the default is SD 2.1's with the multi-view layers.
 
     Source: GAF (arXiv 2412.10209) section 3; diffusers: models/unets/unet_2d_condition.py.
     """
@@ -110,13 +112,13 @@ class MultiViewUNet(PretrainedModel):
         self.time_embedding = TimestepEmbedding(channels[0], time_channels)
         self.class_embedding = TimestepEmbedding(config.pose_dim, time_channels) if config.pose_dim else None
         self.image_projection = image_projection(config)
-        self.down_blocks = nn.ModuleList(self._down_block(stage) for stage in range(len(channels)))
+        self.down_blocks = cast("Sequence[UNetBlock]", nn.ModuleList(map(self._down_block, range(len(channels)))))
         mid = len(channels) - 1
         depth = config.per_stage(config.transformer_layers_per_block)[mid]
         self.mid_block = UNetBlock(
             [self._resnet(channels[mid], channels[mid]) for _ in range(2)], [self._transformer(mid, depth)]
         )
-        self.up_blocks = nn.ModuleList(self._up_block(stage) for stage in reversed(range(len(channels))))
+        self.up_blocks = cast("Sequence[UNetBlock]", nn.ModuleList(map(self._up_block, range(len(channels))[::-1])))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, silu=True)
         self.conv_out = Conv3x3(channels[0], config.out_channels)
 
@@ -138,7 +140,7 @@ class MultiViewUNet(PretrainedModel):
             groups=self.config.norm_num_groups,
             linear_projection=self.config.use_linear_projection,
             cross_view=self.config.cross_view,
-            image_attention=self.config.image_attention,
+            image_attention=cast("str | None", self.config.image_attention),  # the configuration replaces booleans
         )
 
     def _transformers(self, stage: int, block_type: str, count: int) -> list[MultiViewSpatialTransformer]:
@@ -157,7 +159,7 @@ class MultiViewUNet(PretrainedModel):
         )
 
     def _up_block(self, stage: int) -> UNetBlock:
-        """The mirror of down block `stage`: each residual block also takes the skip that its twin left."""
+        """Build the mirror image of down block `stage`; each residual block also takes a skip connection."""
         config, channels = self.config, self.config.block_out_channels
         layers = config.per_stage(config.layers_per_block)[stage] + 1
         incoming = channels[min(stage + 1, len(channels) - 1)]
@@ -171,7 +173,7 @@ class MultiViewUNet(PretrainedModel):
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> UNetConfig:
-        """Read `config.json` as the checkpoint's family has it, and rename the file's tensors to ours."""
+        """Read `config.json` by the rules of the checkpoint's family, and rename the file's tensors to our keys."""
         path = folder / "config.json"
         values = weights.read_json(path)
         family = families.family_of_file(values)
@@ -180,7 +182,7 @@ class MultiViewUNet(PretrainedModel):
         return config
 
     def transformer_blocks(self) -> list[MultiViewTransformerBlock]:
-        """All transformer blocks, in the order in which `forward` reaches them."""
+        """List all transformer blocks in the order of `forward`."""
         stages = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [block for stage in stages for spatial in stage.attentions for block in spatial.transformer_blocks]
 
@@ -192,19 +194,19 @@ class MultiViewUNet(PretrainedModel):
         encoder_hidden_states: Tensor | None = None,
         image_scale: float | None = None,
     ) -> Conditioning:
-        """Everything that is the same at every step: poses' embeddings, keys and values of the image and the text.
+        """Compute the conditioning that is constant over the steps: pose embeddings, keys and values of image and text.
 
         Args:
             pose: [B*V,pose_dim], or None.
             image_embeds: [B,T,cross_attention_dim], or None.
-            encoder_hidden_states: text [R,T,cross_attention_dim], R = 1 when all rows read the same; None is zeros.
+            encoder_hidden_states: text [R,T,cross_attention_dim], R = 1 if all rows share one; None is zeros.
             image_scale: weight of decoupled image attention; None is the configuration's.
 
         Returns:
-            What `forward` takes as `conditioning`.
+            The argument `conditioning` of `forward`.
 
         Raises:
-            ValueError: a shape does not fit, or the U-Net has no use for an argument.
+            ValueError: a shape does not match, or the U-Net does not use an argument.
         """
         width = self.config.cross_attention_dim
         if pose is not None and self.class_embedding is None:
@@ -219,9 +221,9 @@ class MultiViewUNet(PretrainedModel):
         if image_scale is not None and self.config.image_attention != "decoupled":
             raise ValueError("image_scale: expected None, because this U-Net's image_attention is not 'decoupled'")
         scale = self.config.image_scale if image_scale is None else image_scale
-        blocks, text = self.transformer_blocks(), encoder_hidden_states
+        blocks, text, embed = self.transformer_blocks(), encoder_hidden_states, self.class_embedding
         return Conditioning(
-            pose_embeds=None if pose is None else self.class_embedding(pose.to(self.dtype)),
+            pose_embeds=None if pose is None or embed is None else embed(pose.to(self.dtype)),
             image_key_values=()
             if image_embeds is None
             else tuple(block.image_key_value(image_embeds, scale) for block in blocks),
@@ -243,22 +245,22 @@ class MultiViewUNet(PretrainedModel):
         """Predict the noise (or v) of B·V noisy latents.
 
         Args:
-            sample: [B*V,Cin,h,w], the view running fastest; latents, then normal latents where Cin says so.
-            timestep: one number for all, or [B*V].
-            encoder_hidden_states: text [R,T,cross_attention_dim]; R divides B*V (B*V itself as a rule), and each run of
-                B*V/R rows reads one. None is the all-zero text, exactly and for free.
+            sample: [B*V,Cin,h,w], the view index fastest; latents, followed by normal latents if Cin includes them.
+            timestep: one number for all rows, or [B*V].
+            encoder_hidden_states: text [R,T,cross_attention_dim]; R divides B*V (usually R = B*V), and each run of
+                B*V/R rows shares one. None equals the all-zero text, at no cost.
             pose: [B*V,pose_dim].
             image_embeds: image tokens [B,T,cross_attention_dim]; None is no image.
-            num_views: V, the reference among them.
-            reference_latents: [B,4,h,w], for U-Nets with dense cross-view attention only: takes the place of the last
-                view's latents.
+            num_views: V, including a reference frame.
+            reference_latents: [B,4,h,w], replace the latents of the last view; for U-Nets with dense cross-view
+                attention only.
             conditioning: from `precompute`, in place of `pose`, `image_embeds` and `encoder_hidden_states`.
 
         Returns:
             [B*V,Cout,h,w].
 
         Raises:
-            ValueError: a shape does not fit, naming the argument, what was expected and what was got.
+            ValueError: a shape does not match; the message names the argument and both shapes.
         """
         if sample.device.type == "cpu" and not torch.compiler.is_compiling():
             memory.keep_freed_memory()
@@ -266,8 +268,7 @@ class MultiViewUNet(PretrainedModel):
             conditioning = self.precompute(
                 pose=pose, image_embeds=image_embeds, encoder_hidden_states=encoder_hidden_states
             )
-            whole = image_embeds is None or image_embeds.shape[0] * num_views == sample.shape[0]
-            if not whole:
+            if image_embeds is not None and image_embeds.shape[0] * num_views != sample.shape[0]:
                 raise ValueError(
                     f"image_embeds: expected {sample.shape[0]} / num_views={num_views} portraits, "
                     f"got {image_embeds.shape[0]}"
@@ -312,7 +313,7 @@ class MultiViewUNet(PretrainedModel):
     def _with_reference(self, sample: Tensor, reference_latents: Tensor, num_views: int) -> Tensor:
         if not self.config.takes_reference:
             raise ValueError("reference_latents: expected None, because this U-Net's cross_view is not 'dense'")
-        channels = self.config.out_channels  # what comes behind them are no latents of the portrait
+        channels = self.config.out_channels  # the channels after these are not latents of the portrait
         expected = [sample.shape[0] // num_views, channels, *sample.shape[2:]]
         if list(reference_latents.shape) != expected:
             raise ValueError(f"reference_latents: expected {expected}, got {list(reference_latents.shape)}")
@@ -323,7 +324,7 @@ class MultiViewUNet(PretrainedModel):
     def _check(
         self, sample: Tensor, timestep: Tensor | float | int, num_views: int, conditioning: Conditioning
     ) -> Tensor:
-        """Validate what `forward` got; returns the timesteps as [B*V]."""
+        """Validate the arguments of `forward`; returns the timesteps as [B*V]."""
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample: expected [B*V,{self.config.in_channels},h,w], got {list(sample.shape)}")
         if sample.dtype != self.dtype:

@@ -1,4 +1,4 @@
-"""The autoencoder between images and latents: diffusers' AutoencoderKL, its keys and its numbers."""
+"""Autoencoder between images and latents, with the keys and numbers of diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _resnet(in_channels: int, out_channels: int, groups: int) -> ResnetBlock2D:
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention over the pixels with one head as wide as the channels, and its residual."""
+    """Self-attention over the pixels with a single head of all channels, and a residual."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -40,7 +40,7 @@ class SpatialAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """A ResNet block, attention, a ResNet block."""
+    """ResNet block, attention, ResNet block."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -52,7 +52,7 @@ class MidBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """ResNet blocks at one resolution, then down or up to the next one, or neither at the last."""
+    """ResNet blocks at one resolution, followed by down- or upsampling except in the last stage."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the moments of the latents, before `quant_conv`."""
+    """Encoder of images to the moments of the latents, before `quant_conv`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after `post_quant_conv` to images; one ResNet block a stage more than the encoder has."""
+    """Decoder of latents after `post_quant_conv`, with one more ResNet block per stage than the encoder."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -130,9 +130,9 @@ def _require_input(name: str, tensor: Tensor, channels: int, factor: int = 1) ->
 
 
 class AutoencoderKL(PretrainedModel):
-    """The variational autoencoder of latent diffusion, with diffusers' key names.
+    """Variational autoencoder of latent diffusion, with diffusers' key names.
 
-    Both ways are unscaled: `config.scaling_factor` times `mean` is what the U-Net works on.
+    Latents are unscaled here; the U-Net works on `config.scaling_factor` times `mean`.
 
     Args:
         config: widths and depths; the default is Stable Diffusion's.
@@ -141,6 +141,7 @@ class AutoencoderKL(PretrainedModel):
     """
 
     config_class: ClassVar = VAEConfig
+    config: VAEConfig
     key_rule: ClassVar = staticmethod(vae_key)
     channels_last: ClassVar = True
 
@@ -152,7 +153,7 @@ class AutoencoderKL(PretrainedModel):
         self.decoder = Decoder(config)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The Gaussian over the latents of an image: q(z|x) = N(mean, exp(logvar)).
+        """Encode images to the Gaussian over their latents: q(z|x) = N(mean, exp(logvar)).
 
         Args:
             image: [B,3,H,W] in -1 to 1, the weights' dtype; H and W multiples of `config.factor`.
@@ -161,14 +162,14 @@ class AutoencoderKL(PretrainedModel):
             mean and logvar, [B,4,H/factor,W/factor] each, unscaled; logvar is clamped to -30 to 20.
 
         Raises:
-            ValueError: the shape is not that.
+            ValueError: the shape does not match.
         """
         _require_input("image", image, self.config.in_channels, self.config.factor)
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The image of latents.
+        """Decode latents to images.
 
         Args:
             latents: [B,4,h,w], unscaled, the weights' dtype.
@@ -177,7 +178,7 @@ class AutoencoderKL(PretrainedModel):
             [B,3,h*factor,w*factor], about -1 to 1, not clamped.
 
         Raises:
-            ValueError: the shape is not that.
+            ValueError: the shape does not match.
         """
         _require_input("latents", latents, self.config.latent_channels)
         return self.decoder(self.post_quant_conv(latents))

@@ -17,7 +17,7 @@ MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops.h
 
 _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
-MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # by instructions that PyTorch uses and the kernels do not
+MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU has AVX512_BF16, and may use it
 # Ten times the lowest compute capability that the kernels were compiled for.
 _OLDEST_GPU = min((int(re.findall(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0)
 
