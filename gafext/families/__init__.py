@@ -1,7 +1,7 @@
-"""The families of checkpoints that gafext reads; each is one file of this folder, found by its presence there.
+"""Families of checkpoints that gafext reads, one per file of this folder; a new file is found without registration.
 
-A file defines a subclass of `Family` and its instance `FAMILY`. Everything that sets the family apart is there; the
-rest of gafext asks `family_of(unet.config)` and compares no names.
+A file defines a subclass of `Family` and its instance `FAMILY`, with everything that is specific to the family. The
+rest of gafext calls `family_of(unet.config)` and never compares family names.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _DEFAULT = "gaf"
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """Every family by its name."""
+    """Return every family by its name."""
     names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
 
 def family_of(config: UNetConfig) -> Family:
-    """The family of a U-Net: the one that its configuration names, else the one that owns such a configuration."""
+    """Return the family of a U-Net: named by its configuration, or else the first that owns the configuration."""
     known = families()
     if config.family is not None:
         if config.family not in known:
@@ -37,6 +37,6 @@ def family_of(config: UNetConfig) -> Family:
 
 
 def family_of_file(values: dict[str, Any]) -> Family:
-    """The family whose code wrote this `unet/config.json`; GAF's reads what gafext saved."""
+    """Return the family of a `unet/config.json` by its `_class_name`; the default is GAF, which gafext itself saves."""
     written_by, known = values.get("_class_name"), families()
     return next((family for family in known.values() if written_by in family.unet_class_names), known[_DEFAULT])

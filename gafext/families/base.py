@@ -1,4 +1,4 @@
-"""What sets one family of checkpoints apart."""
+"""Base class of the families of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Family:
-    """The decisions of one family of checkpoints; the methods here are GAF's, and a family overrides what differs.
+    """Conventions of one family of checkpoints; the defaults are GAF's, and subclasses override what differs.
 
     Attributes:
-        unet_class_names: `_class_name` of the U-Net's `config.json` in the family's checkpoints.
-        guidance_scale: of a checkpoint whose files do not say it.
-        reads_empty_prompt: whether the network was trained with the text encoder's empty prompt in place of zeros.
+        unet_class_names: values of `_class_name` in the `config.json` of the family's U-Nets.
+        guidance_scale: default for checkpoints whose files do not specify it.
+        reads_empty_prompt: the U-Net was trained with the encoded empty prompt as its text, instead of zeros.
     """
 
     unet_class_names: ClassVar[frozenset[str]] = frozenset()
@@ -29,34 +29,38 @@ class Family:
     reads_empty_prompt: ClassVar[bool] = False
 
     def owns(self, config: UNetConfig) -> bool:
-        """Tell whether a configuration that names no family is of this one."""
+        """Return whether a configuration without a family name belongs to this family."""
         return False
 
     def unet_config(self, values: dict[str, Any], shapes: Shapes, *, source: str) -> UNetConfig:
-        """Translate the U-Net's `config.json`.
+        """Convert the U-Net's `config.json`.
 
         Args:
-            values: the file's content.
-            shapes: of the tensors beside it, by their names there.
-            source: the file's path, for errors.
+            values: content of the file.
+            shapes: shapes of the tensors in the weight file, by their names there.
+            source: path of the file, for error messages.
+
+        Returns:
+            The configuration.
 
         Raises:
-            CheckpointError: the file asks for what the network here does not do.
+            CheckpointError: the file sets a value that gafext does not support.
         """
         return UNetConfig.from_dict(values, source=source)
 
     def key_rule(self, config: UNetConfig) -> KeyRule:
-        """Return the rule from the names of the U-Net's tensors in the file to ours."""
+        """Return the rule that maps the names of the U-Net's tensors in the file to gafext's."""
         return same_key
 
     def poses(self, config: UNetConfig, cameras: Cameras) -> Tensor:
-        """Encode the cameras as the U-Net was trained to see them: [frames,pose_dim], the reference frame last."""
+        """Encode cameras for the U-Net's pose MLP: [frames,pose_dim], the reference frame last."""
+        assert config.pose_dim is not None
         return cameras.pose(config.pose_dim)
 
     def has_reference_frame(self, config: UNetConfig) -> bool:
-        """Tell whether the portrait's latents are a frame of their own, after the views."""
+        """Return whether the portrait's latents are an extra frame after the views."""
         return False
 
     def unconditional_reference(self, reference_latents: Tensor) -> Tensor:
-        """The reference latents [B,4,h,w] that the unconditional pass sees."""
+        """Return the reference latents [B,4,h,w] of the unconditional pass."""
         return torch.zeros_like(reference_latents)

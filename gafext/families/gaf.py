@@ -1,4 +1,4 @@
-"""GAF's own checkpoints, and stock U-Nets: diffusers' keys, with attn_cv and attn_ip in the transformer blocks."""
+"""GAF's checkpoints and stock U-Nets: diffusers' keys, plus attn_cv and attn_ip in the transformer blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gafext.families.base import Family, Shapes
 
 
 class GAF(Family):
-    """Diffusers' UNet2DConditionModel with more layers; the names of the tensors tell which.
+    """Diffusers' UNet2DConditionModel with additional layers, which are detected by the names of the tensors.
 
     Source: GAF (arXiv 2412.10209) section 3.
     """

@@ -1,4 +1,4 @@
-"""ImageDream's and MVDream's checkpoints in diffusers folders: latent diffusion's configuration, keys and cameras."""
+"""ImageDream's and MVDream's checkpoints in diffusers folders, with latent diffusion's configuration and keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gafext.weights.keys import KeyRule, ldm_unet_rule
 
 @dataclass(frozen=True)
 class LDMUNetConfig(Config):
-    """What `unet/config.json` of class MultiViewUNetModel says, in the words of latent diffusion's own code.
+    """Configuration of a MultiViewUNetModel (`unet/config.json`), with the names of latent diffusion's code.
 
     Source: github.com/ashawkey/mvdream_diffusers: mv_unet.py; ImageDream (arXiv 2312.02201), MVDream (2308.16512).
     """
@@ -43,10 +43,10 @@ class LDMUNetConfig(Config):
     ip_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        self.to_unet()  # values that make no U-Net are an error of this file
+        self.to_unet()  # raises for invalid values, so that the error names this file
 
     def to_unet(self) -> UNetConfig:
-        """The same network in our words."""
+        """Return the configuration of the same network with diffusers' names."""
         channels = tuple(self.model_channels * factor for factor in self.channel_mult)
         attends = [2**stage in self.attention_resolutions for stage in range(len(channels))]
         return UNetConfig(
@@ -81,7 +81,7 @@ class LDMUNetConfig(Config):
     def _image(self) -> dict[str, Any]:
         if self.ip_dim == 0:
             return {}
-        # These sizes are constants of the published code, in no file.
+        # These sizes are constants in the published code; no file contains them.
         resampler = {"image_embed_dim": 1280, "resampler_depth": 4, "resampler_heads": 12}
         return {
             "image_attention": "decoupled",
@@ -95,9 +95,9 @@ class LDMUNetConfig(Config):
 
 
 class ImageDream(Family):
-    """Attention over all views at once, flat camera-to-world poses, the portrait's latents as an extra frame.
+    """Dense attention over all views, flattened camera-to-world poses, the portrait's latents as an extra frame.
 
-    MVDream's checkpoints are of this family too: they have neither image tokens nor the extra frame.
+    MVDream's checkpoints belong to this family too: they have neither image tokens nor the extra frame.
 
     Source: ImageDream (arXiv 2312.02201) section 3; MVDream (arXiv 2308.16512) section 3.
     """
@@ -116,6 +116,7 @@ class ImageDream(Family):
         return ldm_unet_rule(config)
 
     def poses(self, config: UNetConfig, cameras: Cameras) -> Tensor:
+        assert config.pose_dim is not None
         poses = blender_poses(cameras, config.pose_dim)
         if self.has_reference_frame(config):
             poses = torch.cat([poses, torch.zeros_like(poses[:1])])
@@ -129,22 +130,22 @@ FAMILY = ImageDream()
 
 
 def blender_poses(cameras: Cameras, dim: int) -> Tensor:
-    """Encode cameras as ImageDream's and MVDream's pose MLP takes them: camera-to-world, Blender's axes, distance 1.
+    """Encode cameras for ImageDream's and MVDream's pose MLP: camera-to-world, Blender's axes, distance 1.
 
     Args:
-        cameras: V of them.
-        dim: 16, the 4 x 4 matrix row after row.
+        cameras: V cameras.
+        dim: 16, the 4 x 4 matrix flattened row by row.
 
     Returns:
         [V,16] float32.
 
     Raises:
-        CameraError: another size, or a camera at the origin, which has no direction.
+        CameraError: `dim` is not 16, or a camera is at the origin and has no direction.
 
     Source: MVDream (arXiv 2308.16512) section 3.2.
     """
     if dim != 16:
-        raise CameraError(f"pose: expected 16 (c2w, 4 x 4) numbers a camera, got {dim}")
+        raise CameraError(f"pose: expected 16 (c2w, 4 x 4) numbers per camera, got {dim}")
     y_up_to_z_up = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], device="cpu")
     poses = y_up_to_z_up @ cameras.opengl_c2w
     distance = poses[:, :3, 3].norm(dim=1, keepdim=True)

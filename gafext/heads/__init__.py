@@ -1,4 +1,4 @@
-"""Procedural heads: what the built-in model was trained on, what it is measured on, and its stand-in normal maps."""
+"""Procedural heads: training and test data of the bundled model, and its default normal maps."""
 
 from gafext.heads.identity import TEST_IDENTITIES, TRAIN_IDENTITIES, Heads, make_heads, neutral_head
 from gafext.heads.render import Renders, head_normals, render

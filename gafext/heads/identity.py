@@ -1,7 +1,7 @@
-"""Who a procedural head is: a number becomes some twenty coloured ellipsoids and a light.
+"""Identities of procedural heads: an integer determines about twenty coloured ellipsoids and a light.
 
-A head is built in units of its own (skull about 0.75 half wide) and brought to world units last, so that hair and the
-upper chest fit into the default orbit's frame. World axes as in `gafext.cameras`: y up, the face looks along +z.
+A head is built in head units (the skull is about 1.5 wide) and converted to world units last, so that hair and upper
+chest fit into the frame of the default orbit. World axes as in `gafext.cameras`: y up, the face looks along +z.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 TRAIN_IDENTITIES = range(0, 1_000_000)
 TEST_IDENTITIES = range(1_000_000, 1_010_000)
 
-SCALE = 0.60  # world units a head's own unit
-RAISE = 0.10  # of the origin, in a head's own units
+SCALE = 0.60  # world units per head unit
+RAISE = 0.10  # offset along y, in head units
 
-_SKINS = ((0.96, 0.80, 0.69), (0.36, 0.22, 0.15))  # the two ends
+_SKINS = ((0.96, 0.80, 0.69), (0.36, 0.22, 0.15))  # the lightest and the darkest
 _HAIRS = (
     ((0.08, 0.06, 0.05), 0.24),
     ((0.27, 0.16, 0.09), 0.24),
@@ -44,7 +44,7 @@ _RANGES = {
     "bun_size": (0.27, 0.38), "afro_size": (0.25, 0.38), "beard": (0, 1), "beard_line": (-0.08, 0.10),
     "light_azimuth": (-50, 50), "light_elevation": (25, 60), "ambient": (0.45, 0.60),
 }  # fmt: skip
-_BEARDED = 0.2
+_BEARDED = 0.2  # probability
 
 PAIRED = ("eye", "lid", "brow", "ear", "strand")  # left and right
 _SINGLE = ("skull", "jaw", "neck", "chest", "bridge", "tip", "upper_lip", "lower_lip", "cap", "mane", "knot", "beard")
@@ -54,17 +54,17 @@ CLIPPED = ("cap", "beard", "lid_left", "lid_right")
 
 @dataclass(frozen=True)
 class Heads:
-    """N heads of P parts each; every part is an ellipsoid |inverse (x - centre)| = 1, some cut by a plane.
+    """N heads of P parts each; every part is an ellipsoid |inverse (x - centre)| = 1, some clipped by a plane.
 
     Attributes:
         centre: [N,P,3] in world units.
         inverse: [N,P,3,3], from world units to the unit sphere.
         colour: [N,P,3], RGB in [0,1].
-        clip: [N,P,4]: what n·x + k >= 0 keeps, (n,k); zeros keep all.
-        active: [N,P] bool: a bald head has no hair.
+        clip: [N,P,4], (n,k) of the half-space n·x + k >= 0 that is kept; zeros keep all.
+        active: [N,P] bool, False for parts that a head does not have, such as the hair of a bald one.
         iris: [N,3], RGB.
         light: [N,3], the unit direction to the light in world axes.
-        ambient: [N], how bright a surface is that looks away from the light.
+        ambient: [N], brightness of surfaces that face away from the light.
     """
 
     centre: Tensor
@@ -80,20 +80,21 @@ class Heads:
         return len(self.centre)
 
     def repeat(self, count: int) -> Heads:
-        """Every head `count` times."""
+        """Repeat every head `count` times."""
         return Heads(**{f.name: getattr(self, f.name).repeat_interleave(count, dim=0) for f in fields(self)})
 
     def to(self, device: torch.device | str) -> Heads:
+        """Move all tensors to a device."""
         return Heads(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 def uniform_numbers(identities: Tensor, count: int) -> Tensor:
-    """Numbers in [0,1) that depend on the identity and their position alone: [N] int64 -> [N,count] float64.
+    """Compute numbers in [0,1) that depend only on identity and column: [N] int64 -> [N,count] float64.
 
     Source: the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
     """
     x = identities[:, None] * 4096 + torch.arange(count, device=identities.device) + 1
-    x = x * -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number; products wrap
+    x = x * -0x61C8864680B583EB  # 2^64 / golden ratio as a signed number; products wrap around
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
     x = x ^ ((x >> 31) & (2**33 - 1))
@@ -101,29 +102,32 @@ def uniform_numbers(identities: Tensor, count: int) -> Tensor:
 
 
 def make_heads(identities: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Heads:
-    """The heads of these identities; a number is the same head in every batch.
+    """Build the heads of identities; an identity is the same head in every batch.
 
     Args:
-        identities: N whole numbers of 0 or more; TRAIN_IDENTITIES and TEST_IDENTITIES share none.
-        device: where the result lies.
+        identities: N integers, 0 or more; TRAIN_IDENTITIES and TEST_IDENTITIES are disjoint.
+        device: device of the result.
+
+    Returns:
+        N heads.
     """
     numbers = torch.as_tensor(identities, dtype=torch.int64, device="cpu")
     return _build(uniform_numbers(numbers, len(_RANGES))).to(device)
 
 
 def neutral_head(device: torch.device | str = "cpu") -> Heads:
-    """One head in the middle of every range, with short hair and no beard: nobody in particular."""
+    """Build the head in the middle of every range, with short hair and no beard."""
     return _build(torch.full((1, len(_RANGES)), 0.5, dtype=torch.float64)).to(device)
 
 
 def _pick(table: Sequence[tuple], uniform: Tensor) -> Tensor:
-    """Which row of (value, probability) a uniform number falls on."""
+    """Return the indices of the rows (value, probability) that uniform numbers select."""
     edges = torch.tensor([share for _, share in table], dtype=torch.float64).cumsum(0)[:-1]
     return torch.bucketize(uniform.contiguous(), edges, right=True)
 
 
 def _rotation(axis: int, degrees: Tensor) -> Tensor:
-    """[N] degrees -> [N,3,3], right-handed around one axis."""
+    """Compute right-handed rotations about one axis: [N] degrees -> [N,3,3]."""
     angle = torch.deg2rad(degrees)
     matrix = torch.eye(3, dtype=angle.dtype).repeat(len(angle), 1, 1)
     i, j = ((1, 2), (2, 0), (0, 1))[axis]
@@ -133,13 +137,13 @@ def _rotation(axis: int, degrees: Tensor) -> Tensor:
 
 
 def _colours(u: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Skin, hair, shirt and iris, [N,3] each."""
+    """Compute the colours of skin, hair, shirt and iris, [N,3] each."""
     light, dark = (torch.tensor(skin, dtype=torch.float64) for skin in _SKINS)
     skin = torch.lerp(light, dark, u["skin"][:, None])
     skin = skin + u["skin_red"][:, None] * torch.tensor([1.0, 0.0, -0.7], dtype=torch.float64)
     hairs, irises = (torch.tensor([c for c, _ in table], dtype=torch.float64) for table in (_HAIRS, _IRISES))
     wheel = (u["shirt_hue"][:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
-    pure = ((wheel - 3).abs() - 1).clamp(0, 1)  # the hue's colour
+    pure = ((wheel - 3).abs() - 1).clamp(0, 1)  # the saturated colour of the hue
     saturation, value = u["shirt_saturation"][:, None], u["shirt_value"][:, None]
     return {
         "skin": skin.clamp(0, 1),
@@ -150,7 +154,7 @@ def _colours(u: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Assembly:
-    """Collects a head's parts in the head's own units."""
+    """Parts of N heads in head units."""
 
     def __init__(self, count: int):
         self.count, self.parts = count, {}
@@ -159,7 +163,7 @@ class _Assembly:
         return torch.as_tensor(value, dtype=torch.float64).expand(self.count)
 
     def add(self, name: str, centre, radii, colour: Tensor, *, turn=None, clip=None, active=None) -> None:
-        """`clip` is (normal, offset): what normal · x >= offset keeps."""
+        """Add a part; `clip` is (normal, offset) of the half-space normal · x >= offset that is kept."""
         centre, radii = (torch.stack([self.column(v) for v in values], dim=-1) for values in (centre, radii))
         turn = torch.eye(3, dtype=torch.float64).expand(self.count, 3, 3) if turn is None else turn
         inverse = turn.transpose(1, 2) / radii[:, :, None]  # diag(1/radii) turn^T
@@ -171,7 +175,7 @@ class _Assembly:
         self.parts[name] = (centre, inverse, colour.expand(self.count, 3), plane, active)
 
     def tensors(self) -> dict[str, Tensor]:
-        """In world units, in the order of PARTS."""
+        """Return the tensors of all parts in world units, in the order of PARTS."""
         columns = zip(*(self.parts[name] for name in PARTS), strict=True)
         centre, inverse, colour, clip, active = (torch.stack(column, dim=1) for column in columns)
         raised = torch.tensor([0.0, RAISE, 0.0], dtype=torch.float64)
@@ -186,7 +190,7 @@ class _Assembly:
 
 
 def _build(uniform: Tensor) -> Heads:
-    """[N,len(_RANGES)] numbers in [0,1) -> heads."""
+    """Build N heads from [N,len(_RANGES)] numbers in [0,1)."""
     low, high = torch.tensor(list(_RANGES.values()), dtype=torch.float64).T
     u = dict(zip(_RANGES, (low + (high - low) * uniform).T, strict=True))
     colours, parts = _colours(u), _Assembly(len(uniform))
@@ -204,7 +208,7 @@ def _build(uniform: Tensor) -> Heads:
 
 
 def _add_skull(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor]):
-    """Skull, jaw, neck and chest; returns how far in front the face's surface lies at (x, y)."""
+    """Add skull, jaw, neck and chest; returns a function that gives the face's z at (x, y)."""
     skin = colours["skin"]
     width, height, depth = u["skull_width"], u["skull_height"], u["skull_depth"]
     parts.add("skull", (0, 0.18, -0.08), (width, height, depth), skin)
@@ -226,7 +230,7 @@ def _add_skull(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor
 
 
 def _add_face(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor], surface) -> tuple[Tensor, Tensor]:
-    """Nose, eyes, brows, ears and mouth; returns the mouth's height and depth."""
+    """Add nose, eyes, brows, ears and mouth; returns the y and the z of the mouth."""
     skin, hair = colours["skin"], colours["hair"]
     width, length, depth = u["nose_width"], u["nose_length"], u["nose_depth"]
     front = 0.14 + u["jaw_depth"]

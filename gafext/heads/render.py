@@ -1,8 +1,8 @@
-"""Pictures of procedural heads: rays against ellipsoids in closed form, batched over heads and views.
+"""Rendering of procedural heads: closed-form intersection of rays and ellipsoids, batched over heads and views.
 
-In camera axes a pixel's ray is t d with d = (x, y, 1). An ellipsoid |A (R^T (t d - p) - c)| = 1 is met where
+In camera axes a pixel's ray is t d with d = (x, y, 1). It intersects an ellipsoid |A (R^T (t d - p) - c)| = 1 where
 a t^2 + 2 b t + k = 0; a, b and the discriminant b^2 - a k are polynomials in (x, y), of degree 2, 1 and 2. Their
-coefficients are made in float64, once a part and view; the pixels then cost three polynomials and a square root a part.
+coefficients are computed in float64, once per part and view; pixels cost three polynomials and a square root per part.
 Only the nearest part of each pixel is shaded. The normal is the gradient g + t Q d, with Q = (A R^T)^T (A R^T).
 """
 
@@ -17,20 +17,20 @@ from torch import Tensor
 from gafext.cameras import DEFAULT_FOV, Cameras
 from gafext.heads.identity import CLIPPED, PARTS, Heads, neutral_head
 
-BACKGROUND = 1.0  # white, on which `gafext.images` puts transparent portraits
+BACKGROUND = 1.0  # white, as the background that `gafext.images` gives transparent portraits
 _CLIPPED = [PARTS.index(name) for name in CLIPPED]
 _EYES = [PARTS.index(name) for name in ("eye_left", "eye_right")]
-_PUPIL, _IRIS = 0.95, 0.80  # cosines
-_CPU_VIEWS = 1  # at once: what stays in a core's cache
+_PUPIL, _IRIS = 0.95, 0.80  # cosines of their angular radii
+_CPU_VIEWS = 1  # per batch: its tensors fit a core's cache
 
 
 class Renders(NamedTuple):
-    """N heads seen by V cameras each."""
+    """Images of N heads from V cameras each."""
 
     rgb: Tensor  # [N,V,3,S,S] in [0,1], over white
     normals: Tensor  # [N,V,3,S,S]: n/2 + 1/2 in the viewer's axes (x right, y up, z to the viewer); background 0.5
     alpha: Tensor  # [N,V,1,S,S] in [0,1]
-    depth: Tensor  # [N,V,1,S,S]: camera z of the nearest surface; infinite on the background
+    depth: Tensor  # [N,V,1,S,S]: camera z of the nearest surface, infinite on the background
 
 
 @torch.no_grad()
@@ -38,14 +38,14 @@ def render(heads: Heads, w2c: Tensor, size: int, *, fov: float = DEFAULT_FOV, su
     """Render heads.
 
     Args:
-        heads: N of them.
+        heads: N heads.
         w2c: [N,V,4,4] world-to-camera matrices, OpenCV axes, or [V,4,4] for all heads.
         size: S, height and width in pixels.
-        fov: of all cameras, in degrees.
-        supersample: rays a pixel along each side; colours, normals and alpha are their means, depth is the nearest.
+        fov: field of view of all cameras, in degrees.
+        supersample: rays per pixel along each axis; colour, normal and alpha are their means, depth their minimum.
 
     Returns:
-        float32 on the heads' device.
+        The images, float32 on the heads' device.
     """
     w2c = w2c.to(heads.centre.device).double().expand(len(heads), -1, 4, 4)
     rays = _rays(size * supersample, fov, w2c.device)
@@ -60,12 +60,12 @@ def render(heads: Heads, w2c: Tensor, size: int, *, fov: float = DEFAULT_FOV, su
 
 
 def head_normals(cameras: Cameras, size: int) -> Tensor:
-    """Normal maps of the neutral head, for portraits that come without any: [V,3,size,size] in [0,1]."""
+    """Render normal maps of the neutral head, for portraits without normal maps: [V,3,size,size] in [0,1]."""
     return render(neutral_head(), cameras.w2c, size, fov=cameras.fov).normals[0]
 
 
 def _rays(size: int, fov: float, device: torch.device) -> Tensor:
-    """Monomials x^2, xy, y^2, x, y, 1 of the pixel centres' rays: [6,size*size] float32."""
+    """Compute the monomials x^2, xy, y^2, x, y, 1 of the rays through the pixel centres: [6,size*size] float32."""
     focal = Cameras(torch.eye(4)[None], fov).focal(size)
     offsets = (torch.arange(size, dtype=torch.float64, device=device) + 0.5 - size / 2) / focal
     y, x = (t.flatten() for t in torch.meshgrid(offsets, offsets, indexing="ij"))
@@ -73,17 +73,17 @@ def _rays(size: int, fov: float, device: torch.device) -> Tensor:
 
 
 def _quadratic(matrix: Tensor) -> Tensor:
-    """Coefficients [...,6] of d^T M d in the rays' monomials, M [...,3,3] symmetric."""
+    """Compute the coefficients [...,6] of d^T M d in the rays' monomials, M [...,3,3] symmetric."""
     entries = [(0, 0, 1), (0, 1, 2), (1, 1, 1), (0, 2, 2), (1, 2, 2), (2, 2, 1)]
     return torch.stack([factor * matrix[..., i, j] for i, j, factor in entries], dim=-1)
 
 
 def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """RGB, encoded normals, alpha and depth of B views, [B,channels,pixels] each; `rows` says whose they are."""
+    """Trace B views of the heads at indices `rows`: RGB, encoded normals, alpha and depth, [B,channels,pixels] each."""
     rotation, eye = w2c[:, :3, :3], -(w2c[:, :3, :3].transpose(1, 2) @ w2c[:, :3, 3:])[..., 0]  # [B,3,3], [B,3]
     inverse = heads.inverse[rows]
     to_sphere = inverse @ rotation[:, None].transpose(2, 3)  # [B,P,3,3]
-    start = (inverse @ (eye[:, None] - heads.centre[rows])[..., None])[..., 0]  # [B,P,3]: the eye, seen from the sphere
+    start = (inverse @ (eye[:, None] - heads.centre[rows])[..., None])[..., 0]  # [B,P,3]: the eye in sphere space
     quadric = to_sphere.transpose(2, 3) @ to_sphere
     gradient = (to_sphere.transpose(2, 3) @ start[..., None])[..., 0]
     outside = start.square().sum(-1) - 1
@@ -92,7 +92,7 @@ def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tenso
     never = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0], dtype=torch.float64, device=rays.device)
     square = torch.where(heads.active[rows][..., None], _quadratic(discriminant), never).float() @ rays  # [B,P,pixels]
     missed = square < 0
-    root = square.clamp_(min=1e-12).sqrt_()  # of zero, it takes MKL 17 times as long
+    root = square.clamp_(min=1e-12).sqrt_()  # MKL's square root of zero takes 17 times as long
     a, b = _quadratic(quadric).float() @ rays, gradient.float() @ rays[3:]
     far = (root[:, _CLIPPED] - b[:, _CLIPPED]) / a[:, _CLIPPED]
     depth = root.add_(b).div_(a.neg_())
@@ -115,11 +115,11 @@ def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tenso
         [gx + t * (xx * x + xy * y + xz), gy + t * (xy * x + yy * y + yz), gz + t * (xz * x + yz * y + zz)], dim=1
     )
     normal = normal * normal.square().sum(1, keepdim=True).rsqrt()
-    away = normal[:, 0] * x + normal[:, 1] * y + normal[:, 2] > 0  # the inner side of a cut part
+    away = normal[:, 0] * x + normal[:, 1] * y + normal[:, 2] > 0  # the inner side of a clipped part
     normal = torch.where(away[:, None], -normal, normal)  # [B,3,pixels], OpenCV axes
 
     colour = torch.stack(rest[:3], dim=1)
-    forward = rest[6] + t * (rest[3] * x + rest[4] * y + rest[5])  # how far the point lies to the front of its sphere
+    forward = rest[6] + t * (rest[3] * x + rest[4] * y + rest[5])  # z of the point on its unit sphere
     looking = ((part == _EYES[0]) | (part == _EYES[1])) & (forward > _IRIS)
     colour = torch.where(looking[:, None], heads.iris[rows][..., None], colour)
     colour = torch.where((looking & (forward > _PUPIL))[:, None], 0.03, colour)
@@ -134,12 +134,12 @@ def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tenso
 
 
 def _look_up(table: Tensor, part: Tensor) -> tuple[Tensor, ...]:
-    """Each column of [B,P,C] at the part [B,pixels] of every pixel: C tensors [B,pixels]."""
+    """Gather each column of [B,P,C] at the part [B,pixels] of every pixel: C tensors [B,pixels]."""
     return tuple(column.gather(1, part) for column in table.unbind(-1))
 
 
 def _pool(channels: tuple[Tensor, ...], size: int, supersample: int) -> tuple[Tensor, ...]:
-    """Flat pixels to pictures, with the means of neighbouring rays, and the nearest depth."""
+    """Reshape flat pixels to images; colour, normal and alpha are means over a pixel's rays, depth is the minimum."""
     rgb, normals, alpha, depth = (c.unflatten(2, (size * supersample, -1)) for c in channels)
     if supersample == 1:
         return rgb, normals, alpha, depth
