@@ -1,15 +1,17 @@
-"""A multi-view checkpoint out of single-view parents: what is added starts as an exact no-op."""
+"""Multi-view checkpoints from single-view parents: the added layers have no effect until they are trained."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gafext import weights
+from gafext.checkpoints.ip_adapter import load_ip_adapter
 from gafext.errors import CheckpointError
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
@@ -20,16 +22,16 @@ from gafext.upsampler import LatentUpsampler
 from gafext.weights.keys import trained_key
 
 LATENT_SIZE = 32
-"""Of GAF's views, which the upsampler doubles; Stable Diffusion's own 64 or 96 is for pictures without it."""
+"""Latent size of GAF's views, which the upsampler doubles; Stable Diffusion's 64 or 96 is for use without it."""
 
-# Where an added tensor starts as a copy of its twin, so that training begins from attention that works.
-_TWINS = (
+# Added tensors that start as copies of the parent's, so that training starts from working attention.
+_COPIES = (
     (r"\.norm_cv\.", ".norm1."),
     (r"\.attn_cv\.(?=to_[qkv]\.)", ".attn1."),
     (r"\.norm_ip\.", ".norm2."),
     (r"\.attn_ip\.(?=to_[qkv]\.)", ".attn2."),
 )
-# What adds to the U-Net's hidden states, and is therefore zero.
+# Layers whose output is added to the U-Net's hidden states; they start at zero.
 _ZERO = re.compile(r"\.(attn_cv|attn_ip)\.to_out\.0\.|^class_embedding\.linear_2\.")
 
 
@@ -44,25 +46,26 @@ def assemble(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
 ) -> MultiViewDiffusionPipeline:
-    """A multi-view pipeline that gives its parents' pictures until it is trained.
+    """Assemble a multi-view pipeline that generates its parent's images until it is trained.
 
     Args:
-        parent: Stable Diffusion's diffusers folder (`unet/ vae/ scheduler/`), or its single safetensors file.
-        image_encoder: CLIP's folder, as transformers saves it.
-        upsampler: the latent upscaler's own folder.
-        ip_adapter: an IP-Adapter file; the U-Net then looks at the portrait through it, and gets no attn_ip.
-        trained: the state dict of a trained U-Net of this form, to fill the result with.
-        pose_dim: numbers of a camera, 12 or 16.
-        dtype: of the weights; None is float32.
-        variant: "fp16" reads the files that carry it in their name.
+        parent: diffusers folder of Stable Diffusion (`unet/ vae/ scheduler/`), or its single safetensors file.
+        image_encoder: folder of CLIP as saved by transformers.
+        upsampler: folder of the latent upscaler; None: no upsampler.
+        ip_adapter: IP-Adapter file to use for image attention instead of attn_ip.
+        trained: state dict of a trained U-Net of this form, to load into the result.
+        pose_dim: numbers per camera, 12 or 16.
+        dtype: dtype of the weights; None: float32.
+        variant: variant in the names of the weight files, such as "fp16".
 
     Returns:
         The pipeline, on the CPU.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the parts do not fit together.
+        CheckpointError: a file is missing or damaged, or the components do not fit together.
     """
-    parent, options = Path(parent), {"dtype": dtype, "variant": variant}
+    parent = Path(parent)
+    options: dict[str, Any] = {"dtype": dtype, "variant": variant}
     if parent.is_dir():
         unet = MultiViewUNet.from_pretrained(parent / "unet", **options)
         vae = AutoencoderKL.from_pretrained(parent / "vae", **options)
@@ -74,7 +77,7 @@ def assemble(
     encoder = CLIPVisionEncoder.from_pretrained(image_encoder, **options)
     unet = assemble_unet(unet, image_embed_dim=None if ip_adapter else encoder.config.hidden_size, pose_dim=pose_dim)
     if ip_adapter is not None:
-        unet.load_ip_adapter(ip_adapter)
+        load_ip_adapter(unet, ip_adapter)
     if trained is not None:
         load_trained(unet, trained)
     return MultiViewDiffusionPipeline(
@@ -89,23 +92,23 @@ def assemble(
 def assemble_unet(
     parent: MultiViewUNet, *, image_embed_dim: int | None, pose_dim: int = 12, seed: int = 0
 ) -> MultiViewUNet:
-    """Give a stock U-Net attn_cv, attn_ip, normal latents, a pose MLP and an image projection, all without effect.
+    """Add attn_cv, attn_ip, normal latents, a pose MLP and an image projection to a stock U-Net, without effect yet.
 
     f_child(x, normals, pose, image) = f_parent(x) for every view until it is trained: the output projections of the new
-    attentions, the second layer of the pose MLP and the new input channels of conv_in are zero. Everything before a
-    zero is ready to be trained: copies of the parent's own attentions, or fresh linear layers.
+    attention layers, the second layer of the pose MLP and the new input channels of conv_in are zero. The layers before
+    them are copies of the parent's attention layers, or randomly initialised linear layers.
 
     Args:
-        parent: a U-Net without any of the additions.
-        image_embed_dim: hidden width of the image encoder, 1280 for ViT-H/14; None adds no attn_ip.
-        pose_dim: numbers of a camera, 12 or 16.
-        seed: of the fresh layers.
+        parent: U-Net without any of the additions.
+        image_embed_dim: hidden width of the image encoder, 1280 for ViT-H/14; None: no attn_ip.
+        pose_dim: numbers per camera, 12 or 16.
+        seed: seed of the random initialisation.
 
     Returns:
         The multi-view U-Net; it shares the parent's tensors.
 
     Raises:
-        CheckpointError: the parent has additions already.
+        CheckpointError: the parent already has some of the additions.
     """
     config = parent.config
     if config.cross_view or config.image_attention or config.pose_dim or config.in_channels != config.out_channels:
@@ -137,9 +140,9 @@ def _initial(name: str, blank: Tensor, old: dict[str, Tensor], generator: torch.
         return old[name]
     if _ZERO.search(name):
         return like.new_zeros(blank.shape)
-    for pattern, twin in _TWINS:
+    for pattern, source in _COPIES:
         if re.search(pattern, name):
-            return old[re.sub(pattern, twin, name)].clone()
+            return old[re.sub(pattern, source, name)].clone()
     if blank.ndim == 1:
         return like.new_zeros(blank.shape)
     bound = blank.shape[1] ** -0.5
@@ -147,15 +150,15 @@ def _initial(name: str, blank: Tensor, old: dict[str, Tensor], generator: torch.
 
 
 def load_trained(unet: MultiViewUNet, path: str | Path) -> None:
-    """Fill a multi-view U-Net with a state dict that training code wrote.
+    """Load a state dict written by training code into a multi-view U-Net.
 
     Args:
-        unet: of the right sizes, as `assemble_unet` makes it.
-        path: a safetensors file; keys may carry wrappers' prefixes ("module.", "unet.", ...) and common other names of
-            the additions (attn_mv, pose_embedding, ...).
+        unet: U-Net of the same configuration, such as `assemble_unet` returns.
+        path: a safetensors file; keys may have prefixes of wrappers ("module.", "unet.", ...) and other common names
+            of the additions (attn_mv, pose_embedding, ...).
 
     Raises:
-        CheckpointError: the file is damaged, or names or shapes do not fit; all of them are listed.
+        CheckpointError: the file is damaged, or names or shapes do not fit; the message lists all.
     """
     path = Path(path)
     weights.require_safetensors(path)

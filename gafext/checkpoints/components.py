@@ -1,4 +1,4 @@
-"""The components of a pipeline: loaded, adapted, moved and saved together."""
+"""Components of a pipeline: loading, adapters, moving and saving."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PipelineType = TypeVar("PipelineType", bound="PipelineComponents")
 
 
 class PipelineComponents:
-    """Networks and sampler that fit together; arguments and errors are those of `MultiViewDiffusionPipeline`."""
+    """Networks and solver of a pipeline; arguments and errors are those of `MultiViewDiffusionPipeline`."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class PipelineComponents:
         self.guidance_scale = guidance_scale
         self.attention_backend = "auto"
         self.origin: dict[str, Any] = {"model": "memory"}
-        """Where the weights come from: what `from_pretrained` was given."""
+        """Source of the weights, for run.json: the arguments of `from_pretrained` and of the adapters."""
         self._check_parts()
 
     def _check_parts(self, config: UNetConfig | None = None) -> None:
-        """Raise a CheckpointError unless the parts fit together, with `config` in place of the U-Net's own."""
+        """Raise a CheckpointError unless the components fit together; `config` replaces the U-Net's configuration."""
         config, latent = config or self.unet.config, self.vae.config.latent_channels
         if config.in_channels not in (latent, 2 * latent):
             raise CheckpointError(
@@ -87,27 +87,27 @@ class PipelineComponents:
         ip_adapter: str | Path | None = None,
         ip_adapter_scale: float = 1.0,
     ) -> PipelineType:
-        """Load a checkpoint folder: `unet/ vae/ scheduler/`, and `image_encoder/ upsampler/ text_encoder/` if there.
+        """Load a checkpoint folder: `unet/ vae/ scheduler/`, and optionally `image_encoder/ upsampler/ text_encoder/`.
 
         Args:
-            path_or_repo_id: a folder, or a hub id such as "owner/name"; None is the small built-in model.
-            dtype: of the weights; None is float32. "int8" is float32 with the U-Net's linear layers in 8-bit integers:
-                faster, about 1 % off per layer, for CPUs with VNNI.
-            device: None is CUDA, else MPS, else the CPU.
-            variant: "fp16" reads the files that carry it in their name.
-            revision: of a hub id: a branch, tag or commit.
-            scheduler: "ddim", "dpm++" or "euler"; None is the checkpoint's own.
-            lora: a safetensors file of low-rank updates; see `load_lora_weights`.
-            lora_scale: weight of the updates.
-            ip_adapter: an IP-Adapter file, plain or Plus; see `load_ip_adapter`.
-            ip_adapter_scale: weight of the portrait's attention.
+            path_or_repo_id: a folder, or a hub id such as "owner/name"; None: the small built-in model.
+            dtype: dtype of the weights; None: float32. "int8": float32 with the U-Net's linear layers in 8-bit
+                integers, faster on CPUs with VNNI, with an error of about 1 % per layer.
+            device: device of the networks; None: CUDA if available, else MPS, else CPU.
+            variant: variant in the names of the weight files, such as "fp16".
+            revision: branch, tag or commit of a hub id.
+            scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
+            lora: LoRA file to merge; see `load_lora_weights`.
+            lora_scale: weight of the LoRA.
+            ip_adapter: IP-Adapter file, plain or Plus; see `load_ip_adapter`.
+            ip_adapter_scale: weight of the IP-Adapter's attention.
 
         Returns:
-            The pipeline, ready to be called.
+            The pipeline.
 
         Raises:
-            CheckpointError: something is missing, damaged or does not fit together.
-            ValueError: this machine does not have the dtype.
+            CheckpointError: a file is missing or damaged, or the components do not fit together.
+            ValueError: an argument is out of range, or this machine does not support the dtype.
         """
         device = torch.device(device) if device is not None else default_device()
         quantize = dtype == "int8"
@@ -141,14 +141,14 @@ class PipelineComponents:
         return pipeline
 
     def load_lora_weights(self, file: str | Path, *, scale: float = 1.0) -> None:
-        """Merge the low-rank updates of a LoRA file into the U-Net: W + scale · alpha/r · up · down.
+        """Merge a LoRA file into the U-Net: W ← W + scale · alpha/r · up · down.
 
         Args:
-            file: safetensors of peft, diffusers or kohya.
-            scale: weight of the updates; -1 takes them back, up to rounding.
+            file: safetensors file of peft, diffusers or kohya.
+            scale: weight of the updates; -1 reverts a merge with 1, up to rounding.
 
         Raises:
-            CheckpointError: the file is damaged or does not fit; the U-Net is as it was.
+            CheckpointError: the file is damaged or does not fit; the U-Net is unchanged.
             ValueError: the scale is not finite, or the weights are 8-bit integers.
         """
         for note in merge_lora(self.unet, file, scale=scale):
@@ -156,14 +156,14 @@ class PipelineComponents:
         self.origin |= {"lora": str(file), "lora_scale": scale}
 
     def load_ip_adapter(self, file: str | Path, *, scale: float = 1.0) -> None:
-        """Add an IP-Adapter, plain or Plus, to a U-Net that does not look at the portrait otherwise.
+        """Add an IP-Adapter, plain or Plus, to a U-Net without attn_ip; it replaces an earlier IP-Adapter.
 
         Args:
-            file: safetensors; another adapter takes the place of the one before.
-            scale: weight of the portrait's attention; 0 is no portrait.
+            file: safetensors file.
+            scale: weight of the attention to the portrait; 0 removes its influence.
 
         Raises:
-            CheckpointError: the file is damaged or does not fit the U-Net or the image encoder; nothing has changed.
+            CheckpointError: the file is damaged or does not fit the U-Net or image encoder; the pipeline is unchanged.
             ValueError: the U-Net has attn_ip, or the scale is not finite.
         """
         adapter = IPAdapter.read(self.unet, file, scale=scale)
@@ -172,12 +172,12 @@ class PipelineComponents:
         self.origin |= {"ip_adapter": str(file), "ip_adapter_scale": scale}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint folder that `from_pretrained` reads; `model_index.json` comes last."""
+        """Write a checkpoint folder that `from_pretrained` reads; `model_index.json` is written last."""
         save_parts(self.components, Path(folder))
 
     @property
     def components(self) -> dict[str, Any]:
-        """Everything that the pipeline is made of: `MultiViewDiffusionPipeline(**pipe.components)` shares it all."""
+        """Arguments of the constructor: `MultiViewDiffusionPipeline(**pipe.components)` shares all components."""
         names = ("unet", "vae", "scheduler", "image_encoder", "upsampler", "prompt_embeds", "guidance_scale")
         return {name: getattr(self, name) for name in names}
 
@@ -194,10 +194,10 @@ class PipelineComponents:
         return self.unet.dtype
 
     def to(self: PipelineType, *args: Any, **kwargs: Any) -> PipelineType:
-        """Move every network: the arguments are those of `torch.nn.Module.to`.
+        """Move or convert all networks; the arguments are those of `torch.nn.Module.to`.
 
         Raises:
-            ValueError: the weights are 8-bit integers, which stay on the CPU, with float32 around them.
+            ValueError: the weights are 8-bit integers, which support only the CPU and float32 activations.
         """
         check_move(self.unet, *args, **kwargs)
         for network in self._networks:
@@ -205,10 +205,10 @@ class PipelineComponents:
         return self
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose "auto", "kernel", "sdpa" or "reference" for every attention and GEGLU of every network.
+        """Set the backend of all attention and GEGLU layers: "auto", "kernel", "sdpa" or "reference".
 
-        "kernel" leaves the autoencoder at "auto": its one head is as wide as its channels, 512 in Stable Diffusion,
-        and in float32 on a GPU no kernel is that wide.
+        With "kernel" the autoencoder uses "auto", because its attention has a single head as wide as its channels, 512
+        in Stable Diffusion, which no float32 kernel for GPUs supports.
         """
         check_backend(backend)
         self.attention_backend = backend
@@ -217,7 +217,7 @@ class PipelineComponents:
 
 
 def default_device() -> torch.device:
-    """CUDA, else MPS, else the CPU."""
+    """Return the first available device of CUDA, MPS and CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""A pipeline's folder: the components that are read from it and written to it."""
+"""Reading and writing the folder of a pipeline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIBRARIES = {
     "image_encoder": "transformers",
     "upsampler": "gafext",
 }
-"""Of each saved component the library whose class `model_index.json` names."""
+"""Library that `model_index.json` names for each saved component."""
 
 
 def load_parts(
@@ -42,10 +42,20 @@ def load_parts(
     variant: str | None,
     scheduler: str | None = None,
 ) -> dict[str, Any]:
-    """Load the components of a pipeline, which are the keyword arguments of `MultiViewDiffusionPipeline`.
+    """Load the components of a pipeline.
+
+    Args:
+        folder: local folder of the checkpoint.
+        dtype: dtype of the weights; None: float32.
+        device: device of the weights; None: CPU.
+        variant: variant in the names of the weight files, such as "fp16".
+        scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
+
+    Returns:
+        Keyword arguments of `MultiViewDiffusionPipeline`.
 
     Raises:
-        CheckpointError: something is missing or damaged.
+        CheckpointError: a file is missing or damaged.
     """
     index_path = folder / "model_index.json"
     index = weights.read_json(index_path) if index_path.exists() else {}
@@ -61,7 +71,7 @@ def load_parts(
             raise CheckpointError(f"{index_path}: expected a {name}, got null")
         if not has(name):
             raise CheckpointNotFoundError(f"{folder / name}: no such folder")
-    options = {"dtype": dtype, "device": device, "variant": variant}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "variant": variant}
     unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
     family = family_of(unet.config)
     guidance_scale = index.get("guidance_scale", family.guidance_scale)
@@ -73,7 +83,7 @@ def load_parts(
         "unet": unet,
         "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
         "scheduler": scheduler_from_pretrained(folder / "scheduler", name=scheduler),
-        # Also where the U-Net does not look at the portrait, so that save_pretrained gives back what was loaded.
+        # Also loaded for a U-Net without image attention, so that save_pretrained writes all loaded components.
         "image_encoder": CLIPVisionEncoder.from_pretrained(folder / "image_encoder", **options)
         if has("image_encoder")
         else None,
@@ -84,7 +94,7 @@ def load_parts(
 
 
 def _empty_prompt(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> Tensor | None:
-    """The empty prompt's embeddings [1,T,C], saved earlier or from the text encoder, which is dropped again."""
+    """Load the empty prompt's embeddings [1,T,C], or compute them with the text encoder; None without either."""
     source = folder / EMPTY_PROMPT
     if source.is_file():
         file = weights.WeightFile(source)
@@ -102,14 +112,22 @@ def _empty_prompt(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> 
 
 
 def save_parts(components: Mapping[str, Any], folder: Path) -> None:
-    """Write a folder that `load_parts` reads; `model_index.json` comes last, and says null for what is not there."""
+    """Write a folder that `load_parts` reads; `model_index.json` is written last, with null for missing components.
+
+    Args:
+        components: keyword arguments of `MultiViewDiffusionPipeline`.
+        folder: folder to write; files of these components are replaced.
+
+    Raises:
+        ValueError: the U-Net's weights are 8-bit integers.
+    """
     if is_quantized(components["unet"]):
         raise ValueError("save_pretrained: expected floating-point weights, got the 8-bit ones of dtype='int8'")
     index: dict[str, Any] = {
         "_class_name": "MultiViewDiffusionPipeline",
         "guidance_scale": components["guidance_scale"],
     }
-    for stale in ("model_index.json", EMPTY_PROMPT):  # of another pipeline that was saved here before
+    for stale in ("model_index.json", EMPTY_PROMPT):  # left by a pipeline that was saved here before
         (folder / stale).unlink(missing_ok=True)
     for name, library in _LIBRARIES.items():
         part, index[name] = components[name], [None, None]

@@ -1,4 +1,4 @@
-"""IP-Adapter files (arXiv 2308.06721), plain and Plus, for a U-Net that does not look at the portrait."""
+"""IP-Adapter files (arXiv 2308.06721), plain and Plus, for a U-Net without attn_ip."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gafext import weights
 from gafext.config import UNetConfig
 from gafext.config.unet import image_projection_fields
 from gafext.errors import CheckpointError
 from gafext.models.blocks import MultiViewTransformerBlock
-from gafext.models.image_projection import image_projection
+from gafext.models.image_projection import ImageProjection, PooledProjection, Resampler, image_projection
 from gafext.models.unet import MultiViewUNet
 from gafext.weights.keys import ip_adapter_rule
 
@@ -24,30 +24,30 @@ _UNCONDITIONAL = {"pooled": "zero_features", "resampler": "zero_image"}
 
 @dataclass(frozen=True)
 class IPAdapter:
-    """An adapter that was read whole and fits one U-Net.
+    """Validated adapter for one U-Net.
 
     Attributes:
-        config: of the U-Net with the adapter.
-        projection: the image projection, on the meta device.
-        tensors: weights of the projection and of the blocks' `to_k_ip` and `to_v_ip`.
+        config: configuration of the U-Net with the adapter.
+        projection: image projection, on the meta device.
+        tensors: weights of the projection and of `to_k_ip` and `to_v_ip` of all blocks.
     """
 
     config: UNetConfig
-    projection: nn.Module
+    projection: ImageProjection | PooledProjection | Resampler
     tensors: dict[str, Tensor]
 
     @classmethod
     def read(cls, unet: MultiViewUNet, path: str | Path, *, scale: float = 1.0) -> IPAdapter:
-        """Read a file for a U-Net, which stays as it is.
+        """Read an IP-Adapter file and validate it for a U-Net, which is not changed.
 
         Args:
-            unet: without attn_ip.
+            unet: U-Net without attn_ip.
             path: a safetensors file with `image_proj.*` and `ip_adapter.{1,3,...}.to_{k,v}_ip.weight`.
-            scale: weight of the image's attention; 0 is no image.
+            scale: weight of the attention to the image; 0 removes its influence.
 
         Raises:
-            CheckpointError: the file is a pickle, is damaged, or does not fit; all keys that misfit are listed.
-            ValueError: the U-Net has attn_ip already, or the scale is not finite.
+            CheckpointError: the file is a pickle, is damaged, or does not fit; the message lists all wrong keys.
+            ValueError: the U-Net has attn_ip, or the scale is not finite.
         """
         path = Path(path)
         if not math.isfinite(scale):
@@ -60,6 +60,7 @@ class IPAdapter:
         config = _with_adapter(unet.config, file, scale)
         with torch.device("meta"):
             projection = image_projection(config)
+        assert projection is not None  # _with_adapter requires one
         expected = {f"image_projection.{name}": tuple(value.shape) for name, value in projection.state_dict().items()}
         for name, block in blocks.items():
             for which in ("to_k_ip", "to_v_ip"):
@@ -72,7 +73,7 @@ class IPAdapter:
         return cls(config, projection, tensors)
 
     def apply(self, unet: MultiViewUNet) -> None:
-        """Add the adapter to the U-Net it was read for; another adapter takes the place of the one before."""
+        """Add the adapter to the U-Net for which it was read, replacing an earlier adapter."""
         unet.config, unet.image_projection = self.config, self.projection.train(unet.training)
         with torch.device("meta"):
             for block in _blocks(unet).values():
@@ -83,8 +84,8 @@ class IPAdapter:
 def load_ip_adapter(unet: MultiViewUNet, path: str | Path, *, scale: float = 1.0) -> None:
     """Add an IP-Adapter's image projection and decoupled image attention to a U-Net.
 
-    out = attn2(text) + scale · attn2(image), before the output projection; `config` tells what was added, and
-    `save_pretrained` writes it with the rest. Arguments and errors are those of `IPAdapter.read`.
+    out = attn2(text) + scale · attn2(image), before the output projection. The U-Net's configuration is updated, and
+    `save_pretrained` writes the adapter with the other weights. Arguments and errors are those of `IPAdapter.read`.
 
     Source: IP-Adapter (arXiv 2308.06721) eq. 5; diffusers: loaders/unet.py.
     """

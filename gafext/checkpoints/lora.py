@@ -18,7 +18,7 @@ _TEXT = ("text_encoder", "lora_te_", "lora_te1_", "lora_te2_", "base_model.model
 
 
 class _Factors(NamedTuple):
-    """The keys of one module's tensors in the file."""
+    """Keys in the file of one module's tensors."""
 
     down: str
     up: str
@@ -27,21 +27,22 @@ class _Factors(NamedTuple):
 
 @torch.no_grad()
 def merge_lora(unet: nn.Module, path: str | Path, *, scale: float = 1.0) -> list[str]:
-    """Add the low-rank updates of a LoRA file to the weights of a U-Net, once: nothing is slower afterwards.
+    """Merge the low-rank updates of a LoRA file into the weights of a U-Net, at no cost for inference.
 
-    W ← W + scale · alpha/r · up · down, in float32; for convolutions over the flattened kernel.
+    W ← W + scale · alpha/r · up · down, computed in float32; convolution kernels are flattened.
 
     Args:
-        unet: changed when the whole file fits; linear layers and convolutions of any type and device.
+        unet: network whose linear layers and convolutions are updated, on any device; unchanged if the file does not
+            fit.
         path: a safetensors file of peft, diffusers (`unet.*.lora_A`, `.lora.down`, `processor.to_q_lora.down`) or
             kohya (`lora_unet_*.lora_down`, `.alpha`).
-        scale: weight of the update; 0 is none, -1 takes one back, up to rounding.
+        scale: weight of the updates; -1 reverts a merge with 1, up to rounding.
 
     Returns:
-        What of the file was left aside: one sentence if it has updates of a text encoder, which gafext has no use for.
+        Warnings: one message if the file has updates of a text encoder, which are ignored.
 
     Raises:
-        CheckpointError: the file is a pickle, is missing or damaged, or does not fit; all keys that misfit are listed.
+        CheckpointError: the file is a pickle, is missing or damaged, or does not fit; the message lists all wrong keys.
         ValueError: the scale is not finite.
 
     Source: arXiv 2106.09685 eq. 3; diffusers: loaders/lora_conversion_utils.py.
@@ -73,7 +74,7 @@ def merge_lora(unet: nn.Module, path: str | Path, *, scale: float = 1.0) -> list
 
 
 def _match(file: weights.WeightFile, keys: Iterable[str], targets: dict[str, Tensor]) -> dict[str, _Factors]:
-    """The factors of each module by its name; one CheckpointError lists every key that fits no module or partner."""
+    """Match the factors of each module; a CheckpointError lists all unknown and unpaired keys and wrong shapes."""
     rule, unknown = lora_rule(targets), []
     found: dict[str, dict[str, str]] = {}
     for key in sorted(keys):
@@ -82,18 +83,18 @@ def _match(file: weights.WeightFile, keys: Iterable[str], targets: dict[str, Ten
             unknown.append(key)
         else:
             found.setdefault(name, {})[part] = key
-    lonely = [key for parts in found.values() if not {"down", "up"} <= parts.keys() for key in parts.values()]
+    unpaired = [key for parts in found.values() if not {"down", "up"} <= parts.keys() for key in parts.values()]
     factors = {
         name: _Factors(parts["down"], parts["up"], parts.get("alpha"))
         for name, parts in found.items()
         if {"down", "up"} <= parts.keys()
     }
     shapes = [text for name, keys in factors.items() for text in _wrong_shapes(name, keys, file.shapes, targets[name])]
-    if unknown or lonely or shapes or not factors:
+    if unknown or unpaired or shapes or not factors:
         raise CheckpointError(
             f"{file.path}: no LoRA that fits this U-Net"
             + weights.listing("unknown keys", unknown)
-            + weights.listing("keys without their partner", lonely)
+            + weights.listing("keys without their partner", unpaired)
             + weights.listing("wrong shapes", shapes)
         )
     return factors
@@ -109,9 +110,9 @@ def _wrong_shapes(name: str, keys: _Factors, shapes: dict[str, tuple[int, ...]],
 
 
 def _read_scalings(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """alpha/r of a module where the file has no alpha for it: of peft's settings, and else 1.
+    """Return a function for alpha/r of a module without an alpha in the file: from peft's settings, or 1.
 
-    diffusers keeps the settings in the file's metadata, peft in adapter_config.json beside it.
+    diffusers stores the settings in the file's metadata, peft in adapter_config.json beside the file.
     """
     source, settings = path, {}
     try:

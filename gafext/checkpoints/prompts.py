@@ -1,4 +1,4 @@
-"""From a prompt to CLIP's token ids: the empty prompt from the tokenizer's files alone, any other by transformers."""
+"""Tokenization and encoding of prompts: the empty prompt without transformers, other prompts with it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _IDS = {"<|startoftext|>": 49406, "<|endoftext|>": 49407, "!": 0}
 
 
 def empty_prompt_ids(folder: str | Path, length: int) -> Tensor:
-    """The ids of the empty prompt: begin, end, then padding.
+    """Return the token ids of the empty prompt: begin, end, then padding.
 
-    ViT-L's tokenizer pads with the end token and Stable Diffusion 2's with "!", so the files are asked.
+    The padding token is read from the tokenizer's files: ViT-L pads with the end token, Stable Diffusion 2 with "!".
 
     Args:
-        folder: a transformers tokenizer; without its files the ids are ViT-L's, 49406 and 49407.
+        folder: folder of a transformers tokenizer; missing files: the ids of ViT-L, 49406 and 49407.
         length: T, the text encoder's `max_position_embeddings`.
 
     Returns:
@@ -40,11 +40,11 @@ def empty_prompt_ids(folder: str | Path, length: int) -> Tensor:
 
 
 def prompt_ids(folder: str | Path, prompt: str | list[str], length: int) -> Tensor:
-    """The ids of prompts, cut or padded to one length.
+    """Tokenize prompts with transformers, truncated or padded to one length.
 
     Args:
-        folder: a transformers CLIP tokenizer.
-        prompt: one or several.
+        folder: folder of a transformers CLIP tokenizer.
+        prompt: one prompt or a list of B prompts.
         length: T, the text encoder's `max_position_embeddings`.
 
     Returns:
@@ -64,7 +64,7 @@ def prompt_ids(folder: str | Path, prompt: str | list[str], length: int) -> Tens
         ) from None
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers' errors have no common base: JSON, files, the tokenizer's own
+    except Exception as error:  # JSON, file and tokenizer errors: no common base class
         raise CheckpointError(f"{folder}: not readable as a CLIP tokenizer ({error})") from error
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     return tokenizer([prompt] if isinstance(prompt, str) else list(prompt), **options).input_ids
@@ -78,16 +78,16 @@ def encode_text(
     device: torch.device | str | None = None,
     variant: str | None = None,
 ) -> CLIPTextOutput:
-    """Encode prompts with a checkpoint's text encoder, which is dropped again.
+    """Encode prompts with a checkpoint's text encoder, which is loaded for this call only.
 
     Args:
-        folder: has `text_encoder/`, and `tokenizer/` for any prompt but "".
-        prompt: one or several; any but "" needs transformers.
-        device: to encode on; None is the CPU.
-        variant: "fp16" reads the file that carries it in its name.
+        folder: folder with `text_encoder/`, and `tokenizer/` for prompts other than "".
+        prompt: one prompt or a list of B prompts; prompts other than "" need transformers.
+        device: device to encode on; None: CPU.
+        variant: variant in the name of the weight file, such as "fp16".
 
     Returns:
-        What the encoder gives, float32.
+        Output of the text encoder for B prompts, float32.
 
     Raises:
         CheckpointError: a file is missing or damaged, the tokenizer does not fit, or transformers is not installed.
@@ -105,7 +105,7 @@ def encode_text(
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """What begins, ends and pads a prompt: a string, or an object that holds one as `content`."""
+    """Read the begin, end and padding tokens: strings, or objects with a string `content`."""
     tokens = dict(_TOKENS)
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         values = weights.read_json(path) if path.is_file() else {}
