@@ -1,6 +1,6 @@
 """Frozen configurations with diffusers' and transformers' field names.
 
-Field defaults are those of the library that writes the file, because a key that a file leaves out means that value.
+Field defaults are those of the library that writes the file, because a missing key means that library's default.
 The published configurations are the constants below each class.
 """
 

@@ -1,34 +1,35 @@
-"""What configurations share: reading a JSON object and refusing what the network here would not honour."""
+"""Base class of the configurations: reads a JSON object and refuses settings that gafext does not support."""
 
 from __future__ import annotations
 
 import reprlib
 from dataclasses import asdict, dataclass, fields
 from types import UnionType
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gafext.errors import CheckpointError
 
+ConfigType = TypeVar("ConfigType", bound="Config")
 Ints = tuple[int, ...]
 
-# Beyond these a file is damaged: no network has so many stages, no schedule so many timesteps.
+# Larger values mean a damaged file: no network has so many stages, no schedule so many timesteps.
 _MOST_ENTRIES = {int: 64, str: 64, float: 100_000}
 _LARGEST_INT, _LARGEST_FLOAT = 2**31, 1e30
 
 _short = reprlib.Repr()
-"""repr() for messages: of any depth and length."""
+"""repr() for error messages, shortened: a damaged file can hold values of any depth and length."""
 _short.maxstring = _short.maxother = 200
 _short.maxtuple = _short.maxlist = _short.maxdict = 16
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value (a list already made a tuple) has the annotated type and a size that can be meant."""
+    """Return True if a JSON value, with lists as tuples, has the annotated type and a plausible size."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
         return isinstance(value, tuple) and len(value) <= _MOST_ENTRIES[kind] and all(_fits(v, kind) for v in value)
-    if hint is float:  # no comparison is true of NaN
+    if hint is float:  # the comparison is False for NaN
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_INT
@@ -36,7 +37,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_one_of(value: Any, allowed: tuple) -> bool:
-    """As `in`, but True is not 1."""
+    """Return True if `value` is in `allowed`, where True and 1 are different."""
     return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed)
 
 
@@ -46,17 +47,25 @@ def _as_tuple(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """Base of the configurations: reads a JSON object and refuses what the network here would not honour."""
+    """Base of the configurations: reads a JSON object and refuses settings that gafext does not support."""
 
     class_name: ClassVar[str]
     only: ClassVar[dict[str, tuple]] = {}
-    """Keys of the published format of which these values alone are supported."""
+    """Keys of the published format that are not fields, with the supported values of each."""
     without_effect: ClassVar[frozenset[str]] = frozenset()
-    """Keys that change no number at inference."""
+    """Keys of the published format that do not affect inference."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> Config:
-        """Build from a JSON object; a key with an unknown effect, a wrong type or a bad value is an error."""
+    def from_dict(cls: type[ConfigType], values: dict[str, Any], *, source: str = "config") -> ConfigType:
+        """Build a configuration from a JSON object.
+
+        Args:
+            values: the content of the file; unknown keys are ignored if they are None or False or start with "_".
+            source: path of the file, for errors.
+
+        Raises:
+            CheckpointError: unknown keys, wrong types or values out of range; the message lists all.
+        """
         names = {field.name for field in fields(cls)}
         problems, known = [], {}
         for key, value in values.items():
@@ -74,7 +83,7 @@ class Config:
             for key, value in known.items()
             if not _fits(value, hints[key])
         ]
-        problems += [  # of a normalisation
+        problems += [  # the eps of a normalisation
             f"{key}={value}: expected over 0 and below 1"
             for key, value in known.items()
             if key.endswith("_eps") and _fits(value, float) and not 0 < value < 1
@@ -87,11 +96,11 @@ class Config:
             raise CheckpointError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object that `from_dict` reads back."""
+        """Return the JSON object that `from_dict` reads."""
         return {"_class_name": self.class_name, **asdict(self)}
 
 
 def require(condition: bool, text: str) -> None:
-    """Raise a ValueError with this text unless the condition holds."""
+    """Raise a ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(text)

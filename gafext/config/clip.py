@@ -1,4 +1,4 @@
-"""CLIP's configuration."""
+"""Configuration of CLIP's image encoder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from gafext.config.base import Config, require
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(Config):
-    """A transformers CLIPVisionModelWithProjection."""
+    """Configuration of a transformers CLIPVisionModelWithProjection."""
 
     class_name: ClassVar[str] = "CLIPVisionModelWithProjection"
     only: ClassVar[dict[str, tuple]] = {"model_type": ("clip_vision_model",)}
-    # What transformers writes into any model's file, and before its release 5 the settings of text
-    # generation too.
+    # transformers writes these into every model's file; before its release 5 also settings of text generation.
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
             *("architectures", "attention_dropout", "dropout", "dtype", "torch_dtype", "transformers_version"),

@@ -1,4 +1,4 @@
-"""The configuration of CLIP's text tower."""
+"""Configuration of CLIP's text encoder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gafext.config.clip import CLIPVisionConfig
 
 @dataclass(frozen=True)
 class CLIPTextConfig(Config):
-    """A transformers CLIPTextModel."""
+    """Configuration of a transformers CLIPTextModel."""
 
     class_name: ClassVar[str] = "CLIPTextModel"
     only: ClassVar[dict[str, tuple]] = {"model_type": ("clip_text_model",)}
-    # The projection is not read; the ids of other tokens change nothing, because the caller tokenizes.
+    # The projection is not used; the ids of these tokens do not matter, because the caller tokenizes.
     without_effect: ClassVar[frozenset[str]] = CLIPVisionConfig.without_effect | {
         *("projection_dim", "bos_token_id", "pad_token_id")
     }
@@ -50,7 +50,7 @@ class CLIPTextConfig(Config):
 
 
 CLIP_VIT_L_14_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-"""ViT-L/14's text tower, the latent upsampler's: 123,060,480 parameters."""
+"""Text encoder of ViT-L/14, used by the latent upsampler: 123,060,480 parameters."""
 
 CLIP_VIT_H_14_TEXT = CLIPTextConfig(
     hidden_size=1024,
@@ -59,4 +59,4 @@ CLIP_VIT_H_14_TEXT = CLIPTextConfig(
     num_attention_heads=16,
     hidden_act="gelu",
 )
-"""ViT-H/14's text tower without its last layer, as in Stable Diffusion 2.1 and ImageDream: 340,387,840 parameters."""
+"""Text encoder of ViT-H/14 without its last layer (Stable Diffusion 2.1, ImageDream): 340,387,840 parameters."""

@@ -1,23 +1,24 @@
-"""The configurations of the noise schedule and of the solvers that run over it."""
+"""Configurations of the noise schedule and of the solvers that use it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from gafext.config.base import Config, require
 from gafext.errors import CheckpointError
 
+ScheduleType = TypeVar("ScheduleType", bound="NoiseScheduleConfig")
 _EULER = {"clip_sample": False, "timestep_spacing": "linspace"}
 _HEUN = {**_EULER, "beta_start": 0.00085, "beta_end": 0.012}
-_LEAST_BETA = 2.0**-23  # below it, 1 - beta is 1 in float32: no noise at all
+_LEAST_BETA = 2.0**-23  # below it, 1 - beta rounds to 1 in float32: no noise
 
 
 @dataclass(frozen=True)
 class NoiseScheduleConfig(Config):
-    """What the files of diffusers' schedulers agree on: the noise of training, and what the network predicts.
+    """Settings common to all of diffusers' schedulers: the noise schedule of training and the type of prediction.
 
-    Another solver's file is taken for its noise schedule; what concerns that solver alone is left aside.
+    From another solver's file only the noise schedule is read; settings specific to that solver are ignored.
     """
 
     only: ClassVar[dict[str, tuple]] = {"thresholding": (False,), "use_flow_sigmas": (False,)}
@@ -32,7 +33,7 @@ class NoiseScheduleConfig(Config):
             *("dynamic_thresholding_ratio", "sample_max_value"),
         }
     )
-    # The defaults of the solver that wrote the file, where they are not DDIM's: none of these ever clips.
+    # Defaults of the solver that wrote the file where they differ from DDIM's: those with settings here never clip.
     solver_defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "DDIMScheduler": {},
         "DDPMScheduler": {},
@@ -61,8 +62,8 @@ class NoiseScheduleConfig(Config):
     rescale_betas_zero_snr: bool = False
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> NoiseScheduleConfig:
-        """Build from this solver's file, or from that of another one with the same kind of noise schedule."""
+    def from_dict(cls: type[ScheduleType], values: dict[str, Any], *, source: str = "config") -> ScheduleType:
+        """Build a configuration from the file of this solver, or of another one of `solver_defaults`."""
         solver = str(values.get("_class_name", cls.class_name))
         if solver not in cls.solver_defaults:
             raise CheckpointError(f"{source}: _class_name={solver!r}: expected one of {list(cls.solver_defaults)}")
@@ -70,10 +71,10 @@ class NoiseScheduleConfig(Config):
 
     @classmethod
     def _own_values(cls, solver: str, values: dict[str, Any]) -> dict[str, Any]:
-        """What a file that `solver` wrote says to this solver: of another solver's settings none means anything here.
+        """Select the values of a file written by `solver` that apply to this solver.
 
-        What it leaves out of the noise schedule has the writer's default; a timestep spacing, as in diffusers, this
-        solver's own.
+        Settings specific to another solver are dropped. Missing settings of the noise schedule get the writing solver's
+        default, except for a missing timestep spacing, which gets this solver's, as in diffusers.
         """
         if solver == cls.class_name:
             return values
@@ -110,7 +111,7 @@ class NoiseScheduleConfig(Config):
 
 @dataclass(frozen=True)
 class SchedulerConfig(NoiseScheduleConfig):
-    """The noise schedule of a diffusers scheduler, as far as DDIM reads it."""
+    """Configuration of a diffusers DDIMScheduler."""
 
     class_name: ClassVar[str] = "DDIMScheduler"
 
@@ -129,7 +130,7 @@ class SchedulerConfig(NoiseScheduleConfig):
 
 @dataclass(frozen=True)
 class SigmaConfig(NoiseScheduleConfig):
-    """What the solvers share that step from one noise level σ to the next."""
+    """Settings common to the solvers that step from one noise level σ to the next."""
 
     timestep_spacing: str = "linspace"
     final_sigmas_type: str = "zero"
@@ -146,7 +147,7 @@ class SigmaConfig(NoiseScheduleConfig):
 
 @dataclass(frozen=True)
 class EulerConfig(SigmaConfig):
-    """A diffusers EulerDiscreteScheduler."""
+    """Configuration of a diffusers EulerDiscreteScheduler."""
 
     class_name: ClassVar[str] = "EulerDiscreteScheduler"
     only: ClassVar[dict[str, tuple]] = {
@@ -176,4 +177,4 @@ SD_SCHEDULE = SchedulerConfig(
     set_alpha_to_one=False,
     steps_offset=1,
 )
-"""Stable Diffusion's schedule; 2.1 (768) predicts v, 2.1-base and ImageDream epsilon."""
+"""Noise schedule of Stable Diffusion; 2.1 (768) predicts v, 2.1-base and ImageDream predict epsilon."""

@@ -1,4 +1,4 @@
-"""The multi-view U-Net's configuration."""
+"""Configuration of the multi-view U-Net."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from typing import Any, ClassVar
 
 from gafext.config.base import Config, Ints, require
 
-MAX_LAYERS = 64  # of anything: a damaged number in a file must not build modules for minutes
+MAX_LAYERS = 64  # limit of every count of layers: a damaged file must not build modules for minutes
 _PROJECTION_SIZES = {
     "linear": ("image_embed_dim",),
     "pooled": ("image_embed_dim", "image_tokens"),
     "resampler": ("image_embed_dim", "image_tokens", "resampler_width", "resampler_depth", "resampler_heads"),
 }
-
-
-_IMAGE = ("image_", "resampler_")  # what the names of the fields about the portrait begin with
+_IMAGE = ("image_", "resampler_")  # prefixes of the fields about the portrait
 
 
 @dataclass(frozen=True)
 class UNetConfig(Config):
-    """A diffusers UNet2DConditionModel, with what makes it multi-view and lets it look at the portrait.
+    """Configuration of a diffusers UNet2DConditionModel with attention across views and to the portrait.
 
-    `attention_head_dim` is the NUMBER of heads of each stage, as it is (under that name) in every published Stable
-    Diffusion configuration. The fields that are not diffusers':
+    `attention_head_dim` is the NUMBER of heads of each stage, which is the meaning of this name in every published
+    Stable Diffusion configuration. Fields that diffusers does not have:
 
-    `cross_view`: "position" gives every transformer block `attn_cv`; "dense" lets `attn1` see all views at once.
-    `image_attention`: "block" (or `true`) gives every transformer block `attn_ip`; "decoupled" gives `attn2` keys and
-        values of the image, whose attention is added with the weight `image_scale`.
-    `image_projection`: how image tokens come from CLIP's output of width `image_embed_dim`: "linear" from each of its
-        tokens, "pooled" `image_tokens` from the one projected embedding, "resampler" `image_tokens` from all tokens.
-    `image_unconditional`: what an unconditional pass sees. None: no image tokens. "zero_features": the tokens of
-        zeros in place of CLIP's output; "zero_image": the tokens of zeros in place of CLIP's input.
-    `family`: the file of `gafext/families` that reads the checkpoint; None is told by the other fields.
+    `cross_view`: "position" adds `attn_cv` to every transformer block; "dense" makes `attn1` attend to all views.
+    `image_attention`: "block" (or `true`) adds `attn_ip` to every transformer block; "decoupled" adds keys and values
+        of the image to `attn2`, and their attention output is added with the weight `image_scale`.
+    `image_projection`: mapping from CLIP's output of width `image_embed_dim` to image tokens: "linear" maps each token
+        of the output, "pooled" maps the projected embedding to `image_tokens` tokens, "resampler" maps all tokens to
+        `image_tokens` tokens.
+    `image_unconditional`: image tokens of the unconditional pass. None: no tokens; "zero_features": the projection of
+        zeros in place of CLIP's output; "zero_image": the tokens of an all-zero CLIP input.
+    `family`: name of the module in `gafext/families` that reads the checkpoint; None: derived from the other fields.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -111,7 +110,7 @@ class UNetConfig(Config):
             value = getattr(self, name)
             require(
                 not isinstance(value, tuple) or len(value) == stages,
-                f"{name}={value}: expected {stages} entries, one a stage",
+                f"{name}={value}: expected {stages} entries, one per stage",
             )
             values = value if isinstance(value, tuple) else (value,)
             require(all(0 < v <= most for v in values), f"{name}={value}: expected 1 to {most}")
@@ -125,7 +124,8 @@ class UNetConfig(Config):
         for name in ("in_channels", "out_channels", "cross_attention_dim"):
             require(0 < getattr(self, name) <= 65536, f"{name}={getattr(self, name)}: expected 1 to 65536")
         size = self.sample_size
-        require(not isinstance(size, tuple), f"sample_size={size}: expected a square")
+        if isinstance(size, tuple):
+            raise ValueError(f"sample_size={size}: expected a square")
         require(size is None or 0 < size <= 4096, f"sample_size={size}: expected 1 to 4096")
         require(self.class_embed_type in (None, "projection"), f"class_embed_type={self.class_embed_type!r}")
         require(
@@ -150,7 +150,7 @@ class UNetConfig(Config):
             math.isfinite(self.image_scale) and (self.image_scale == 1.0 or self.image_attention == "decoupled"),
             f"image_scale={self.image_scale}: expected a finite number, and 1.0 unless image_attention is 'decoupled'",
         )
-        needed = _PROJECTION_SIZES.get(self.image_projection, ())
+        needed = _PROJECTION_SIZES.get(self.image_projection or "", ())
         for name in sorted({name for names in _PROJECTION_SIZES.values() for name in names}):
             value = getattr(self, name)
             most = MAX_LAYERS if name == "resampler_depth" else 65536
@@ -159,7 +159,7 @@ class UNetConfig(Config):
             require(fits, f"{name}={value}: expected {expected} with image_projection={self.image_projection!r}")
 
     def per_stage(self, value: int | Ints) -> Ints:
-        """One number a stage, from a number or a tuple."""
+        """Return one number per stage, from a single number or a tuple."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @property
@@ -168,7 +168,7 @@ class UNetConfig(Config):
 
     @property
     def takes_reference(self) -> bool:
-        """Whether `reference_latents` can take the place of the last view's."""
+        """Return True if `reference_latents` can replace the latents of the last frame."""
         return self.cross_view == "dense"
 
     @property
@@ -176,7 +176,7 @@ class UNetConfig(Config):
         return self.projection_class_embeddings_input_dim
 
     def to_dict(self) -> dict[str, Any]:
-        # Without the added attentions the network is diffusers' own, so diffusers' pipelines may load it by name.
+        # A network without added attentions keeps diffusers' class name and fields, so that diffusers can load it.
         values = super().to_dict()
         if self.family is None:
             del values["family"]
@@ -186,7 +186,7 @@ class UNetConfig(Config):
 
 
 def image_projection_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of `UNetConfig` that the shapes of `image_projection.*` tell; {} when they tell none."""
+    """Derive fields of `UNetConfig` from the shapes of the weights `image_projection.*`; {} without such weights."""
 
     def size(name: str, axis: int, ndim: int = 2) -> int | None:
         shape = shapes.get(f"image_projection.{name}")
@@ -200,7 +200,7 @@ def image_projection_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             "image_tokens": size("latents", 1, 3),
             "resampler_width": size("latents", 2, 3),
             "resampler_depth": len(layers),
-            "resampler_heads": (size("layers.0.0.to_q.weight", 0) or 0) // 64,  # a head is 64 wide in every file
+            "resampler_heads": (size("layers.0.0.to_q.weight", 0) or 0) // 64,  # all published heads are 64 wide
         }
     width, rows = size("norm.weight", 0, 1), size("proj.weight", 0)
     if rows is None:
@@ -215,7 +215,7 @@ SD21_UNET = UNetConfig(
     cross_attention_dim=1024,
     use_linear_projection=True,
 )
-"""Stable Diffusion 2.1's U-Net: 865,910,724 parameters."""
+"""U-Net of Stable Diffusion 2.1: 865,910,724 parameters."""
 
 SD21_MULTIVIEW_UNET = UNetConfig(
     sample_size=32,
@@ -229,4 +229,4 @@ SD21_MULTIVIEW_UNET = UNetConfig(
     image_attention="block",
     image_embed_dim=1280,
 )
-"""The same, made multi-view: normal latents, camera pose, cross-view and image attention."""
+"""U-Net of Stable Diffusion 2.1 with normal latents, camera pose, cross-view and image attention."""

@@ -1,4 +1,4 @@
-"""The latent upsampler's configurations: its K-UNet and the noise levels it denoises along."""
+"""Configuration of the latent upsampler: its K-UNet and its noise schedule."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _UP = {"KDownBlock2D": "KUpBlock2D", _CROSS: "KCrossAttnUpBlock2D"}
 
 @dataclass(frozen=True)
 class KUNetConfig(Config):
-    """A diffusers UNet2DConditionModel made of K-blocks, without a middle block.
+    """Configuration of a diffusers UNet2DConditionModel of K-blocks, without a middle block.
 
-    `attention_head_dim` is the WIDTH of a head: K-blocks alone read that name as it says. `time_cond_proj_dim` is the
-    width of the condition that joins the time embedding.
+    `attention_head_dim` is the WIDTH of a head, unlike in `UNetConfig`. `time_cond_proj_dim` is the width of the
+    condition that is added to the time embedding.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -37,7 +37,7 @@ class KUNetConfig(Config):
         "time_embedding_type": "fourier",
         "timestep_post_act": "gelu",
     }
-    """Fields whose default, which a file may leave to mean, is another network's."""
+    """Required values of fields whose diffusers default is for another kind of network."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -97,7 +97,7 @@ class KUNetConfig(Config):
                 0 < self.attention_head_dim <= width and width % self.attention_head_dim == 0,
                 f"{width} channels do not divide into heads {self.attention_head_dim} wide (attention_head_dim)",
             )
-        # diffusers knows the first up block, which has self-attention and no skip, by its widths alone.
+        # diffusers recognises the first up block, which has self-attention and no skip, only by its widths.
         first = [stage for stage in range(len(widths)) if widths[max(stage - 1, 0)] == widths[stage] == time]
         require(
             first == [len(widths) - 1],
@@ -112,7 +112,7 @@ class KUNetConfig(Config):
 
     @property
     def size_multiple(self) -> int:
-        """What the height and width of a sample are multiples of."""
+        """Number that the height and width of a sample must be multiples of."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -134,9 +134,9 @@ SD_X2_UNET = KUNetConfig(
     time_embedding_type="fourier",
     timestep_post_act="gelu",
 )
-"""The K-UNet of sd-x2-latent-upscaler: 372,560,645 parameters."""
+"""K-UNet of sd-x2-latent-upscaler: 372,560,645 parameters."""
 
 SD_X2_SCHEDULE = EulerConfig(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="sample"
 )
-"""Stable Diffusion's noise levels; a published folder's own file says which interpolation it means."""
+"""Noise levels of Stable Diffusion; the interpolation between them is given by the checkpoint's own file."""

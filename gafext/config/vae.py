@@ -1,4 +1,4 @@
-"""The autoencoder's configuration."""
+"""Configuration of the autoencoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gafext.config.base import Config, Ints, require
 
 @dataclass(frozen=True)
 class VAEConfig(Config):
-    """A diffusers AutoencoderKL."""
+    """Configuration of a diffusers AutoencoderKL."""
 
     class_name: ClassVar[str] = "AutoencoderKL"
     only: ClassVar[dict[str, tuple]] = {
@@ -51,7 +51,7 @@ class VAEConfig(Config):
 
     @property
     def factor(self) -> int:
-        """Image pixels a latent pixel."""
+        """Image pixels per latent pixel, along each axis."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -61,4 +61,4 @@ SD_VAE = VAEConfig(
     block_out_channels=(128, 256, 512, 512),
     layers_per_block=2,
 )
-"""Stable Diffusion's autoencoder: 83,653,863 parameters."""
+"""Autoencoder of Stable Diffusion: 83,653,863 parameters."""

@@ -1,4 +1,4 @@
-"""Solvers: from noise to a sample in few steps, over the noise schedules of diffusers' checkpoints."""
+"""Solvers that go from noise to a sample in few steps, over the noise schedules of diffusers' checkpoints."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "dpm++": DPMSolverMultistepScheduler,
     "euler": EulerDiscreteScheduler,
 }
-"""The solvers by their short names."""
+"""Solvers by short name."""
 
 
 def scheduler_class(name: str) -> type[Scheduler]:
-    """The solver of a short name; a ValueError lists the names."""
+    """Return the solver with a short name; raise a ValueError that lists the names if there is no such solver."""
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler: expected one of {list(SCHEDULERS)}, got {name!r}")
     return SCHEDULERS[name]
 
 
 def scheduler_from_pretrained(folder: str | Path, *, name: str | None = None) -> Scheduler:
-    """Load the solver that `scheduler_config.json` names, or another one over the same noise schedule.
+    """Load the solver named in `scheduler_config.json`, or another one over the same noise schedule.
 
     Args:
-        folder: a scheduler folder of a diffusers checkpoint.
-        name: "ddim", "dpm++" or "euler"; None is the file's own solver, and DDIM in place of one that is none of them.
+        folder: scheduler folder of a diffusers checkpoint.
+        name: "ddim", "dpm++" or "euler"; None: the file's solver, or DDIM if that is not one of these.
 
     Returns:
         A DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler.
 
     Raises:
-        ValueError: there is no solver of that name.
-        CheckpointError: the file is missing or damaged, or asks for what the solver does not do here.
+        ValueError: the name is unknown.
+        CheckpointError: the file is missing or damaged, or has settings that the solver does not support here.
     """
     if name is not None:
         return scheduler_class(name).from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What every solver does alike: files, the choice of timesteps, the checks of a step, noising."""
+"""Base class of the solvers: files, choice of timesteps, validation of a step, adding noise."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def _require_shape(name: str, tensor: Tensor, sample: Tensor) -> None:
 
 
 class Scheduler:
-    """A way from noise to a sample in few steps; a solver says how one step goes.
+    """Base of the solvers, which go from noise to a sample in few steps; a subclass defines one step.
 
     Args:
-        config: the noise schedule, what the network predicts, and the solver's settings.
+        config: noise schedule, type of prediction, and settings of the solver.
     """
 
     config_class: ClassVar[type[NoiseScheduleConfig]]
     init_noise_sigma: float = 1.0
-    """What standard normal noise is multiplied by to become the first sample; of a run, after `set_timesteps`."""
+    """Factor from standard normal noise to the first sample of a run; valid after `set_timesteps`."""
 
     def __init__(self, config: NoiseScheduleConfig):
         self.config = config
@@ -52,13 +52,13 @@ class Scheduler:
 
     @classmethod
     def from_pretrained(cls: type[SchedulerType], folder: str | Path) -> SchedulerType:
-        """Load `scheduler_config.json`; another solver's file is taken for its noise schedule.
+        """Load `scheduler_config.json`; from another solver's file, only the noise schedule is read.
 
         Args:
-            folder: a scheduler folder of a diffusers checkpoint.
+            folder: scheduler folder of a diffusers checkpoint.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or asks for what this solver does not do here.
+            CheckpointError: the file is missing or damaged, or has settings that this solver does not support here.
         """
         path = Path(folder) / CONFIG_NAME
         try:
@@ -70,11 +70,11 @@ class Scheduler:
 
     @classmethod
     def from_config(cls: type[SchedulerType], config: NoiseScheduleConfig) -> SchedulerType:
-        """This solver over the noise schedule of another one's configuration."""
+        """Create this solver over the noise schedule of another solver's configuration."""
         return cls(cls.config_class.from_dict(config.to_dict()))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `scheduler_config.json` as diffusers' scheduler of the same name reads it."""
+        """Write `scheduler_config.json` for diffusers' scheduler of the same name."""
         with replace_whole(Path(folder)) as temporary:
             weights.write_json(temporary / CONFIG_NAME, self.config.to_dict())
 
@@ -83,15 +83,15 @@ class Scheduler:
         return min(self.config.num_train_timesteps, MAX_STEPS)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose the timesteps of a run and put them into `timesteps`, falling.
+        """Set `timesteps` to the decreasing timesteps of a run.
 
         Args:
-            num_inference_steps: 1 to the number of training timesteps, and at most 1000.
-            device: of `timesteps`; None is the CPU.
+            num_inference_steps: 1 to the number of training timesteps, at most 1000.
+            device: device of `timesteps`; None: CPU.
 
         Raises:
-            ValueError: the number is out of range, or the run would start at zero signal with a network that
-                predicts epsilon.
+            ValueError: the number is out of range, or the run would start at zero signal, where a prediction of
+                epsilon does not determine the sample.
         """
         count, most = num_inference_steps, self._most_steps
         whole = hasattr(count, "__index__") and not isinstance(count, bool)
@@ -101,15 +101,15 @@ class Scheduler:
         timesteps = self._plan(count)
         self.num_inference_steps = count
         self.timesteps = timesteps.to(device)
-        self._times = timesteps.tolist()  # on the CPU, so that no step waits for a device
+        self._times = timesteps.tolist()  # Python numbers, so that no step waits for a device
         self._indices = {t: index for index, t in reversed(list(enumerate(self._times)))}
 
     def _plan(self, count: int) -> Tensor:
-        """The timesteps [count] of a run, and whatever else the solver needs to know of it."""
+        """Return the timesteps [count] of a run, and prepare the solver's own state for it."""
         raise NotImplementedError
 
     def _index(self, t: int | float | Tensor) -> int:
-        """Which step of the run begins at t."""
+        """Return the index of the step that starts at t."""
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps(n) has not been called")
         t = t.item() if isinstance(t, Tensor) else t
@@ -118,14 +118,14 @@ class Scheduler:
         return self._indices[t]
 
     def scale_model_input(self, sample: Tensor, t: int | float | Tensor) -> Tensor:
-        """The sample as the network was trained to see it at t.
+        """Scale a sample to the network's input at t.
 
         Args:
-            sample: of any shape.
+            sample: x_t, any shape.
             t: one of `timesteps`.
 
         Returns:
-            The sample's shape and dtype.
+            The input, same shape and dtype as the sample.
         """
         return sample
 
@@ -138,20 +138,20 @@ class Scheduler:
         eta: float = 0.0,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Go from the sample at t to the one that is one step less noisy.
+        """Compute the sample of the next, less noisy timestep from the sample at t.
 
         Args:
-            model_output: what the network predicts at t (epsilon, v or x_0), the sample's shape.
-            t: one of `timesteps`; a number costs no wait for the device.
-            sample: x_t, any shape; half types are computed in float32.
-            eta: 0 is deterministic, 1 adds as much noise as DDPM does.
-            noise: standard normal, the sample's shape; needed when eta is over 0, otherwise unused.
+            model_output: the network's prediction at t (epsilon, v or x_0), same shape as the sample.
+            t: one of `timesteps`; a Python number avoids waiting for the device.
+            sample: x_t, any shape; 16-bit dtypes are computed in float32.
+            eta: 0 is deterministic, 1 adds as much noise as DDPM.
+            noise: standard normal noise, same shape; required if eta is over 0, otherwise ignored.
 
         Returns:
-            The sample's shape and dtype.
+            The next sample, same shape and dtype.
 
         Raises:
-            ValueError: t is none of the timesteps, shapes differ, eta is out of range, or noise is missing.
+            ValueError: t is not one of the timesteps, shapes differ, eta is out of range, or noise is missing.
         """
         index = self._index(t)
         _require_shape("model_output", model_output, sample)
@@ -161,24 +161,24 @@ class Scheduler:
                 raise ValueError(f"noise: expected a tensor of shape {list(sample.shape)} at eta={eta}, got None")
             _require_shape("noise", noise, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        noise = noise.to(dtype) if eta > 0 else None
+        noise = None if noise is None or eta == 0 else noise.to(dtype)
         return self._advance(index, model_output.to(dtype), sample.to(dtype), eta, noise).to(sample.dtype)
 
     def _advance(self, index: int, model_output: Tensor, sample: Tensor, eta: float, noise: Tensor | None) -> Tensor:
-        """The step itself, on checked tensors of one dtype; noise is None at eta 0."""
+        """Compute a step on validated tensors of one dtype; noise is None at eta 0."""
         raise NotImplementedError
 
     def add_noise(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int | float) -> Tensor:
-        """Noise a clean sample: signal_t x_0 + level_t noise, which is √ᾱ_t x_0 + √(1 - ᾱ_t) noise but for Euler.
+        """Add noise to a clean sample: √ᾱ_t x_0 + √(1 - ᾱ_t) noise; for Euler, x_0 + σ_t noise.
 
         Args:
-            sample: x_0, [B,...]; half types are computed in float32.
-            noise: standard normal, the same shape.
-            timesteps: one for all or [B]; of DDIM any whole numbers from 0 to the number of training timesteps
-                less one, of the others some of `timesteps`.
+            sample: x_0, [B,...]; 16-bit dtypes are computed in float32.
+            noise: standard normal noise, same shape.
+            timesteps: one timestep, or [B]; for DDIM whole numbers from 0 to the number of training timesteps minus 1,
+                for other solvers elements of `timesteps`.
 
         Returns:
-            The sample's shape and dtype.
+            The noised sample, same shape and dtype.
 
         Raises:
             ValueError: shapes differ or a timestep is out of range.
@@ -196,5 +196,5 @@ class Scheduler:
         return (signal * sample.to(dtype) + level * noise.to(dtype)).to(sample.dtype)
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """How much signal and how much noise a sample has at each of the timesteps."""
+        """Return the factors of signal and noise in a sample at each of the timesteps."""
         raise NotImplementedError

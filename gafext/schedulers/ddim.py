@@ -13,13 +13,13 @@ from gafext.schedulers.base import Scheduler
 
 
 class DDIMScheduler(Scheduler):
-    """DDIM: from x_t to x_{t-1} in few steps, deterministic at eta 0.
+    """DDIM solver, deterministic at eta 0.
 
     x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1} - σ²) ε̂ + σ·noise
     σ² = eta² (1 - ᾱ_{t-1})/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_{t-1})
 
     Args:
-        config: the noise schedule and what the network predicts.
+        config: noise schedule and type of prediction.
 
     Source: arXiv 2010.02502 eq. 12 and 16; diffusers: schedulers/scheduling_ddim.py.
     """
@@ -48,13 +48,14 @@ class DDIMScheduler(Scheduler):
             clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
 
         sigma = eta * ((1 - alpha_before) / (1 - alpha) * (1 - alpha / alpha_before)).sqrt()
-        direction = (1 - alpha_before - sigma**2).clamp(min=0).sqrt()  # rounding alone makes it negative
+        direction = (1 - alpha_before - sigma**2).clamp(min=0).sqrt()  # negative only by rounding
         before = alpha_before.sqrt() * clean + direction * epsilon
         return before if noise is None else before + sigma * noise
 
     def _alphas(self, t: int) -> tuple[Tensor, Tensor]:
-        """ᾱ at t and one step earlier, as scalars on the CPU, which combine with tensors of any device."""
-        # As in diffusers: one stride for every spacing, although only "leading" timesteps lie that far apart.
+        """Return ᾱ at t and at the next step, as scalars on the CPU, which combine with tensors on any device."""
+        assert self.num_inference_steps is not None  # _index requires it
+        # As in diffusers: the stride of "leading" timesteps is used for every spacing.
         before = t - self.config.num_train_timesteps // self.num_inference_steps
         if before >= 0 or not self.config.set_alpha_to_one:
             return self.alphas_cumprod[t], self.alphas_cumprod[max(before, 0)]

@@ -17,7 +17,7 @@ from gafext.schedulers.sigmas import SigmaScheduler
 
 @dataclass(frozen=True)
 class DPMSolverConfig(SigmaConfig):
-    """A diffusers DPMSolverMultistepScheduler, of DPM-Solver++ and up to its second order."""
+    """Configuration of a diffusers DPMSolverMultistepScheduler: DPM-Solver++ of first or second order."""
 
     class_name: ClassVar[str] = "DPMSolverMultistepScheduler"
     only: ClassVar[dict[str, tuple]] = {
@@ -41,19 +41,20 @@ class DPMSolverConfig(SigmaConfig):
 
 
 class DPMSolverMultistepScheduler(SigmaScheduler):
-    """DPM-Solver++ (2M): second order from the clean samples of this step and the one before.
+    """DPM-Solver++ (2M) solver: second order, from the clean samples predicted at this step and the previous one.
 
     x_{t-1} = (b/a) e^(-eta h) x_t + α (1 - e^(-(1 + eta) h)) D + b √(1 - e^(-2 eta h)) noise
     D = x̂_0 + h/(2 h') (x̂_0 - x̂_0'),  e^(-h) = σ_{t-1}/σ_t
 
-    with a, b the noise in x_t and x_{t-1}, α the signal in x_{t-1}, and ' for the step before. The first step of a run,
-    wherever it begins, and a last one to σ = 0 take D = x̂_0. At eta 1 it is SDE-DPM-Solver++.
+    with a, b the noise in x_t and x_{t-1}, α the signal in x_{t-1}, and ' for the previous step. D = x̂_0 at the first
+    step of a run, also of one that starts within the schedule, and at a last step to σ = 0. eta = 1 is
+    SDE-DPM-Solver++.
 
     Args:
-        config: the noise schedule, what the network predicts, and the solver's settings.
+        config: noise schedule, type of prediction, and settings of the solver.
 
     Raises:
-        ValueError: the noise does not grow with every training timestep.
+        ValueError: the noise level does not increase with every training timestep.
 
     Source: arXiv 2211.01095 algorithm 2 and section 6; diffusers: schedulers/scheduling_dpmsolver_multistep.py.
     """
@@ -86,7 +87,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         return timesteps.long()
 
     def _index(self, t: int | float | Tensor) -> int:
-        # Rounded Karras timesteps repeat, so the step after the last one goes before the first of that name.
+        # Rounded Karras timesteps repeat: prefer the step after the previous one to the first with this timestep.
         t = t.item() if isinstance(t, Tensor) else t
         if self._next and self._next < len(self._times) and self._times[self._next] == t:
             return self._next
@@ -98,7 +99,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         clean, _ = schedule.predicted(self.config.prediction_type, model_output, sample, signal, sigma * signal)
 
         before = self._clean if index == self._next else None
-        # A network may write each step's output to the same memory.
+        # A copy, because a network may write every output to the same memory.
         self._next, self._clean = index + 1, clean.clone() if clean is model_output else clean
         if before is not None and not self._first_order(index):
             h, h_before = math.log(sigma / after), math.log(self._levels_of_run[index - 1] / sigma)

@@ -14,20 +14,20 @@ from gafext.schedulers.sigmas import SigmaScheduler
 
 
 class EulerDiscreteScheduler(SigmaScheduler):
-    """Euler: straight along the predicted noise from σ_t to σ_{t-1}, for samples x_0 + σ_t noise.
+    """Euler's method: a straight step along the predicted noise from σ_t to σ_{t-1}, for samples x_0 + σ_t noise.
 
     x_{t-1} = x̂_0 + σ_down ε̂ + σ_up noise
     σ_up² = eta² σ_{t-1}² (σ_t² - σ_{t-1}²)/σ_t²,  σ_down² = σ_{t-1}² - σ_up²
 
-    Its samples are not scaled down as they are noised: the first is `init_noise_sigma` times noise, and the network
-    sees `scale_model_input(x_t, t)`. Timesteps are float32, because "linspace" does not round. At eta 1 it is the
-    ancestral sampler.
+    The signal in a sample is not scaled: the first sample is `init_noise_sigma` times noise, and the network's input is
+    `scale_model_input(x_t, t)`. Timesteps are float32, because "linspace" does not round. eta = 1 is the ancestral
+    sampler.
 
     Args:
-        config: the noise schedule, what the network predicts, and the solver's settings.
+        config: noise schedule, type of prediction, and settings of the solver.
 
     Raises:
-        ValueError: the noise does not grow with every training timestep.
+        ValueError: the noise level does not increase with every training timestep.
 
     Source: arXiv 2206.00364 algorithm 1, without its correction; diffusers: schedulers/scheduling_euler_discrete.py.
     """
@@ -37,7 +37,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
 
     @property
     def _most_steps(self) -> int:
-        # "linspace" does not round, so that there may be more steps than training timesteps.
+        # "linspace" does not round, so there can be more steps than training timesteps.
         return MAX_STEPS if self.config.timestep_spacing == "linspace" else super()._most_steps
 
     @property
@@ -48,7 +48,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
     def _plan(self, count: int) -> Tensor:
         timesteps = schedule.spaced_timesteps(self.config, count, whole=False).float()
         log_linear = self.config.interpolation_type == "log_linear"
-        if log_linear:  # ends above 0, for diffusers appends the last σ one step too late
+        if log_linear:  # ends above 0, because diffusers appends the last σ one step too late
             sigmas = torch.linspace(self._table[-1].log(), self._table[0].log(), count + 1, dtype=torch.float64).exp()
         else:
             sigmas = schedule.sigmas_at(timesteps.double(), self._table)
@@ -59,17 +59,17 @@ class EulerDiscreteScheduler(SigmaScheduler):
         return timesteps
 
     def scale_model_input(self, sample: Tensor, t: int | float | Tensor) -> Tensor:
-        """x_t / √(σ_t² + 1): what the network was trained to see at t.
+        """Scale a sample to the network's input at t: x_t / √(σ_t² + 1).
 
         Args:
-            sample: of any shape.
+            sample: x_t, any shape.
             t: one of `timesteps`.
 
         Returns:
-            The sample's shape and dtype.
+            The input, same shape and dtype as the sample.
 
         Raises:
-            ValueError: t is none of the timesteps.
+            ValueError: t is not one of the timesteps.
         """
         return sample * (1 + self._levels_of_run[self._index(t)] ** 2) ** -0.5
 
@@ -81,7 +81,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
         )
         up = eta * after * max(1 - (after / sigma) ** 2, 0.0) ** 0.5
         down = (after**2 - up**2) ** 0.5
-        result = clean + down * epsilon  # and not x_t + (down - σ_t) ε̂, which cancels badly from a large σ_t
+        result = clean + down * epsilon  # not x_t + (down - σ_t) ε̂, which suffers from cancellation at a large σ_t
         return result if noise is None else result + up * noise
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:

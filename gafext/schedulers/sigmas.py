@@ -1,4 +1,4 @@
-"""What the solvers share that step from one noise level σ to the next."""
+"""Base class of the solvers that step from one noise level σ to the next."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gafext.schedulers.base import Scheduler
 
 
 class SigmaScheduler(Scheduler):
-    """A solver over the noise levels σ_t = √((1 - ᾱ_t)/ᾱ_t) of x_0 + σ_t noise.
+    """Base of the solvers over the noise levels σ_t = √((1 - ᾱ_t)/ᾱ_t) of x_0 + σ_t noise.
 
     Args:
-        config: the noise schedule, what the network predicts, and the solver's settings.
+        config: noise schedule, type of prediction, and settings of the solver.
 
     Raises:
-        ValueError: the noise does not grow with every training timestep.
+        ValueError: the noise level does not increase with every training timestep.
     """
 
     config: SigmaConfig
@@ -33,7 +33,7 @@ class SigmaScheduler(Scheduler):
             )
 
     def _set_sigmas(self, sigmas: Tensor, *, last: bool = True) -> None:
-        """Take the run's σ, falling, and with `last` append where it ends."""
+        """Set the run's decreasing σ; with `last`, append the final σ given by the configuration."""
         if last:
             end = self._table[:1] if self.config.final_sigmas_type == "sigma_min" else self._table.new_zeros(1)
             sigmas = torch.cat([sigmas, end])

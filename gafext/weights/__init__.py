@@ -1,4 +1,4 @@
-"""Weight files: from bytes on a disk or a hub to named tensors in our modules."""
+"""Weight files: finding, validating, reading and writing them."""
 
 from gafext.weights.files import find_weights, parse_json, read_json, require_safetensors, write_json
 from gafext.weights.keys import KeyRule, same_key

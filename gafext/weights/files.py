@@ -1,4 +1,4 @@
-"""The files of a checkpoint: JSON, and where the weights of a network are."""
+"""Files of a checkpoint: JSON, and the location of a network's weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """JSON in which no key of an object occurs twice or cannot be printed; anything else is a ValueError."""
+    """Parse JSON; invalid JSON, and repeated, unprintable or overlong keys, are a ValueError."""
     try:
         return json.loads(text, object_pairs_hook=_json_object)
     except RecursionError:
@@ -30,9 +30,13 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object; errors name the file."""
+    """Read a JSON object from a file of at most 16 MiB.
+
+    Raises:
+        CheckpointError: the file is missing, is not valid JSON, or holds something other than an object.
+    """
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a named pipe would block
             raise CheckpointNotFoundError(f"{path}: no such file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes: expected at most {MAX_JSON_BYTES}")
@@ -47,14 +51,24 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Write a JSON object, indented."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
-    """The weights of one network: a safetensors file, or the index of several.
+    """Find the weights of one network: a safetensors file, or the index of a sharded one.
 
-    `<stem>.safetensors`, `<stem>.<variant>.safetensors`, `<stem>.safetensors.index.json`, and for an index of a variant
-    `<stem>.safetensors.index.<variant>.json` or its two older spellings.
+    Accepted names: `<stem>.safetensors`, `<stem>.<variant>.safetensors`, `<stem>.safetensors.index.json`, and for an
+    index of a variant `<stem>.safetensors.index.<variant>.json` or one of its two older spellings.
+
+    Args:
+        folder: folder of the network, such as `checkpoint/unet`.
+        stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers).
+        variant: variant in the file's name, such as "fp16".
+
+    Raises:
+        CheckpointError: the folder has only pickled weights; the message has a command that converts them.
+        CheckpointNotFoundError: the folder or the file does not exist; the message lists the variants that do.
     """
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder}: no such folder")
@@ -76,7 +90,7 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
 
 
 def _variants(name: str, stem: str) -> list[str]:
-    """The variant in the name of a weight file, or None written out where it has none."""
+    """Return the variant in the name of a weight file, "None" for a file without one, [] for another stem."""
     match = re.fullmatch(
         rf"{re.escape(stem)}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name
     )
@@ -85,7 +99,7 @@ def _variants(name: str, stem: str) -> list[str]:
 
 def _pickle_advice(pickle: str, target: str, *, nested: bool = False) -> str:
     flat = "{k: v.contiguous().clone() for k, v in d.get('state_dict', d).items()}"
-    if nested:  # a dictionary of dictionaries, as IP-Adapter's files are
+    if nested:  # a dictionary of dictionaries, such as an IP-Adapter file
         flat = "{f'{a}.{b}': v.contiguous() for a in d for b, v in d[a].items()}"
     return (
         "Pickled weights can run code when they are opened, so gafext does not read them. Convert once: "
@@ -95,7 +109,7 @@ def _pickle_advice(pickle: str, target: str, *, nested: bool = False) -> str:
 
 
 def require_safetensors(path: Path, *, nested: bool = False) -> None:
-    """Raise a CheckpointError unless the path is a safetensors file; a pickle's says how to convert it."""
+    """Raise a CheckpointError unless the path is a safetensors file; the message has a command to convert a pickle."""
     if path.suffix != ".safetensors":
         advice = _pickle_advice(path.name, path.with_suffix(".safetensors").name, nested=nested)
         raise CheckpointError(f"{path}: expected a .safetensors file. {advice}")

@@ -1,4 +1,4 @@
-"""From what a user names to a folder on this machine."""
+"""Resolve a checkpoint's path or hub id to a local folder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from gafext.errors import CheckpointNotFoundError
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 FOLDERS = ("unet", "vae", "image_encoder", "text_encoder", "tokenizer", "scheduler", "upsampler")
-"""The parts of a checkpoint that gafext reads; others, such as a safety checker, are not downloaded."""
+"""Folders of a checkpoint that gafext reads; others, such as a safety checker, are not downloaded."""
 _STEMS = ("diffusion_pytorch_model", "model")
 _SMALL = ("*.json", "*.txt", "empty_prompt.safetensors")
 
 
 def wanted_files(variant: str | None = None, folders: tuple[str, ...] = FOLDERS) -> list[str]:
-    """Patterns, as the hub matches them, of the files that a checkpoint needs: no pickles and no other variant.
+    """Return patterns, in the hub's syntax, of the files to download: no pickles and no other variants.
 
     Args:
-        variant: "fp16" takes the files that carry it in their name.
-        folders: parts of the checkpoint.
+        variant: variant in the names of the weight files, such as "fp16".
+        folders: folders of the checkpoint to read.
     """
     part = f".{variant}" if variant else ""
-    # Shards of an index, and those of diffusers' older spelling, which has the variant behind their number.
+    # Shards, also in diffusers' older spelling with the variant after the shard's number.
     names = [f"{stem}{part}{shard}.safetensors" for stem in _STEMS for shard in ("", "-*-of-?????")]
     if variant:
         names += [f"{stem}-*-of-?????{part}.safetensors" for stem in _STEMS]
@@ -39,17 +39,17 @@ def checkpoint_folder(
     variant: str | None = None,
     folders: tuple[str, ...] = FOLDERS,
 ) -> Path:
-    """A checkpoint's folder: the path itself, or the hub's local copy of a repository, with the needed files alone.
+    """Return a checkpoint's local folder, downloading the required files of a hub repository.
 
     Args:
-        path_or_repo_id: a folder, or "owner/name". In offline mode (HF_HUB_OFFLINE=1) the hub's cache is all there is.
-        revision: of the repository: a branch, a tag or a commit; None is its main branch.
-        variant: "fp16" takes the weights that carry it in their name.
-        folders: parts of the checkpoint.
+        path_or_repo_id: a folder, or "owner/name". In offline mode (HF_HUB_OFFLINE=1) only the hub's cache is used.
+        revision: branch, tag or commit of the repository; None: its main branch.
+        variant: variant in the names of the weight files, such as "fp16".
+        folders: folders of the checkpoint to read.
 
     Raises:
-        CheckpointNotFoundError: no such folder, and no such repository, revision or variant of weights (or
-            huggingface_hub is not installed).
+        CheckpointNotFoundError: the folder, repository, revision or variant does not exist, or huggingface_hub is not
+            installed.
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
@@ -67,7 +67,7 @@ def checkpoint_folder(
     try:
         patterns = wanted_files(variant, folders)
         folder = Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's errors have no common base: HTTP, offline mode, names, gates
+    except Exception as error:  # HTTP, offline mode, bad names, gated repositories: no common base class
         raise CheckpointNotFoundError(f"{path_or_repo_id}: no such folder, and the hub says: {error}") from error
     if not any(folder.rglob("*.safetensors")):
         raise CheckpointNotFoundError(

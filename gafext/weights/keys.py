@@ -1,4 +1,4 @@
-"""Every rule that maps the keys of a weight file to the keys of our modules; a refused key is looked up here."""
+"""Rules from the tensor names (keys) of each supported file layout to those of gafext's modules."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from gafext.config import CLIPTextConfig, UNetConfig, VAEConfig
 
 KeyRule = Callable[[str], "str | tuple[str, ...] | None"]
-"""Maps a key of a file to the key of our module, to several that share its rows, or to None: it is not needed."""
+"""Maps a key of a file to a key of our module, to several keys that share its rows evenly, or to None: ignored."""
 
 
 def same_key(key: str) -> str | None:
+    """Read files with the names of our modules: diffusers' for U-Net, K-UNet and VAE, transformers' for CLIP."""
     return key
 
 
@@ -19,15 +20,16 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def vae_key(key: str) -> str | None:
-    """AutoencoderKL files before diffusers 0.18 call the mid block's projections query, key, value, proj_attn."""
+    """Read diffusers' AutoencoderKL files, also those before 0.18 (`mid_block.attentions.0.query`, ...)."""
     match = re.fullmatch(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
     return f"{match[1]}.{_OLD_VAE_ATTENTION[match[2]]}.{match[3]}" if match else key
 
 
 def clip_vision_key(key: str) -> str | None:
-    """transformers 5 leaves out the prefix of a lone image tower; a full CLIPModel file carries the text tower too.
+    """Read transformers' CLIP files for the image encoder: CLIPVisionModel, or a CLIPModel with both encoders.
 
-    `position_ids` is a constant that older files store.
+    transformers 5 omits the prefix `vision_model.` of a separate image encoder. The text encoder's keys and the
+    constant `position_ids` of older files are ignored.
     """
     if key.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")):
         key = f"vision_model.{key}"
@@ -36,7 +38,11 @@ def clip_vision_key(key: str) -> str | None:
 
 
 def clip_text_key(key: str) -> str | None:
-    """transformers 5 leaves out the prefix of a lone text tower; full CLIP files carry the image tower too."""
+    """Read transformers' CLIP files for the text encoder: CLIPTextModel, or a CLIPModel with both encoders.
+
+    transformers 5 omits the prefix `text_model.` of a separate text encoder. The image encoder's keys and the constant
+    `position_ids` of older files are ignored.
+    """
     foreign = key.startswith(("vision_model.", "visual_projection.", "text_projection.")) or key == "logit_scale"
     if foreign or key.endswith("position_ids"):
         return None
@@ -64,10 +70,10 @@ _LDM_OUTSIDE = {
 
 
 def ldm_unet_rule(config: UNetConfig) -> KeyRule:
-    """Names of latent diffusion's U-Net, without a prefix, to ours; what it does not know keeps its name.
+    """Read latent diffusion's U-Net (`input_blocks.1.0.in_layers.0`, ...): single files, ImageDream and MVDream.
 
-    Latent diffusion numbers its blocks through all stages, so that a block's place depends on the configuration.
-    Transformers have the same names inside.
+    The rule expects keys without the prefix `model.diffusion_model.` and returns unknown keys unchanged. Blocks are
+    numbered through all stages, so the mapping depends on the configuration; names inside transformers are the same.
 
     Source: github.com/CompVis/latent-diffusion: ldm/modules/diffusionmodules/openaimodel.py.
     """
@@ -87,8 +93,8 @@ def ldm_unet_rule(config: UNetConfig) -> KeyRule:
     return rule
 
 
-def _ldm_resnet(theirs: str, ours: str) -> dict[str, str]:
-    return {f"{theirs}.{name}": f"{ours}.{our_name}" for name, our_name in _LDM_RESNET.items()}
+def _ldm_resnet(ldm_block: str, block: str) -> dict[str, str]:
+    return {f"{ldm_block}.{ldm_name}": f"{block}.{name}" for ldm_name, name in _LDM_RESNET.items()}
 
 
 def _ldm_down(config: UNetConfig) -> dict[str, str]:
@@ -112,7 +118,7 @@ def _ldm_up(config: UNetConfig) -> dict[str, str]:
     for stage, block_type in enumerate(config.up_block_types):
         for layer in range(layers[stage] + 1):
             names.update(_ldm_resnet(f"output_blocks.{index}.0", f"up_blocks.{stage}.resnets.{layer}"))
-            place = 1  # the upsampler comes behind the attention, or in its place
+            place = 1  # index of the upsampler: after the attention if the block has one
             if block_type.startswith("CrossAttn"):
                 names[f"output_blocks.{index}.1"] = f"up_blocks.{stage}.attentions.{layer}"
                 place = 2
@@ -138,7 +144,9 @@ _VAE_NAMES = (
 
 
 def ldm_vae_rule(config: VAEConfig) -> KeyRule:
-    """Names of latent diffusion's autoencoder to ours; the loss that trained it is not needed.
+    """Read latent diffusion's autoencoder (`encoder.down.0.block.0.conv1`, ...): single-file checkpoints and VAEs.
+
+    The rule expects keys without the prefix `first_stage_model.` and ignores the training loss (`loss.*`).
 
     Source: github.com/CompVis/latent-diffusion: ldm/modules/diffusionmodules/model.py.
     """
@@ -147,9 +155,9 @@ def ldm_vae_rule(config: VAEConfig) -> KeyRule:
     def rule(key: str) -> str | None:
         if key.startswith("loss."):
             return None
-        for theirs, ours in _VAE_NAMES:
-            key = re.sub(theirs, ours, key)
-        # The decoder's stages are numbered by resolution there, in the order in which they run here.
+        for ldm_name, name in _VAE_NAMES:
+            key = re.sub(ldm_name, name, key)
+        # Latent diffusion numbers the decoder's stages by resolution, diffusers in order of execution.
         return re.sub(r"(?<=\.up_blocks\.)\d{1,4}", lambda match: str(last - int(match[0])), key)
 
     return rule
@@ -171,7 +179,10 @@ _TEXT_LAYER = {
 
 
 def open_clip_text_rule(config: CLIPTextConfig) -> KeyRule:
-    """Names of OpenCLIP's text tower to transformers'; query, key and value are one tensor there.
+    """Read OpenCLIP's text encoder (`transformer.resblocks.0.attn.in_proj_weight`, ...) of single-file checkpoints.
+
+    The rule expects keys without the prefix `cond_stage_model.model.`; `in_proj` is split into query, key and value,
+    and the image encoder, the projection and the layer after `num_hidden_layers` are ignored.
 
     Source: github.com/mlfoundations/open_clip: src/open_clip/transformer.py.
     """
@@ -194,11 +205,13 @@ def open_clip_text_rule(config: CLIPTextConfig) -> KeyRule:
 
 
 def ip_adapter_rule(block_names: Iterable[str]) -> KeyRule:
-    """Names of an IP-Adapter file to ours; what it does not know keeps its name.
+    """Read IP-Adapter files, plain and Plus (`image_proj.*`, `ip_adapter.1.to_k_ip.weight`, ...).
+
+    Unknown keys are returned unchanged.
 
     Args:
-        block_names: the U-Net's transformer blocks. The file numbers attentions in diffusers' order: the blocks on the
-            way down, then up, then the middle; each attn1 takes an even number (and has nothing), attn2 the odd one.
+        block_names: names of the U-Net's transformer blocks. The file numbers attention layers in diffusers' order
+            (down blocks, up blocks, mid block): even numbers are attn1, which has no weights, odd numbers attn2.
 
     Source: github.com/tencent-ailab/IP-Adapter: its ModuleList over diffusers' `unet.attn_processors`.
     """
@@ -217,7 +230,7 @@ def ip_adapter_rule(block_names: Iterable[str]) -> KeyRule:
     return rule
 
 
-# Names under which training code wraps or renames the same tensors.
+# Prefixes that training code adds, and other names it uses for the same tensors.
 _PREFIXES = re.compile(r"^(?:(?:module|model|unet|denoiser|_orig_mod|state_dict|ema)\.)+")
 _ALIASES = (
     (r"\.attn_(?:mv|multiview|cross_view|view)\.", ".attn_cv."),
@@ -230,7 +243,7 @@ _ALIASES = (
 
 
 def trained_key(key: str) -> str:
-    """The name here of a tensor in the state dict of GAF-style training code."""
+    """Read state dicts of GAF-style training code (`module.unet.*`, `attn_mv`, `pose_embedding`, `image_proj`, ...)."""
     key = _PREFIXES.sub("", key)
     for pattern, name in _ALIASES:
         key = re.sub(pattern, name, key)
@@ -240,17 +253,17 @@ def trained_key(key: str) -> str:
 _LORA_FACTOR = re.compile(
     r"(?P<module>.+?)"
     r"(?:\.lora_(?P<peft>A|B)(?:\.\w+)?"  # peft, diffusers
-    r"|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)"  # diffusers before: x.lora.down, processor.to_q_lora.down
+    r"|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)"  # older diffusers: x.lora.down, processor.to_q_lora.down
     r"|\.lora_(?P<kohya>down|up))"  # kohya
     r"\.weight"
 )
 
 
 def lora_rule(modules: Iterable[str]) -> Callable[[str], tuple[str, str] | None]:
-    """Keys of a LoRA file (peft, diffusers, kohya) to (module, "down" | "up" | "alpha"); None is no key of a LoRA.
+    """Read LoRA files of peft, diffusers and kohya: keys to (module, "down" | "up" | "alpha"), or None for other keys.
 
     Args:
-        modules: names of the network's layers: kohya's names have an underscore for every dot in them.
+        modules: names of the network's layers; needed for kohya's names, in which every dot is an underscore.
     """
     flat = {name.replace(".", "_"): name for name in modules}
 

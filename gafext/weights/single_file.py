@@ -1,4 +1,4 @@
-"""Single-file checkpoints of Stable Diffusion: whose part is whose, latent diffusion's names, sizes by shape."""
+"""Single-file checkpoints of Stable Diffusion: selects one network and derives its configuration from shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gafext.weights.store import WeightFile
 Shapes = Mapping[str, "tuple[int, ...]"]
 
 HEAD_WIDTH = 64
-"""Of Stable Diffusion 2's U-Net and of every CLIP text tower: no shape tells it."""
+"""Width of a head in Stable Diffusion 2's U-Net and in every CLIP text encoder; not derivable from shapes."""
 
 
 class _Part(NamedTuple):
@@ -27,12 +27,12 @@ class _Part(NamedTuple):
 
 
 def take_part(file: WeightFile, config_class: type[Config], config: Config | None = None) -> Config:
-    """Reduce a single-file checkpoint to one network, with its keys renamed to ours.
+    """Reduce a single-file checkpoint to one network, and rename its keys to those of our module.
 
     Args:
-        file: with the names as they are stored; it is renamed in place.
-        config_class: UNetConfig, VAEConfig or CLIPTextConfig tells which network.
-        config: None is deduced from the shapes.
+        file: the file, not renamed yet; it is modified in place.
+        config_class: UNetConfig, VAEConfig or CLIPTextConfig, which selects the network.
+        config: configuration of the network; None: derived from the shapes.
 
     Returns:
         The network's configuration.
@@ -43,7 +43,7 @@ def take_part(file: WeightFile, config_class: type[Config], config: Config | Non
     if config_class not in _PARTS:
         raise CheckpointError(f"{file.path}: single-file checkpoints hold no network of a {config_class.__name__}")
     part = _PARTS[config_class]
-    # Files of one network alone have no prefix.
+    # Files with only one network have no prefix.
     prefix = next((prefix for prefix in part.prefixes if any(key.startswith(prefix) for key in file)), "")
     file.rename(lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
     try:
@@ -59,7 +59,7 @@ def take_part(file: WeightFile, config_class: type[Config], config: Config | Non
 
 
 def _count(shapes: Shapes, name: str, start: int = 0) -> int:
-    """How many of name.format(start), name.format(start + 1), ... there are."""
+    """Count the consecutive names name.format(start), name.format(start + 1), ... in `shapes`."""
     return sum(1 for _ in takewhile(lambda index: name.format(index) in shapes, itertools.count(start)))
 
 
@@ -68,11 +68,11 @@ def _one_or_all(values: list[int]) -> int | tuple[int, ...]:
 
 
 def unet_config(shapes: Shapes) -> UNetConfig:
-    """The U-Net whose tensors these are; heads are 64 wide, or 8 to a stage as in Stable Diffusion 1.
+    """Derive a U-Net's configuration from shapes; heads are 64 wide, or 8 per stage (Stable Diffusion 1).
 
     Source: github.com/CompVis/latent-diffusion: ldm/modules/diffusionmodules/openaimodel.py.
     """
-    stages: list[list[tuple[int, int]]] = [[]]  # of each residual block its channels and its transformer's depth
+    stages: list[list[tuple[int, int]]] = [[]]  # (channels, transformer depth) of each residual block
     for index in itertools.count(1):
         block = f"input_blocks.{index}"
         if f"{block}.0.op.weight" in shapes:
@@ -101,7 +101,7 @@ def unet_config(shapes: Shapes) -> UNetConfig:
 
 
 def vae_config(shapes: Shapes) -> VAEConfig:
-    """The autoencoder whose tensors these are, with Stable Diffusion's scaling factor."""
+    """Derive an autoencoder's configuration from shapes, with Stable Diffusion's scaling factor."""
     stages = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
@@ -115,7 +115,7 @@ def vae_config(shapes: Shapes) -> VAEConfig:
 
 
 def text_config(shapes: Shapes) -> CLIPTextConfig:
-    """OpenCLIP's text tower without its last layer, whose input is what Stable Diffusion 2 reads."""
+    """Derive the configuration of OpenCLIP's text encoder without its last layer, as used by Stable Diffusion 2."""
     width = shapes["ln_final.weight"][0]
     return CLIPTextConfig(
         vocab_size=shapes["token_embedding.weight"][0],

@@ -1,4 +1,4 @@
-"""Safetensors, whole, sharded or a part of a larger file, read into modules and written from them."""
+"""Reading and writing of safetensors: single files, sharded files, and parts of larger files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies: a shard, its open file, the name there, and rows where several keys share it."""
+    """Location of a tensor: its shard, the open file, its name there, and its rows if several keys share it."""
 
     shard: Path
     file: Any
@@ -31,7 +31,7 @@ class _Stored(NamedTuple):
 
 
 def _split(stored: _Stored, shape: tuple[int, ...], count: int) -> list[tuple[_Stored, tuple[int, ...]]]:
-    """The places and shapes of `count` tensors that share the rows of a stored one evenly."""
+    """Split the rows of a stored tensor evenly into `count` tensors; return their locations and shapes."""
     if count <= 1:
         return [(stored, shape)] * count
     if not shape or shape[0] % count:
@@ -41,10 +41,17 @@ def _split(stored: _Stored, shape: tuple[int, ...], count: int) -> list[tuple[_S
 
 
 class WeightFile:
-    """Open safetensors, one file or the shards of an index, whose keys have been mapped to our modules' names.
+    """Open safetensors file, or the shards of an index, with keys mapped to the names of our modules.
 
-    Shapes and names come from the headers alone, so that everything can be checked before a tensor is read. Tensors
-    are private views of the mapped file: what is never written is never copied.
+    Names and shapes are read from the headers, so that everything is validated before any tensor is read. Tensors are
+    copy-on-write views of the memory-mapped file.
+
+    Args:
+        path: a safetensors file, or the JSON index of a sharded one.
+        rule: mapping of the keys.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two keys map to the same name.
     """
 
     def __init__(self, path: Path, rule: KeyRule = same_key):
@@ -71,7 +78,7 @@ class WeightFile:
             raise CheckpointError(f"{path}: not a readable safetensors file ({str(error)[:MAX_KEY]})") from None
 
     def _open_shards(self, path: Path) -> None:
-        """Open every file of an index, which must tell of each tensor where it is, and of no other."""
+        """Open every file of an index; the index must list exactly the tensors of these files."""
         places = read_json(path).get("weight_map")
         if not isinstance(places, dict) or not all(
             isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in places.values()
@@ -92,7 +99,7 @@ class WeightFile:
             )
 
     def rename(self, rule: KeyRule) -> None:
-        """Map the names (once more, where only the configuration tells the layout)."""
+        """Map the keys, again if the layout is known only from the configuration."""
         before, shapes = self._stored, self.shapes
         self._stored, self.shapes = {}, {}
         for name, stored in before.items():
@@ -107,10 +114,18 @@ class WeightFile:
         return iter(self._stored)
 
     def tensor(self, key: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor as it is stored; NaN, infinity and what `dtype` cannot hold are errors."""
+        """Read one tensor in its stored dtype.
+
+        Args:
+            key: name after mapping.
+            dtype: dtype that the caller will convert to, for the range check.
+
+        Raises:
+            CheckpointError: the tensor is not floating-point, or has NaN, infinite values or values out of range.
+        """
         stored = self._stored[key]
         tensor = self._read(stored, _FLOATS)
-        low, high = (value.item() for value in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)  # makes no copy
+        low, high = (value.item() for value in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)  # without a copy
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(f"{stored.shard}: {stored.name} has {bad} NaN or infinite values")
@@ -119,7 +134,7 @@ class WeightFile:
         return tensor
 
     def number(self, key: str) -> float:
-        """A tensor of one finite number, of a whole type too."""
+        """Read a tensor of one finite number, floating-point or integer."""
         stored = self._stored[key]
         tensor = self._read(stored, (*_FLOATS, "I64", "I32"))
         if tensor.numel() != 1 or not math.isfinite(tensor.item()):
@@ -141,17 +156,18 @@ class WeightFile:
 
 
 def listing(title: str, lines: list[str]) -> str:
+    """Format a section of an error message, with long lines shortened; "" without lines."""
     short = [line if len(line) < 500 else f"{line[:240]}...{line[-240:]}" for line in sorted(lines)]
     return f"\n  {title} ({len(lines)}):\n    " + "\n    ".join(short) if lines else ""
 
 
 def _is_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """A 1×1 convolution is a linear layer: old autoencoders store the projections of their attention so."""
+    """Return True if the shapes agree; old autoencoders store linear layers as 1×1 convolutions."""
     return got == expected or (len(expected) == 2 and got[:2] == expected and set(got[2:]) == {1})
 
 
 def check_keys(file: WeightFile, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise one CheckpointError that lists every missing key, every unknown key and every wrong shape."""
+    """Raise a CheckpointError that lists all missing keys, unknown keys and wrong shapes, if any."""
     missing = [key for key in expected if key not in file.shapes]
     unknown = [key for key in file.shapes if key not in expected]
     shapes = [
@@ -171,9 +187,18 @@ def check_keys(file: WeightFile, expected: dict[str, tuple[int, ...]]) -> None:
 def load_into(
     module: torch.nn.Module, file: WeightFile, *, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> None:
-    """Fill a module that was built on the meta device; nothing is read before every name and shape fits.
+    """Load weights into a module on the meta device, after all names and shapes have been validated.
 
-    A parameter that keeps the file's type and stays on the CPU is the mapped file itself, until something writes to it.
+    A parameter on the CPU with the file's dtype is a copy-on-write view of the memory-mapped file.
+
+    Args:
+        module: a module on the meta device.
+        file: weights with the module's names.
+        dtype: dtype of the parameters; None: float32.
+        device: device of the parameters; None: CPU.
+
+    Raises:
+        CheckpointError: names, shapes or values do not fit.
     """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     check_keys(file, expected)
@@ -185,12 +210,12 @@ def load_into(
 
 
 def save_weights(module: torch.nn.Module, config: dict, folder: Path, stem: str) -> None:
-    """Write `config.json` and `<stem>.safetensors`, each of them whole; an index and its shards there go."""
+    """Write `config.json` and `<stem>.safetensors` atomically, and remove an older index and its shards."""
     with replace_whole(folder) as temporary:
         write_json(temporary / "config.json", config)
         tensors = {key: value.detach().contiguous().cpu() for key, value in module.state_dict().items()}
         save_file(tensors, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
     stale = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
     for path in folder.iterdir():
-        if stale.fullmatch(path.name):  # readers, diffusers among them, would take it before the file just written
+        if stale.fullmatch(path.name):  # readers such as diffusers prefer it to the file just written
             path.unlink()
