@@ -1,4 +1,4 @@
-"""The pipeline that needs no download: a small model that `examples/mini` trained, and a portrait for it."""
+"""Built-in assets: a small model trained by `examples/mini`, and a portrait."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 _ASSETS = Path(__file__).parent
 
 MODEL = _ASSETS / "model"
-"""A checkpoint folder like any other; its README.md is the model card."""
+"""Checkpoint folder of the built-in model; its README.md is the model card."""
 
 PORTRAIT = _ASSETS / "portrait.png"
-"""A procedural head, identity 1,000,034 of `gafext.heads`, that the built-in model was not trained on."""
+"""Image of a procedural head, identity 1,000,034 of `gafext.heads`, which is not in the training data."""
 
 NOTICE = (
     "The built-in model is small and was trained on drawn heads alone: of a photograph it makes a cartoon. "
@@ -19,4 +19,4 @@ NOTICE = (
 
 
 class CartoonWarning(UserWarning):
-    """The built-in model knows no people."""
+    """Warning that the built-in model was trained on drawn heads only."""

@@ -1,4 +1,4 @@
-"""How good generated views are, on heads that nothing was trained on."""
+"""Evaluation of generated views on held-out heads."""
 
 from gafext.evaluation.evaluation import Evaluation, Scores, Subject, as_portrait, portrait_camera, subjects, table
 

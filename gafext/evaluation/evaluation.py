@@ -1,10 +1,11 @@
-"""How good generated views are: held-out heads, baselines, and what becomes worse when something is taken away."""
+"""Evaluation of a pipeline on held-out heads, with baselines and ablations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import PIL.Image
 import torch
@@ -14,17 +15,18 @@ from gafext import heads, images
 from gafext.cameras import Cameras, orbit
 from gafext.evaluation.measures import consistency, psnr, ssim
 from gafext.heads import Renders
-from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.output import MultiViewOutput
+from gafext.pipeline import DEFAULT_SAMPLE_SIZE, MultiViewDiffusionPipeline
 from gafext.schedulers import scheduler_class
 
-PORTRAIT_AZIMUTH, PORTRAIT_ELEVATION = 25.0, 8.0  # degrees: portraits of held-out heads come from within these
-MEAN_OF = 64  # trained-on heads in the mean picture
+PORTRAIT_AZIMUTH, PORTRAIT_ELEVATION = 25.0, 8.0  # degrees: largest angles of the portraits of held-out heads
+MEAN_OF = 64  # number of training heads in the mean image
 STEPS, GUIDANCE_SCALES = (5, 10, 25, 50), (1.0, 2.0, 4.0, 7.5, 10.0)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A held-out head: its portrait, and the truth about its views."""
+    """Held-out head: its portrait, and the ground truth of its views."""
 
     identity: int
     portrait: Tensor  # [3,S,S] in [0,1]
@@ -33,23 +35,23 @@ class Subject:
 
 
 def portrait_camera(identity: int) -> Cameras:
-    """Where a held-out head's portrait is taken from: it depends on the identity alone."""
+    """Return the camera of a held-out head's portrait, which depends only on the identity."""
     numbers = torch.Generator().manual_seed(identity)
     azimuth, elevation = (2 * torch.rand(2, generator=numbers, dtype=torch.float64) - 1).tolist()
     return orbit(1, elevation=PORTRAIT_ELEVATION * elevation, azimuth_start=PORTRAIT_AZIMUTH * azimuth)
 
 
 def subjects(count: int, size: int, cameras: Cameras | None = None, *, first: int = 0) -> list[Subject]:
-    """Heads that nothing was trained on.
+    """Render portraits and views of held-out heads.
 
     Args:
-        count: of them, at least 1.
-        size: pixels of a picture's side.
-        cameras: of the views; None is the command's own orbit of 4.
-        first: how many of the held-out identities to pass over.
+        count: number of heads, at least 1.
+        size: side of the images in pixels.
+        cameras: cameras of the views; None: an orbit of 4.
+        first: number of held-out identities to skip.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: `count` is over the number of identities.
     """
     identities = list(heads.TEST_IDENTITIES[first : first + count])
     if count < 1 or len(identities) < count:
@@ -65,13 +67,13 @@ def subjects(count: int, size: int, cameras: Cameras | None = None, *, first: in
 
 
 def as_portrait(picture: Tensor) -> PIL.Image.Image:
-    """The 8-bit picture that a user would pass, of one [3,S,S] in [0,1]."""
+    """Convert an image [3,S,S] in [0,1] to the 8-bit PIL image that a user would pass."""
     return images.to_pil(picture[None])[0]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One line of the table: means over heads and views."""
+    """Line of the table: means over heads and views."""
 
     name: str
     psnr: float  # dB
@@ -80,7 +82,13 @@ class Scores:
 
     @classmethod
     def of(cls, name: str, who: list[Subject], made: list[Tensor]) -> Scores:
-        """Score pictures [V,3,S,S] in [0,1] of each subject."""
+        """Score generated images.
+
+        Args:
+            name: name of the line.
+            who: the subjects.
+            made: images [V,3,S,S] in [0,1] of each subject.
+        """
         pairs = [(pictures.clamp(0, 1), subject) for pictures, subject in zip(made, who, strict=True)]
         agreed = [consistency(pictures, subject.views.depth, subject.cameras) for pictures, subject in pairs]
         return cls(
@@ -91,23 +99,23 @@ class Scores:
         )
 
 
-class _Blind(MultiViewDiffusionPipeline):
-    """The same networks, but no image tokens."""
+class _WithoutImageTokens(MultiViewDiffusionPipeline):
+    """Pipeline without image tokens."""
 
     def encode_portraits(self, portraits, *, guided=False):
         return None
 
 
 class Evaluation:
-    """Runs a pipeline on held-out heads.
+    """Evaluation of a pipeline on held-out heads.
 
     Args:
-        pipe: the pipeline to be measured.
-        count: of heads.
-        cameras: of the views; None is the command's own orbit of 4.
-        first: how many of the held-out identities to pass over: settings are chosen on other heads than are reported.
-        options: of every call, such as num_inference_steps, guidance_scale, generator and upsample.
-        progress: called with the name of each line before it is worked out.
+        pipe: pipeline to evaluate.
+        count: number of heads.
+        cameras: cameras of the views; None: an orbit of 4.
+        first: number of held-out identities to skip, so that settings can be chosen on other heads than are reported.
+        progress: called with the name of each line before it is computed.
+        options: arguments of every call, such as num_inference_steps, guidance_scale, generator and upsample.
     """
 
     def __init__(
@@ -118,13 +126,14 @@ class Evaluation:
         *,
         first: int = 0,
         progress: Callable[[str], None] = lambda name: None,
-        **options: object,
+        **options: Any,
     ):
         self.pipe, self.progress = pipe, progress
         self.options = {"generator": 0, "num_inference_steps": 25, "upsample": "auto", **options}
         self.options |= {"output_type": "pt", "progress_bar": False}
-        size = (pipe.unet.config.sample_size or 32) * pipe.vae.config.factor
-        size = size if self.options["upsample"] == "none" else 2 * size
+        latent_size = pipe.unet.config.sample_size or DEFAULT_SAMPLE_SIZE
+        assert isinstance(latent_size, int)  # UNetConfig refuses a size that is not square
+        size = latent_size * pipe.vae.config.factor * (1 if self.options["upsample"] == "none" else 2)
         self.subjects = subjects(count, size, cameras, first=first)
         self.cameras = self.subjects[0].cameras
 
@@ -134,16 +143,25 @@ class Evaluation:
         pipe: MultiViewDiffusionPipeline | None = None,
         cameras: Cameras | None = None,
         normals: Callable[[Subject], Tensor | None] = lambda subject: subject.views.normals,
-        **options: object,
+        **options: Any,
     ) -> list[Tensor]:
-        """The views [V,3,S,S] of every subject, on the CPU."""
+        """Generate the views [V,3,S,S] in [0,1] of every subject, on the CPU.
+
+        Args:
+            pipe: pipeline to use; None: the evaluated one.
+            cameras: cameras to pass; None: those of the subjects.
+            normals: function from a subject to the normal maps [V,3,S,S] to pass, or None.
+            options: arguments that replace those of the evaluation.
+        """
         call = pipe or self.pipe
         made = []
         for subject in self.subjects:
             maps = normals(subject)
             maps = None if maps is None or not self._takes_normals else list(maps)
             portrait = as_portrait(subject.portrait)
-            made.append(call(portrait, cameras or self.cameras, maps, **{**self.options, **options}).images.cpu())
+            output = call(portrait, cameras or self.cameras, maps, **{**self.options, **options})
+            assert isinstance(output, MultiViewOutput) and isinstance(output.images, Tensor)  # output_type is "pt"
+            made.append(output.images.cpu())
         return made
 
     @property
@@ -155,14 +173,14 @@ class Evaluation:
         return Scores.of(name, self.subjects, pictures())
 
     def main(self) -> list[Scores]:
-        """The pipeline itself, with the heads' own normal maps and without any."""
+        """Score the pipeline with the true normal maps, and without normal maps."""
         return [
             self._score("generated", self.generate),
             self._score("generated, no normal maps given", lambda: self.generate(normals=lambda subject: None)),
         ]
 
     def baselines(self) -> list[Scores]:
-        """What needs no U-Net."""
+        """Score results that do not need the U-Net."""
         trained_on = heads.make_heads(heads.TRAIN_IDENTITIES[:MEAN_OF])
         size = self.subjects[0].portrait.shape[-1]
 
@@ -183,19 +201,23 @@ class Evaluation:
             ]
 
     def ablations(self, only: Iterable[str] | None = None) -> list[Scores]:
-        """One thing taken away or changed at a time, the rest as in "generated"; `only` these lines, if given."""
+        """Score variants of "generated" with one input, setting or part of the network changed.
+
+        Args:
+            only: names of the lines to compute; None: all.
+        """
         changes = self._changes()
         names = list(changes) if only is None else list(only)
         return [self._score(name, lambda change=changes[name]: self.generate(**change)) for name in names]
 
-    def _changes(self) -> dict[str, dict[str, object]]:
-        """The arguments of `generate` that make each line."""
+    def _changes(self) -> dict[str, dict[str, Any]]:
+        """Return the arguments of `generate` for each line of the ablations."""
         parts, config, changes = self.pipe.components, self.pipe.unet.config, {}
         if config.image_attention is not None:
-            changes["no image tokens"] = {"pipe": _Blind(**parts)}
+            changes["no image tokens"] = {"pipe": _WithoutImageTokens(**parts)}
         if any(block.attn_cv is not None for block in self.pipe.unet.transformer_blocks()):
-            apart = {**parts, "unet": _without_cross_view(self.pipe.unet)}
-            changes["attn_cv off"] = {"pipe": MultiViewDiffusionPipeline(**apart)}
+            changed = {**parts, "unet": _without_cross_view(self.pipe.unet)}
+            changes["attn_cv off"] = {"pipe": MultiViewDiffusionPipeline(**changed)}
         if self._takes_normals:
             changes["zero normals"] = {"normals": lambda subject: torch.full_like(subject.views.normals, 0.5)}
         changes["wrong cameras"] = {"cameras": Cameras(self.cameras.w2c.roll(1, dims=0), self.cameras.fov)}
@@ -208,7 +230,11 @@ class Evaluation:
         return changes
 
     def figure(self, made: list[Tensor]) -> PIL.Image.Image:
-        """Each head's portrait, and to the right of it three rows: normal maps, generated views, the truth."""
+        """Draw each head's portrait, and beside it three rows: normal maps, generated views, ground truth.
+
+        Args:
+            made: generated views [V,3,S,S] of each subject.
+        """
         blocks = []
         for subject, pictures in zip(self.subjects, made, strict=True):
             rows = (subject.views.normals, pictures.clamp(0, 1), subject.views.rgb)
@@ -226,7 +252,7 @@ def _without_cross_view(unet):
 
 
 def table(lines: Iterable[Scores]) -> str:
-    """The lines for a terminal."""
+    """Format lines as a table for a terminal."""
     lines = list(lines)
     width = max(len(line.name) for line in lines)
     head = f"{'':{width}}  PSNR dB   SSIM  consistency dB"

@@ -1,4 +1,4 @@
-"""What pictures are compared by: PSNR, SSIM, and whether the views agree with each other."""
+"""Measures of image quality: PSNR, SSIM, and consistency between views."""
 
 from __future__ import annotations
 
@@ -10,18 +10,33 @@ from torch import Tensor
 
 from gafext.cameras import Cameras
 
-SAME_DEPTH = 0.02  # world units: within them a surface point is the one that another view sees
-STEEP = 0.15  # world units over 3 pixels: more is an edge, or a surface seen from the side
+SAME_DEPTH = 0.02  # world units: two views see the same surface point if their depths differ by less
+STEEP = 0.15  # world units over 3 pixels: a larger range is an edge, or a surface seen at a grazing angle
 _NO_ERROR = 1e-10  # 100 dB
 
 
 def psnr(left: Tensor, right: Tensor) -> Tensor:
-    """-10 log10 of the mean squared difference of each picture: [N,3,H,W] in [0,1], twice -> [N] dB, at most 100."""
+    """Compute the peak signal-to-noise ratio of each image: -10 log10 of the mean squared difference.
+
+    Args:
+        left: [N,3,H,W], clamped to [0,1].
+        right: [N,3,H,W] in [0,1].
+
+    Returns:
+        [N] in dB, at most 100.
+    """
     return -10 * (left.clamp(0, 1) - right).square().flatten(1).mean(1).clamp(min=_NO_ERROR).log10()
 
 
 def ssim(left: Tensor, right: Tensor) -> Tensor:
-    """Structural similarity of each picture, the mean over its pixels and colours: [N,3,H,W] in [0,1], twice -> [N].
+    """Compute the structural similarity of each image, averaged over pixels and colours.
+
+    Args:
+        left: [N,3,H,W], clamped to [0,1].
+        right: [N,3,H,W] in [0,1].
+
+    Returns:
+        [N], at most 1.
 
     Source: Wang, Bovik, Sheikh, Simoncelli: Image quality assessment, 2004; a Gaussian of 11 pixels with sigma 1.5.
     """
@@ -43,20 +58,20 @@ def ssim(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _range(depth: Tensor) -> Tensor:
-    """How far apart the depths of 3 x 3 pixels lie, [V,1,S,S]."""
+    """Compute the range of depths in each 3 x 3 window, [V,1,S,S]."""
     return F.max_pool2d(depth, 3, 1, padding=1) + F.max_pool2d(-depth, 3, 1, padding=1)
 
 
 def consistency(pictures: Tensor, depth: Tensor, cameras: Cameras) -> float:
-    """How alike one surface point's colours are in the views that see it, in dB like `psnr`.
+    """Compare the colours of each surface point in the views that see it, as a PSNR.
 
     Args:
-        pictures: [V,3,S,S] in [0,1].
-        depth: [V,1,S,S] camera z of the true surface, infinite on the background.
-        cameras: V of them.
+        pictures: views [V,3,S,S] in [0,1].
+        depth: camera z of the true surface [V,1,S,S], infinite on the background.
+        cameras: V cameras.
 
     Returns:
-        The decibels; NaN where no point is seen twice.
+        PSNR in dB; NaN if no point is visible in two views.
     """
     size, w2c = pictures.shape[-1], cameras.w2c
     focal = cameras.focal(size)
