@@ -1,4 +1,4 @@
-"""`python -m gafext` is `gafext`."""
+"""Entry point of `python -m gafext`, the same command line as `gafext`."""
 
 from gafext.cli import main
 

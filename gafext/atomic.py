@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic output: files and folders are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from gafext.errors import OutputError
 
 @contextmanager
 def replace_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder inside `target` whose files move up one by one, once the block has ended without an error.
+    """Yield a temporary folder inside `target`; its files replace those in `target` if the block ends without an error.
 
-    Each file is whole, the old one or the new one; only a stop between two of these renames leaves a mixture.
+    Every file is complete at any time, either old or new; only a crash between two renames leaves a mixture of both.
+
+    Args:
+        target: created with its parents if it does not exist.
+
+    Raises:
+        OutputError: the folder cannot be written.
     """
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -35,27 +41,31 @@ def replace_whole(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | None = None) -> Iterator[Path]:
-    """A fresh folder to write into, which takes the name `folder` when the block ends without an error.
+    """Yield a new folder to write into; it is renamed to `folder` if the block ends without an error.
 
     Args:
-        folder: empty, or does not exist yet; its parents are made.
-        replaceable: replace a folder that holds nothing but files of such names; None replaces nothing.
+        folder: an empty folder or one that does not exist yet; its parents are created.
+        replaceable: pattern of file names; a folder that holds only such files is replaced. None: never replace files.
 
     Raises:
-        OutputError: the folder cannot be written; it is as it was before.
+        OutputError: the folder cannot be written; it is unchanged.
     """
     target = Path(os.path.realpath(folder))
     with _staging(target, replaceable) as new:
         yield new
-        _check_target(target, replaceable)  # again: others may have written there meanwhile
+        _check_target(target, replaceable)  # again, because another process may have written there meanwhile
         _swap(new, target)
 
 
 def check_writable(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | None = None) -> None:
-    """Raise now what `whole_folder` would raise after hours of work; leaves nothing behind.
+    """Check in advance that `whole_folder` will accept a folder; nothing is left on the disk.
+
+    Args:
+        folder: as for `whole_folder`.
+        replaceable: as for `whole_folder`.
 
     Raises:
-        OutputError: the folder holds something already, or cannot be written.
+        OutputError: the folder is not empty, or cannot be written.
     """
     with _staging(Path(os.path.realpath(folder)), replaceable):
         pass
@@ -93,7 +103,7 @@ def _listing(paths: list[Path]) -> str:
 
 @contextmanager
 def _staging(target: Path, replaceable: re.Pattern[str] | None) -> Iterator[Path]:
-    """A fresh folder beside `target`, from where a rename can move it; gone with all it holds afterwards."""
+    """Yield a new folder beside `target`, on the same file system; it is removed when the block ends."""
     new = target.parent / f".gafext-{uuid.uuid4().hex[:8]}"
     missing: list[Path] = []
     try:
@@ -109,12 +119,12 @@ def _staging(target: Path, replaceable: re.Pattern[str] | None) -> Iterator[Path
     finally:
         shutil.rmtree(new, ignore_errors=True)
         for parent in missing:
-            with suppress(OSError):  # not empty: the result is in it
+            with suppress(OSError):  # not empty: it holds the result
                 parent.rmdir()
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; what was there is removed only once `new` is in its place."""
+    """Rename `new` to `target`; an existing `target` is removed only after that has succeeded."""
     if not (target.exists() and any(target.iterdir())):
         new.replace(target)
         return

@@ -1,4 +1,4 @@
-"""Where the views are seen from: poses, orbits and the conventions they are handed out in."""
+"""Cameras: poses, orbits, and conversion between the OpenCV and OpenGL conventions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from gafext.errors import CameraError
 
 DEFAULT_FOV = 30.0
-_POSE_SIZES = {12: 3, 16: 4}  # numbers in a pose: rows of the matrix
+_POSE_SIZES = {12: 3, 16: 4}  # numbers per pose: rows of the w2c matrix
 
 
 @dataclass(frozen=True, eq=False)
 class Cameras:
-    """V square pinhole cameras that share a field of view.
+    """Set of V square pinhole cameras with a common field of view.
 
     Args:
         w2c: [V,4,4] or [V,3,4] rigid world-to-camera matrices, x_camera = w2c @ x_world, with OpenCV camera
@@ -29,22 +29,22 @@ class Cameras:
         fov: horizontal field of view in degrees, 0 < fov < 180.
 
     Raises:
-        CameraError: a matrix is no rigid transform; the text names the view and what is wrong with it.
+        CameraError: a matrix is not a rigid transform; the message names the view and the fault.
         ValueError: the field of view is out of range.
     """
 
     w2c: Tensor
     fov: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "w2c", _rigid(self.w2c))
-        object.__setattr__(self, "fov", _between("fov", self.fov, 0, 180))
+    def __init__(self, w2c: Tensor | np.ndarray | Sequence, fov: float):
+        object.__setattr__(self, "w2c", _rigid(w2c))
+        object.__setattr__(self, "fov", _between("fov", fov, 0, 180))
 
     def __len__(self) -> int:
         return len(self.w2c)
 
     def __getitem__(self, index: int | slice) -> Tensor | Cameras:
-        """The w2c matrix [4,4] of one view, or the Cameras of a slice of them."""
+        """Return the w2c matrix [4,4] of one view, or the `Cameras` of a slice of views."""
         return Cameras(self.w2c[index], self.fov) if isinstance(index, slice) else self.w2c[index]
 
     @property
@@ -73,19 +73,19 @@ class Cameras:
         return matrix.repeat(len(self), 1, 1)  # [V,3,3]
 
     def pose(self, dim: int) -> Tensor:
-        """What the U-Net's pose MLP takes: the first rows of each w2c matrix, row after row.
+        """Return the input of the U-Net's pose MLP: the first rows of each w2c matrix, flattened row by row.
 
         Args:
-            dim: 12 (the 3 x 4 matrix) or 16 (the 4 x 4 matrix), the checkpoint's pose_dim.
+            dim: 12 (3 x 4 matrix) or 16 (4 x 4 matrix), the checkpoint's `pose_dim`.
 
         Returns:
             [V,dim] float32.
 
         Raises:
-            CameraError: the network was trained on a pose of another size.
+            CameraError: `dim` is neither 12 nor 16.
         """
         if dim not in _POSE_SIZES:
-            raise CameraError(f"pose: expected 12 (w2c, 3 x 4) or 16 (w2c, 4 x 4) numbers a camera, got {dim}")
+            raise CameraError(f"pose: expected 12 (w2c, 3 x 4) or 16 (w2c, 4 x 4) numbers per camera, got {dim}")
         return self.w2c[:, : _POSE_SIZES[dim]].flatten(1)
 
 
@@ -98,18 +98,18 @@ def orbit(
     azimuth_start: float = 0.0,
     azimuth_span: float = 360.0,
 ) -> Cameras:
-    """Cameras on a circle around the head, all looking at the origin.
+    """Create cameras on a circle around the head, all looking at the origin.
 
     azimuth_i = azimuth_start + i * azimuth_span / num_views. World: y up, the face looks along +z; azimuth 0
-    stands in front of the face and azimuth 90 at the subject's left (+x).
+    is in front of the face and azimuth 90 at the subject's left (+x).
 
     Args:
         num_views: number of cameras, at least 1.
         elevation: degrees above the horizon, -90 < elevation < 90.
         radius: distance to the origin in world units, above 0.
         fov: horizontal field of view in degrees, 0 < fov < 180.
-        azimuth_start: degrees, azimuth of view 0.
-        azimuth_span: degrees from view 0 to one past the last view.
+        azimuth_start: azimuth of view 0 in degrees.
+        azimuth_span: degrees that the views divide evenly; 360 is a full circle.
 
     Raises:
         ValueError: an argument is out of range or NaN.
@@ -128,7 +128,7 @@ def orbit(
 
 
 def look_at_origin(positions: Tensor) -> Tensor:
-    """World-to-camera matrices [V,4,4] of upright cameras at `positions` [V,3] that look at the origin."""
+    """Compute world-to-camera matrices [V,4,4] of upright cameras at `positions` [V,3] that look at the origin."""
     forward = torch.nn.functional.normalize(-positions, dim=-1)
     up = torch.tensor([0.0, 1.0, 0.0], dtype=positions.dtype, device=positions.device).expand_as(forward)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
@@ -140,14 +140,14 @@ def look_at_origin(positions: Tensor) -> Tensor:
 
 
 def read_transforms(path: str | Path) -> Cameras:
-    """The cameras of a transforms_train.json, as `MultiViewOutput.save` and NeRF-style trainers write it.
+    """Read the cameras of a transforms_train.json, as `MultiViewOutput.save` and NeRF trainers write it.
 
     Args:
         path: a JSON file with `camera_angle_x` in radians and `frames`, each with a `transform_matrix`: 4 x 4
             camera-to-world with OpenGL axes.
 
     Raises:
-        CameraError: the file cannot be read, lacks something, or a matrix is no rigid transform; the text names it.
+        CameraError: the file cannot be read, lacks a field, or has a matrix that is not a rigid transform.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -162,16 +162,16 @@ def read_transforms(path: str | Path) -> Cameras:
 def as_cameras(
     cameras: Cameras | Tensor | np.ndarray | Sequence | None, *, num_views: int, fov: float = DEFAULT_FOV
 ) -> Cameras:
-    """The cameras that a caller meant.
+    """Convert any accepted form of cameras to `Cameras`.
 
     Args:
         cameras: Cameras; or [V,4,4] or [V,3,4] world-to-camera matrices with OpenCV axes as a tensor, array
             or nested list; or None for `orbit(num_views)`.
-        num_views: number of cameras of the orbit; given cameras bring their own number.
-        fov: horizontal field of view in degrees of cameras that are bare matrices.
+        num_views: number of cameras on the orbit; ignored when `cameras` is given.
+        fov: horizontal field of view in degrees; ignored for `Cameras`, which have their own.
 
     Raises:
-        CameraError: a matrix is no rigid transform; the text names the view and what is wrong with it.
+        CameraError: a matrix is not a rigid transform; the message names the view and the fault.
         ValueError: `num_views` or `fov` is out of range.
     """
     if cameras is None:
@@ -180,7 +180,7 @@ def as_cameras(
 
 
 def _rigid(matrices: Tensor | np.ndarray | Sequence) -> Tensor:
-    """A float32 copy [V,4,4] of rigid transforms, each of them checked."""
+    """Validate rigid transforms and copy them to float32, [V,4,4]."""
     shape = list(matrices.shape) if isinstance(matrices, (Tensor, np.ndarray)) else None
     if not (hasattr(matrices, "__len__") and (shape is None or len(shape) == 3)) or len(matrices) == 0:
         got = type(matrices).__name__ if shape is None else f"shape {shape}"
@@ -212,7 +212,7 @@ def _rigid_matrix(matrix: Tensor | np.ndarray | Sequence, name: str) -> Tensor:
 
 
 def _between(name: str, value: float, low: float, high: float) -> float:
-    """`value` as a float inside the open interval, which NaN never is."""
+    """Convert `value` to a float and require low < value < high, which excludes NaN."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -224,7 +224,9 @@ def _between(name: str, value: float, low: float, high: float) -> float:
 
 def _at_least_one(name: str, value: int) -> int:
     try:
-        number = operator.index(None if isinstance(value, bool) else value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}") from None
     if number < 1:

@@ -15,7 +15,8 @@ from pathlib import Path
 import PIL.Image
 import torch
 
-from gafext import _C, cameras, ops
+import gafext._C as _C
+from gafext import cameras, ops
 from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
@@ -23,12 +24,12 @@ from gafext.guidance import check_guidance_scale
 from gafext.images import load_image, load_images
 from gafext.noise import resolve_seed
 from gafext.ops.backend import BACKENDS
-from gafext.output import VIEW_FILES
+from gafext.output import VIEW_FILES, MultiViewOutput
 from gafext.pipeline import UPSAMPLE, MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, SCHEDULERS, check_eta
 from gafext.versions import versions
 
-EXIT_CODES = "exit codes: 0 done, 1 an input cannot be used, 2 wrong command line, 130 interrupted"
+EXIT_CODES = "exit codes: 0 success, 1 unusable input, 2 invalid command line, 130 interrupted"
 _DTYPES = ("float32", "float16", "bfloat16")
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -36,7 +37,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gafext",
-        description="One portrait in, several consistent views of the same head out.",
+        description="Generate several consistent views of a head from one portrait.",
         epilog=EXIT_CODES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_bench(commands)
     info = commands.add_parser(
-        "info", help="versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
+        "info", help="print versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
     )
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -54,64 +55,64 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
-        help="views of the head in a portrait",
+        help="generate views of the head in a portrait",
         description="Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json into a folder.",
         epilog=EXIT_CODES,
     )
     add = generate.add_argument
-    add("portrait", nargs="?", metavar="PORTRAIT", help="a picture of a head; default: the bundled one")
+    add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
     add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
-    add("--lora", metavar="FILE", help="low-rank updates to merge into the U-Net")
-    add("--lora-scale", type=float, metavar="S", help="their weight; default: 1")
+    add("--lora", metavar="FILE", help="LoRA file to merge into the U-Net")
+    add("--lora-scale", type=float, metavar="S", help="weight of the LoRA; default: 1")
     add(
         "--ip-adapter",
         metavar="FILE",
-        help="an IP-Adapter, plain or Plus, for a U-Net without attention to the portrait",
+        help="IP-Adapter file, plain or Plus, for a U-Net without image attention",
     )
-    add("--ip-adapter-scale", type=float, metavar="S", help="its weight; default: 1")
+    add("--ip-adapter-scale", type=float, metavar="S", help="weight of the IP-Adapter; default: 1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
-    add("--views", type=int, metavar="V", help="number of views, on an orbit; default: 4")
-    add("--scheduler", choices=tuple(SCHEDULERS), help="default: the checkpoint's own")
+    add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4")
+    add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
     add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000; default: 50")
     add(
         "--guidance",
         type=float,
         metavar="G",
-        help="guidance scale, 1 to 20; default: the checkpoint's, 7.5 as a rule",
+        help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5",
     )
-    add("--seed", type=int, default=0, metavar="S", help="of all noise; default: 0")
-    add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic, 1: as noisy as DDPM; default: 0")
+    add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
+    add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: 0")
     add(
         "--cameras",
         metavar="FILE",
-        help="a transforms_train.json to take the cameras from, in place of the orbit",
+        help="transforms_train.json with the cameras to use instead of an orbit",
     )
-    add("--elevation", type=float, metavar="DEG", help="of the orbit; default: 0")
-    add("--radius", type=float, metavar="R", help="of the orbit; default: 4")
+    add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
+    add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
     add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
-    add("--normals", metavar="DIR", help="folder with one normal map a view; default: those of a neutral head")
-    add("--renders", metavar="DIR", help="folder with one picture a view to start from, with --strength")
-    add("--strength", type=float, default=1.0, metavar="S", help="share of the steps run on the renders; default: 1")
+    add("--normals", metavar="DIR", help="folder with one normal map per view; default: a neutral head's")
+    add("--renders", metavar="DIR", help="folder with one image per view to start from; see --strength")
+    add("--strength", type=float, default=1.0, metavar="S", help="fraction of the steps run on the renders; default: 1")
     add(
         "--upsample",
         choices=UPSAMPLE,
         default="auto",
-        help="double the latents before decoding; default: auto, by the checkpoint's upsampler",
+        help="double the size of the latents before decoding; default: auto, with the checkpoint's upsampler",
     )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
     add(
         "--dtype",
         choices=(*_DTYPES, "int8"),
         default="float32",
-        help="of weights and activations; int8: the U-Net's linear layers, on a CPU; default: float32",
+        help="dtype of weights and activations; int8: only the U-Net's linear layers, on a CPU; default: float32",
     )
     add(
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="of attention and GEGLU; default: auto",
+        help="backend of attention and GEGLU; default: auto",
     )
     add("--quiet", action="store_true", help="no progress bar and no summary")
 
@@ -119,86 +120,86 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
     assemble = commands.add_parser(
         "assemble",
-        help="a multi-view checkpoint out of Stable Diffusion, CLIP and the upscaler",
+        help="build a multi-view checkpoint from Stable Diffusion, CLIP and the latent upscaler",
         description="Write a checkpoint whose new layers (attention across views and to the portrait, camera pose, "
-        "normal latents) start as exact no-ops: every view is the parent's until they are trained.",
+        "normal latents) have no effect until they are trained: until then, every view is the parent's output.",
         epilog=EXIT_CODES,
     )
     add = assemble.add_argument
     add(
         "--parent", required=True, metavar="DIR", help="Stable Diffusion: unet/ vae/ scheduler/, or a .safetensors file"
     )
-    add("--image-encoder", required=True, metavar="DIR", help="CLIP, as transformers saves it: ViT-H/14")
-    add("--upsampler", metavar="DIR", help="the latent upscaler's own checkpoint folder")
-    add("--ip-adapter", metavar="FILE", help="an IP-Adapter to look at the portrait with, in place of new layers")
-    add("--trained", metavar="FILE", help="a GAF-style U-Net state dict to fill the result with")
-    add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers of a camera (default: 12)")
+    add("--image-encoder", required=True, metavar="DIR", help="CLIP ViT-H/14 as saved by transformers")
+    add("--upsampler", metavar="DIR", help="checkpoint folder of the latent upscaler")
+    add("--ip-adapter", metavar="FILE", help="IP-Adapter file to use for image attention instead of new layers")
+    add("--trained", metavar="FILE", help="state dict of a trained GAF-style U-Net to load into the result")
+    add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers per camera; default: 12")
     add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
-    add("--dtype", choices=_DTYPES, default="float32", help="of the weights written (default: float32)")
+    add("--dtype", choices=_DTYPES, default="float32", help="dtype of the weights written; default: float32")
     add("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
         "bench",
-        help="gafext's operations against PyTorch's, on this machine",
-        description="Time every operation at the shapes of the published networks, contestants taking turns. "
-        "Columns: median and quartiles of a call, how many times faster gafext is, and the share of what a matrix "
-        "product or a copy reaches in the same run.",
+        help="compare the speed of gafext's operations and PyTorch's on this machine",
+        description="Time every operation at the shapes of the published networks; implementations take turns. "
+        "Columns: median and quartiles of a call, speed-up of gafext, and the fraction of the rate of a matrix product "
+        "or a copy in the same run.",
         epilog=EXIT_CODES,
     )
     add = bench.add_argument
     add("--op", choices=ops.__all__, action="append", help="only this operation; may be repeated")
-    add("--shape", metavar="TEXT", action="append", help="only shapes that contain this; may be repeated")
+    add("--shape", metavar="TEXT", action="append", help="only shapes that contain this text; may be repeated")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--dtype", choices=_DTYPES, default="float32", help="default: float32")
-    add("--rounds", type=int, default=11, metavar="N", help="turns of each contestant, 7 or more; default: 11")
-    add("--threads", type=int, metavar="N", help="of PyTorch and gafext; default: PyTorch's")
-    add("--quick", action="store_true", help="3 rounds of one call: shows that all runs and agrees, measures nothing")
+    add("--rounds", type=int, default=11, metavar="N", help="timed rounds per implementation, at least 7; default: 11")
+    add("--threads", type=int, metavar="N", help="threads of PyTorch and gafext; default: PyTorch's setting")
+    add("--quick", action="store_true", help="3 rounds of one call, to check that everything runs and agrees")
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="race torch.compile's forms too, for which it needs a C++ compiler; default: yes",
+        help="also time forms with torch.compile, which need a C++ compiler; default: yes",
     )
-    add("--cold", action="store_true", help="measure with inputs that are in no cache, too")
+    add("--cold", action="store_true", help="also measure with inputs that are not in a cache")
     add(
         "--allocator",
         choices=("default", "keep", "both"),
         default="default",
-        help="keep: glibc's malloc keeps big blocks, in place of giving them back to the kernel; default: default",
+        help="keep: glibc's malloc keeps large blocks instead of returning them to the kernel; default: default",
     )
     add(
         "--patience",
         type=float,
         default=0.0,
         metavar="S",
-        help="measure a shape again for up to S seconds while other processes disturb it; the least disturbed counts",
+        help="repeat disturbed measurements of a shape for up to S seconds and keep the least disturbed one",
     )
-    add("--seconds", type=float, metavar="S", help="leave out the shapes that have not begun after S seconds")
-    add("--compile-seconds", type=float, metavar="S", help="leave torch.compile out once it has taken S seconds in all")
-    add("--json", metavar="FILE", help="write the environment and all times there")
+    add("--seconds", type=float, metavar="S", help="skip the shapes that have not started after S seconds")
+    add("--compile-seconds", type=float, metavar="S", help="skip torch.compile after it has taken S seconds in total")
+    add("--json", metavar="FILE", help="write the environment and all times to this file")
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "eval",
-        help="how good the views of held-out procedural heads are",
-        description="PSNR, SSIM and cross-view consistency on heads that the built-in model was not trained on, beside "
-        "baselines and ablations.",
+        help="measure the quality of views of held-out procedural heads",
+        description="Measure PSNR, SSIM and cross-view consistency on heads that the built-in model was not trained "
+        "on, with baselines and ablations.",
         epilog=EXIT_CODES,
     )
     add = evaluate.add_argument
     add("--model", metavar="DIR", help="checkpoint folder; default: the small built-in model")
-    add("--heads", type=int, default=8, metavar="N", help="default: 8")
-    add("--views", type=int, default=4, metavar="V", help="on an orbit; default: 4")
+    add("--heads", type=int, default=8, metavar="N", help="number of heads; default: 8")
+    add("--views", type=int, default=4, metavar="V", help="number of views on an orbit; default: 4")
     add("--steps", type=int, default=25, metavar="N", help="denoising steps; default: 25")
     add("--guidance", type=float, metavar="G", help="guidance scale; default: the checkpoint's")
-    add("--seed", type=int, default=0, metavar="S", help="of all noise; default: 0")
-    add("--upsample", choices=UPSAMPLE, default="auto", help="default: auto")
-    add("--ablations", action="store_true", help="also what becomes worse when something is taken away or changed")
-    add("--json", metavar="FILE", help="write the numbers")
-    add("--figure", metavar="FILE", help="write a picture: portraits beside normal maps, generated views and the truth")
+    add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
+    add("--upsample", choices=UPSAMPLE, default="auto", help="as for generate; default: auto")
+    add("--ablations", action="store_true", help="also measure with inputs or parts of the network removed or changed")
+    add("--json", metavar="FILE", help="write the numbers to this file")
+    add("--figure", metavar="FILE", help="write an image of portraits, normal maps, generated views and ground truth")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
     add("--quiet", action="store_true", help="no progress")
 
@@ -207,7 +208,7 @@ def _eval(args: argparse.Namespace) -> int:
     from gafext.evaluation import Evaluation, table
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # drawn heads are what the built-in model is for
+        warnings.simplefilter("ignore")  # the CartoonWarning is not about drawn heads
         pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
     evaluation = Evaluation(
         pipeline,
@@ -251,7 +252,7 @@ def _assemble(args: argparse.Namespace) -> int:
 
 
 def _pictures(folder: str | None, *, count: int, name: str) -> list[PIL.Image.Image] | None:
-    """Read a folder's pictures in the order of their names, before the model loads: a bad one costs no wait."""
+    """Read a folder's images in the order of their names."""
     if folder is None:
         return None
     if not Path(folder).is_dir():
@@ -271,7 +272,7 @@ def _cameras(args: argparse.Namespace) -> Cameras:
 
 
 def _check_early(args: argparse.Namespace) -> None:
-    """What would fail after minutes of loading fails at once."""
+    """Validate the options before the model is loaded, which can take minutes."""
     for option, needs in (("lora_scale", "lora"), ("ip_adapter_scale", "ip_adapter"), ("variant", "model")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             option, needs = (name.replace("_", "-") for name in (option, needs))
@@ -327,6 +328,7 @@ def _generate(args: argparse.Namespace) -> int:
         upsample=args.upsample,
         progress_bar=not args.quiet,
     )
+    assert isinstance(output, MultiViewOutput)  # one portrait, not a list
     command = {**vars(args), "portrait": str(args.portrait or PORTRAIT.name)}
     output.run["command"] = {name: value for name, value in command.items() if value is not None}
     output.save(args.out, overwrite=args.overwrite)
@@ -378,7 +380,11 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake ends in one line on stderr, never in a traceback."""
+    """Run one command and return its exit code; errors in the input print one line on stderr, not a traceback.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+    """
     args = _parser().parse_args(argv)
     try:
         commands = {"generate": _generate, "assemble": _assemble, "eval": _eval, "bench": _bench, "info": _info}
@@ -386,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gafext: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # what reads our output has seen enough, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError) as error:
@@ -394,6 +400,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise  # a fault of ours, not the user's: with its traceback
+            raise  # a bug in gafext: keep the traceback
         print(f"gafext: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1

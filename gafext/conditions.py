@@ -1,4 +1,4 @@
-"""A run of the pipeline between `prepare` and `finish`: what the U-Net is conditioned on, and how a step asks it."""
+"""State of a run between `prepare` and `finish`: the U-Net's conditioning, and the prediction of one step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gafext.schedulers import Scheduler
 
 @dataclass(frozen=True)
 class Conditions:
-    """Everything that the U-Net sees besides latents and timesteps; it stays the same over the denoising steps.
+    """Inputs of the U-Net besides latents and timesteps, constant over the denoising steps.
 
     Attributes:
-        conditioning: poses, keys and values of image and text, for the rows of all passes.
-        passes: 2 when the unconditional pass runs too; its rows come first.
-        normal_latents: [B*V,4,h,w], or None.
-        reference_latents: the portraits' latents [passes*B,4,h,w], one more frame for the U-Net, or None.
+        conditioning: pose embedding, and keys and values of image and text, for the rows of all passes.
+        passes: 2 with the unconditional pass, whose rows come first, else 1.
+        normal_latents: latents of the normal maps [B*V,4,h,w], or None.
+        reference_latents: latents of the portraits [passes*B,4,h,w], an extra frame of the U-Net, or None.
     """
 
     conditioning: Conditioning
@@ -37,20 +37,20 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the pipeline, as `MultiViewDiffusionPipeline.prepare` makes it.
+    """One call of the pipeline, as `MultiViewDiffusionPipeline.prepare` returns it.
 
     Attributes:
-        latents: where denoising starts, [B*V,4,h,w] float32: noise, or noised renders.
-        timesteps: of the scheduler, falling.
-        conditions: everything else that the U-Net sees.
-        cameras: V of them.
+        latents: initial latents [B*V,4,h,w] float32: noise, or noised renders.
+        timesteps: the scheduler's timesteps, decreasing.
+        conditions: the U-Net's other inputs.
+        cameras: V cameras.
         guidance_scale: 1.0 to 20.0.
-        seed: of all noise.
-        eta: 0 is deterministic, 1 as noisy as DDPM.
+        seed: seed of all noise.
+        eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
         output_type: "pil", "np", "pt" or "latent".
-        is_batch: whether the call got a list of portraits, so that it returns a list.
-        settings: everything else for the record of the run.
+        is_batch: True if the call got a list of portraits; it then returns a list.
+        settings: other parameters for run.json.
     """
 
     latents: Tensor
@@ -75,12 +75,12 @@ class Run:
 
 
 def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor, timestep: float) -> Tensor:
-    """Return the guided prediction [B*V,4,h,w] float32 for latents of that shape, both passes in one batch."""
+    """Predict the U-Net's output [B*V,4,h,w] float32 for latents of that shape, guided; both passes form one batch."""
     sample, conditions, frames = scheduler.scale_model_input(latents, timestep), run.conditions, run.num_views
     if conditions.normal_latents is not None:
         sample = torch.cat([sample, conditions.normal_latents], dim=1)
     if conditions.reference_latents is not None:
-        frames += 1  # the U-Net itself puts the reference there, so any latents do
+        frames += 1  # the U-Net overwrites this frame with the reference latents, so its content is irrelevant
         sample = sample.unflatten(0, (-1, run.num_views))
         sample = torch.cat([sample, sample[:, :1]], dim=1).flatten(0, 1)
     output = unet(
@@ -92,7 +92,10 @@ def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor
     ).float()
     if frames > run.num_views:
         output = output.unflatten(0, (-1, frames))[:, : run.num_views].flatten(0, 1)
-    return guide(*output.chunk(2), run.guidance_scale) if conditions.passes == 2 else output
+    if conditions.passes == 1:
+        return output
+    unconditional, conditional = output.chunk(2)
+    return guide(unconditional, conditional, run.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,22 @@ class ImageTokens:
     """Image tokens of the portraits, for the U-Net's attention."""
 
     conditional: Tensor  # [B,T,C]
-    unconditional: Tensor | None  # [B,T,C], or None when the unconditional pass attends to no image at all
+    unconditional: Tensor | None  # [B,T,C]; None: the unconditional pass attends to no image
 
 
 def image_tokens(
     unet: MultiViewUNet, encoder: CLIPVisionEncoder, portraits: Sequence[PIL.Image.Image], *, guided: bool
 ) -> ImageTokens:
-    """Encode portraits, and what guidance moves away from, as the U-Net's configuration has it.
+    """Encode portraits to image tokens, and the unconditional tokens that the U-Net's configuration asks for.
 
     Args:
-        unet: with image attention.
-        encoder: CLIP.
-        portraits: B pictures.
-        guided: whether the unconditional tokens are needed.
+        unet: a U-Net with image attention.
+        encoder: the CLIP image encoder.
+        portraits: B images.
+        guided: also compute the unconditional tokens.
+
+    Returns:
+        Tokens [B,T,C], conditional and unconditional.
     """
     pixels = torch.cat([encoder.preprocess(portrait) for portrait in portraits]).to(encoder.device, encoder.dtype)
     projection = unet.image_projection
@@ -138,26 +144,29 @@ def prepare_conditions(
     normal_latents: Tensor | None = None,
     reference_latents: Tensor | None = None,
 ) -> Conditions:
-    """Compute everything that stays the same over the denoising steps.
+    """Compute the U-Net's inputs that are constant over the denoising steps.
 
     Args:
         unet: the denoiser.
-        cameras: V of them.
-        portraits: B.
-        tokens: of the portraits; None for a U-Net that does not look at them.
-        guided: whether guidance wants the unconditional pass.
-        prompt_embeds: [1,T,C], the same text for all rows; None is the all-zero text.
-        normal_latents: [V,4,h,w], the same for every portrait, or None.
-        reference_latents: [B,4,h,w], or None.
+        cameras: V cameras.
+        portraits: number of portraits, B.
+        tokens: image tokens of the portraits; None for a U-Net without image attention.
+        guided: include the unconditional pass; ignored without tokens.
+        prompt_embeds: text embeddings [1,T,C] for all rows; None: zeros.
+        normal_latents: latents of the normal maps [V,4,h,w] for every portrait, or None.
+        reference_latents: latents of the portraits [B,4,h,w], or None.
+
+    Returns:
+        The conditions for all B*V rows of each pass.
     """
-    # Only the image sets the two passes apart: without it they are equal, and guidance changes nothing.
+    # The passes differ only in the image: without image tokens they are equal, and guidance has no effect.
     guided = guided and tokens is not None
     passes, family = 2 if guided else 1, family_of(unet.config)
     pose = None
     if unet.config.pose_dim is not None:
         pose = family.poses(unet.config, cameras).repeat(passes * portraits, 1).to(unet.device)
     embeds = None if tokens is None else tokens.conditional
-    if guided and tokens.unconditional is not None:
+    if guided and tokens is not None and tokens.unconditional is not None:
         embeds = torch.cat([tokens.unconditional, tokens.conditional])
     if guided and reference_latents is not None:
         reference_latents = torch.cat([family.unconditional_reference(reference_latents), reference_latents])

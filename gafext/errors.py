@@ -1,8 +1,8 @@
-"""The errors that a user of gafext can cause: ValueErrors, and an OSError for output; all name got and expected."""
+"""Errors caused by user input: ValueErrors, and an OSError for output; each message says what was expected and got."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file is damaged, or does not fit the network or the configuration beside it."""
+    """A checkpoint file is damaged, or does not fit the network or its configuration."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -18,4 +18,4 @@ class CameraError(ValueError):
 
 
 class OutputError(OSError):
-    """A result cannot be written; nothing of it has been."""
+    """A result cannot be written; no part of it was written."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): pure functions."""
+"""Classifier-free guidance (arXiv 2207.12598)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_guidance_scale(scale: float) -> None:
 
 
 def needs_unconditional(scale: float) -> bool:
-    """Whether guidance at this scale uses the unconditional prediction: at 1 it cancels out."""
+    """Return True unless the scale is 1, at which the unconditional prediction cancels out."""
     return scale != 1.0
 
 
@@ -27,12 +27,12 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     """Move a prediction away from the unconditional one: u + s (c - u).
 
     Args:
-        unconditional: u, [B,C,h,w], any floating-point type.
-        conditional: c, the same shape.
+        unconditional: u, [B,C,h,w], any floating-point dtype.
+        conditional: c, same shape and dtype.
         scale: s, 1.0 to 20.0; see `check_guidance_scale`.
 
     Returns:
-        [B,C,h,w].
+        [B,C,h,w], same dtype.
 
     Raises:
         ValueError: the shapes differ.

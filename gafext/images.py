@@ -1,10 +1,11 @@
-"""Pictures in and out: whatever a user has becomes an upright RGB picture, and tensors become pictures."""
+"""Image input and output: any accepted form to an upright RGB image, images to tensors and back."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +17,22 @@ from gafext.errors import ImageError
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 MIN_SIDE = 1  # pixels
-_FLOAT_SLACK = 1e-3  # what resampling in float may overshoot [0, 1] by
+_FLOAT_SLACK = 1e-3  # resampling in floating point may overshoot [0, 1] by this much
 
 
 def load_image(image: ImageLike, *, name: str = "image") -> Image.Image:
-    """An upright RGB picture: EXIF orientation applied, transparency composited over white, first frame.
+    """Load an upright RGB image: first frame, EXIF orientation applied, transparency composited over white.
 
     Args:
-        image: a file's path; a PIL image of any mode; an array [H,W,C] or [H,W]; or a tensor [C,H,W] or
+        image: a path; a PIL image of any mode; an array [H,W,C] or [H,W]; or a tensor [C,H,W] or
             [H,W], with 1, 3 or 4 channels (grey, RGB, RGBA) as uint8, uint16, bool, or float in [0,1].
-        name: what errors call an image that has no file name.
+        name: name of an image without a path, for errors.
 
     Returns:
         PIL image, mode RGB, of any size.
 
     Raises:
-        ImageError: it cannot be read, or has no usable shape, type or range.
+        ImageError: the image cannot be read, or its shape, dtype or range is not accepted.
     """
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
@@ -53,27 +54,35 @@ def load_image(image: ImageLike, *, name: str = "image") -> Image.Image:
 def load_images(
     images: Sequence[ImageLike] | np.ndarray | Tensor | Image.Image, *, count: int, name: str
 ) -> list[Image.Image]:
-    """One upright RGB picture a camera.
+    """Load one upright RGB image per camera.
 
     Args:
-        images: a list of anything `load_image` takes, a stacked array [V,H,W,C] or tensor [V,C,H,W]; for one
+        images: a list of anything that `load_image` accepts, an array [V,H,W,C] or a tensor [V,C,H,W]; for one
             camera also a single image.
-        count: number of cameras V.
-        name: the argument's name, for errors.
+        count: number of cameras, V.
+        name: name of the argument, for errors.
+
+    Returns:
+        V PIL images, mode RGB, of any size.
 
     Raises:
-        ImageError: an image cannot be used; the text says which.
-        ValueError: their number is not `count`.
+        ImageError: an image is not accepted; the message says which.
+        ValueError: the number of images is not `count`.
     """
-    stacked = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
-    items = list(images) if stacked or isinstance(images, (list, tuple)) else [images]
+    items: list[Any] = [images]
+    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4):
+        items = list(images)
     if len(items) != count:
-        raise ValueError(f"{name}: expected {count}, one a camera, got {len(items)}")
+        raise ValueError(f"{name}: expected {count}, one per camera, got {len(items)}")
     return [load_image(item, name=f"{name}[{index}]") for index, item in enumerate(items)]
 
 
 def to_square_tensor(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Crop the centre square of RGB pictures and resize it to `size` by Lanczos.
+    """Crop the centre square of RGB images and resize it by Lanczos resampling.
+
+    Args:
+        images: V RGB images of any sizes.
+        size: side in pixels.
 
     Returns:
         [V,3,size,size] float32 in [0,1].
@@ -84,12 +93,12 @@ def to_square_tensor(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def to_numpy(images: Tensor) -> np.ndarray:
-    """Convert images [V,3,H,W] in [0,1] to diffusers' output_type="np": [V,H,W,3] float32, clamped to [0,1]."""
+    """Convert images [V,3,H,W] in [0,1] to diffusers' output_type="np": array [V,H,W,3] float32, clamped."""
     return images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert images [V,3,H,W] in [0,1] to diffusers' output_type="pil": rounded to 8 bits."""
+    """Convert images [V,3,H,W] in [0,1] to diffusers' output_type="pil": clamped, rounded to 8 bits."""
     return [Image.fromarray(image) for image in (to_numpy(images) * 255).round().astype(np.uint8)]
 
 
@@ -122,7 +131,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_array(image: np.ndarray | Tensor, name: str) -> Image.Image:
-    """A grey, RGB or RGBA picture of 8 bits a channel."""
+    """Convert an array or tensor to a grey, RGB or RGBA image of 8 bits per channel."""
     shape, channels_first = list(image.shape), isinstance(image, Tensor)
     channels = shape[0 if channels_first else -1] if len(shape) == 3 else 1
     if len(shape) not in (2, 3) or channels not in (1, 3, 4):
@@ -130,7 +139,7 @@ def _from_array(image: np.ndarray | Tensor, name: str) -> Image.Image:
         raise ImageError(f"{name}: expected {kind} of 1, 3 or 4 channels, or [H,W], got shape {shape}")
     if 0 in shape:
         raise ImageError(f"{name}: expected at least {MIN_SIDE} x {MIN_SIDE} pixels, got shape {shape}")
-    if channels_first:
+    if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         image = np.moveaxis(image, 0, -1) if len(shape) == 3 else image

@@ -1,4 +1,4 @@
-"""Noise that depends on (seed, portrait, view) alone: not on the device, the batch or the number of views."""
+"""Noise that depends only on (seed, portrait, view): not on the device, the batch size or the number of views."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor
 
 
 def resolve_seed(generator: torch.Generator | int | None) -> int:
-    """The seed that names all of a run's noise.
+    """Return the seed that determines all noise of a run.
 
     Args:
-        generator: an integer ≥ 0; a torch.Generator, of which the initial seed counts (its state is neither read nor
-            advanced, because a CUDA generator would draw other numbers than a CPU one); or None for a fresh seed.
+        generator: an integer ≥ 0; a torch.Generator, of which only the initial seed is used (its state is neither read
+            nor advanced, because CUDA and CPU generators draw different numbers); or None for a random seed.
 
     Returns:
-        The seed, 0 or more.
+        The seed, at least 0.
+
+    Raises:
+        ValueError: the generator is neither of these, or negative.
     """
     if generator is None:
         return secrets.randbits(32)
@@ -29,19 +32,19 @@ def resolve_seed(generator: torch.Generator | int | None) -> int:
 
 
 def view_noise(seed: int, *, portraits: int, views: int, shape: tuple[int, ...], step: int = 0) -> Tensor:
-    """Standard normal noise for every view of every portrait.
+    """Draw standard normal noise for every view of every portrait.
 
     Args:
-        seed: of the run.
-        portraits: B; portrait j of a batch has its own noise.
-        views: V; view i of 4 and view i of 8 have the same noise.
-        shape: of one view's latents, (C,h,w).
-        step: 0 is the initial noise; DDIM with eta > 0 draws fresh noise at steps 1, 2, ...
+        seed: the run's seed, from `resolve_seed`.
+        portraits: number of portraits, B.
+        views: number of views, V; the noise of view i does not depend on V.
+        shape: shape (C,h,w) of one view's latents.
+        step: 0 for the initial noise; 1, 2, ... for the noise that solvers with eta > 0 add at each step.
 
     Returns:
-        [B*V,*shape] float32 on the CPU, the view running fastest.
+        [B*V,*shape] float32 on the CPU; the view index varies fastest.
     """
     keys = [(portrait, view, step) for portrait in range(portraits) for view in range(views)]
-    # A spawn key is how NumPy derives independent streams; Philox or PCG64 alone would need disjoint offsets.
+    # NumPy derives independent streams from spawn keys; with Philox or PCG64 alone, offsets would have to be disjoint.
     streams = (np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key)) for key in keys)
     return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))

@@ -1,4 +1,4 @@
-"""The output folder: views, contact sheet, cameras and parameters, written whole or not at all."""
+"""Output folder: views, contact sheet, cameras and parameters, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from gafext.images import to_pil
 from gafext.weights import write_json
 
 VIEW_FILES = re.compile(r"view_\d{3,}\.png|contact_sheet\.png|transforms_train\.json|run\.json")
-"""Names of the files that gafext writes into an output folder, and may replace."""
+"""Names of the files that gafext writes into an output folder and may replace."""
 
 _TILE, _GAP = 256, 8  # pixels of the contact sheet
 
 
 @dataclass(frozen=True)
 class MultiViewOutput:
-    """The views of one portrait.
+    """Views generated from one portrait.
 
     Attributes:
-        images: V pictures: PIL images, [V,H,W,3] float32 array or [V,3,H,W] tensor in [0,1], or scaled latents.
-        cameras: the camera of each view.
-        run: every parameter of the run, with the seed and the versions.
+        images: V PIL images; or a [V,H,W,3] float32 array or [V,3,H,W] tensor in [0,1]; or scaled latents [V,4,h,w].
+        cameras: V cameras.
+        run: all parameters of the run, the seed and the versions.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -41,11 +41,11 @@ class MultiViewOutput:
     run: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json; all of it or nothing.
+        """Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json, all or none.
 
         Args:
-            folder: to be created; an existing one must be empty.
-            overwrite: replace a folder that holds an earlier result.
+            folder: folder to create; an existing one must be empty.
+            overwrite: replace a folder that holds only an earlier result.
 
         Returns:
             The folder's absolute path.
@@ -72,25 +72,25 @@ def write_views(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write view_000.png and on, contact_sheet.png, transforms_train.json and run.json, all of them or none.
+    """Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json, all or none.
 
     Args:
-        folder: a folder that is empty or does not exist yet; its parents are made.
+        folder: an empty folder or one that does not exist yet; its parents are created.
         images: V square images of one size.
-        cameras: the V cameras they were made for.
-        run: parameters for run.json; what JSON has no type for becomes text, NaN and infinity null.
-        overwrite: replace a folder that holds nothing but an earlier result.
+        cameras: V cameras.
+        run: parameters for run.json; values without a JSON type are written as strings, NaN and infinity as null.
+        overwrite: replace a folder that holds only an earlier result.
 
     Returns:
         The folder's absolute path.
 
     Raises:
-        OutputError: the folder cannot be written; it is as it was before.
-        ValueError: the images are not one a camera, square and of one size.
+        OutputError: the folder cannot be written; it is unchanged.
+        ValueError: the images are not one per camera, square and of one size.
     """
     sizes = sorted({image.size for image in images})
     if len(images) != len(cameras):
-        raise ValueError(f"images: expected {len(cameras)}, one a camera, got {len(images)}")
+        raise ValueError(f"images: expected {len(cameras)}, one per camera, got {len(images)}")
     if len(sizes) != 1 or sizes[0][0] != sizes[0][1]:
         raise ValueError(f"images: expected square images of one size, got {sizes}")
     with whole_folder(folder, replaceable=VIEW_FILES if overwrite else None) as new:
@@ -103,7 +103,7 @@ def write_views(
 
 
 def contact_sheet(images: Sequence[Image.Image]) -> Image.Image:
-    """All images on one near-square sheet, row by row, each at most 256 pixels wide."""
+    """Arrange images row by row on one nearly square sheet, each at most 256 pixels wide."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     tile = min(_TILE, images[0].width)
@@ -117,7 +117,12 @@ def contact_sheet(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def transforms(cameras: Cameras, size: int) -> dict[str, Any]:
-    """transforms_train.json as NeRF trainers and GaussianAvatars read it: OpenGL camera-to-world matrices."""
+    """Return the content of transforms_train.json for NeRF trainers and GaussianAvatars.
+
+    Args:
+        cameras: V cameras, written as OpenGL camera-to-world matrices.
+        size: side of the images in pixels.
+    """
     focal = cameras.focal(size)
     return {
         "camera_angle_x": cameras.camera_angle_x,
@@ -132,7 +137,7 @@ def transforms(cameras: Cameras, size: int) -> dict[str, Any]:
                 "file_path": f"view_{view:03d}.png",
                 "timestep_index": 0,
                 "camera_index": view,
-                "w": size,  # GaussianAvatars looks for the size here, and opens every file when it is absent
+                "w": size,  # without a size per frame, GaussianAvatars opens every image file
                 "h": size,
                 "transform_matrix": matrix,
             }

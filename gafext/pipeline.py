@@ -1,4 +1,4 @@
-"""The whole way from one portrait to several views: prepare, denoise, finish."""
+"""Pipeline from one portrait to several views: prepare, denoise, finish."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ DEFAULT_VIEWS = 4
 
 
 class MultiViewDiffusionPipeline(PipelineComponents):
-    """One portrait in, V consistent views of the same head out.
+    """Generate V consistent views of a head from one portrait.
 
     Args:
         unet: the multi-view denoiser.
-        vae: between pictures and latents.
-        scheduler: the sampler.
-        image_encoder: CLIP; needed when the U-Net attends to the portrait.
-        upsampler: doubles the latents; without one they are doubled bilinearly.
-        prompt_embeds: the text [1,T,C] of every row; None is the all-zero text.
-        guidance_scale: what a call without one uses.
+        vae: the autoencoder between images and latents.
+        scheduler: the solver.
+        image_encoder: CLIP; required if the U-Net attends to the portrait.
+        upsampler: network that doubles the size of the latents; None: bilinear interpolation.
+        prompt_embeds: text embeddings [1,T,C] for every row; None: zeros.
+        guidance_scale: default of a call, 1.0 to 20.0.
 
     Raises:
-        CheckpointError: the parts do not fit together.
+        CheckpointError: the components do not fit together.
 
     Source: GAF (arXiv 2412.10209) section 3; ImageDream (arXiv 2312.02201) for the dense family.
     """
@@ -76,33 +76,33 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         """Generate the views of one portrait, or of each of a list of them.
 
         Args:
-            image: the portrait: a path, a PIL image, an array [H,W,3] or a tensor [3,H,W], uint8 or float in [0,1], of
-                any size and mode; or a list of them.
-            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes, taken to have a field of view
-                of 30 degrees; None is an orbit of `num_views`.
-            normal_maps: V pictures of camera-space normals, n/2 + 1/2; None are those of a neutral head.
-            num_views: V, when no cameras are given. The reference frame of ImageDream's family does not count.
+            image: a portrait: path, PIL image, array [H,W,3] or tensor [3,H,W], uint8 or float in [0,1], any size and
+                mode; or a list of portraits.
+            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes and a field of view of 30
+                degrees; None: an orbit of `num_views`.
+            normal_maps: V images of camera-space normals, n/2 + 1/2; None: the normals of a neutral head.
+            num_views: V, if no cameras are given; without the reference frame of ImageDream's family.
             num_inference_steps: 1 to 1000.
-            guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None is the checkpoint's own, 7.5 as a rule.
-            generator: an integer seed or a torch.Generator, whose initial seed counts. Noise depends on the seed, the
-                index of the portrait and the index of the view alone. None draws a seed, which `run` tells.
-            latents: initial noise [B*V,4,h,w] in place of the seed's.
-            renders: B*V pictures to start from, noised: the views of an avatar that is being fitted.
-            strength: how much of the noise schedule is run on `renders`, above 0 to 1.
-            eta: 0 is deterministic, 1 is as noisy as DDPM.
-            upsample: "auto" doubles the latents before they are decoded, by the checkpoint's upsampler if it has one;
-                "bilinear" doubles them without it; "none" leaves them.
+            guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
+            generator: an integer seed, or a torch.Generator, of which only the initial seed is used. Noise depends only
+                on the seed, the index of the portrait and the index of the view. None: a random seed, stored in `run`.
+            latents: initial noise [B*V,4,h,w]; None: drawn from the seed.
+            renders: B*V images to add noise to and start from, such as renders of an avatar that is being fitted.
+            strength: fraction of the noise schedule that is run on `renders`, over 0 and up to 1.
+            eta: 0 is deterministic, 1 adds as much noise as DDPM.
+            upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one;
+                "bilinear" doubles them by interpolation; "none" does not resize them.
             output_type: "pil", "np", "pt" or "latent".
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step; a dict that
-                it returns replaces the latents.
-            progress_bar: show one.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step; may return a
+                dict with latents that replace the current ones.
+            progress_bar: show a progress bar.
 
         Returns:
-            The views; a list of them, one a portrait, when `image` is a list.
+            The views of the portrait; a list with one entry per portrait if `image` is a list.
 
         Raises:
-            ImageError: a picture cannot be read.
-            CameraError: a camera is no rigid transform.
+            ImageError: an image cannot be read.
+            CameraError: a camera is not a rigid transform.
             ValueError: an argument is out of range, or counts do not agree.
         """
         run = self.prepare(
@@ -141,13 +141,13 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         upsample: str = "auto",
         output_type: str = "pil",
     ) -> Run:
-        """Validate a call and encode everything that stays the same over its steps; the arguments are `__call__`'s.
+        """Validate the arguments (those of `__call__`) and encode all inputs that are constant over the steps.
 
         Returns:
             The run, for `denoise`.
 
         Raises:
-            ImageError, CameraError, ValueError: as `__call__`.
+            ImageError, CameraError, ValueError: as for `__call__`.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         check_guidance_scale(guidance_scale)
@@ -214,9 +214,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         """Run the denoising steps.
 
         Args:
-            run: from `prepare`, which must be the pipeline's last: the scheduler keeps its timesteps.
-            callback_on_step_end: as `__call__`'s.
-            progress_bar: show one.
+            run: result of the latest call of `prepare`, because the scheduler keeps only the latest timesteps.
+            callback_on_step_end: as for `__call__`.
+            progress_bar: show a progress bar.
 
         Returns:
             The denoised latents [B*V,4,h,w] float32, for `finish`.
@@ -230,7 +230,11 @@ class MultiViewDiffusionPipeline(PipelineComponents):
 
     @torch.no_grad()
     def steps(self, run: Run) -> Iterator[tuple[float, Tensor]]:
-        """Yield (timestep, latents) after each denoising step; the latents may be changed in place."""
+        """Yield (timestep, latents [B*V,4,h,w] float32) after each denoising step; latents may be changed in place.
+
+        Args:
+            run: result of the latest call of `prepare`.
+        """
         latents = run.latents
         for step, timestep in enumerate(run.timesteps.tolist()):
             output, noise = predict(self.unet, self.scheduler, run, latents, timestep), None
@@ -245,14 +249,14 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         """Upsample and decode denoised latents.
 
         Args:
-            run: from `prepare`.
-            latents: [B*V,4,h,w], from `denoise`.
+            run: result of `prepare`.
+            latents: [B*V,4,h,w], result of `denoise`.
 
         Returns:
-            The views; a list of them, one per portrait, when `prepare` got a list.
+            The views of the portrait; a list with one entry per portrait if `prepare` got a list.
 
         Raises:
-            ValueError: the decoded pictures are not finite.
+            ValueError: the decoded images are not finite.
         """
         settings = self._settings(run)
         outputs = [
@@ -262,7 +266,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         return outputs if run.is_batch else outputs[0]
 
     def _settings(self, run: Run) -> dict[str, Any]:
-        """The record of a run: everything that decides how the views look."""
+        """Collect the parameters for run.json: everything that the views depend on."""
         learned = run.upsample == "auto" and self.upsampler is not None
         return {
             **self.origin,
@@ -285,7 +289,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         return view_noise(seed, portraits=portraits, views=views, shape=shape, step=step)
 
     def _timesteps(self, num_inference_steps: int, strength: float, *, noised: bool) -> Tensor:
-        """The last `strength` of the schedule, when it starts from renders."""
+        """Set the scheduler's timesteps and return the last fraction `strength` of them."""
         if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
             raise ValueError(f"strength: expected above 0 to 1, got {strength!r}")
         if strength < 1 and not noised:
@@ -298,7 +302,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
 
     def _latent_size(self, latents: Tensor | None, *, rows: int) -> int:
         if latents is None:
-            return self.unet.config.sample_size or DEFAULT_SAMPLE_SIZE
+            size = self.unet.config.sample_size or DEFAULT_SAMPLE_SIZE
+            assert isinstance(size, int)  # UNetConfig refuses a size that is not square
+            return size
         if not isinstance(latents, Tensor):
             raise ValueError(f"latents: expected a tensor, got {type(latents).__name__}")
         channels, shape = self.vae.config.latent_channels, list(latents.shape)
@@ -307,7 +313,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         return shape[2]
 
     def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
-        """[V,3,s,s] in [0,1], or None for a U-Net without normal latents."""
+        """Load or render normal maps [V,3,s,s] in [0,1]; None for a U-Net without normal latents."""
         if self.unet.config.in_channels == self.vae.config.latent_channels:
             if normal_maps is not None:
                 raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
@@ -319,35 +325,41 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         )
 
     def _reference(self, portraits: Sequence[PIL.Image.Image], pixels: int) -> Tensor | None:
-        """The portraits' latents [B,4,h,w], for the family that has them as a frame of their own."""
+        """Encode the portraits to latents [B,4,h,w]; None for a family without a reference frame."""
         if not family_of(self.unet.config).has_reference_frame(self.unet.config):
             return None
         return self.encode(imaging.to_square_tensor(portraits, pixels))
 
     def encode_portraits(self, portraits: Sequence[PIL.Image.Image], *, guided: bool = False) -> ImageTokens | None:
-        """Encode RGB pictures to image tokens; None when the U-Net does not look at the portrait."""
+        """Encode portraits to image tokens; None for a U-Net without image attention.
+
+        Args:
+            portraits: B RGB images of any size.
+            guided: also compute the tokens of the unconditional pass.
+        """
         if self.unet.config.image_attention is None:
             return None
+        assert self.image_encoder is not None  # _check_parts requires it with image attention
         return image_tokens(self.unet, self.image_encoder, portraits, guided=guided)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """Encode pictures [N,3,H,W] in [0,1] to scaled latents [N,4,h,w] float32: the mean, without sampling."""
+        """Encode images [N,3,H,W] in [0,1] to scaled latents [N,4,h,w] float32, the mean of the distribution."""
         config = self.vae.config
-        # One picture at a time: the same bits whatever the batch, and an eighth of the memory at 8 views.
+        # One image at a time: the result does not depend on the batch, and 8 views take an eighth of the memory.
         inputs = ((picture * 2 - 1).to(self.device, self.dtype) for picture in pictures.split(1))
         means = torch.cat([self.vae.encode(picture)[0] for picture in inputs]).float()
         return (means - (config.shift_factor or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents [N,4,h,w] to pictures [N,3,H,W] float32, about [0,1] and not clamped."""
+        """Decode scaled latents [N,4,h,w] to images [N,3,H,W] float32, about in [0,1], not clamped."""
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return torch.cat([self.vae.decode(latent.to(self.dtype)).float() / 2 + 0.5 for latent in latents.split(1)])
 
     def upsample(self, run: Run, latents: Tensor) -> Tensor:
-        """Double the size of latents [B*V,4,h,w] as the run says; the same ones for "none"."""
+        """Double the size of latents [B*V,4,h,w] by the run's method; "none" returns them unchanged."""
         if run.upsample == "none":
             return latents
         if run.upsample == "bilinear" or self.upsampler is None:
@@ -374,16 +386,17 @@ def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def _portraits(image: Any) -> tuple[bool, list[PIL.Image.Image]]:
-    """Whether a call got several portraits, and all of them."""
+    """Load the portraits of a call; the first result is True if it got several."""
     is_batch = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
-    portraits = [imaging.load_image(item) for item in (image if is_batch else [image])]
+    items: Any = image if is_batch else [image]
+    portraits = [imaging.load_image(item) for item in items]
     if not portraits:
         raise ValueError("image: expected at least one portrait, got an empty list")
     return is_batch, portraits
 
 
 def _cameras(cameras: Any, num_views: int) -> Cameras:
-    """The cameras of a call; their number wins over the default of num_views, but not over another number."""
+    """Resolve the cameras of a call; their number must agree with num_views unless that has its default."""
     orbit = as_cameras(None, num_views=num_views)
     if cameras is None:
         return orbit
@@ -394,7 +407,7 @@ def _cameras(cameras: Any, num_views: int) -> Cameras:
 
 
 def _replace(latents: Tensor, returned: Any) -> None:
-    """Put the latents that a callback returned in the place of the loop's."""
+    """Copy the latents that a callback returned, if any, into the current ones."""
     if returned is None:
         return
     if not isinstance(returned, dict):

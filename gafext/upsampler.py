@@ -1,4 +1,4 @@
-"""The latent upsampler: latents of twice the size by denoising under the small ones, as sd-x2-latent-upscaler does."""
+"""Latent upsampler of sd-x2-latent-upscaler: denoises latents of twice the size, conditioned on the small ones."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from gafext.schedulers import CONFIG_NAME, EulerDiscreteScheduler
 
 EMPTY_PROMPT_NAME = "empty_prompt.safetensors"
 LEVEL_CHANNELS = 128
-"""How much of the condition tells of noise added to the small latents; the rest is the pooled prompt."""
+"""Channels of the condition that encode the noise added to the small latents; the others are the pooled prompt."""
 NOISE_STEP = 2**20
-"""The `step` of `view_noise` that is the upsampler's own: the diffusion before it uses those up to 1000."""
+"""Argument `step` of `view_noise` for the upsampler's noise; denoising uses 0 to 1000."""
 
 
 class PromptEmbeds(NamedTuple):
-    """What the upsampler reads of a prompt."""
+    """Embeddings of a prompt for the upsampler."""
 
     prompt_embeds: Tensor  # [1 or B,T,C]
     pooled_prompt_embeds: Tensor  # [1 or B,P]
@@ -43,7 +43,7 @@ def encode_prompt(
     device: torch.device | str | None = None,
     variant: str | None = None,
 ) -> PromptEmbeds:
-    """Encode prompts as the upsampler reads them; the arguments and errors are those of `prompts.encode_text`.
+    """Encode prompts for the upsampler; arguments and errors are those of `prompts.encode_text`.
 
     Returns:
         prompt_embeds [B,T,C], the last layer's output before the final LayerNorm, and pooled_prompt_embeds [B,C];
@@ -64,11 +64,14 @@ class LatentUpsampler(nn.Module):
     Args:
         unet: F; its last output channel, a variance, is not used.
         scheduler: Euler's method over the noise levels; the network predicts the clean sample.
-        empty_prompt: the empty prompt's embeddings, the default condition and the unconditional one; None where every
-            call brings its own.
+        empty_prompt: embeddings of the empty prompt, the default of a call's prompt and negative prompt; None: every
+            call has to pass its own.
 
     Source: EDM (arXiv 2206.00364) eq. 7 and table 1; diffusers: pipeline_stable_diffusion_latent_upscale.py.
     """
+
+    prompt_embeds: Tensor | None
+    pooled_prompt_embeds: Tensor | None
 
     def __init__(
         self,
@@ -103,7 +106,9 @@ class LatentUpsampler(nn.Module):
 
     @property
     def empty_prompt(self) -> PromptEmbeds | None:
-        return None if self.prompt_embeds is None else PromptEmbeds(self.prompt_embeds, self.pooled_prompt_embeds)
+        if self.prompt_embeds is None or self.pooled_prompt_embeds is None:
+            return None
+        return PromptEmbeds(self.prompt_embeds, self.pooled_prompt_embeds)
 
     @classmethod
     def from_pretrained(
@@ -117,18 +122,18 @@ class LatentUpsampler(nn.Module):
         """Load a published upsampler's folder, or one that `save_pretrained` wrote.
 
         Args:
-            folder: has `unet/`, `scheduler/`, and either `empty_prompt.safetensors` or the `text_encoder/` (and
-                `tokenizer/`) that the empty prompt is encoded with, once. With neither of them every call brings
-                its own prompt_embeds.
-            dtype: of the weights; None is float32.
-            device: of the weights; None is the CPU.
-            variant: "fp16" reads the files that carry it in their name.
+            folder: folder with `unet/`, `scheduler/`, and either `empty_prompt.safetensors` or a `text_encoder/`
+                (and `tokenizer/`) to encode the empty prompt once. Without these, every call has to pass
+                prompt_embeds.
+            dtype: dtype of the weights; None: float32.
+            device: device of the weights; None: CPU.
+            variant: variant in the names of the weight files, such as "fp16".
 
         Returns:
             The upsampler, in evaluation mode.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the parts do not fit together.
+            CheckpointError: a file is missing or damaged, or the components do not fit together.
         """
         folder = Path(folder)
         scheduler = _read_scheduler(folder / "scheduler")
@@ -148,7 +153,7 @@ class LatentUpsampler(nn.Module):
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
-        (folder / EMPTY_PROMPT_NAME).unlink(missing_ok=True)  # of another upsampler that was saved here before
+        (folder / EMPTY_PROMPT_NAME).unlink(missing_ok=True)  # left by an upsampler that was saved here before
         if self.empty_prompt is not None:
             with replace_whole(folder) as temporary:
                 tensors = {name: value.contiguous().cpu() for name, value in self.empty_prompt._asdict().items()}
@@ -171,22 +176,21 @@ class LatentUpsampler(nn.Module):
         """Double the size of latents.
 
         Args:
-            latents: [B,4,h,w], scaled as the diffusion U-Net has them, any floating-point type; see `check_size`.
-            prompt_embeds: [1,T,C] for all rows or [B,T,C], from `encode_prompt`; None is the empty prompt.
-            pooled_prompt_embeds: [1,P] or [B,P], with prompt_embeds.
-            negative_prompt_embeds: as prompt_embeds, of what guidance moves away from; None is the empty prompt.
-            negative_pooled_prompt_embeds: with negative_prompt_embeds.
-            noise: standard normal, [B,4,2h,2w].
-            generator: where no noise is given, the seed of it: row i has the noise of (seed, i), on every device.
-                None is a fresh seed.
+            latents: scaled latents [B,4,h,w], any floating-point dtype; for h and w see `check_size`.
+            prompt_embeds: [1,T,C] for all rows or [B,T,C], from `encode_prompt`; None: the empty prompt.
+            pooled_prompt_embeds: [1,P] or [B,P]; required with prompt_embeds.
+            negative_prompt_embeds: [1,T,C] or [B,T,C], for the unconditional pass; None: the empty prompt.
+            negative_pooled_prompt_embeds: [1,P] or [B,P]; required with negative_prompt_embeds.
+            noise: standard normal noise [B,4,2h,2w]; None: drawn from `generator`.
+            generator: seed of the noise: row i depends only on (seed, i), on every device. None: a random seed.
             num_inference_steps: 1 to 1000.
-            guidance_scale: 0 to 20; up to 1 there is no unconditional pass.
+            guidance_scale: 0 to 20; up to 1 no unconditional pass runs.
 
         Returns:
-            [B,4,2h,2w], the latents' dtype; the noise levels and the steps are computed in float32.
+            [B,4,2h,2w], dtype of the latents; noise levels and steps are computed in float32.
 
         Raises:
-            ValueError: a shape, a type or a number is not that, or the empty prompt is needed and not there.
+            ValueError: an argument has another shape, dtype or range, or the empty prompt is required and missing.
         """
         self._check_latents(latents)
         self.scheduler.set_timesteps(num_inference_steps)
@@ -210,7 +214,7 @@ class LatentUpsampler(nn.Module):
         return x.to(latents.dtype)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise a ValueError unless latents of this size can be doubled: multiples of 4 from 8 on, as published."""
+        """Raise a ValueError unless latents of this size can be doubled: for SD x2, multiples of 4, at least 8."""
         least = self.unet.config.size_multiple
         multiple = max(least // 2, 1)
         if any(size % multiple or size < least for size in (height, width)):
@@ -220,10 +224,10 @@ class LatentUpsampler(nn.Module):
             )
 
     def _denoise(self, x: Tensor, sigma: float, low: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
-        """D(x; σ): [B,4,2h,2w] float32 -> the same."""
+        """Compute D(x; σ) for x [B,4,2h,2w] float32; same shape and dtype."""
         scale = 1 / math.sqrt(sigma**2 + 1)
         sample = torch.cat([(x * scale).to(low.dtype), low], dim=1)
-        timestep = torch.full((1,), math.log(sigma) / 4, device=x.device)  # filled there: no copy to wait for
+        timestep = torch.full((1,), math.log(sigma) / 4, device=x.device)  # filled on the device: no copy to wait for
         output = self.unet(sample, timestep, *prompt)[:, :-1]
         return x * scale**2 + sigma * scale * output.float()
 
@@ -239,10 +243,10 @@ class LatentUpsampler(nn.Module):
     def _prompt(
         self, prefix: str, embeds: Tensor | None, pooled: Tensor | None, *, batch: int
     ) -> tuple[Tensor, Tensor]:
-        """The K-UNet's text [1 or B,T,C] and condition [1 or B,time_cond_proj_dim]."""
+        """Return the K-UNet's text [1 or B,T,C] and condition [1 or B,time_cond_proj_dim]."""
         if (embeds is None) != (pooled is None):
             raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds: expected both or neither")
-        prompt = self.empty_prompt if embeds is None else PromptEmbeds(embeds, pooled)
+        prompt = self.empty_prompt if embeds is None or pooled is None else PromptEmbeds(embeds, pooled)
         if prompt is None:
             raise ValueError(
                 f"{prefix}prompt_embeds: expected a tensor, got None, and this upsampler has neither an "
@@ -250,7 +254,7 @@ class LatentUpsampler(nn.Module):
             )
         self._check_prompt(prefix, prompt, batch=batch)
         text, pooled = (value.to(self.device, self.dtype) for value in prompt)
-        # Which noise the small latents carry, as the training knew it: 64 ones and 64 zeros say none.
+        # The published network was trained on noised small latents: 64 ones and 64 zeros encode the noise level 0.
         level = pooled.new_tensor([1.0, 0.0]).repeat_interleave(LEVEL_CHANNELS // 2).expand(len(pooled), -1)
         return text, torch.cat([level, pooled], dim=1)
 
@@ -275,7 +279,8 @@ class LatentUpsampler(nn.Module):
 
 
 def _prompt_widths(config: KUNetConfig) -> tuple[int, int]:
-    """Widths of prompt_embeds and pooled_prompt_embeds."""
+    """Return the widths of prompt_embeds and pooled_prompt_embeds."""
+    assert config.time_cond_proj_dim is not None  # KUNetConfig requires it
     return config.cross_attention_dim, config.time_cond_proj_dim - LEVEL_CHANNELS
 
 
@@ -286,7 +291,7 @@ def _check_unet(config: KUNetConfig) -> None:
             "unet: expected in_channels of twice the latents and out_channels of one more than them, such as 8 and 5, "
             f"got {config.in_channels} and {config.out_channels}"
         )
-    if config.time_cond_proj_dim <= LEVEL_CHANNELS:
+    if _prompt_widths(config)[1] <= 0:
         raise CheckpointError(
             f"unet: expected a time_cond_proj_dim over {LEVEL_CHANNELS}, got {config.time_cond_proj_dim}"
         )
@@ -300,7 +305,7 @@ def _read_scheduler(folder: Path) -> EulerDiscreteScheduler:
     solver = values.get("_class_name", EulerConfig.class_name)
     if solver != EulerConfig.class_name:
         raise CheckpointError(f"{path}: _class_name={solver!r}: expected {EulerConfig.class_name!r}")
-    if values.get("prediction_type") == "original_sample":  # an old name
+    if values.get("prediction_type") == "original_sample":  # older name of "sample"
         values["prediction_type"] = "sample"
     try:
         return EulerDiscreteScheduler(EulerConfig.from_dict(values, source=str(path)))

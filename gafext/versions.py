@@ -1,4 +1,4 @@
-"""Versions for `gafext info` and for the record that every run leaves."""
+"""Versions for `gafext info` and for run.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import metadata
 
 
 def version() -> str:
-    """gafext's own version, from the installed package's metadata."""
+    """Return gafext's version from the installed package's metadata, or "not installed"."""
     try:
         return metadata.version("gafext")
     except metadata.PackageNotFoundError:
@@ -15,6 +15,6 @@ def version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """gafext, Python and the packages whose version can change a picture."""
+    """Return the versions of gafext, Python and the packages that can change a picture."""
     packages = {name: metadata.version(name) for name in ("torch", "numpy", "Pillow", "safetensors")}
     return {"gafext": version(), "python": platform.python_version(), **packages}
