@@ -1,13 +1,13 @@
-"""Seconds of a U-Net pass, of a step, and peak memory of the whole pipeline at the published sizes, random weights.
+"""Time U-Net passes and denoising steps, and measure peak memory, at published sizes with random weights.
 
     python benchmarks/full_size.py [--backend auto sdpa reference] [--views 4] [--steps 2] [--json FILE]
-    python benchmarks/full_size.py --backend auto sdpa --rounds 0 [--json FILE]     the U-Net alone
+    python benchmarks/full_size.py --backend auto sdpa --rounds 0 [--json FILE]     only the U-Net
 
 SD 2.1's U-Net with attn_cv and attn_ip, ViT-H/14 and the SD autoencoder. The backends take turns in one process; peak
-memory is the process's high-water mark after the pipeline's runs, so it is honest for one backend a run. The
-U-Net's passes come last. On CPUs they have one more contestant: its transformers in 8-bit integers. On GPUs each
-backend runs twice, as it is and as a CUDA graph, and so does diffusers' U-Net of SD 2.1, if installed: it has neither
-attn_cv nor attn_ip, so it does less.
+memory is the process's high-water mark after the runs of the pipeline, so it is valid only with one backend per run.
+The U-Net's passes are timed last. On CPUs, 8-bit transformers are timed as well. On GPUs, each backend is timed both
+directly and as a CUDA graph, and so is diffusers' U-Net of SD 2.1, if installed, which has neither attn_cv nor attn_ip
+and computes less.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from gafext.versions import versions
 
 
 def random_network(network_class, config, device, dtype):
-    """Small random weights, drawn in place: torch's own initialisation takes a minute at this size."""
+    """Build a network with small random weights; torch's initialisation would take a minute at this size."""
     with torch.device("meta"):
         network = network_class(config)
     network = network.to_empty(device=device).to(dtype)
@@ -67,10 +67,10 @@ def synchronize(device: torch.device) -> None:
 class Contestant:
     name: str
     run: Callable[[], Tensor]
-    network: nn.Module | None = None  # whose backend is set before the clock starts
+    network: nn.Module | None = None  # its backend is set before each timing
     backend: str = "auto"
-    comparable: bool = True  # computes what the first contestant does
-    result: Tensor | None = None  # with the peak of memory, once it has warmed up
+    comparable: bool = True  # computes the same function as the first contestant
+    result: Tensor | None = None  # set by warmed_up, with peak_gib
     peak_gib: float | None = None
 
     def prepare(self) -> None:
@@ -88,14 +88,14 @@ class Contestant:
 
 
 def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> list[Contestant]:
-    """A forward pass of a step with guidance, by every backend; and the same with 8-bit transformers, or diffusers'."""
+    """Build a U-Net pass with guidance for every backend, with 8-bit transformers (CPU), and with diffusers (CUDA)."""
     device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
     latents, pose, image_embeds = (
         torch.randn(shape, generator=generator).to(device, dtype)
         for shape in ((2 * views, unet.config.in_channels, 32, 32), (2 * views, 12), (2, 257, 1024))
     )
-    # On the device, as a graph cannot copy a number there.
+    # On the device, because a CUDA graph cannot copy a number there.
     timestep = torch.tensor([500], device=device)
 
     def contestant(name: str, network: MultiViewUNet, backend: str) -> Contestant:
@@ -105,7 +105,7 @@ def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> li
 
     contestants = [contestant(backend, unet, backend) for backend in backends]
     if dtype == torch.float32 and not int8.unsupported_reasons(device):
-        # A copy of the modules only, so that the weights which stay as they are lie in memory once.
+        # Copy modules but not weights, so that unquantized weights are in memory only once.
         quantized = copy.deepcopy(unet, memo={id(weight): weight for weight in unet.parameters()})
         int8.quantize_transformers(quantized)
         contestants.append(contestant("int8", quantized, "auto"))
@@ -124,19 +124,19 @@ def diffusers_sd21(_: None) -> nn.Module:
     return UNet2DConditionModel(
         sample_size=32,
         block_out_channels=widths,
-        attention_head_dim=heads,  # their number, for all its name
+        attention_head_dim=heads,  # the number of heads, despite the name
         cross_attention_dim=1024,
         use_linear_projection=True,
     )
 
 
 def graphed(contestant: Contestant) -> Contestant:
-    """The same pass as a CUDA graph: its launches cost the processor nothing."""
+    """Capture the same pass as a CUDA graph, which has no launch overhead on the CPU."""
     contestant.prepare()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):  # what is set up on first use cannot be captured
+        for _ in range(2):  # initialisation on first use cannot be captured
             contestant.run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -153,12 +153,12 @@ def graphed(contestant: Contestant) -> Contestant:
 
 @torch.inference_mode()
 def race_unet(unet: MultiViewUNet, backends: list[str], views: int, rounds: int) -> dict:
-    """Contestants in turns, round by round.
+    """Time all contestants in turn, round by round.
 
     Returns:
-        By contestant: the seconds a pass, their median, and against the first contestant: times as long (the median and
-        the quartiles of the ratios within a round), the largest difference, and the norm of all differences to that of
-        the first one's result; on a GPU the peak of its memory. What cannot run has its reason for `failed`.
+        Per contestant: seconds of each pass and their median; relative to the first contestant, the ratio of times
+        (median and quartiles over the rounds), the largest difference and the relative norm of the differences; on a
+        GPU the peak memory. Contestants that cannot run have a message in `failed`.
     """
     contestants = unet_contestants(unet, backends, views)
     makers = [(contestant.name, contestant.warmed_up) for contestant in contestants]
@@ -205,8 +205,8 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=1, help="whole runs of the pipeline a backend, taking turns")
-    parser.add_argument("--unet-rounds", type=int, default=7, help="passes of the U-Net alone; 0: none, else 7 or more")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of the whole pipeline per backend, in turn")
+    parser.add_argument("--unet-rounds", type=int, default=7, help="timed passes of the U-Net, 0 or at least 7")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", metavar="FILE")
@@ -244,7 +244,7 @@ def main() -> None:
                 progress_bar=False,
             )
             totals[backend].append(time.perf_counter() - start)
-            # The first step's start is not marked, so only the gaps between marks count.
+            # The start of the first step is not marked, so only intervals between marks are used.
             steps[backend] += [b - a for a, b in itertools.pairwise(marks)]
             print(f"{backend}: {totals[backend][-1]:.1f} s in all, peak {peak_gib(device):.1f} GiB", flush=True)
     result = {
@@ -257,7 +257,7 @@ def main() -> None:
         "unet": {},
         "versions": versions(),
     }
-    write(result, args.json)  # so that it outlives what comes after
+    write(result, args.json)  # now, in case the following passes fail
     if args.unet_rounds:
         result["unet"] = race_unet(pipe.unet, args.backend, args.views, args.unet_rounds)
         write(result, args.json)

@@ -1,11 +1,11 @@
-"""Draws how many times faster gafext is than PyTorch's forms, from the JSON of `gafext bench`.
+"""Plot the speed-up of gafext over PyTorch's forms, from the JSON of `gafext bench`.
 
     python benchmarks/plot.py RESULTS.json ... FIGURE.svg [--mode warm] [--allocator default]
 
-Several files are of one machine and one dtype, as benchmarks/gpu_checklist.sh writes them: operations apart.
+Several files must be from one machine and one dtype, such as those of benchmarks/gpu_checklist.sh, one per operation.
 
-A row for each shape, in the order of the table. Its bar is the comparison with the fastest of PyTorch's forms, red
-where that one wins; its marks are those with every form. The axis is logarithmic: 1/2 is as far from 1 as 2 is.
+Each shape has one row, in the order of the table. The bar is the speed-up over the fastest of PyTorch's forms, red if
+gafext is slower; the marks are the speed-ups over each form. The axis is logarithmic.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
     groups = [group for group in groups if group]
     speedups = [row["speedup"] for race in races for row in opponents(race)]
     limits = (min(0.45, *speedups) * 0.9, max(3, *speedups) * 1.1)
-    # The same file from the same JSON.
+    # The same JSON gives the same file.
     plt.rcParams.update({"svg.hashsalt": "gafext", "font.family": "DejaVu Sans"})
     figure, panels = plt.subplots(
         len(groups),

@@ -1,9 +1,9 @@
-"""Every CUDA kernel once at small, odd sizes, for compute-sanitizer to watch.
+"""Run every CUDA kernel once at small, odd sizes, under compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 
-Inputs are made and results compared on the CPU, so that no kernel but gafext's runs; without PyTorch's cache, the
-memory of a tensor ends where the tensor does.
+Inputs are created and results compared on the CPU, so that only gafext's kernels run. Without PyTorch's caching
+allocator, each tensor has an allocation of exactly its size, so that accesses out of bounds are detected.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gafext.ops.group_norm_silu import reference_group_norm_silu
 OPS = torch.ops.gafext
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
-# (batch, queries, keys, head_dim, causal), 3 heads each; one block and a bit of every kind, and lengths that end within
-# a tile
+# (batch, queries, keys, head_dim, causal), 3 heads each: slightly more than one block of every kind, and lengths that
+# end within a tile.
 ATTENTION = [
     (2, 1, 1, 64, False),
     (2, 65, 77, 40, False),
@@ -34,12 +34,12 @@ ATTENTION = [
     (2, 33, 65, 160, False),
     (2, 33, 40, 256, False),
     (2, 17, 31, 17, False),
-    (2, 65, 1100, 64, False),  # keys in parts
+    (2, 65, 1100, 64, False),  # enough keys to be split into parts
 ]
-# In half precision alone. Enough heads for blocks of 128 rows, and one head too wide for the others.
+# Only in half precision: enough heads for blocks of 128 rows, and heads too wide for the other kernels.
 TENSOR_CORES = [(30, 300, 77, head_dim, head_dim == 80) for head_dim in (48, 64, 80, 96, 128, 160)]
 WIDE = [(2, 33, 65, 512, False), (1, 130, 600, 264, True)]
-# Long enough for Hopper's own instructions: two and three warpgroups, tiles of 128 and of 96 keys.
+# Long enough for the Hopper kernel: two and three warpgroups, tiles of 128 and of 96 keys.
 HOPPER = [(2, 2900, 200, 64, False), (2, 1500, 1500, 64, True)]
 HOPPER += [(2, 1500, keys, head_dim, False) for head_dim in (64, 80, 128) for keys in (200, 257)]
 CROSS_VIEW = [(1, 5, 64), (4, 33, 64), (6, 9, 40), (8, 17, 64), (32, 3, 80)]  # (views, positions, head_dim)
@@ -53,7 +53,7 @@ def heads(batch: int, length: int, head_dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def results(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What ran, its result, and the exact one."""
+    """Yield the name of each call, its result and the exact result."""
     attention = ATTENTION if dtype == torch.float32 else ATTENTION + TENSOR_CORES + HOPPER
     for batch, queries, keys, head_dim, is_causal in attention + WIDE * (device == "cuda" and dtype != torch.float32):
         inputs = [heads(batch, n, head_dim, dtype) for n in (queries, keys, keys)]

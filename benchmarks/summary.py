@@ -1,10 +1,10 @@
-"""A short table of results: the JSON files of `gafext bench` and of benchmarks/full_size.py.
+"""Print a short table of the JSON files of `gafext bench` and benchmarks/full_size.py.
 
     python benchmarks/summary.py FILE.json ...
 
-A line for each shape, with the opponent that does best there. `cold`, `warm`: microseconds of gafext's call, and how
-many times as long the opponent's takes. The share is of the ceiling measured in the same run: on a GPU the copy of
-4 GiB or the large matrix product; on a CPU a copy of as many bytes, or a product.
+Each shape has one line, with the fastest other form. `cold`, `warm`: microseconds of gafext's call, and the ratio of
+the other form's time to it. `share`: fraction of the rate measured in the same run, on a GPU of a copy of 4 GiB or a
+large matrix product, on a CPU of a copy of as many bytes or a matrix product.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def table(results: dict) -> list[str]:
 
 
 def line(shape: str, modes: dict[str, dict], environment: dict) -> str:
-    """One shape; the opponent is the best one cold, or warm where that alone was measured."""
+    """Format one shape; the other form is the fastest one cold, or warm if only that was measured."""
     race = modes.get("cold") or modes["warm"]
     best = min(opponents(race), key=lambda row: row["median_ms"])
     micros, faster = [], []
@@ -65,7 +65,7 @@ def rate_and_share(race: dict, row: dict, environment: dict) -> tuple[float, flo
 
 
 def kernels(races: list[dict]) -> list[str]:
-    """Which kernels each form ran, and at how many shapes: PyTorch chooses by version and size."""
+    """List the kernels that each form ran, with the number of shapes; PyTorch's choice depends on version and size."""
     ran: dict[tuple[str, str], Counter] = {}
     for race in races:
         if race["mode"] != races[0]["mode"]:
@@ -80,7 +80,7 @@ def kernels(races: list[dict]) -> list[str]:
 
 
 def short_name(kernel: str) -> str:
-    """Without what C++ puts around a kernel's name."""
+    """Strip return type, anonymous namespaces and arguments from a kernel's C++ name."""
     name = re.sub(r"^void |\(anonymous namespace\)::", "", kernel)
     return re.split(r"[<(]", name)[0][:60]
 

@@ -1,4 +1,4 @@
-"""Puts a trained model into the package: its folder, its card, and the portrait that the first command shows."""
+"""Copy a trained model into the package, with its model card and the bundled portrait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gafext.evaluation import Scores, as_portrait, subjects, table
 
-PORTRAIT_IDENTITY = 34  # of the held-out ones
+PORTRAIT_IDENTITY = 34  # index among the held-out identities
 ASSETS = Path(__file__).parents[2] / "gafext" / "assets"
 CARD = """\
 # The built-in model of gafext
@@ -35,7 +35,7 @@ of the front, cameras at a distance of 3.7 to 4.4 with a field of view of 30 deg
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("out", type=Path, help="folder that train_all.sh wrote, with eval.json of `gafext eval` in it")
+    add("out", type=Path, help="output folder of train_all.sh, with eval.json of `gafext eval`")
     add("--rung", required=True)
     add("--hardware", required=True, metavar="TEXT")
     args = parser.parse_args()

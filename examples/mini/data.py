@@ -1,4 +1,4 @@
-"""What the scripts train on: heads drawn by number, and cameras around them."""
+"""Training data: procedural heads, and cameras around them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RADIUS = 4.0
 
 
 def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Random numbers of one step alone, so that a resumed run goes on as the one that was stopped."""
+    """Create the random generator of one step, so that a resumed run equals an uninterrupted one."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
@@ -25,7 +25,7 @@ def _between(low: float, high: float, shape: tuple[int, ...], random: torch.Gene
 
 
 def _matrices(azimuth: Tensor, elevation: Tensor, radius: Tensor) -> Tensor:
-    """World-to-camera matrices [...,4,4] from degrees, placed as `gafext.cameras.orbit` places them."""
+    """Compute world-to-camera matrices [...,4,4] from degrees, with the conventions of `gafext.cameras.orbit`."""
     azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
     directions = [azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()]
     positions = radius[..., None] * torch.stack(directions, dim=-1)
@@ -33,7 +33,7 @@ def _matrices(azimuth: Tensor, elevation: Tensor, radius: Tensor) -> Tensor:
 
 
 def view_cameras(count: int, views: int, random: torch.Generator) -> Tensor:
-    """[count,views,4,4]: two heads of three on orbits like the command's own, the rest from anywhere in front."""
+    """Draw cameras [count,views,4,4]: orbits as of the command line for 2/3 of the heads, else random frontal views."""
     start = torch.where(_between(0, 1, (count, 1), random) < 0.4, 0.0, _between(-180, 180, (count, 1), random))
     orbit = start + torch.arange(views) * 360 / views
     orbits = _between(0, 1, (count, 1), random) < 2 / 3
@@ -47,6 +47,6 @@ def view_cameras(count: int, views: int, random: torch.Generator) -> Tensor:
 
 
 def portrait_cameras(count: int, random: torch.Generator) -> Tensor:
-    """[count,1,4,4]: from the front, as portraits are."""
+    """Draw frontal cameras [count,1,4,4] for portraits."""
     azimuth, elevation = _between(-30, 30, (count, 1), random), _between(-10, 10, (count, 1), random)
     return _matrices(azimuth, elevation, torch.full_like(azimuth, RADIUS))

@@ -1,4 +1,4 @@
-"""The checkpoint folder that the scripts write into, each its part, in float16: `<out>/model`."""
+"""Checkpoint folder `<out>/model`, in float16, into which each script writes its networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def half(module: nn.Module) -> nn.Module:
 
 
 def export_vae(out: Path, vae: AutoencoderKL, *, scale: float, shift: float) -> None:
-    """Write the autoencoder, whose latents are normal after (z - shift) * scale."""
+    """Write the autoencoder, whose latents have mean 0 and variance 1 after (z - shift) * scale."""
     vae = half(vae)
     vae.config = replace(vae.config, scaling_factor=scale, shift_factor=shift)
     vae.save_pretrained(out / "model" / "vae")
@@ -31,7 +31,7 @@ def load_vae(out: Path, device: torch.device) -> AutoencoderKL:
 
 
 def export(out: Path, **parts: object) -> None:
-    """Put parts of a pipeline into the folder, beside those that are there."""
+    """Write components of a pipeline into the folder, keeping its other components."""
     folder = out / "model"
     parts = {name: half(part) if isinstance(part, nn.Module) else part for name, part in parts.items()}
     if (folder / "model_index.json").exists():

@@ -1,23 +1,23 @@
-"""First weights that lose nothing on the way through a deep stack of convolutions."""
+"""Initialisation with which a deep stack of convolutions preserves its input."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-SPREAD = 0.3  # of the random part of a convolution's weights
+SPREAD = 0.3  # scale of the random part of a convolution's weights
 
 
 @torch.no_grad()
 def start_linear(network: nn.Module, *, zero: tuple[str, ...]) -> None:
-    """Orthogonal centre taps for every convolution, and zero for the last layers of residual branches.
+    """Initialise convolutions with orthogonal centre taps, and the last layers of residual branches with zero.
 
-    From PyTorch's own first weights an autoencoder's colour does not get through: after 120 steps R - G of held-out
-    shirts has a correlation of 0.0 with the truth, from these 0.9.
+    With PyTorch's initialisation an autoencoder does not learn colour: after 120 steps, R - G of held-out shirts has a
+    correlation of 0.0 with the ground truth, with this one 0.9.
 
     Args:
-        network: its convolutions and their biases are overwritten.
-        zero: parts of the names of what starts at zero.
+        network: network whose convolutions, with biases, are overwritten.
+        zero: parts of the names of modules that start at zero.
     """
     for name, module in network.named_modules():
         if any(part in f"{name}." for part in zero):
@@ -29,7 +29,7 @@ def start_linear(network: nn.Module, *, zero: tuple[str, ...]) -> None:
             square = (square * max(1, rows / columns) ** 0.5).to(weight.device)
             weight.normal_(std=SPREAD * weight[0].numel() ** -0.5)
             if module.stride == (2, 2):
-                weight[:, :, 1:, 1:] += square[:, :, None, None] / 4  # the mean of the four pixels that become one
+                weight[:, :, 1:, 1:] += square[:, :, None, None] / 4  # average of the four pixels that are merged
             else:
                 weight[:, :, taps[0] // 2, taps[1] // 2] += square
             if module.bias is not None:

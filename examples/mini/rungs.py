@@ -1,4 +1,4 @@
-"""The ladder: what is trained at which size. A rung is all that the scripts disagree on."""
+"""Sizes and settings of training, for all scripts; a rung is one set of settings."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from dataclasses import dataclass
 from gafext.config import CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
 
 LATENTS = 8
-"""Channels: a 4 x 4 patch has three colours, and edges."""
-_LEVEL = 128  # gafext.upsampler.LEVEL_CHANNELS: the condition's first part
-_TEXT = 8  # width of the upsampler's empty prompt, which is zero
+"""Channels of the latents: one latent pixel encodes 4 x 4 image pixels."""
+_LEVEL = 128  # gafext.upsampler.LEVEL_CHANNELS, the first part of the condition
+_TEXT = 8  # width of the upsampler's empty prompt, which is all zeros
 
 
 @dataclass(frozen=True)
 class Rung:
-    """Sizes, batches and learning rates of one step of the ladder."""
+    """Network sizes, batch sizes and learning rates."""
 
     image_size: int
-    """Pixels a side of what the U-Net's latents decode to; the upsampler's decode to twice that."""
+    """Side in pixels of the images decoded from the U-Net's latents; the upsampler doubles it."""
     vae: VAEConfig
     image_encoder: CLIPVisionConfig
     unet: UNetConfig
     upsampler: KUNetConfig
     vae_batch: int
     unet_batch: int
-    """Latents a step: heads times views."""
+    """Latents per step: heads times views."""
     upsampler_batch: int
     upsampler_pool: int
-    """How many heads, of one view each, lie ready for the upsampler."""
+    """Number of heads, with one view each, in the upsampler's pool."""
     upsampler_fresh: int
-    """How many of them a step replaces by new ones."""
+    """Number of heads in that pool that each step replaces."""
     pool_heads: int
-    """How many heads, of 8 views each, lie ready for the U-Net."""
+    """Number of heads, with 8 views each, in the U-Net's pool."""
     fresh_heads: int
-    """How many of them are replaced by new ones at a time."""
+    """Number of heads in that pool that are replaced at a time."""
     fresh_every: int = 1
-    """After how many steps."""
+    """Number of steps between replacements."""
     measured_heads: int = 8
     vae_rate: float = 1e-3
     unet_rate: float = 1e-3
     encoder_rate: float = 2e-4
-    """At the U-Net's own rate the image encoder blows up, and the U-Net learns to look away from it."""
+    """Lower than the U-Net's rate, at which the image encoder diverges and the U-Net learns to ignore it."""
     upsampler_rate: float = 2e-3
 
 

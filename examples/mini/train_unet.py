@@ -1,4 +1,4 @@
-"""Trains the image encoder and the multi-view U-Net on latents of the finished autoencoder."""
+"""Train the image encoder and the multi-view U-Net on latents of the trained autoencoder."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gafext.models.clip import MEAN, STD
 from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import schedule
 
-POOL_VIEWS = 8  # of a head in the pool; a step takes 1, 2, 4 or 8 of them
-VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # by turns
-NO_IMAGE = 0.1  # share of the heads without image tokens, for guidance
-SOME_IMAGES = 0.5  # share of the heads of which each view may be without them
-APART = 0.3  # share of the heads of which each view has its own noise level
-NEUTRAL = 0.3  # share of the heads whose normal maps are the neutral head's
+POOL_VIEWS = 8  # views per head in the pool; a step uses 1, 2, 4 or 8
+VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # views per step, in turn
+NO_IMAGE = 0.1  # fraction of the heads without image tokens, for guidance
+SOME_IMAGES = 0.5  # fraction of the heads for which each view has image tokens or not
+APART = 0.3  # fraction of the heads for which each view has its own noise level
+NEUTRAL = 0.3  # fraction of the heads whose normal maps are the neutral head's
 
 SCHEDULE = replace(
     SD_SCHEDULE,
     prediction_type="v_prediction",
     timestep_spacing="trailing",
-    rescale_betas_zero_snr=True,  # a run starts from noise alone: the white background has to come from the network
+    rescale_betas_zero_snr=True,  # generation starts from pure noise: the network has to predict the white background
     set_alpha_to_one=True,
     steps_offset=0,
 )
@@ -38,12 +38,12 @@ SCHEDULE = replace(
 
 @dataclass
 class Pool:
-    """Heads ready to be trained on, several times each: rendering and encoding cost as much as a step."""
+    """Pool of encoded heads, each used several times, because rendering and encoding cost as much as a step."""
 
     latents: Tensor  # [K,8,C,h,w], scaled
     normals: Tensor  # [K,8,C,h,w], scaled
     poses: Tensor  # [K,8,12]
-    portraits: Tensor  # [K,3,S,S], as the image encoder takes them
+    portraits: Tensor  # [K,3,S,S], normalised for the image encoder
     oldest: int = 0
 
     def replace_oldest(self, fresh: Pool) -> None:
@@ -55,10 +55,10 @@ class Pool:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures [N,V,3,S,S] in [0,1] -> scaled latents [N,V,C,h,w] float32, as the pipeline's own."""
+    """Encode images [N,V,3,S,S] in [0,1] to scaled latents [N,V,C,h,w] float32, as the pipeline does."""
     flat = (pictures * 2 - 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with mixed_precision(vae.device):
-        mean = torch.cat([vae.encode(part)[0].float() for part in flat.split(256)])  # the first pool is thousands
+        mean = torch.cat([vae.encode(part)[0].float() for part in flat.split(256)])  # the first pool has thousands
     return ((mean - vae.config.shift_factor) * vae.config.scaling_factor).unflatten(0, pictures.shape[:2])
 
 
@@ -82,15 +82,15 @@ def fresh_heads(count: int, random: torch.Generator, vae: AutoencoderKL, size: i
 
 
 def diffuse(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network sees of latents [N,C,h,w] at ᾱ [N], and v, which it has to predict."""
+    """Compute the noised latents for latents [N,C,h,w] at ᾱ [N], and v, the prediction's target."""
     signal, level = alphas_cumprod.sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod).sqrt().view(-1, 1, 1, 1)
     return signal * clean + level * noise, signal * noise - level * clean
 
 
 class Blindfold:
-    """Hides the portrait from some views, which then have to learn from the others, through attn_cv, who it is.
+    """Remove image attention from some views, which then need the identity from other views through attn_cv.
 
-    Views that all see the portrait have nothing to ask each other, and the U-Net learns to do without attn_cv.
+    If all views attend to the portrait, the U-Net does not learn to use attn_cv.
     """
 
     def __init__(self, unet: MultiViewUNet):
@@ -102,7 +102,7 @@ class Blindfold:
         return attended * self.sees if attn_ip.training else attended
 
     def choose(self, count: int, views: int, random: torch.Generator, device: torch.device) -> None:
-        """For a step: each head's views all see it, none does, or each does or does not."""
+        """Choose the views of a step that attend to the portrait: per head all, none, or a random subset."""
         kind, each = torch.rand(count, 1, generator=random), torch.rand(count, views, generator=random) < 0.5
         none, some = kind < NO_IMAGE, kind < NO_IMAGE + SOME_IMAGES
         sees = torch.where(some, each & ~none, True)
@@ -110,7 +110,7 @@ class Blindfold:
 
 
 def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
-    """How good the views of held-out heads are, and a sheet of them."""
+    """Evaluate the views of held-out heads, and write them to an image."""
     made = evaluation.generate()
     evaluation.figure(made).save(path)
     who = evaluation.subjects
@@ -126,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     vae = load_vae(args.out, device)
     unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
-    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would drown the patches
+    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would dominate the patches
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
-    if device.type == "cpu":  # PyTorch's own backward pass of attention takes twice as long there
+    if device.type == "cpu":  # the backward pass of PyTorch's attention takes twice as long on a CPU
         set_attention_backend(unet, "reference")
     alphas = schedule.alphas_cumprod(SCHEDULE).to(device)
     blindfold = Blindfold(unet)
@@ -154,8 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         blindfold.choose(count, views, random, device)
         with mixed_precision(device):
             tokens = unet.image_projection(encoder(pool.portraits[chosen]).last_hidden_state)
-            told = unet.precompute(pose=poses, image_embeds=tokens)
-            predicted = unet(sample, timesteps, conditioning=told, num_views=views).float()
+            conditioning = unet.precompute(pose=poses, image_embeds=tokens)
+            predicted = unet(sample, timesteps, conditioning=conditioning, num_views=views).float()
         return F.mse_loss(predicted, wanted)
 
     def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Trains the x2 upsampler: latents of the picture at twice the size, from those of the picture."""
+"""Train the x2 upsampler, which predicts latents of an image at twice its size."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from gafext.models.k_unet import KUNet
 from gafext.schedulers import EulerDiscreteScheduler
 from gafext.upsampler import LEVEL_CHANNELS, PromptEmbeds
 
-NOISE = 0.15  # at most, in the small latents: those of the U-Net are not as clean as the autoencoder's
+NOISE = 0.15  # largest noise level added to the small latents: the U-Net's latents are noisier than encoded ones
 
 SCHEDULE = replace(SD_X2_SCHEDULE, num_train_timesteps=3, beta_start=0.8, beta_end=0.8)
-"""Noise levels from 11 down to 2, from which the last step takes the mean. Going on to smaller ones left marks."""
+"""Noise levels from 11 down to 2; the last step takes the prediction at 2. Smaller levels left artefacts."""
 
 
 def diffuse(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """What LatentUpsampler's network sees of latents [N,C,h,w] at σ [N,1,1,1], and what it has to answer.
+    """Compute the input of LatentUpsampler's network for latents [N,C,h,w] at σ [N,1,1,1], and its target F.
 
-    D = x s^2 + σ s F, of which the clean latents are to come, with x = clean + σ noise and s = 1/√(σ²+1).
+    D = x s² + σ s F equals the clean latents, with x = clean + σ noise and s = 1/√(σ²+1).
     """
     x, scale = clean + sigma * noise, (sigma.square() + 1).rsqrt()
     return x * scale, (clean - x * scale**2) / (sigma * scale)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     largest, *_, smallest = scheduler.sigmas[:-1].tolist()
 
     def pairs(who: heads.Heads, w2c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents of one view of each head at both sizes, and the large picture."""
+        """Encode one view of each head at both sizes; return small latents, large latents and the large image."""
         large = heads.render(who, w2c, 2 * rung.image_size).rgb
         small = F.avg_pool2d(large[:, 0], 2)[:, None]
         return encode(vae, small)[:, 0], encode(vae, large)[:, 0], large[:, 0]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     def fresh(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         return pairs(draw_heads(count, random, device), view_cameras(count, 1, random))[:2]
 
-    # As the U-Net's: each head is taken several times, because rendering costs more than a step.
+    # A pool as for the U-Net: each head is used several times, because rendering costs more than a step.
     pool = fresh(rung.upsampler_pool, generator(args.seed + 1, 0))
 
     def loss(step: int) -> Tensor:
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         where = torch.rand(count, 1, 1, 1, generator=random).to(device)
         sigma = smallest * (largest / smallest) ** where
         noised, wanted = diffuse(clean, torch.randn(clean.shape, generator=noises, device=device), sigma)
-        dirt = NOISE * torch.rand(count, 1, 1, 1, generator=random).to(device)
-        small = small + dirt * torch.randn(small.shape, generator=noises, device=device)
+        level = NOISE * torch.rand(count, 1, 1, 1, generator=random).to(device)
+        small = small + level * torch.randn(small.shape, generator=noises, device=device)
         sample = torch.cat([noised, F.interpolate(small, scale_factor=2.0, mode="nearest")], dim=1)
         with mixed_precision(device):
             text = empty.prompt_embeds

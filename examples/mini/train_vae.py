@@ -1,4 +1,4 @@
-"""Trains the autoencoder on renders and normal maps. The gate: held-out shirts have the right colours."""
+"""Train the autoencoder on renders and normal maps; check in vae.png that held-out shirts have the right colours."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gafext.evaluation.measures import psnr
 
 KL_WEIGHT = 3e-5
 COLOUR_WEIGHT = 1.0
-NORMAL_MAPS = 1 / 2  # share of the pictures that are normal maps
-LARGE = 4  # every fourth step has a quarter of the pictures at twice the size: the upsampler's latents decode to those
+NORMAL_MAPS = 1 / 2  # fraction of the images that are normal maps
+LARGE = 4  # every fourth step has a quarter of the images at twice the size, the size of upsampled images
 
 
 def pictures(step: int, seed: int, size: int, count: int, device: torch.device) -> Tensor:
-    """Renders and normal maps of a step: [count,3,size,size] in [-1,1]."""
+    """Render the images and normal maps of a step, [count,3,size,size] in [-1,1]."""
     random = generator(seed, step)
     normals = round(NORMAL_MAPS * count)
     images = count - normals
@@ -30,9 +30,9 @@ def pictures(step: int, seed: int, size: int, count: int, device: torch.device) 
 
 
 def distance(made: Tensor, wanted: Tensor) -> Tensor:
-    """L1 of the pixels, of their differences, of the means of 4 x 4 pixels, and of what is colour in those.
+    """Compute the loss: L1 of pixels, of their gradients, of 4 x 4 averages, and of the colour of these averages.
 
-    Against a white background colour is a small part of all variance, and without a term of its own it comes last.
+    Before a white background, colour is a small part of the variance; without a separate term it is learned last.
     """
     error = made - wanted
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                     rows += [wanted[:16], made[:16].clamp(0, 1)]
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
         Image.fromarray((sheet.permute(1, 2, 0).cpu() * 255).byte().numpy()).save(args.out / "vae.png")
-        shift, spread = moments[0]  # of the images' latents, which the U-Net makes
+        shift, spread = moments[0]  # moments of the images' latents, which are what the U-Net generates
         export_vae(args.out, averaged["vae"], scale=1 / spread, shift=shift)
         return numbers | {"latent_mean": shift, "latent_std": spread}
 

@@ -1,4 +1,4 @@
-"""The loop that the three scripts share: a time box, resumable checkpoints, averaged weights, a log of curves."""
+"""Training loop of the three scripts: time limit, resumable checkpoints, averaged weights, log of losses."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import torch
 from rungs import RUNGS, Rung
 from torch import Tensor, nn
 
-WARMUP = 200  # steps until the learning rate is reached
-DECAY = 0.3  # the last part of the time box, over which it falls to nothing
+WARMUP = 200  # steps of linear warm-up of the learning rate
+DECAY = 0.3  # final fraction of the time limit, over which the learning rate decays
 RECORD = 50  # steps between two losses in the log
-AVERAGE = 0.999  # of the averaged weights, which are what is measured and exported
+AVERAGE = 0.999  # decay of the averaged weights, which are measured and exported
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--rung", choices=RUNGS, default="cpu", help="of the ladder in rungs.py")
-    add("--out", type=Path, default=Path("mini"), help="folder of checkpoints, logs and weights")
+    add("--rung", choices=RUNGS, default="cpu", help="set of sizes in rungs.py")
+    add("--out", type=Path, default=Path("mini"), help="folder for checkpoints, logs and weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--minutes", type=float, default=60, help="time box: processor time on a CPU, the clock on a GPU")
-    add("--steps", type=int, help="stop after so many steps, whatever the time; run again, it goes on")
+    add("--minutes", type=float, default=60, help="time limit: processor time on a CPU, wall-clock time on a GPU")
+    add("--steps", type=int, help="stop after this number of steps; a later run resumes")
     add("--seed", type=int, default=0)
     add("--checkpoint-every", type=float, default=120, metavar="SECONDS")
     add("--measure-every", type=float, default=240, metavar="SECONDS")
@@ -36,16 +36,17 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 class Trainer:
-    """Trains modules on what `loss` says of a step.
+    """Trainer of one stage.
 
     Args:
-        name: of the stage; its files are `<out>/<name>.{pt,json}`.
-        args: of the command line.
-        modules: what is trained, by name; already on the device.
+        name: name of the stage; its files are `<out>/<name>.{pt,json}`.
+        args: parsed command line.
+        modules: modules to train, by name, on the device.
         rate: learning rate of AdamW.
-        slow: modules, or parts of them, that learn at `slow_rate` instead.
-        loss: of a step.
-        measure: averaged modules -> numbers to log; run now and then, and at the end.
+        slow: modules or submodules that are trained with `slow_rate`.
+        slow_rate: learning rate of `slow`.
+        loss: function from the index of a step to its loss.
+        measure: function from averaged modules and step to numbers to log; called at intervals and at the end.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Trainer:
 
     @property
     def _progress(self) -> float:
-        """How much of the time box is behind."""
+        """Elapsed fraction of the time limit."""
         return self.seconds / (60 * self.args.minutes)
 
     @property
@@ -124,7 +125,7 @@ class Trainer:
             torch._foreach_lerp_(averaged, list(module.parameters()), 1 - decay)
 
     def _advance(self) -> Tensor:
-        """One step of the optimizer."""
+        """Take one step of the optimizer; return the loss."""
         fall = min(1.0, (1 - self._progress) / DECAY)
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_rate"] * min(1.0, (self.step + 1) / WARMUP) * max(fall, 0.01)
@@ -138,7 +139,7 @@ class Trainer:
         return loss.detach()
 
     def run(self) -> dict[str, nn.Module]:
-        """Train until the time or the steps are up; returns the averaged modules."""
+        """Train until the time limit or the number of steps is reached; return the averaged modules."""
         losses, before = [], self._clock()
         last_saved = last_measured = self.seconds
         while not self._done:
@@ -163,7 +164,7 @@ class Trainer:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where it is fast: on GPUs, and on CPUs with AMX."""
+    """Return an autocast context to bfloat16, which is fast on GPUs and on CPUs with AMX."""
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
