@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
     @torch.no_grad()
     def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
-        upsampler = LatentUpsampler(averaged["unet"], SCHEDULE, empty_prompt=empty).eval()
+        upsampler = LatentUpsampler(averaged["unet"], EulerDiscreteScheduler(SCHEDULE), empty_prompt=empty).eval()
         if (args.out / "model" / "unet").is_dir():
             export(args.out, upsampler=upsampler)
         small, _, large = truth
