@@ -73,7 +73,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         callback_on_step_end: Callable[..., dict | None] | None = None,
         progress_bar: bool = True,
     ) -> MultiViewOutput | list[MultiViewOutput]:
-        """Generate the views of one portrait, or of each of a list of them.
+        """Generate the views of one portrait, or of each portrait in a list.
 
         Args:
             image: a portrait: path, PIL image, array [H,W,3] or tensor [3,H,W], uint8 or float in [0,1], any size and
@@ -289,7 +289,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         return view_noise(seed, portraits=portraits, views=views, shape=shape, step=step)
 
     def _timesteps(self, num_inference_steps: int, strength: float, *, noised: bool) -> Tensor:
-        """Set the scheduler's timesteps and return the last fraction `strength` of them."""
+        """Set the scheduler's timesteps and return the last fraction `strength`."""
         if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
             raise ValueError(f"strength: expected above 0 to 1, got {strength!r}")
         if strength < 1 and not noised:

@@ -15,6 +15,6 @@ def version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of gafext, Python and the packages that can change a picture."""
+    """Return the versions of gafext, Python and the packages that can change an image."""
     packages = {name: metadata.version(name) for name in ("torch", "numpy", "Pillow", "safetensors")}
     return {"gafext": version(), "python": platform.python_version(), **packages}

@@ -86,7 +86,7 @@ def consistency(pictures: Tensor, depth: Tensor, cameras: Cameras) -> float:
         points = rays[seen] * depth[view, 0][seen][:, None]  # [n,3], in this view's camera
         world = (points - w2c[view, :3, 3]) @ w2c[view, :3, :3]
         there = world @ w2c[other, :3, :3].T + w2c[other, :3, 3]
-        grid = (there[:, :2] / there[:, 2:] * 2 * focal / size)[None, None]  # [1,1,n,2], -1 to 1 over the picture
+        grid = (there[:, :2] / there[:, 2:] * 2 * focal / size)[None, None]  # [1,1,n,2], -1 to 1 over the image
         surface = F.grid_sample(depth[other][None], grid, mode="nearest", align_corners=False)[0, 0, 0]
         inside = F.grid_sample(smooth[other].float()[None, None], grid, mode="nearest", align_corners=False)[0, 0, 0]
         visible = ((surface - there[:, 2]).abs() < SAME_DEPTH) & (inside > 0)

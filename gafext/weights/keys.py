@@ -85,9 +85,9 @@ def ldm_unet_rule(config: UNetConfig) -> KeyRule:
     def rule(key: str) -> str:
         parts = key.split(".")
         for length in range(len(parts) - 1, 0, -1):
-            ours = names.get(".".join(parts[:length]))
-            if ours is not None:
-                return ".".join([ours, *parts[length:]])
+            name = names.get(".".join(parts[:length]))
+            if name is not None:
+                return ".".join([name, *parts[length:]])
         return key
 
     return rule
@@ -196,10 +196,10 @@ def open_clip_text_rule(config: CLIPTextConfig) -> KeyRule:
         layer, name, kind = match.groups()
         if int(layer) == config.num_hidden_layers:
             return None
-        ours = f"text_model.encoder.layers.{int(layer)}"
+        prefix = f"text_model.encoder.layers.{int(layer)}"
         if name == "attn.in_proj":
-            return tuple(f"{ours}.self_attn.{which}_proj.{kind}" for which in "qkv")
-        return f"{ours}.{_TEXT_LAYER.get(name, name)}.{kind}"
+            return tuple(f"{prefix}.self_attn.{which}_proj.{kind}" for which in "qkv")
+        return f"{prefix}.{_TEXT_LAYER.get(name, name)}.{kind}"
 
     return rule
 
