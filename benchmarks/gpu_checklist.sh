@@ -68,13 +68,13 @@ step info 30 python3 -m gafext info
 
 pytest=(python3 -m pytest -vv -rf -p no:cacheprovider)
 # Where Hopper's own kernel hangs, faults or is wrong, all that follows goes on without it, and is not lost with it.
-step hopper 60 "${pytest[@]}" -k hopper tests/test_cuda_device.py || export GAFEXT_CUDA_ATTENTION=mma
+step hopper 60 "${pytest[@]}" -k hopper tests/cuda/test_device.py || export GAFEXT_CUDA_ATTENTION=mma
 
 # Nothing is timed here, so these run side by side. Not what needs a compiler instead of a GPU: the emulator's tests
 # (cuda_kernel), which take minutes. Every test's name goes to the log, for one that hangs takes the summary with it.
-mapfile -t tests < <(grep -lE '"cuda"' tests/test_*.py | grep -vE 'emulat|checklist|cuda_build|bench_gpu')
+mapfile -t tests < <(grep -rlE '"cuda"|on_devices' --include='test_*.py' tests | grep -vE 'emulat|checklist|cuda/test_build|bench_gpu' | sort)
 workers=$(python3 -c 'import xdist; print("-n4")' 2>/dev/null)
-begin tests 100 "${pytest[@]}" ${workers:+"$workers"} -k "(cuda or gpu) and not cuda_kernel and not hopper" "${tests[@]}"
+begin tests 100 "${pytest[@]}" ${workers:+"$workers"} -k "(cuda or gpu or test_device) and not cuda_kernel and not hopper" "${tests[@]}"
 sanitizer=$(command -v compute-sanitizer)
 checks=()
 [ -n "$sanitizer" ] && checks=(memcheck racecheck)
@@ -96,7 +96,7 @@ step attention 125 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-comp
   --json "$results/attention-bfloat16-$device.json"
 step others 120 "${bench[@]}" --dtype bfloat16 "${others[@]}" --seconds 85 --compile-seconds 50 \
   --json "$results/others-bfloat16-$device.json"
-# The shapes that Hopper's own kernel takes, by the kernel for all cards: the table of src/gafext/attention.py needs both.
+# The shapes that Hopper's own kernel takes, by the kernel for all cards: the table of gafext/ops/flash_attention.py needs both.
 GAFEXT_CUDA_ATTENTION=mma step attention-mma 45 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-compile --seconds 25 \
   --json "$results/attention-mma-bfloat16-$device.json" --shape 1024x1024 --shape 4096x4096 --shape 1024x257
 step unet 60 python3 benchmarks/full_size.py --device cuda --dtype bfloat16 --backend auto kernel sdpa --rounds 0 \

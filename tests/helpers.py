@@ -188,6 +188,23 @@ def write_scheduler(folder: Path, **values: object) -> Path:
     return folder
 
 
+# Evaluation
+
+
+def ablated_pipeline(evaluation, line: str):
+    """The pipeline that one line of the ablations runs."""
+    changes = []
+
+    def generate(**change):
+        changes.append(change)
+        return [subject.views.rgb for subject in evaluation.subjects]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "generate", generate)
+        evaluation.ablations([line])
+    return changes[0]["pipe"]
+
+
 # Files
 
 

@@ -12,7 +12,8 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend
 
 from gafext.bench import cuda
-from gafext.bench.cases import Case, Contestant, attention_case, cases
+from gafext.bench.cases import Case, Contestant, cases
+from gafext.bench.cases.flash_attention import attention_case
 from gafext.bench.environment import cold_bytes
 from gafext.bench.measure import race
 from gafext.cli import main
@@ -62,6 +63,11 @@ def fake_capture(graph):
     yield
 
 
+def on_cpu(make):
+    """torch.rand or its like, on the CPU whatever the device."""
+    return lambda *sizes, device=None, **kind: make(*sizes, **kind)
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """torch.cuda as far as the bench uses it, on tensors of the CPU; gives the list of flushes."""
@@ -75,8 +81,9 @@ def fake_gpu(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(cuda, "flush", lambda: flushes.append(1))
-    monkeypatch.setattr("gafext.bench.measure._copy", lambda _, moved: Contestant("copy", lambda x: x.clone()))
-    monkeypatch.setattr("gafext.bench.measure._gemm", lambda *_: (Contestant("gemm", lambda x: x.clone()), 10**6))
+    monkeypatch.setattr(cuda, "MATRIX", 64)
+    for name in ("rand", "randn"):
+        monkeypatch.setattr(torch, name, on_cpu(getattr(torch, name)))
     return flushes
 
 

@@ -5,16 +5,14 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT
 
 from gafext.config import SD21_MULTIVIEW_UNET
 from gafext.models.unet import MultiViewUNet
-
-ROOT = Path(__file__).parent.parent
 
 
 def script(name):

@@ -1,14 +1,14 @@
 """The flow of benchmarks/gpu_checklist.sh, with a python3 and a compute-sanitizer that do what the test says."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not shutil.which("bash") or not shutil.which("timeout"), reason="needs bash, timeout")
 
 # Notes what it was asked for. FAIL and SLOW name words of commands that fail, or take their time.
@@ -17,7 +17,7 @@ arguments="$*"
 echo "${arguments//$'\n'/ }" >>"$NOTES"
 case "$*" in
   *get_device_properties*) [ "$FAIL" = gpu ] && exit 1; echo "90 NVIDIA-H100-80GB-HBM3"; exit ;;
-  *BENCH_OPS*) echo "--op cross_view_attention --op geglu"; exit ;;
+  *ops.__all__*) echo "--op cross_view_attention --op geglu"; exit ;;
   *"import xdist"*) exit 1 ;;
   *"pip install"*) echo "$CUDAARCHS $GAFEXT_CUDA" >>"$NOTES" ;;
 esac
@@ -34,16 +34,19 @@ while [ "$1" != python3 ]; do shift; done
 """
 
 
+WITHOUT_GPU = ("cuda/test_emulator", "cuda/test_build", "bench/test_bench_gpu")
+
+
 @pytest.fixture
 def checklist(tmp_path):
     """Runs the script in a copy of what it looks at; gives (exit status, output, commands, folder of results)."""
-    for folder in ("benchmarks", "tests", "bin"):
-        (tmp_path / folder).mkdir()
+    for folder in ("benchmarks", "tests/ops", "tests/cuda", "tests/bench", "bin"):
+        (tmp_path / folder).mkdir(parents=True)
     shutil.copy(ROOT / "benchmarks/gpu_checklist.sh", tmp_path / "benchmarks")
-    (tmp_path / "tests/test_a.py").write_text('DEVICES = ["cpu", "cuda"]\n')
-    for name in ("cuda_emulator", "cuda_build", "bench_gpu"):
-        (tmp_path / f"tests/test_{name}.py").write_text('DEVICES = ["cuda"]\n')
-    (tmp_path / "tests/test_b.py").write_text("nothing for a GPU\n")
+    for name in ("helpers", "ops/test_a", "cuda/test_device", *WITHOUT_GPU):
+        (tmp_path / f"tests/{name}.py").write_text('DEVICES = ["cpu", "cuda"]\n')
+    (tmp_path / "tests/ops/test_b.py").write_text("@on_devices\n")
+    (tmp_path / "tests/ops/test_c.py").write_text("nothing for a GPU\n")
     for name, text in (("python3", PYTHON), ("compute-sanitizer", SANITIZER)):
         path = tmp_path / "bin" / name
         path.write_text(text)
@@ -78,10 +81,9 @@ def test_all_steps_run_in_their_order(checklist):
     assert [line.split()[1].strip(",") for line in output.splitlines() if line.startswith("ok")] == STEPS
     assert "all steps succeeded" in output.splitlines()[-1]
     assert "90-real ON" in commands
-    assert "tests/test_a.py" in commands
-    for other in ("b", "cuda_emulator", "cuda_build", "bench_gpu"):
-        assert f"test_{other}.py" not in commands
-    assert "not cuda_kernel" in commands
+    (tested,) = [line for line in commands.splitlines() if "-m pytest" in line and "not hopper" in line]
+    assert re.findall(r"\S+\.py", tested) == ["tests/cuda/test_device.py", "tests/ops/test_a.py", "tests/ops/test_b.py"]
+    assert "not cuda_kernel" in tested
     sanitized = [line.split() for line in commands.splitlines() if line.startswith("sanitizer")]
     assert {(words[2], words[-1]) for words in sanitized} == {("memcheck", "all"), ("racecheck", "mma")}
     assert "--op cross_view_attention --op geglu --seconds" in commands

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = ROOT / "csrc" / "cuda"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: nothing compiles the kernels")
-# Of ptxas -v, one block a kernel.
+# Of ptxas -v, one block per kernel.
 REPORT = re.compile(
     r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",

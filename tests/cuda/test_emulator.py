@@ -1,27 +1,13 @@
 """The emulator of tests/emulator.py: its instructions, the mistakes it finds, and faults planted in kernels."""
 
-import functools
-
 import pytest
 import torch
-from emulator import Call, EmulatorError, Library, emulate_call
+from emulated_units import assert_right_product, product, run, unit_kernels
+from emulator import Call, EmulatorError, emulate_call
 from emulator_build import KERNELS, MACHINE, needs_compiler
 
 pytestmark = needs_compiler
 LANES = torch.arange(32)
-
-
-@functools.cache
-def unit_kernels():
-    return Library([MACHINE / "unit_kernels.cu", MACHINE / "matmul.cu"], MACHINE / "unit_kernels.h")
-
-
-def run(operation, out_shape, out_dtype=torch.int32, library=None, device=None, **arguments):
-    def make_call():
-        out = torch.empty(out_shape, dtype=out_dtype)
-        return Call(out, arguments | dict(out=out))
-
-    return emulate_call(library or unit_kernels(), operation, make_call, **(device or {}))
 
 
 def signed(mask):
@@ -210,22 +196,6 @@ def test_no_mistake_and_the_machine_goes_on():
 
 def test_uninitialised_locals_are_not_zero():
     assert (make_mistake(1 + len(MISTAKES)) == 0).all()
-
-
-def product(a, b, b_transposed, library=None, **device):
-    columns = b.shape[0] if b_transposed else b.shape[1]
-    sizes = dict(rows=a.shape[0], columns=columns, depth=a.shape[1], b_transposed=b_transposed, dtype=a.dtype)
-    strides = dict(a_stride=a.stride(0), b_stride=b.stride(0), out_stride=columns)
-    return run("matmul", (a.shape[0], columns), torch.float32, library, device, a=a, b=b, **sizes, **strides)
-
-
-def assert_right_product(rows, columns, depth, dtype, b_transposed, library=None):
-    a = torch.randn(rows, depth + 8).to(dtype)[:, :depth]
-    b = torch.randn(columns, depth + 8).to(dtype)[:, :depth]
-    b = b if b_transposed else b.T.contiguous()
-    expected = a.double() @ (b.T if b_transposed else b).double()
-    out = product(a, b, b_transposed, library)
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("b_transposed", [False, True])

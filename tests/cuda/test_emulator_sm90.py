@@ -13,7 +13,7 @@ import subprocess
 import pytest
 import torch
 from emulator import KERNELS, ROOT, EmulatorError, cache_folder, emulate_call, flash_attention, kernels
-from test_cuda_kernels import heads
+from helpers import heads_in_layout as heads
 
 import gafext.ops  # noqa: F401 - registers torch.ops.gafext
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from emulator import ORDERS, EmulatorError, emulate
 from emulator_build import needs_compiler
-from test_cuda_kernels import LAYOUTS, heads
+from helpers import LAYOUTS
+from helpers import heads_in_layout as heads
 
 from gafext.ops.flash_attention import attention_weights
 

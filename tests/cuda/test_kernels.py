@@ -4,15 +4,16 @@ import random
 
 import pytest
 import torch
+from emulated_units import assert_right_product, unit_kernels
 from emulator import EmulatorError, emulate, kernels
 from emulator_build import KERNELS, MACHINE, needs_compiler
-from test_cuda_emulator import assert_right_product, unit_kernels
+from helpers import DTYPES, LAYOUTS
+from helpers import heads_in_layout as heads
 
 import gafext.ops  # noqa: F401 - registers torch.ops.gafext
 
 pytestmark = needs_compiler
 CAPABILITIES = [75, 80, 86, 90, 120]  # by which host code chooses among kernels
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def assert_as_on_cpu(operation, *args, library=None, capability=80, **kwargs):
@@ -26,23 +27,6 @@ def assert_as_on_cpu(operation, *args, library=None, capability=80, **kwargs):
     units = 16 if out.dtype == torch.float32 else 2
     tolerance = units * torch.finfo(out.dtype).eps * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
-
-
-def heads(layout, count, batch, num_heads, length, head_dim, dtype):
-    """`count` tensors (batch, heads, length, head_dim) in one of the layouts that callers have."""
-    inner = num_heads * head_dim
-    if layout == "contiguous":
-        return [torch.randn(batch, num_heads, length, head_dim).to(dtype) for _ in range(count)]
-    if layout == "projection":
-        flat = [torch.randn(batch, length, inner).to(dtype) for _ in range(count)]
-    elif layout == "packed":
-        flat = torch.randn(batch, length, count * inner).to(dtype).chunk(count, dim=2)
-    else:  # rows that begin anywhere
-        flat = [torch.randn(batch, length + 1, inner + 7).to(dtype)[:, 1:, 3 : 3 + inner] for _ in range(count)]
-    return [tensor.unflatten(2, (num_heads, head_dim)).transpose(1, 2) for tensor in flat]
-
-
-LAYOUTS = ["contiguous", "projection", "packed", "anywhere"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from helpers import ablated_pipeline
 
-from gafext import MultiViewDiffusionPipeline, heads
+from gafext import heads
 from gafext.cameras import orbit
 from gafext.cli import main
 from gafext.evaluation import Evaluation, Scores, portrait_camera, subjects, table
@@ -74,25 +75,19 @@ def test_scores_of_the_truth_are_the_best(evaluation):
 
 
 def test_no_image_tokens_means_that_the_portrait_does_not_matter(pipe, evaluation):
-    from gafext.evaluation import _Blind
-
     other = Evaluation(pipe, 1, orbit(2), num_inference_steps=2, upsample="none", guidance_scale=2.0)
     other.subjects = subjects(1, 32, orbit(2), first=5)
     normals = evaluation.subjects[0].views.normals
-    blind = _Blind(unet=pipe.unet, vae=pipe.vae, scheduler=pipe.scheduler, image_encoder=pipe.image_encoder)
+    blind = ablated_pipeline(evaluation, "no image tokens")
     for call, same in ((blind, True), (pipe, False)):
         a, b = (each.generate(pipe=call, normals=lambda s: normals)[0] for each in (evaluation, other))
         assert torch.equal(a, b) == same
 
 
 def test_without_cross_view_attention_the_views_are_apart(pipe, evaluation):
-    from gafext.evaluation import _without_cross_view
-
-    unet = _without_cross_view(pipe.unet)
+    apart = ablated_pipeline(evaluation, "attn_cv off")
+    assert apart.unet.transformer_blocks()[0].attn_cv is None
     assert pipe.unet.transformer_blocks()[0].attn_cv is not None  # the pipeline's own keeps it
-    apart = MultiViewDiffusionPipeline(
-        unet=unet, vae=pipe.vae, scheduler=pipe.scheduler, image_encoder=pipe.image_encoder
-    )
     normals = evaluation.subjects[0].views.normals
     changed = torch.stack([normals[0], torch.rand_like(normals[1])])
     for call, same in ((apart, True), (pipe, False)):
@@ -121,7 +116,7 @@ def test_every_line_of_the_ablations(evaluation, monkeypatch):
     assert len(pipes) == 6 and {each.guidance_scale for each in pipes} == {3.25}
 
 
-def test_table_has_a_row_a_line():
+def test_table_has_a_row_per_line():
     lines = [Scores("one", 20.0, 0.5, math.nan), Scores("another", 9.25, 0.125, 30.0)]
     assert table(lines).splitlines()[2].split() == ["another", "9.25", "0.125", "30.00"]
 

@@ -6,11 +6,11 @@ import warnings
 import diffusers
 import pytest
 import torch
-from helpers import max_abs_diff
+from helpers import ablated_pipeline, max_abs_diff
 
 import gafext
 from gafext.assets import MODEL
-from gafext.evaluation import Evaluation, _without_cross_view
+from gafext.evaluation import Evaluation
 from gafext.evaluation.measures import psnr
 
 HEADS = 4
@@ -39,7 +39,7 @@ def test_the_codec_keeps_colours_and_normals(lines, evaluation):
     subject = evaluation.subjects[0]
     images, normals = subject.views.rgb, subject.views.normals
     with torch.no_grad():
-        made, mapped = (evaluation.pipe.decode(evaluation.pipe.encode(x * 2 - 1)) / 2 + 0.5 for x in (images, normals))
+        made, mapped = (evaluation.pipe.decode(evaluation.pipe.encode(x)) for x in (images, normals))
     shirts = (slice(None), slice(None), slice(-6, None), slice(24, 40))
     assert (made - images)[shirts].mean(dim=(0, 2, 3)).abs().max() < 0.03
     assert psnr(mapped, normals).mean() > 32
@@ -77,7 +77,7 @@ def test_stock_diffusers_loads_the_autoencoder(evaluation):
 
 
 def test_stock_diffusers_loads_the_trunk_of_the_unet(evaluation):
-    ours = _without_cross_view(evaluation.pipe.unet)
+    ours = ablated_pipeline(evaluation, "attn_cv off").unet
     added = ("attn_cv.", "norm_cv.", "attn_ip.", "norm_ip.", "image_projection.")
     trunk = {key: value for key, value in ours.state_dict().items() if not any(part in key for part in added)}
     fields = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters

@@ -75,14 +75,17 @@ def test_kernel_is_a_demand_and_a_wrong_name_an_error(op):
 def test_reasons_are_looked_for_once(op, dtype, backend, monkeypatch, pretend_cpu):
     pretend_cpu("amx")
     module, counts = sys.modules[f"gafext.ops.{op}"], {}
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] = counts.get(name, 0) + 1
+            return function(*args)
+
+        return call
+
     for name in ("unsupported_reasons", "slower_reasons"):
         if hasattr(module, name):
-
-            def counted(*args, name=name, original=getattr(module, name)):
-                counts[name] = counts.get(name, 0) + 1
-                return original(*args)
-
-            monkeypatch.setattr(module, name, counted)
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     inputs = [value.to(dtype) if isinstance(value, torch.Tensor) else value for value in INPUTS[op]]
     try:
         getattr(ops, op)(*inputs, backend=backend)

@@ -6,10 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 import gafext.ops
 from gafext import _C
@@ -68,7 +68,7 @@ def test_only_the_stable_abi_of_torch_is_used():
 
 def test_the_headers_of_the_oldest_torch_have_all_names():
     """2.11, which pyproject.toml allows; the torch of this test may be newer. The names are those that came later."""
-    csrc = Path(__file__).parent.parent / "csrc"
+    csrc = ROOT / "csrc"
     later = r"STABLE_TORCH_ERROR_CODE_CHECK|nativeHandle|torch_exception_get_what"
     assert not [p.name for p in csrc.glob("*.*") if re.search(rf"\b({later})\b", re.sub("//.*", "", p.read_text()))]
 

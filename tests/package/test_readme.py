@@ -1,17 +1,18 @@
 """The README's commands and code, executed."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
+import gafext.ops
 from gafext.cli import main
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
@@ -51,10 +52,6 @@ def test_documented_options_exist(capsys):
 
 
 def test_the_signatures_are_the_real_ones():
-    import inspect
-
-    import gafext
-
     for name, parameters in re.findall(r"^gafext\.ops\.(\w+)\((.*?)\)", blocks("python")[1], re.MULTILINE):
         real = inspect.signature(getattr(gafext.ops, name))
         plain = real.replace(
