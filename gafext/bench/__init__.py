@@ -1,4 +1,5 @@
-"""`gafext bench`: gafext's operations against PyTorch's, at the shapes of the networks that gafext runs.
+"""`gafext bench`: benchmarks of gafext's operations against PyTorch's, at the shapes of the networks that gafext runs.
 
-cases.py says what is measured and against whom, measure.py how, environment.py on what, report.py prints it.
+cases/ defines the shapes and contestants, measure.py times them, cuda.py does so on GPUs, environment.py describes the
+machine, report.py prints and writes the results.
 """

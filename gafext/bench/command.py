@@ -1,4 +1,4 @@
-"""The command behind `gafext bench`."""
+"""Implementation of the command `gafext bench`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from gafext.bench.report import heading, rows, summary, write_json
 
 MIN_ROUNDS = 7
 _QUICK_ROUNDS = 3
-# Long enough that neither the clock nor the change of contestants shows; a GPU's clock is on the GPU.
+# Long enough to hide the clock's resolution and the change of contestants; on a GPU, the GPU's clock is read.
 _TURN_SECONDS = {"cpu": 0.01, "cuda": 0.002}
-_NAMING_SECONDS = 15  # that the names of the kernels may take beyond the limit of the races
+_NAMING_SECONDS = 15  # for naming the kernels, in addition to the limit of the races
 
 
 @dataclass
 class Results:
-    """What the JSON holds; written after every race, so that what was measured outlives what comes after."""
+    """Content of the JSON file, which is written after every race so that a later failure loses nothing."""
 
     environment: dict
     races: list[dict] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # the reason by shape
-    left_out: list[str] = field(default_factory=list)  # the time was up
+    failed: dict[str, str] = field(default_factory=dict)  # reasons by shape
+    left_out: list[str] = field(default_factory=list)  # shapes after the time limit
 
     def write(self, path: str | None) -> None:
         if path:
@@ -44,27 +44,30 @@ class Results:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure, print the table, and write the JSON; in a process whose malloc nobody has changed.
+    """Measure, print the table and write the JSON; in a process in which malloc's settings are unchanged.
+
+    Args:
+        args: options of `gafext bench`.
 
     Returns:
-        0, or 1 where an operation failed or differed from PyTorch's.
+        0, or 1 if an operation failed or its result differed from PyTorch's.
 
     Raises:
-        ValueError: options that do not go together, or no case that they leave.
+        ValueError: options contradict each other, or select no case.
     """
     deadline = time.monotonic() + _limit(args.seconds)
     _check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     results = Results({**environment(args.device), "dtype": args.dtype, "rounds": _rounds(args)})
-    results.environment["command"] = shlex.join(["gafext", *_words(args)])
+    results.environment["command"] = shlex.join(["gafext", *_arguments(args)])
     if args.device == "cuda":
-        gc.freeze()  # some versions of torch collect garbage before each of a thousand captures
+        gc.freeze()  # some versions of torch collect garbage before every capture
         results.environment["ceilings"] = cuda.ceilings()
         print(*(f"{name} {value:.0f}" for name, value in results.environment["ceilings"].items()), sep=", ", flush=True)
     for allocator in ("default", "keep") if args.allocator == "both" else (args.allocator,):
         if allocator == "keep":
-            _C.keep_freed_memory()  # last, as there is no way back
+            _C.keep_freed_memory()  # last, because it cannot be undone
         _measure(args, results, allocator, deadline=deadline)
     if args.device == "cuda":
         _name_kernels(args, results, deadline=deadline + _NAMING_SECONDS)
@@ -127,13 +130,13 @@ def _measure(args: argparse.Namespace, results: Results, allocator: str, *, dead
         if compiling > _limit(args.compile_seconds):
             case, skipped = _without_compiled(case)
         if args.compile:
-            torch.compiler.reset()  # or the ninth shape of a form would not be compiled any more
+            torch.compiler.reset()  # otherwise the ninth shape of a function would not be compiled
         for mode, size in modes.items():
             try:
                 measured = _least_disturbed(args, case, size)
             except RuntimeError as error:
                 results.failed[name] = str(error).strip().partition("\n")[0]
-                if isinstance(error, torch.AcceleratorError):  # nothing runs on this GPU any more, in this process
+                if isinstance(error, torch.AcceleratorError):  # this process cannot use the GPU any more
                     return
                 break
             measured.skipped.update(skipped)
@@ -151,8 +154,8 @@ def _without_compiled(case: Case) -> tuple[Case, dict[str, str]]:
     return replace(case, contestants=[c for c in case.contestants if not c.compiled]), skipped
 
 
-def _least_disturbed(args: argparse.Namespace, case: Case, size: float) -> Race:
-    """Chosen by what other processes held meanwhile, never by a time measured."""
+def _least_disturbed(args: argparse.Namespace, case: Case, size: int) -> Race:
+    """Repeat a race within `args.patience`; the choice depends on the load of other processes, never on the times."""
     deadline = time.monotonic() + args.patience
     best = None
     while best is None or (best.others is not None and best.others > QUIET and time.monotonic() < deadline):
@@ -165,7 +168,7 @@ def _least_disturbed(args: argparse.Namespace, case: Case, size: float) -> Race:
 
 @torch.inference_mode()
 def _name_kernels(args: argparse.Namespace, results: Results, *, deadline: float) -> None:
-    """Add the names of the kernels that ran to the races; after all of them, so that no profiler disturbs a time."""
+    """Add the names of the kernels that ran to the races, when all are over, so that no profiler disturbs a time."""
     measured = {(r["op"], r["shape"], row["name"]): [] for r in results.races for row in r["contestants"]}
     for case in _chosen(args):
         inputs = None
@@ -186,16 +189,16 @@ def _name_kernels(args: argparse.Namespace, results: Results, *, deadline: float
             row["kernels"] = measured[r["op"], r["shape"], row["name"]]
 
 
-def _words(args: argparse.Namespace) -> list[str]:
-    """The command line that gives these arguments."""
-    words = ["bench"]
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """Return the command-line arguments that parse to `args`."""
+    arguments = ["bench"]
     for name, value in vars(args).items():
         option = name.replace("_", "-")
         if name == "command" or value is None:
             continue
         if isinstance(value, bool):
-            words += [f"--{option}"] if value else [f"--no-{option}"] * (name == "compile")
+            arguments += [f"--{option}"] if value else [f"--no-{option}"] * (name == "compile")
         else:
             for item in value if isinstance(value, list) else [value]:
-                words += [f"--{option}", str(item)]
-    return words
+                arguments += [f"--{option}", str(item)]
+    return arguments

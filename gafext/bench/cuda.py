@@ -1,8 +1,8 @@
-"""What measuring on a GPU takes: calls captured in a graph, the card's ceilings, the names of the kernels that ran.
+"""Measurements on a GPU: calls captured in a CUDA graph, ceilings of the GPU, names of the kernels that ran.
 
-No call's launch is measured. A graph holds a rotation over the sets of inputs and keeps every result of it until the
-rotation is over, so that cold calls neither read nor write what the L2 cache holds; and before a cold turn a buffer of
-twice the cache is read, since another contestant may just have read the same sets.
+Launches are not measured. A graph contains a rotation over the sets of inputs and keeps all its results until the
+rotation is over, so that cold calls neither read nor write what the L2 cache holds. Before a cold turn, a buffer of
+twice the cache's size is read, because another contestant may just have read the same sets.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-MATRIX = 8192  # rows and columns of the product that is the ceiling of arithmetic
+MATRIX = 8192  # rows and columns of the matrix product that is the ceiling of arithmetic
 _COPY_BYTES = 2 << 30
 _ROUNDS = 7
-_NO_KERNELS = ("Context Sync", "Activity Buffer Request")  # in a profile of the GPU
-_PATIENCE = 10  # a rotation may take so many times a turn
+_NO_KERNELS = ("Context Sync", "Activity Buffer Request")  # entries of a GPU profile that are not kernels
+_PATIENCE = 10  # limit of a rotation's time, in turns
 
 
 def graph_calls(call_seconds: float, turn_seconds: float, sets: int) -> int:
-    """How many calls a graph holds: a turn's, and a whole rotation unless its calls are long ones."""
+    """Return the number of calls in a graph: those of a turn, extended to a whole rotation unless that takes long."""
     calls = max(1, math.ceil(turn_seconds / call_seconds))
     return sets if calls < sets and sets * call_seconds <= _PATIENCE * turn_seconds else calls
 
 
 def graph_replays(replay_seconds: float, turn_seconds: float, calls: int, sets: int) -> int:
-    """How many replays a turn has: one where a second would find the same sets in the cache."""
+    """Return the number of replays in a turn: 1 if a second replay would find the same sets in the cache."""
     return max(1, math.ceil(turn_seconds / replay_seconds)) if calls >= sets else 1
 
 
 def event_seconds(run: Callable[[], None]) -> float:
-    """By the GPU's own clock, between two events around what `run` enqueues."""
+    """Measure the GPU time in seconds between two events around what `run` enqueues."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -45,13 +45,13 @@ def event_seconds(run: Callable[[], None]) -> float:
 
 
 class GraphTurns:
-    """A contestant's calls as a CUDA graph; `turn()` gives the seconds a call."""
+    """A contestant's calls as a CUDA graph; `turn()` returns the seconds per call."""
 
     def __init__(self, run: Callable[..., Tensor], arguments: list[tuple], *, call_seconds: float, turn_seconds: float):
         sets = len(arguments)
         self.calls = graph_calls(call_seconds, turn_seconds, sets)
         self._graph = torch.cuda.CUDAGraph()
-        # Kept while the rotation lasts, so that each call writes its own memory.
+        # Kept for a whole rotation, so that each call writes to memory of its own.
         results = deque(maxlen=sets if sets > 1 else 0)
         stream = torch.cuda.current_stream()
         try:
@@ -59,9 +59,9 @@ class GraphTurns:
                 for call in range(self.calls):
                     results.append(run(*arguments[call % sets]))
         except RuntimeError:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
             raise
-        self._graph.replay()  # the first one uploads the graph
+        self._graph.replay()  # the first replay uploads the graph
         self._flush = flush if sets > 1 else lambda: None
         self.replays = graph_replays(event_seconds(self._graph.replay), turn_seconds, self.calls, sets)
 
@@ -75,7 +75,7 @@ class GraphTurns:
 
 
 def flush() -> None:
-    """Put everything out of the L2 cache, by reading: writes would still be on their way to memory in the next turn."""
+    """Evict the L2 cache by reading; writes would still be in flight to memory in the next turn."""
     _flush_buffer().sum()
 
 
@@ -86,7 +86,7 @@ def _flush_buffer() -> Tensor:
 
 
 def ceilings() -> dict:
-    """What the card reaches at a copy and at products of matrices, of random values: medians of 7, warmed up."""
+    """Measure the GPU's throughput for a copy and for matrix products of random values: medians of 7, warmed up."""
     found = {"copy_gbps": _copy_gbps()}
     for dtype in (torch.bfloat16, torch.float16):
         left, right, out = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=dtype) for _ in range(3))
@@ -111,7 +111,7 @@ def _median_seconds(call: Callable[[], object], calls: int = 5) -> float:
 
 
 def kernels_of(call: Callable[[], object]) -> list[str]:
-    """The names of the kernels that a call runs on the GPU, and of its copies, the longest-running first."""
+    """List the names of the kernels and copies that a call runs on the GPU, the longest-running first."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -121,6 +121,7 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
 
 
 def device_names(events: Iterable) -> list[str]:
-    """Of a profile's averages, those of the GPU; the others are the CUDA runtime's."""
-    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.key not in _NO_KERNELS]
+    """List the names of the GPU's entries in a profile's averages, without those of the CUDA runtime."""
+    cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]  # exported, not in __all__
+    kernels = [e for e in events if e.device_type == cuda and e.key not in _NO_KERNELS]
     return [e.key for e in sorted(kernels, key=lambda e: -e.self_device_time_total)]

@@ -1,7 +1,7 @@
-"""On what it is measured: the machine, the versions, and glibc's malloc with and without its big blocks kept.
+"""Description of the machine, the versions and the build, and the load of other processes during a measurement.
 
-By default glibc gives a big block back to the kernel when it is freed, and the next tensor of that size is paged in
-anew; `gafext.ops.memory.keep_freed_memory` makes it keep them.
+By default, glibc returns a large block to the operating system when it is freed, and the next tensor of that size
+causes page faults again; `gafext.ops.memory.keep_freed_memory` makes it keep the blocks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from gafext import _C
 from gafext.versions import versions
 
-QUIET = 0.05  # share of the cores that others may hold while times are still to be trusted
+QUIET = 0.05  # share of the cores that others may use before times are no longer trustworthy
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
 
 def environment(device: str) -> dict:
-    """What a reader needs to judge or to repeat the numbers."""
+    """Describe everything that is needed to judge or repeat the numbers."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": platform.platform(),
@@ -62,7 +62,7 @@ def gpu() -> dict:
 
 
 def last_level_cache(device: str) -> int:
-    """In bytes; 64 MiB where the system does not say."""
+    """Return its size in bytes; 64 MiB if the system does not report it."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -70,28 +70,31 @@ def last_level_cache(device: str) -> int:
 
 
 def cold_bytes(device: str) -> int:
-    """How much the inputs of cold calls must be in all: so much more than the cache holds that no replacement policy
-    keeps a part of them; twice it on GPUs, whose L2 is made of two halves."""
-    return last_level_cache(device) * (2 if device == "cuda" else 1.25)
+    """Return the total size of the inputs of cold calls, of which no replacement policy keeps a part in the cache."""
+    # Twice the cache on GPUs, whose L2 consists of two halves.
+    return int(last_level_cache(device) * (2 if device == "cuda" else 1.25))
 
 
 def watch_others() -> Callable[[], float | None]:
-    """A function that gives the share of the machine's cores that others have held since now: other processes, and the
-    host of a virtual machine. Beyond QUIET, times say little: the threads of a kernel wait for the one that is held up.
+    """Return a function that gives the share of the cores that others have used since this call.
+
+    Others are other processes and the host of a virtual machine. Above QUIET, times are not reliable: the threads of a
+    kernel wait for the one that is interrupted.
     """
     start = _cpu_seconds()
 
     def share() -> float | None:
-        if start is None:
+        now = _cpu_seconds()
+        if start is None or now is None:
             return None
-        everyone, own, elapsed = (after - before for after, before in zip(_cpu_seconds(), start, strict=True))
-        return min(1.0, max(0.0, everyone - own) / (os.cpu_count() * max(elapsed, 0.01)))
+        everyone, own, elapsed = (after - before for after, before in zip(now, start, strict=True))
+        return min(1.0, max(0.0, everyone - own) / ((os.cpu_count() or 1) * max(elapsed, 0.01)))
 
     return share
 
 
 def _cpu_seconds() -> tuple[float, float, float] | None:
-    """Of all processes, of this one, and by the clock; None where the system does not say."""
+    """Return the CPU seconds of all processes and of this one, and the time; None if the system does not report it."""
     stat = Path("/proc/stat")
     if not stat.is_file():
         return None

@@ -1,10 +1,10 @@
-"""How it is measured: contestants and ceilings take turns, round by round, in one process.
+"""Measurement of a case: contestants and ceilings take turns, round by round, in one process.
 
-A machine that changes its speed changes it for all of a round, so what is compared are times of the same round. Each
-round has an order of its own: who always came after the copy would always find its bytes in the caches. Warm: every
-call has the same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache. The
-ceilings race along: a large matrix product, and a copy that moves as many bytes as the operation must, as warm or as
-cold. On a GPU a turn is the replay of a CUDA graph between two events (cuda.py).
+Changes of the machine's speed affect a whole round, so only times of the same round are compared. The order is shuffled
+in each round: a contestant that always followed the copy would find its bytes in the caches. Warm: every call has the
+same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache. The ceilings are a
+large matrix product, and a copy of as many bytes as the operation has to move, equally warm or cold. On a GPU, a turn
+is the replay of a CUDA graph between two events (cuda.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gafext.bench import cuda
 from gafext.bench.cases import Case, Contestant
 from gafext.bench.environment import watch_others
 
-# Largest difference to ours, relative to the largest value of the result.
+# Largest difference from gafext's result, relative to its largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CEILINGS = ("gemm", "copy")
 _MAX_SETS = 256
@@ -33,23 +33,25 @@ _MAX_SETS = 256
 
 @dataclass
 class Race:
+    """Times of all contestants of a case."""
+
     case: Case
-    bytes: int  # that must be moved: every input read once, the result written once
+    bytes: int  # minimum to be moved: every input read once, the result written once
     gemm_flops: int
-    times: dict[str, list[float]] = field(default_factory=dict)  # seconds a call by contestant, one a round
-    skipped: dict[str, str] = field(default_factory=dict)  # the reason by contestant
-    first_seconds: dict[str, float] = field(default_factory=dict)  # of the first call, that compiles
-    others: float | None = None  # share of the cores that other processes held meanwhile
+    times: dict[str, list[float]] = field(default_factory=dict)  # by contestant: seconds per call, one per round
+    skipped: dict[str, str] = field(default_factory=dict)  # reasons by contestant
+    first_seconds: dict[str, float] = field(default_factory=dict)  # of the first call, which compiles
+    others: float | None = None  # share of the cores that other processes used meanwhile
 
 
 class Entrant:
-    """A contestant with its inputs; `turn()` gives the seconds a call."""
+    """A contestant with its inputs; `turn()` returns the seconds per call."""
 
     def __init__(self, contestant: Contestant, sets: list[tuple], prepared: dict[Callable, list[tuple]]):
         self.contestant = contestant
         if contestant.prepare is None:
             self.arguments = sets
-        else:  # copies are shared by the contestants that want the same
+        else:  # contestants with the same preparation share the copies
             if contestant.prepare not in prepared:
                 prepared[contestant.prepare] = [contestant.prepare(*inputs) for inputs in sets]
             self.arguments = prepared[contestant.prepare]
@@ -71,7 +73,7 @@ class Entrant:
             self.calls(2)
             synchronize()
             call_seconds = math.inf
-            for _ in range(3):  # the shortest: a contestant that starts in cold caches would get fewer calls a turn
+            for _ in range(3):  # the shortest, so that cold caches at the start do not reduce the calls per turn
                 start = time.perf_counter()
                 self.calls(1)
                 synchronize()
@@ -87,27 +89,27 @@ class Entrant:
             return self._graph.turn()
         with self.contestant.context():
             if len(self.arguments) == 1:
-                self.calls(1)  # what the contestant before has put out of the cache comes back
+                self.calls(1)  # reload what the previous contestant has evicted from the caches
             start = time.perf_counter()
             self.calls(self._calls)
             return (time.perf_counter() - start) / self._calls
 
 
 def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds: float) -> Race:
-    """The times of all contestants of a case, once they are seen to agree.
+    """Time all contestants of a case, after checking that their results agree.
 
     Args:
-        case: what to measure.
+        case: the case.
         device: "cpu" or "cuda".
-        cold_bytes: size that the inputs of a contestant must have in all; 0 measures warm.
-        rounds: turns of each contestant.
-        turn_seconds: a turn repeats its call until about so long; 0 calls once.
+        cold_bytes: minimum total size of a contestant's sets of inputs; 0 measures warm.
+        rounds: number of turns of each contestant.
+        turn_seconds: approximate duration of a turn, for which its call is repeated; 0 calls once.
 
     Returns:
         The times of the contestants and of the ceilings.
 
     Raises:
-        RuntimeError: a contestant's result differs from ours.
+        RuntimeError: a contestant's result differs from gafext's.
     """
     sets = [case.inputs()]
     copies = min(math.ceil(cold_bytes / _bytes(sets[0])), _MAX_SETS)
@@ -119,41 +121,42 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
     result = Race(case, bytes=_bytes(sets[0]) + expected.nbytes, gemm_flops=gemm_flops)
     for entrant in others:
         start = time.perf_counter()
-        reason = _why_not(case, entrant, expected)
+        reason = _cannot_run(case, entrant, expected)
         result.first_seconds[entrant.contestant.name] = time.perf_counter() - start
         if reason:
             result.skipped[entrant.contestant.name] = reason
     ceilings = [Entrant(ceiling, sets, prepared) for ceiling in (gemm, _copy(device, result.bytes))]
     for entrant in (ours, *others, *ceilings):
         name = entrant.contestant.name
-        if name not in result.skipped and (reason := _uncalibrated(entrant, turn_seconds, device)):
+        if name not in result.skipped and (reason := _cannot_be_timed(entrant, turn_seconds, device)):
             result.skipped[name] = reason
     entrants = [entrant for entrant in (ours, *others, *ceilings) if entrant.contestant.name not in result.skipped]
     result.times = {entrant.contestant.name: [] for entrant in entrants}
     share_of_others = watch_others()
     shuffle = random.Random(0).sample
     for _ in range(rounds):
-        for entrant in shuffle(entrants, len(entrants)):  # so that nobody always has the same one's caches and clock
+        for entrant in shuffle(entrants, len(entrants)):  # so that the predecessor in the caches varies
             result.times[entrant.contestant.name].append(entrant.turn())
     result.others = share_of_others()
     return result
 
 
 def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
-    """Quartiles of the ratio within a round."""
+    """Return the quartiles of the ratios within a round."""
     return quartiles([a / b for a, b in zip(over, under, strict=True)])
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
 
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:
     return sum(x.nbytes for x in tensors)
 
 
-def _why_not(case: Case, entrant: Entrant, expected: Tensor) -> str:
-    """Why an optional contestant cannot run, or "". A contestant that runs must give our result."""
+def _cannot_run(case: Case, entrant: Entrant, expected: Tensor) -> str:
+    """Return why an optional contestant cannot run, or ""; raise if its result differs from gafext's."""
     name = entrant.contestant.name
     try:
         with warnings.catch_warnings():
@@ -170,8 +173,8 @@ def _why_not(case: Case, entrant: Entrant, expected: Tensor) -> str:
     return ""
 
 
-def _uncalibrated(entrant: Entrant, turn_seconds: float, device: str) -> str:
-    """Why an optional contestant that runs cannot be timed, or "": not everything can be captured in a CUDA graph."""
+def _cannot_be_timed(entrant: Entrant, turn_seconds: float, device: str) -> str:
+    """Return why an optional contestant cannot be timed, or ""; some cannot be captured in a CUDA graph."""
     try:
         entrant.calibrate(turn_seconds, device)
     except RuntimeError as error:
@@ -196,7 +199,7 @@ def _gemm(device: str, dtype: torch.dtype) -> tuple[Contestant, int]:
 
 
 def _copy(device: str, moved: int) -> Contestant:
-    """Half of the bytes read, half written, to pages that are there already."""
+    """Copy half of the bytes to the other half, whose pages are already mapped."""
 
     def prepare(*_: Tensor) -> tuple[Tensor, ...]:
         source = torch.rand(moved // 8, device=device)

@@ -1,4 +1,4 @@
-"""The table and the JSON of `gafext bench`; both show a loss as they show a win."""
+"""Table and JSON of `gafext bench`; both show slower results of gafext in the same way as faster ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gafext.bench.measure import CEILINGS, Race, quartiles, ratio
 
 
 def summary(race: Race, *, mode: str, allocator: str) -> dict:
-    """A race as the JSON holds it; all its ratios follow from its times."""
+    """Convert a race to its JSON object; all ratios follow from the times."""
     case = race.case
     times = {name: [_four_digits(1e3 * seconds) for seconds in values] for name, values in race.times.items()}
     gemm, copy = (times[name] for name in CEILINGS)
@@ -25,7 +25,7 @@ def summary(race: Race, *, mode: str, allocator: str) -> dict:
                 "name": name,
                 "median_ms": median,
                 "quartiles_ms": [first, third],
-                "speedup": speedup,  # of ours over this contestant: the median over the rounds
+                "speedup": speedup,  # gafext's speed over this contestant's: the median over the rounds
                 "speedup_quartiles": [slow, fast],
                 "gflops": _four_digits(1e-6 * case.flops / median),
                 "of_gemm": _four_digits(ratio(gemm, values)[1] * case.flops / race.gemm_flops),
@@ -68,7 +68,7 @@ def heading(op: str, *, place: str) -> str:
 
 
 def rows(summary: dict) -> list[str]:
-    """A line for the shape and one for each contestant."""
+    """Format a race: one line for the shape and one per contestant."""
     ceilings = summary["ceilings"]
     reached = f"{summary['mode']}; gemm {ceilings['gemm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gbps']:.1f} GB/s"
     lines = [f"{summary['shape']}   {summary['where']}   ({reached})"]
@@ -87,7 +87,7 @@ def rows(summary: dict) -> list[str]:
 
 
 def write_json(path: str, environment: dict, races: list[dict], **more: object) -> None:
-    """One race a line, so that a change of one shows as one in version control."""
+    """Write the JSON file with one race per line, so that version control shows which races changed."""
     lines = ",\n  ".join(json.dumps(race) for race in races)
     head = "".join(f' "{name}": {json.dumps(value, indent=1)},\n' for name, value in more.items())
     text = f'{{\n "environment": {json.dumps(environment, indent=1)},\n{head} "races": [\n  {lines}\n ]\n}}\n'

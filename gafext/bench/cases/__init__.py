@@ -1,10 +1,10 @@
-"""The cases of `gafext bench`: every operation at the shapes of the published networks, against PyTorch's forms.
+"""Cases of `gafext bench`: every operation at the shapes of published networks, against PyTorch's implementations.
 
-An opponent is the code that one would write without gafext, in the form that suits it best. Inputs lie in memory as a
-projection leaves them, (B, L, H * D); "contiguous" is given copies in its own layout before the clock starts.
+An opponent is the code that one would write without gafext, in its fastest form. Inputs have the memory layout of a
+projection's results, (B, L, H * D); "contiguous" gets copies in its own layout before the clock starts.
 
-The operations are those of `gafext.ops`. The cases of one are in the file of its name here; an operation without a file
-races its `reference_*` at the inputs of its `example_*`.
+The cases of an operation of `gafext.ops` are in the file of the same name here; an operation without a file is compared
+with its `reference_*` on the inputs of its `example_*`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Case", "Contestant", "cases"]
 
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    """Every case, operation by operation; `compiled` adds the contestants that torch.compile makes."""
+    """Yield all cases, operation by operation; `compiled` adds contestants compiled by torch.compile."""
     for op in ops.__all__:
         if importlib.util.find_spec(f"{__name__}.{op}") is None:
             yield default_case(op, device, dtype, compiled=compiled)
@@ -32,7 +32,7 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
 
 
 def default_case(op: str, device: str, dtype: torch.dtype, *, compiled: bool) -> Case:
-    """The operation `op` against the formula in plain PyTorch, at the inputs that its module gives as an example."""
+    """Build the case of operation `op` against its formula in plain PyTorch, on the example inputs of its module."""
     function = getattr(ops, op)
     module = sys.modules[function.__module__]
     reference, example = (getattr(module, f"{kind}_{op}") for kind in ("reference", "example"))

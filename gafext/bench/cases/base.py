@@ -1,4 +1,4 @@
-"""A case of the benchmark, its contestants, and the forms that several operations share."""
+"""Cases and contestants of the benchmark, and helpers that several operations share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,35 +15,39 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Contestant:
+    """One implementation of an operation."""
+
     name: str
     run: Callable[..., Tensor]
-    prepare: Callable[..., tuple] | None = None  # of the inputs, before the clock starts: copies, packed weights
+    prepare: Callable[..., tuple] | None = None  # converts the inputs before the clock starts: copies, packed weights
     context: Callable[[], AbstractContextManager] = nullcontext  # entered around a turn
-    optional: bool = False  # left out, with its reason, where it cannot run
+    optional: bool = False  # skipped with the reason if it cannot run
     compiled: bool = False  # by torch.compile, in its first call
 
 
 @dataclass(frozen=True)
 class Case:
+    """An operation at one shape, with its contestants."""
+
     op: str
     shape: str
-    where: str
-    bound: str  # "compute" or "memory": which ceiling the table shows
-    flops: int  # of the formula: a multiplication and an addition count two; softmax and gelu none
+    where: str  # the layer of a network with this shape
+    bound: str  # "compute" or "memory": the ceiling in the table
+    flops: int  # of the formula: multiplications and additions, without softmax and gelu
     inputs: Callable[[], tuple[Tensor, ...]]
-    contestants: list[Contestant]  # ours first
-    ours: str = "gafext"  # whom the opponents are compared with
+    contestants: list[Contestant]  # gafext's first
+    ours: str = "gafext"  # the contestant that the others are compared with
 
 
 def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
-    """One shape at a time: what torch.compile makes of known sizes is faster."""
+    """Compile for one shape at a time, because code for known sizes is faster."""
     compiled = torch.compile(run, dynamic=False, fullgraph=True)
     return Contestant(f"{name} compiled", compiled, optional=True, compiled=True)
 
 
-def heads_first(batch: int, length: int, heads: int, head_dim: int, **kind) -> Tensor:
-    """[B,H,L,D] in the memory of [B,L,H*D]."""
-    return torch.randn(batch, length, heads * head_dim, **kind).unflatten(-1, (heads, head_dim)).transpose(1, 2)
+def heads_first(batch: int, length: int, heads: int, head_dim: int, **options: Any) -> Tensor:
+    """Draw random [B,H,L,D] in the memory layout [B,L,H*D]."""
+    return torch.randn(batch, length, heads * head_dim, **options).unflatten(-1, (heads, head_dim)).transpose(1, 2)
 
 
 def contiguous(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -58,7 +63,7 @@ def pack_by_mkl(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
 
 
 def linear_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What Inductor makes of a linear layer whose weights are frozen."""
+    """Apply a linear layer with packed weights, as Inductor does when weights are frozen."""
     return torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x))
 
 

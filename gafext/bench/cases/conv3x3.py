@@ -1,4 +1,4 @@
-"""Cases of the 3×3 convolution: conv2d in both layouts and with packed weights."""
+"""Cases of the 3×3 convolution, against conv2d in both layouts and with packed weights."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ CONV_SHAPES = [
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
     if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
-        for *sizes, where in CONV_SHAPES:
-            yield conv3x3_case(*sizes, where)
+        for shape in CONV_SHAPES:
+            yield conv3x3_case(*shape)
 
 
 def pack_by_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [1, 1], [1, 1], [1, 1], 1, list(x.shape))
-    return x, packed, bias
+    pack = torch._C._nn.mkldnn_reorder_conv2d_weight  # pyright: ignore[reportAttributeAccessIssue]  # not in the stubs
+    return x, pack(weight.to_mkldnn(), [1, 1], [1, 1], [1, 1], 1, list(x.shape)), bias
 
 
 def conv_packed_by_onednn(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """What Inductor makes of a convolution whose weights are frozen."""
+    """Convolve with packed weights, as Inductor does when weights are frozen."""
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
 
 
 def conv3x3_case(batch: int, in_channels: int, out_channels: int, side: int, where: str) -> Case:
-    """torch.compile is no contestant: it calls the same conv2d."""
+    """Build a case; torch.compile is not a contestant, because it calls the same conv2d."""
 
     def inputs() -> tuple[Tensor, ...]:
         weight = torch.randn(out_channels, in_channels, 3, 3) * (9 * in_channels) ** -0.5
@@ -59,7 +59,7 @@ def conv3x3_case(batch: int, in_channels: int, out_channels: int, side: int, whe
         shape=f"{batch},{in_channels}->{out_channels},{side}x{side}",
         where=where,
         bound="compute",
-        flops=2 * 9 * batch * in_channels * out_channels * side * side,  # Winograd's algorithm does a quarter of them
+        flops=2 * 9 * batch * in_channels * out_channels * side * side,  # Winograd's algorithm does a quarter
         inputs=inputs,
         contestants=contestants,
     )

@@ -1,8 +1,9 @@
-"""Cases of attention across views: SDPA with its permutes, and the same formula elementwise."""
+"""Cases of attention across views, against SDPA with permutes and against the formula elementwise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ CROSS_VIEW_SHAPES = [
     (8, 1024, 5, "8 views, 32x32"),
     (16, 256, 10, "16 views, 16x16"),
 ]
-# On GPUs besides those, with two portraits: the halves of guidance.
+# Additional shapes on GPUs, with two portraits: the two passes of guidance.
 GPU_CROSS_VIEW_SHAPES = [
     (views, positions, heads, f"{views} views with guidance")
     for views in (4, 8)
@@ -29,22 +30,22 @@ GPU_CROSS_VIEW_SHAPES = [
 
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    options = {"compiled": compiled, "device": device, "dtype": dtype}
-    for *sizes, where in CROSS_VIEW_SHAPES:
-        yield cross_view_case(*sizes, where, **options)
-    for *sizes, where in GPU_CROSS_VIEW_SHAPES * (device == "cuda"):
-        yield cross_view_case(*sizes, where, portraits=2, **options)
+    options: dict[str, Any] = {"compiled": compiled, "device": device, "dtype": dtype}
+    for shape in CROSS_VIEW_SHAPES:
+        yield cross_view_case(*shape, **options)
+    for shape in GPU_CROSS_VIEW_SHAPES * (device == "cuda"):
+        yield cross_view_case(*shape, portraits=2, **options)
 
 
 def cross_view_elementwise(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> Tensor:
-    """Products and sums over broadcast pairs of views: no copies, and the form that torch.compile fuses best."""
+    """Compute products and sums over broadcast pairs of views: no copies, and torch.compile fuses it best."""
     query, key, value = (x.unflatten(0, (-1, num_views)) for x in (query, key, value))
     weights = ((query[:, :, None] * key[:, None]).sum(-1, keepdim=True) * query.shape[-1] ** -0.5).softmax(2)
     return (weights * value[:, None]).sum(2).flatten(0, 1)
 
 
 def cross_view_case(
-    views: int, positions: int, heads: int, where: str, *, portraits: int = 1, compiled: bool, **kind
+    views: int, positions: int, heads: int, where: str, *, portraits: int = 1, compiled: bool, **options: Any
 ) -> Case:
     forms = {"sdpa": sdpa_cross_view_attention, "elementwise": cross_view_elementwise}
 
@@ -62,6 +63,6 @@ def cross_view_case(
         where=where,
         bound="memory",
         flops=4 * portraits * views * views * heads * positions * 64,
-        inputs=lambda: tuple(heads_first(portraits * views, positions, heads, 64, **kind) for _ in range(3)),
+        inputs=lambda: tuple(heads_first(portraits * views, positions, heads, 64, **options) for _ in range(3)),
         contestants=contestants,
     )

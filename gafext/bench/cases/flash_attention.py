@@ -1,8 +1,9 @@
-"""Cases of flash attention: SDPA by every backend of PyTorch."""
+"""Cases of flash attention, against every backend of PyTorch's SDPA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ ATTENTION_SHAPES = [
     (4, 8, 256, 256, 128, "other heads"),
     (4, 8, 256, 256, 160, "heads of Stable Diffusion 1, inner stages"),
 ]
-# On GPUs besides those.
+# Additional shapes on GPUs.
 GPU_ATTENTION_SHAPES = [
     *((8, 8, n, n, width, "64 heads in all") for width in (40, 64, 80, 160) for n in (64, 256, 1024, 4096)),
     *((8, 8, n, n, 128, "64 heads in all") for n in (1024, 4096)),
@@ -48,8 +49,8 @@ GPU_ATTENTION_SHAPES = [
 
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    for *sizes, where in ATTENTION_SHAPES + GPU_ATTENTION_SHAPES * (device == "cuda"):
-        yield attention_case(*sizes, where, compiled=compiled, device=device, dtype=dtype)
+    for shape in ATTENTION_SHAPES + GPU_ATTENTION_SHAPES * (device == "cuda"):
+        yield attention_case(*shape, compiled=compiled, device=device, dtype=dtype)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -57,18 +58,18 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def rows_last(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As the projection that follows wants it, [B,L,H,D]: a backend that gives [B,H,L,D] pays for the copy."""
+    """Wrap an attention to return contiguous [B,L,H,D] for the next projection; other layouts are timed with a copy."""
     return lambda query, key, value: attention(query, key, value).transpose(1, 2).contiguous()
 
 
 def attention_case(
-    batch: int, heads: int, queries: int, keys: int, head_dim: int, where: str, *, compiled: bool, device: str, **kind
+    batch: int, heads: int, queries: int, keys: int, head_dim: int, where: str, *, compiled: bool, **options: Any
 ) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         lengths = (queries, keys, keys)
-        return tuple(heads_first(batch, length, heads, head_dim, device=device, **kind) for length in lengths)
+        return tuple(heads_first(batch, length, heads, head_dim, **options) for length in lengths)
 
-    contestants = attention_on_gpu() if device == "cuda" else attention_on_cpu(compiled=compiled)
+    contestants = attention_on_gpu() if options["device"] == "cuda" else attention_on_cpu(compiled=compiled)
     return Case(
         op="flash_attention",
         shape=f"{batch},{heads},{queries}x{keys},{head_dim}",
@@ -81,8 +82,8 @@ def attention_case(
 
 
 def attention_on_cpu(*, compiled: bool) -> list[Contestant]:
-    # SDPA compiled is SDPA again, behind a guard. torch.compile(flex_attention), the form that Inductor writes itself,
-    # took 1.25 times as long as that on the CPU (4,5,1024x1024,64).
+    # Compiled SDPA is SDPA behind a guard. torch.compile(flex_attention), which Inductor generates itself, took 1.25
+    # times as long on the CPU (4,5,1024x1024,64).
     return [
         Contestant("gafext", flash_attention),
         Contestant("sdpa", sdpa),
@@ -93,10 +94,10 @@ def attention_on_cpu(*, compiled: bool) -> list[Contestant]:
 
 
 def attention_on_gpu() -> list[Contestant]:
-    """Each of PyTorch's backends by itself, and what it chooses; from (B,L,H*D) to (B,L,H*D).
+    """List each of PyTorch's backends, and PyTorch's choice; from (B,L,H*D) to (B,L,H*D).
 
-    "gafext kernel" is the kernel also where `flash_attention` hands over to PyTorch. "sdpa contiguous" gets and gives
-    (B,H,L,D), the layout that SDPA is documented for, with no copy counted.
+    "gafext kernel" is the kernel even if `flash_attention` falls back to PyTorch. "sdpa contiguous" takes and returns
+    (B,H,L,D), SDPA's documented layout, without timing a copy.
     """
     backends = {
         "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -1,8 +1,9 @@
-"""Cases of GEGLU: linear, chunk and gelu."""
+"""Cases of GEGLU, against linear, chunk and gelu."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ GEGLU_SHAPES = [
     (1024, 640, "4 views, 16x16"),
     (256, 1280, "4 views, 8x8"),
 ]
-# On GPUs besides those.
+# Additional shapes on GPUs.
 GPU_GEGLU_SHAPES = [(2 * rows, channels, f"{where}, with guidance") for rows, channels, where in GEGLU_SHAPES]
 
 
@@ -27,8 +28,8 @@ def shapes(device: str) -> list[tuple[int, int, str]]:
 
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    for *sizes, where in shapes(device):
-        yield geglu_case(*sizes, where, compiled=compiled, device=device, dtype=dtype)
+    for shape in shapes(device):
+        yield geglu_case(*shape, compiled=compiled, device=device, dtype=dtype)
 
 
 def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -36,15 +37,15 @@ def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor)
     return value * F.gelu(gate)
 
 
-def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) -> Case:
+def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **options: Any) -> Case:
     def inputs() -> tuple[Tensor, ...]:
-        weight = torch.randn(8 * channels, channels, **kind) * channels**-0.5
-        return torch.randn(rows, channels, **kind), weight, torch.randn(8 * channels, **kind)
+        weight = torch.randn(8 * channels, channels, **options) * channels**-0.5
+        return torch.randn(rows, channels, **options), weight, torch.randn(8 * channels, **options)
 
     contestants = [Contestant("gafext", geglu), Contestant("eager", reference_geglu)]
     if compiled:
         contestants.append(compiled_form("eager", reference_geglu))
-    if kind["device"] == "cpu" and kind["dtype"] == torch.float32 and torch.backends.mkl.is_available():
+    if options["device"] == "cpu" and options["dtype"] == torch.float32 and torch.backends.mkl.is_available():
         contestants.append(Contestant("eager packed by MKL", geglu_packed_by_mkl, prepare=pack_by_mkl))
     return Case(
         op="geglu",

@@ -1,8 +1,9 @@
-"""Cases of GEGLU's gate, at the shapes of GEGLU: chunk and gelu."""
+"""Cases of GEGLU's gate at the shapes of GEGLU, against chunk and gelu."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -13,11 +14,11 @@ from gafext.ops.geglu import reference_geglu_gate
 
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    for *sizes, where in geglu.shapes(device):
-        yield geglu_gate_case(*sizes, where, compiled=compiled, device=device, dtype=dtype)
+    for shape in geglu.shapes(device):
+        yield geglu_gate_case(*shape, compiled=compiled, device=device, dtype=dtype)
 
 
-def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **kind) -> Case:
+def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **options: Any) -> Case:
     inner = 4 * channels
     contestants = [Contestant("gafext", geglu_gate), Contestant("eager", reference_geglu_gate)]
     if compiled:
@@ -28,6 +29,6 @@ def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **k
         where=where,
         bound="memory",
         flops=rows * inner,
-        inputs=lambda: (torch.randn(rows, 2 * inner, **kind),),
+        inputs=lambda: (torch.randn(rows, 2 * inner, **options),),
         contestants=contestants,
     )

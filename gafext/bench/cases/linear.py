@@ -1,4 +1,4 @@
-"""Cases of linear layers: PyTorch's linear, also with packed weights."""
+"""Cases of linear layers, against PyTorch's linear with plain and with packed weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LINEAR_SHAPES = [
 
 def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
     if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
-        for *sizes, where in LINEAR_SHAPES:
-            yield linear_case(*sizes, where)
+        for shape in LINEAR_SHAPES:
+            yield linear_case(*shape)
 
 
 def linear_case(rows: int, in_features: int, out_features: int, where: str) -> Case:
-    """torch.compile is no contestant: it calls the same linear."""
+    """Build a case; torch.compile is not a contestant, because it calls the same linear."""
 
     def inputs() -> tuple[Tensor, ...]:
         weight = torch.randn(out_features, in_features) * in_features**-0.5
