@@ -36,9 +36,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="gafext",
-        description="Generate several consistent views of a head from one portrait.",
-        epilog=EXIT_CODES,
+        prog="gafext", description="Generate several consistent views of a head from one portrait.", epilog=EXIT_CODES
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
@@ -62,33 +60,20 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add = generate.add_argument
     add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
-    add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
+    add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--lora", metavar="FILE", help="LoRA file to merge into the U-Net")
     add("--lora-scale", type=float, metavar="S", help="weight of the LoRA; default: 1")
-    add(
-        "--ip-adapter",
-        metavar="FILE",
-        help="IP-Adapter file, plain or Plus, for a U-Net without image attention",
-    )
+    add("--ip-adapter", metavar="FILE", help="IP-Adapter file, plain or Plus, for a U-Net without image attention")
     add("--ip-adapter-scale", type=float, metavar="S", help="weight of the IP-Adapter; default: 1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
     add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000; default: 50")
-    add(
-        "--guidance",
-        type=float,
-        metavar="G",
-        help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5",
-    )
+    add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
     add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
     add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: 0")
-    add(
-        "--cameras",
-        metavar="FILE",
-        help="transforms_train.json with the cameras to use instead of an orbit",
-    )
+    add("--cameras", metavar="FILE", help="transforms_train.json with the cameras to use instead of an orbit")
     add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
     add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
     add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
@@ -108,12 +93,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         default="float32",
         help="dtype of weights and activations; int8: only the U-Net's linear layers, on a CPU; default: float32",
     )
-    add(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="backend of attention and GEGLU; default: auto",
-    )
+    add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
     add("--quiet", action="store_true", help="no progress bar and no summary")
 
 
@@ -134,7 +114,7 @@ def _add_assemble(commands: argparse._SubParsersAction) -> None:
     add("--ip-adapter", metavar="FILE", help="IP-Adapter file to use for image attention instead of new layers")
     add("--trained", metavar="FILE", help="state dict of a trained GAF-style U-Net to load into the result")
     add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers per camera; default: 12")
-    add("--variant", metavar="NAME", help='"fp16" reads the weight files that carry it in their name')
+    add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--dtype", choices=_DTYPES, default="float32", help="dtype of the weights written; default: float32")
     add("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
 
@@ -360,12 +340,7 @@ def _info(args: argparse.Namespace) -> int:
     devices = ["cpu"] + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")
-    info = {
-        "versions": versions(),
-        "devices": devices,
-        "threads": torch.get_num_threads(),
-        "build": _C.build_info(),
-    }
+    info = {"versions": versions(), "devices": devices, "threads": torch.get_num_threads(), "build": _C.build_info()}
     if args.json:
         print(json.dumps(info, indent=2))
         return 0

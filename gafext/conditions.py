@@ -92,10 +92,8 @@ def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor
     ).float()
     if frames > run.num_views:
         output = output.unflatten(0, (-1, frames))[:, : run.num_views].flatten(0, 1)
-    if conditions.passes == 1:
-        return output
-    unconditional, conditional = output.chunk(2)
-    return guide(unconditional, conditional, run.guidance_scale)
+    predictions = output.chunk(conditions.passes)
+    return guide(predictions[0], predictions[1], run.guidance_scale) if conditions.passes == 2 else output
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +63,7 @@ def assemble(
     Raises:
         CheckpointError: a file is missing or damaged, or the components do not fit together.
     """
-    parent = Path(parent)
-    options: dict[str, Any] = {"dtype": dtype, "variant": variant}
+    parent, options = Path(parent), {"dtype": dtype, "variant": variant}
     if parent.is_dir():
         unet = MultiViewUNet.from_pretrained(parent / "unet", **options)
         vae = AutoencoderKL.from_pretrained(parent / "vae", **options)

@@ -71,7 +71,7 @@ def load_parts(
             raise CheckpointError(f"{index_path}: expected a {name}, got null")
         if not has(name):
             raise CheckpointNotFoundError(f"{folder / name}: no such folder")
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "variant": variant}
+    options = {"dtype": dtype, "device": device, "variant": variant}
     unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
     family = family_of(unet.config)
     guidance_scale = index.get("guidance_scale", family.guidance_scale)
