@@ -15,6 +15,8 @@
 // The interpolation points are 0, +-5/8, +-3/2 and infinity. With the usual 0, +-1, +-2 the error is twice as large;
 // with these it is that of oneDNN's direct convolution in channels-last memory, and three times that of its blocked
 // one: 1e-5 at most for results of unit scale.
+#include "../ops/conv3x3.h"
+
 #include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {

@@ -29,6 +29,8 @@
 // out = query + key + value in one sweep is only 1 to 7% faster: the arithmetic, a third to a half of the time when all
 // is in L1, hides behind the memory. For V >= 6 it shows. Packing Q, K and V first took twice the time. Non-temporal
 // stores make the kernel 1.2 times faster, but the kernel and a pass over its result 3 to 5% slower.
+#include "../ops/cross_view_attention.h"
+
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {

@@ -4,6 +4,7 @@
 // registers while a loop runs over what is summed.
 #pragma once
 
+#include "../ops/flash_attention.h"
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {

@@ -7,6 +7,8 @@
 //
 // and after the last step out = value * gelu(gate). Transposing takes 16 shuffles a vector of weights, once in a block
 // of rows, which is 3 % of the time for 500 rows.
+#include "../ops/geglu.h"
+
 #include "geglu_amx.h"
 #include "gemm.h"
 

@@ -4,6 +4,7 @@
 // with 64.
 #pragma once
 
+#include "../ops/geglu.h"
 #include "linear_amx.h"
 
 #if defined(__AMX_BF16__)

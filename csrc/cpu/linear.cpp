@@ -1,4 +1,6 @@
 // A linear layer, where AMX tiles multiply float32 faster than sgemm.
+#include "../ops/linear.h"
+
 #include "linear_amx.h"
 
 namespace gafext::GAFEXT_ISA {

@@ -9,8 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../ops.h"
-
 #ifdef GAFEXT_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -155,59 +153,5 @@ void release_freed_memory() {
   malloc_trim(0);
 #endif
 }
-
-// Each operation hands over to the copy of its kernel that was compiled for this processor.
-
-#define GAFEXT_DECLARE_KERNELS                                   \
-  void flash_attention(const FlashAttentionArgs& args);          \
-  void cross_view_attention(const CrossViewAttentionArgs& args); \
-  void geglu(const GegluArgs& args);                             \
-  bool linear(const LinearArgs& args);                           \
-  void geglu_gate(const GegluGateArgs& args);                    \
-  void conv3x3(const Conv3x3Args& args);
-
-namespace portable {
-GAFEXT_DECLARE_KERNELS
-}
-
-#ifdef GAFEXT_X86
-namespace avx2 {
-GAFEXT_DECLARE_KERNELS
-}
-namespace avx512 {
-GAFEXT_DECLARE_KERNELS
-}
-#ifdef GAFEXT_AMX
-namespace amx {
-GAFEXT_DECLARE_KERNELS
-}
-#else
-namespace amx = avx512;
-#endif
-
-template <typename Kernel>
-static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512, Kernel amx) {
-  switch (instruction_set()) {
-    case InstructionSet::kAmx:
-      return amx;
-    case InstructionSet::kAvx512:
-      return avx512;
-    case InstructionSet::kAvx2:
-      return avx2;
-    default:
-      return portable;
-  }
-}
-#define GAFEXT_KERNEL(op) pick(&portable::op, &avx2::op, &avx512::op, &amx::op)
-#else
-#define GAFEXT_KERNEL(op) (&portable::op)
-#endif
-
-void flash_attention_cpu(const FlashAttentionArgs& args) { GAFEXT_KERNEL(flash_attention)(args); }
-void cross_view_attention_cpu(const CrossViewAttentionArgs& args) { GAFEXT_KERNEL(cross_view_attention)(args); }
-void geglu_cpu(const GegluArgs& args) { GAFEXT_KERNEL(geglu)(args); }
-bool linear_cpu(const LinearArgs& args) { return GAFEXT_KERNEL(linear)(args); }
-void geglu_gate_cpu(const GegluGateArgs& args) { GAFEXT_KERNEL(geglu_gate)(args); }
-void conv3x3_cpu(const Conv3x3Args& args) { GAFEXT_KERNEL(conv3x3)(args); }
 
 }  // namespace gafext

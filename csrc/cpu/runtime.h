@@ -8,7 +8,7 @@
 
 namespace gafext {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx };  // kAmx: AVX-512 and AMX tiles
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx };  // in dispatch.h's order; kAmx: AVX-512 and AMX tiles
 
 // The one that kernels run with: the best that this processor has, or the one that the environment variable
 // GAFEXT_INSTRUCTION_SET names (portable, avx2, avx512, amx). Throws std::runtime_error if that is unknown or

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../ops.h"
+#include "../types.h"
 #include "runtime.h"
 
 #if defined(__AVX2__)
