@@ -95,6 +95,13 @@ inline void check_weight_and_bias(const char* op, const Tensor& x, const Tensor&
   if (bias) check_same_kind(op, {"x", x}, {"bias", *bias});
 }
 
+inline void check_equal_shape(const char* op, const Named& first, const Named& other) {
+  bool equal = first.tensor.dim() == other.tensor.dim();
+  for (int64_t i = 0; equal && i < first.tensor.dim(); ++i) equal = first.tensor.size(i) == other.tensor.size(i);
+  require(equal, op, ": ", other.name, " must have the shape of ", first.name, ", ", shape_of(first.tensor), ", got ",
+          shape_of(other.tensor));
+}
+
 inline void check_channels_last(const char* op, const Tensor& x) {
   require(x.size(1) == 1 || x.stride(1) == 1, op, ": x must be channels-last, got a stride of ", x.stride(1),
           " from channel to channel");

@@ -12,13 +12,6 @@ inline void check_heads_shape(const char* op, const Named& named) {
           shape_of(named.tensor));
 }
 
-inline void check_equal_shape(const char* op, const Named& first, const Named& other) {
-  bool equal = first.tensor.dim() == other.tensor.dim();
-  for (int64_t i = 0; equal && i < first.tensor.dim(); ++i) equal = first.tensor.size(i) == other.tensor.size(i);
-  require(equal, op, ": ", other.name, " must have the shape of ", first.name, ", ", shape_of(first.tensor), ", got ",
-          shape_of(other.tensor));
-}
-
 // What the kernels cannot serve. unsupported_reasons() gives the same reasons, for which the Python functions fall back
 // to PyTorch before they call this.
 inline DType check_supported_heads(const char* op, const Named& query, const Named& key, const Named& value,

@@ -169,13 +169,13 @@ void transform_weights(const Conv3x3Args& args, int64_t channel, int64_t depth, 
 }
 
 // products (+)= the 36 matrix products of one step. `next` are the weights of the step after it.
-void multiply_step(const Plan& plan, const float* input, int64_t tiles, int64_t depth, bool first, Prefetcher next,
-                   const Scratch& scratch) {
+void multiply_slice(const Plan& plan, const float* input, int64_t tiles, int64_t depth, bool first, Prefetcher next,
+                    const Scratch& scratch) {
   for (int64_t point = 0; point < kPoints; ++point) {
     for (int64_t panel = 0; panel < kColumns; panel += kPanel) {
       const float* weight = scratch.weight + point * kPointStride + panel * kDepth;
       for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
-        next.step();
+        next.fetch();
         multiply_rows(min_of(kTileRows, tiles - tile), input + (point * plan.block + tile) * kDepth, kDepth, weight,
                       depth, scratch.products + (point * plan.block + tile) * kColumns + panel, kColumns, !first);
       }
@@ -226,7 +226,7 @@ void convolve(const Conv3x3Args& args, const Plan& plan, const float* input, int
     const Prefetcher next(args.weight + (column * args.in_channels + after) * kTaps,
                           args.in_channels * kTaps * sizeof(float), count,
                           min_of(kDepth, args.in_channels - after) * kTaps * sizeof(float), calls);
-    multiply_step(plan, input + channel * kPoints * plan.block, tiles, depth, channel == 0, next, scratch);
+    multiply_slice(plan, input + channel * kPoints * plan.block, tiles, depth, channel == 0, next, scratch);
   }
   for (int64_t tile = 0; tile < tiles; ++tile) write_tile(args, plan, first + tile, tile, column, count, scratch);
 }

@@ -67,7 +67,7 @@ struct Place {
 };
 
 // Counts through the groups of queries of one (position, head) after the other.
-struct Step {
+struct QueryGroup {
   int64_t unit = 0, first_query = 0;
 
   void advance(int64_t views) {
@@ -210,15 +210,15 @@ template <int kViews, int kHeadDim, typename T>
 void attend_run(const CrossViewAttentionArgs& args, int64_t begin, int64_t end) {
   constexpr int kMost = kViews > 0 ? kViews : kMaxViews;
   const int64_t views = kViews > 0 ? kViews : args.views, head_dim = kHeadDim > 0 ? kHeadDim : args.head_dim;
-  const int64_t steps = (end - begin) * ceil_div(views, kTileQueries);
+  const int64_t groups = (end - begin) * ceil_div(views, kTileQueries);
   constexpr int kKept = 4;  // units: the one before, this one, the next; a power of 2
   Rows<T, kMost> rows[kKept];
   alignas(64) float weights[2][ceil_div(kMost, kQuad) * kLanes];
   Place place(args, begin);
   find_rows(rows[0], args, place, views);
-  Step weighed, combined;
-  for (int64_t step = 0; step <= steps; ++step) {
-    if (step < steps) {
+  QueryGroup weighed, combined;
+  for (int64_t group = 0; group <= groups; ++group) {
+    if (group < groups) {
       const int64_t first_query = weighed.first_query;
       const Rows<T, kMost>& here = rows[weighed.unit % kKept];
       Rows<T, kMost>& next = rows[(weighed.unit + 1) % kKept];
@@ -226,12 +226,12 @@ void attend_run(const CrossViewAttentionArgs& args, int64_t begin, int64_t end) 
         place.advance(args);
         find_rows(next, args, place, views);
       }
-      weigh(here, views, head_dim, first_query, args.scale, weights[step % 2]);
+      weigh(here, views, head_dim, first_query, args.scale, weights[group % 2]);
       prefetch(here, next, first_query, min_of(first_query + kTileQueries, views), head_dim);
       weighed.advance(views);
     }
-    if (step > 0) {
-      combine_columns(rows[combined.unit % kKept], views, head_dim, combined.first_query, weights[(step - 1) % 2]);
+    if (group > 0) {
+      combine_columns(rows[combined.unit % kKept], views, head_dim, combined.first_query, weights[(group - 1) % 2]);
       combined.advance(views);
     }
   }

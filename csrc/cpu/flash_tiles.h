@@ -105,21 +105,21 @@ GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t 
 template <int Rows, int Width>
 void score_panel(const float* query, const float* keys, int64_t head_dim, int64_t count, int64_t diagonal,
                  float* scores, Vec* highest, RowsAhead& ahead) {
-  constexpr int kStep = 4;  // multiply-adds of a row for each row ahead; 2 stall it
+  constexpr int kUnroll = 4;  // multiply-adds of a row for each row ahead; 2 stall it
   constexpr int kPanel = Width * kLanes;
   RowStream* waiting = &ahead.next_queries;
   RowStream stream = *waiting;
 
   Vec tile[Rows][Width] = {};
   int64_t d = 0;
-  for (; d + kStep <= head_dim; d += kStep) {
+  for (; d + kUnroll <= head_dim; d += kUnroll) {
     while (stream.count == 0) {
       waiting->count = 0;
       stream = *++waiting;
     }
     stream.fetch_one();
     GAFEXT_UNROLL
-    for (int i = 0; i < kStep; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
+    for (int i = 0; i < kUnroll; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
   }
   for (; d < head_dim; ++d) add_product<kQueryStride>(tile, query + d, keys + d * kPanel);
   *waiting = stream;
@@ -137,24 +137,25 @@ void score_panel(const float* query, const float* keys, int64_t head_dim, int64_
   }
 }
 
-// out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] past[r, :]) for one panel of columns, without the
-// past where that is null.
+// out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] accumulator[r, :]) for one panel of columns, without the
+// accumulator where that is null.
 template <int Rows, int Width>
-void value_panel(const float* weights, const float* values, int64_t value_stride, int64_t keys, const float* past,
-                 int64_t past_stride, const float* alpha, const float* factor, float* out, int64_t out_stride) {
-  constexpr int kStep = 4;
+void value_panel(const float* weights, const float* values, int64_t value_stride, int64_t keys,
+                 const float* accumulator, int64_t accumulator_stride, const float* alpha, const float* factor,
+                 float* out, int64_t out_stride) {
+  constexpr int kUnroll = 4;
   Vec tile[Rows][Width] = {};
   int64_t j = 0;
-  for (; j + kStep <= keys; j += kStep) {
+  for (; j + kUnroll <= keys; j += kUnroll) {
     GAFEXT_UNROLL
-    for (int i = 0; i < kStep; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * value_stride);
+    for (int i = 0; i < kUnroll; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * value_stride);
   }
   for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * value_stride);
-  if (past != nullptr) {
+  if (accumulator != nullptr) {
     GAFEXT_UNROLL
     for (int r = 0; r < Rows; ++r) {
       GAFEXT_UNROLL
-      for (int c = 0; c < Width; ++c) tile[r][c] += load(past + r * past_stride + c * kLanes) * alpha[r];
+      for (int c = 0; c < Width; ++c) tile[r][c] += load(accumulator + r * accumulator_stride + c * kLanes) * alpha[r];
     }
   }
   GAFEXT_UNROLL

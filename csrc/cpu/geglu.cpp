@@ -9,7 +9,7 @@
 // of rows, which is 3 % of the time for 500 rows.
 #include "../ops/geglu.h"
 
-#include "geglu_amx.h"
+#include "amx/geglu.h"
 #include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -72,7 +72,7 @@ void pack_bias(const GegluArgs& args, const Unit& unit, float* to) {
 
 // sums (+)= x W^T over features [k, k + depth).
 template <typename T>
-void multiply_step(const GegluArgs& args, const Unit& unit, int64_t k, int64_t depth, const Scratch& scratch) {
+void multiply_slice(const GegluArgs& args, const Unit& unit, int64_t k, int64_t depth, const Scratch& scratch) {
   const T *x = static_cast<const T*>(args.x) + unit.row * args.x_stride + k,
           *weight = static_cast<const T*>(args.weight);
   const int64_t after = min_of(kDepth, args.in_features - k - depth), calls = ceil_div(unit.rows, kTileRows);
@@ -83,8 +83,8 @@ void multiply_step(const GegluArgs& args, const Unit& unit, int64_t k, int64_t d
   }
   for (int64_t r = 0; r < unit.rows; r += kTileRows) {
     const int64_t rows = min_of(kTileRows, unit.rows - r);
-    next[0].step();
-    next[1].step();
+    next[0].fetch();
+    next[1].fetch();
     if constexpr (sizeof(T) == sizeof(float)) {
       multiply_rows(rows, x + r * args.x_stride, args.x_stride, scratch.weight, depth, scratch.sums + r * kPanel,
                     kPanel, k > 0);
@@ -117,7 +117,7 @@ void project(const GegluArgs& args, const Unit& unit, const Scratch& scratch) {
   for (int64_t k = 0; k < args.in_features; k += kDepth) {
     const int64_t depth = min_of(kDepth, args.in_features - k);
     pack_weight<T>(args, unit, k, depth, scratch.weight);
-    multiply_step<T>(args, unit, k, depth, scratch);
+    multiply_slice<T>(args, unit, k, depth, scratch);
   }
   write_gated<T>(args, unit, scratch);
 }

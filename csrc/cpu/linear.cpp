@@ -1,7 +1,7 @@
 // A linear layer, where AMX tiles multiply float32 faster than sgemm.
 #include "../ops/linear.h"
 
-#include "linear_amx.h"
+#include "amx/linear.h"
 
 namespace gafext::GAFEXT_ISA {
 #if defined(__AMX_BF16__)
@@ -35,10 +35,10 @@ struct PlainColumns {
 }  // namespace
 
 bool linear(const LinearArgs& args) {
-  using Product = SplitLinear<float, PlainColumns>;
+  using Product = AmxLinear<float, PlainColumns>;
   if (args.rows * args.in_features * args.out_features == 0) return false;
-  const SplitOperands<float> operands{args.x,           args.weight,   args.rows,
-                                      args.in_features, args.x_stride, args.weight_stride};
+  const LinearOperands<float> operands{args.x,           args.weight,   args.rows,
+                                       args.in_features, args.x_stride, args.weight_stride};
   return Product(operands, PlainColumns{args}).run();
 }
 

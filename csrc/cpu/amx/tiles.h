@@ -19,7 +19,7 @@
 // AMX takes subnormal numbers for zero, and hi of a huge number overflows: `Range` says when to fall back.
 #pragma once
 
-#include "vector.h"
+#include "../vector.h"
 
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
@@ -29,15 +29,15 @@ namespace gafext::GAFEXT_ISA {
 constexpr int64_t kTileSide = 16, kTileDepth = 32, kTileWords = kTileSide * kTileSide;
 constexpr int64_t kBlock = 2 * kTileSide;  // rows and columns of a product
 
-constexpr int kTerms = 3;  // of a float32
+constexpr int kFloat32Terms = 3;  // of a float32
 template <typename T>
-constexpr int kTermsOf = kTerms;
+constexpr int kTermsOf = kFloat32Terms;
 template <>
 constexpr int kTermsOf<Float16> = 2;
 template <>
 constexpr int kTermsOf<BFloat16> = 1;
 constexpr int64_t step_words(int terms) { return terms * kTileWords; }
-constexpr int64_t kStepWords = step_words(kTerms);
+constexpr int64_t kStepWords = step_words(kFloat32Terms);
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_line = 0, reserved[14] = {};
@@ -160,7 +160,7 @@ inline void copy_down(uint32_t* to, const BFloat16* from, int64_t stride, int64_
 }
 
 // A strip of the left operand: `rows` <= 16 rows of `depth` numbers times `factor`; what is missing is zero.
-template <int Terms = kTerms, typename T>
+template <int Terms = kFloat32Terms, typename T>
 void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64_t depth, float factor, Range& range) {
   if constexpr (Terms == 1) return copy_rows(to, from, stride, rows, depth, range);
   for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
@@ -174,7 +174,7 @@ void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64
 }
 
 // A strip of the right operand: its columns are `columns` <= 16 rows of `depth` numbers.
-template <int Terms = kTerms, typename T>
+template <int Terms = kFloat32Terms, typename T>
 void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns, int64_t depth, Range& range) {
   if constexpr (Terms == 1) return copy_columns(to, from, stride, columns, depth, range);
   for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
@@ -192,7 +192,7 @@ void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns,
 }
 
 // A strip of the right operand: `columns` of up to 16 columns of [depth, stride].
-template <int Terms = kTerms, typename T>
+template <int Terms = kFloat32Terms, typename T>
 void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int64_t columns, Range& range) {
   if constexpr (Terms == 1) return copy_down(to, from, stride, depth, columns, range);
   for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
@@ -204,7 +204,7 @@ void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int6
   }
 }
 
-struct NothingAside {
+struct NoVectorWork {
   void operator()() const {}
 };
 
@@ -235,13 +235,13 @@ class Spread {
 template <int Terms>
 class TermProducts {
  public:
-  static constexpr int64_t kTurns = Terms * (Terms + 1) / 2;  // calls of aside() in a step
+  static constexpr int64_t kTurns = Terms * (Terms + 1) / 2;  // calls of vector_work() in a step
 
   // to = the product, but not before the next call or finish(); of one column strip, its right half is zeros. Vector
-  // work in aside(), between tile products, takes no time of its own as long as it is the shorter part.
-  template <int Columns, typename Aside>
+  // work in vector_work(), between tile products, takes no time of its own as long as it is the shorter part.
+  template <int Columns, typename VectorWork>
   GAFEXT_INLINE void multiply(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip,
-                              int64_t steps, float* to, int64_t to_stride, Aside& aside) {
+                              int64_t steps, float* to, int64_t to_stride, VectorWork& vector_work) {
     __asm__ volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
     const auto load_left = [&](int term) __attribute__((always_inline)) {
       _tile_loadd(4, left + term * kTileWords, 64);
@@ -259,17 +259,17 @@ class TermProducts {
     };
     load_left(0), load_right(Terms - 1), store_and_begin<Columns>();
     for (int64_t s = 0;; load_left(0), load_right(Terms - 1), add_products()) {
-      aside();
+      vector_work();
       if constexpr (Terms == 2) {
-        load_right(0), add_products(), aside();
-        load_left(1), add_products(), aside();
+        load_right(0), add_products(), vector_work();
+        load_left(1), add_products(), vector_work();
       }
       if constexpr (Terms == 3) {
-        load_right(1), add_products(), aside();
-        load_left(1), add_products(), aside();
-        load_right(0), add_products(), aside();
-        load_left(2), add_products(), aside();
-        load_left(0), add_products(), aside();
+        load_right(1), add_products(), vector_work();
+        load_left(1), add_products(), vector_work();
+        load_right(0), add_products(), vector_work();
+        load_left(2), add_products(), vector_work();
+        load_left(0), add_products(), vector_work();
       }
       if (++s == steps) break;
       left += step_words(Terms), right += step_words(Terms);
@@ -310,7 +310,7 @@ class TermProducts {
   float* unsaved_ = nullptr;
   int64_t line_ = 0;
 };
-using TileProducts = TermProducts<kTerms>;
+using TileProducts = TermProducts<kFloat32Terms>;
 
 }  // namespace gafext::GAFEXT_ISA
 #endif

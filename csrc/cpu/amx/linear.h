@@ -1,4 +1,4 @@
-// Linear layers on AMX tiles (amx.h): f(x weight^T), where `Layer` says which rows of the weight make up the 32 columns
+// Linear layers on AMX tiles (tiles.h): f(x weight^T), where `Layer` says which rows of the weight make up the 32 columns
 // of a tile of the product, and what becomes of its sums.
 //
 //   shared   the operand with fewer rows, x or the weight: split once          [pairs, steps], 6 bytes a number, in L3
@@ -17,14 +17,14 @@
 // 1280, where the weights come from memory. Prefetching them during the products before cost 5 to 20 %.
 #pragma once
 
-#include "amx.h"
+#include "tiles.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
 namespace {
 
 template <typename T>
-struct SplitOperands {
+struct LinearOperands {
   const T *x, *weight;
   int64_t rows, in_features, x_stride, weight_stride;
 };
@@ -35,9 +35,9 @@ struct WeightRows {
 };
 
 template <typename T, typename Layer>
-class SplitLinear {
+class AmxLinear {
  public:
-  SplitLinear(const SplitOperands<T>& operands, const Layer& layer)
+  AmxLinear(const LinearOperands<T>& operands, const Layer& layer)
       : of_(operands), layer_(layer), steps_(ceil_div(operands.in_features, kTileDepth)) {
     const int64_t row_pairs = ceil_div(of_.rows, kBlock);
     weight_is_shared_ = layer.tiles() < row_pairs;
@@ -136,8 +136,8 @@ class SplitLinear {
       for (int64_t q = begin; q < end; ++q) {
         const uint32_t* shared = shared_ + q * pair_words(steps_) + step * kStepWords;
         for (int64_t p = 0; p < panel.pairs; ++p) {
-          Spread aside{take_up, 0, made.chain == nullptr ? 0 : kPieces, steps * TileProducts::kTurns};
-          multiply_pairs(own + p * pair_words(steps), shared, steps, chain, products, aside);
+          Spread vector_work{take_up, 0, made.chain == nullptr ? 0 : kPieces, steps * TileProducts::kTurns};
+          multiply_pairs(own + p * pair_words(steps), shared, steps, chain, products, vector_work);
           made = {panel.first + p, first + q, chain, sums, step == 0, step + steps == steps_};
           if (chunk_ < steps_) sums += kBlock * kBlock;
         }
@@ -147,16 +147,16 @@ class SplitLinear {
     for (int64_t piece = 0; piece < kPieces; ++piece) take_up(piece);
   }
 
-  template <typename Aside>
+  template <typename VectorWork>
   void multiply_pairs(const uint32_t* own, const uint32_t* shared, int64_t steps, float* to, TileProducts& products,
-                      Aside& aside) const {
+                      VectorWork& vector_work) const {
     const int64_t own_strip = steps * kStepWords, shared_strip = steps_ * kStepWords;
     if (weight_is_shared_) {
-      products.multiply<2>(own, own_strip, shared, shared_strip, steps, to, kBlock, aside);
+      products.multiply<2>(own, own_strip, shared, shared_strip, steps, to, kBlock, vector_work);
     } else {
-      products.multiply<2>(shared, shared_strip, own, own_strip, steps, to, kBlock, aside);
+      products.multiply<2>(shared, shared_strip, own, own_strip, steps, to, kBlock, vector_work);
     }
-    aside.rest();
+    vector_work.rest();
   }
 
   // kPieceRows rows of a product from `first` on.
@@ -174,7 +174,7 @@ class SplitLinear {
     if (made.is_last && rows > 0) layer_.write(row, rows, weight_is_shared_ ? made.shared_pair : made.own_pair, from);
   }
 
-  const SplitOperands<T> of_;
+  const LinearOperands<T> of_;
   const Layer& layer_;
   int64_t steps_, chunk_;  // of the sum, and at a time
   int64_t shared_pairs_, own_pairs_;
