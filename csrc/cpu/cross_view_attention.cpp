@@ -10,8 +10,9 @@
 // The views lie a multiple of 4 KB apart, and so may the tensors: all 4 V rows then fall on the same sets of the L1
 // cache, 16 lines for V = 4 where 12 fit. So the values and `out` are prefetched once the scores have read the queries
 // and keys that they push out, and with them the queries and keys of the next (position, head). The values are combined
-// one step later, after the next scores, whose multiply-adds also fill the wait for a softmax. All of it one
-// (position, head) ahead took 4 to 20% longer in the caches; no prefetching at all, 15 to 30% longer with cold ones.
+// one group of queries later, after the next scores, whose multiply-adds also fill the wait for a softmax. All of it
+// one (position, head) ahead took 4 to 20% longer in the caches; no prefetching at all, 15 to 30% longer with cold
+// ones.
 //
 // The rest stays in registers and in 4 KB of weights. For kLanes / 4 queries at a time (with AVX-512 all of V = 4):
 //
@@ -114,7 +115,7 @@ GAFEXT_INLINE Vec fold_quads(Vec v, Fold fold, Lanes<I...>) {
   return fold(v, GAFEXT_SHUFFLE(v, v, (I ^ 2)));
 }
 
-// Lane i * kQuad + j is <query[first_query + i], key[first_key + j]>. Past the last view that one counts again.
+// Lane i * kQuad + j is <query[first_query + i], key[first_key + j]>. Beyond the last view, that one counts again.
 template <typename T, int kViews>
 GAFEXT_INLINE Vec score_tile(const Rows<T, kViews>& rows, int64_t views, int64_t head_dim, int64_t first_query,
                              int64_t first_key) {

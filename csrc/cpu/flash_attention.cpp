@@ -13,7 +13,7 @@
 //
 // The last tile divides by l and writes straight to the result, so O exists only where there are several tiles. Scale
 // and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 2.5 MiB. Each row's
-// arithmetic is the same however rows are dealt out, so the result does not depend on the number of threads.
+// arithmetic is the same however rows are distributed, so the result does not depend on the number of threads.
 #include "amx/flash_attention.h"
 
 #include "flash_tiles.h"
@@ -118,8 +118,8 @@ struct Pass {
   int64_t value_stride;
 };
 
-// The scores become weights relative to the new maximum; max and sum move on. alpha[r] is what row r's accumulator is worth
-// now, factor[r] normalises it at the last tile.
+// The scores become weights relative to the new running maximum; max and sum are updated. alpha[r] rescales row r's
+// accumulator to the new maximum, factor[r] normalises it at the last tile.
 void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const Pass& pass, float* alpha,
                   float* factor) {
   alignas(64) float reference[kGroupLanes], total[kGroupLanes];
@@ -239,8 +239,7 @@ struct Worker {
   const Scratch scratch;
 
   // Of the keys that go into panels. The last of all is left out where its vector would hold nothing else: with 257
-  // keys that is 2% faster. (The last of a causal block is not: how a key is multiplied must not depend on the
-  // cut.)
+  // keys that is 2% faster. (The last of a causal block is not: how a key is multiplied must not depend on the cut.)
   int64_t panel_vectors(int64_t first, int64_t count) const {
     const bool has_lone_key = first + count == args.key_length && count % kLanes == 1;
     return has_lone_key ? count / kLanes : ceil_div(count, kLanes);

@@ -17,7 +17,7 @@ constexpr int64_t kMaxTileKeys = 512;
 constexpr int64_t kQueryStride = kMaxWideHeadDim + 16;
 constexpr int64_t kScoreStride = kMaxTileKeys + 16;
 
-// The softmax's numbers of a group's rows are one array, row r in lane r.
+// What the softmax has per row of a group is one array, row r in lane r.
 constexpr int kMaxGroupRows = 8;  // kTileRows as a power of two
 constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
 
@@ -45,7 +45,7 @@ struct RowStream {
   }
 };
 
-// In the order of need. After them come rows of no bytes without end, so that the score loop need not ask for one.
+// In the order of need. An endless stream of empty rows follows, so that the score loop needs no check for the end.
 struct RowsAhead {
   RowStream next_queries, results, next_keys, next_values, nothing;
 
@@ -137,8 +137,8 @@ void score_panel(const float* query, const float* keys, int64_t head_dim, int64_
   }
 }
 
-// out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] accumulator[r, :]) for one panel of columns, without the
-// accumulator where that is null.
+// out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] accumulator[r, :]) for one panel of columns; a
+// null accumulator counts as zero.
 template <int Rows, int Width>
 void value_panel(const float* weights, const float* values, int64_t value_stride, int64_t keys,
                  const float* accumulator, int64_t accumulator_stride, const float* alpha, const float* factor,

@@ -1,12 +1,12 @@
 // The projection of GEGLU with the gate in its epilogue: the (rows, 2 inner) intermediate never reaches memory.
 //
-// A unit of work is a panel of output columns times a block of rows. A step of it takes kDepth features:
+// A unit of work is a panel of output columns times a block of rows. It takes slices of kDepth features:
 //
 //   weights  transposed: kColumns value columns beside their kColumns gate columns    [kDepth, kPanel], in the L2 cache
-//   product  sums += x W^T in register tiles, while the next step's weights come in   [rows, kPanel], in the L2 cache
+//   product  sums += x W^T in register tiles, while the next slice's weights come in  [rows, kPanel], in the L2 cache
 //
-// and after the last step out = value * gelu(gate). Transposing takes 16 shuffles a vector of weights, once in a block
-// of rows, which is 3 % of the time for 500 rows.
+// and after the last slice out = value * gelu(gate). Transposing takes 16 shuffles per vector of weights, once per
+// block of rows, which is 3 % of the time for 500 rows.
 #include "../ops/geglu.h"
 
 #include "amx/geglu.h"
@@ -16,8 +16,8 @@ namespace gafext::GAFEXT_ISA {
 namespace {
 
 constexpr int64_t kColumns = kPanel / 2;  // output columns of a panel
-constexpr int64_t kDepth = 128;         // features of a step: their weights fit the L1 cache, and short sums round less
-constexpr int64_t kMaxRows = 504;       // of a unit; their sums take 129 KB
+constexpr int64_t kDepth = 128;    // features of a slice: their weights fit the L1 cache, and short sums round less
+constexpr int64_t kMaxRows = 504;  // of a unit; their sums take 129 KB
 constexpr int64_t kGateFloats = 16384;  // of the result, that a thread takes at a time where the projection is given
 constexpr int64_t kMinRows = 96;        // of a unit, below which transposing the weights shows
 

@@ -53,7 +53,7 @@ inline void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const 
   }
 }
 
-// Touches the cache lines of a [rows, row_bytes] block that a later loop reads, a few at each call.
+// Prefetches the cache lines of a [rows, row_bytes] block that a later loop reads, a few per call.
 class Prefetcher {
  public:
   Prefetcher() = default;

@@ -35,11 +35,8 @@ struct PlainColumns {
 }  // namespace
 
 bool linear(const LinearArgs& args) {
-  using Product = AmxLinear<float, PlainColumns>;
-  if (args.rows * args.in_features * args.out_features == 0) return false;
-  const LinearOperands<float> operands{args.x,           args.weight,   args.rows,
-                                       args.in_features, args.x_stride, args.weight_stride};
-  return Product(operands, PlainColumns{args}).run();
+  const bool is_empty = args.rows * args.in_features * args.out_features == 0;
+  return !is_empty && AmxLinear<float, PlainColumns>(PlainColumns{args}).run();
 }
 
 #else

@@ -24,8 +24,7 @@ namespace gafext {
 namespace {
 
 #ifdef GAFEXT_AMX
-// The tiles, bfloat16 products of them, and the system's leave to use them, which the first to ask gets for the
-// process.
+// Tiles, their products in bfloat16, and the system's permission, which one request obtains for the whole process.
 bool has_amx() {
   unsigned eax, ebx, ecx, edx = 0;
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
@@ -141,7 +140,7 @@ float* scratch(int64_t floats) {
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  // Larger blocks are mapped and given back still: keeping them too left holes, and half as much again for a VAE.
+  // Larger blocks are still mapped and given back: keeping them left holes, and a VAE took half as much memory again.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, -1);
   mallopt(M_TOP_PAD, 64 << 20);

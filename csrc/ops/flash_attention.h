@@ -11,10 +11,10 @@ constexpr int64_t kMaxWideHeadDim = 512;  // on CUDA in half precision and by wh
 //   query, out  (batch, heads, query_length, head_dim)
 //   key, value  (batch, heads, key_length, head_dim)
 //
-// Tiled with an online softmax, so that no (query_length, key_length) matrix exists: FlashAttention (Dao et al.,
-// arXiv 2205.14135), algorithm 1; the running maximum and sum are equation 3 of arXiv 1805.02867. With is_causal,
-// row i sees the keys j <= i (aligned at the top left, as torch's scaled_dot_product_attention has it). Without keys
-// the result is zero.
+// Tiled with an online softmax, so that no (query_length, key_length) matrix exists: FlashAttention (Dao et al., arXiv
+// 2205.14135), algorithm 1; the running maximum and sum are equation 3 of arXiv 1805.02867. With is_causal, row i sees
+// the keys j <= i (aligned at the top left, as torch's scaled_dot_product_attention has it). Without keys the result is
+// zero.
 struct FlashAttentionArgs {
   const void *query, *key, *value;
   void* out;

@@ -9,10 +9,8 @@
 //     add      O = alpha O + P V; the last one divides by l and writes the result [rows, D]
 //
 // A core computes on vectors while its tile unit multiplies, as far as its reorder window reaches. So the chunks go
-// through a pipeline: between the tile products of one chunk's scores and the values of the one two before lie, in
-// pieces, the weighing of the chunk between, the adding of the one before those, and the splitting of the next queries.
-// The splitting of keys and values is not hidden, nor are the few keys: with 257, 256 queries are 1.1 times as fast as
-// with 288 in whole steps.
+// through a pipeline, whose schedule stands at AmxBlock::attend_tile(). The splitting of keys and values is not hidden,
+// nor are the few keys: with 257, 256 queries are 1.1 times as fast as with 288 in whole steps.
 //
 // float32 has scale and log2(e) folded into the queries, as in flash_attention.cpp. Half precision is exact without:
 // there the softmax multiplies the scores. With heads of 64 and 1024 keys, two cores do 950 GFLOP/s in bfloat16.
@@ -182,36 +180,39 @@ class AmxBlock {
   }
   AmxChunk after(const AmxChunk& chunk) const { return chunk_at(chunk.row, chunk.key + chunk.keys, 1 - chunk.parity); }
 
-  // In a turn the tile unit makes the next chunk's scores and the past chunk's values. The pieces of vector work are
-  // spread over both: those before `cut` lie between the products of the scores.
+  // The tile's chunks, one per stage. What the vector unit does lies in pieces between the products of the tile unit:
+  //
+  //          tile unit                      vector unit
+  //   turn   scores of    then values of    adds          weighs        splits the queries of
+  //   0      chunk 0      -                 -             -             chunk 1
+  //   1      chunk 1      -                 -             chunk 0       chunk 2
+  //   2      chunk 2      chunk 0           -             chunk 1       chunk 3
+  //   n      chunk n      chunk n - 2       chunk n - 3   chunk n - 1   chunk n + 1
+  //
+  // Queries are split where chunk n + 1 is another group's than chunk n, and then after the scores, which read those of
+  // chunk n; chunk n - 3 is added before the values overwrite its sums.
   void attend_tile() {
-    NoVectorWork nothing;
-    AmxChunk added = {}, past = {}, chunk = chunk_at(0, 0);
-    for (int64_t i = 0; i < query_pieces(); ++i) split_query(chunk, i);
-    score(chunk, nothing);
-    AmxChunk next = after(chunk);
-    if (next.row != chunk.row) {
-      for (int64_t i = 0; i < query_pieces(); ++i) split_query(next, i);
-    }
-    while (chunk.rows + past.rows + added.rows > 0) {
-      const AmxChunk second = next.rows > 0 ? after(next) : AmxChunk{};
-      const int64_t adds = added.folds(), weighs = chunk.folds() * (kFold + 2);
-      const int64_t splits = second.rows > 0 && second.row != next.row ? query_pieces() : 0;
+    AmxChunk scored = chunk_at(0, 0), weighed = {}, valued = {}, added = {};
+    for (int64_t i = 0; i < query_pieces(); ++i) split_query(scored, i);
+    while (scored.rows + weighed.rows + valued.rows + added.rows > 0) {
+      const AmxChunk next = scored.rows > 0 ? after(scored) : AmxChunk{};
+      const int64_t adds = added.folds(), weighs = weighed.folds() * (kFold + 2);
+      const int64_t splits = next.rows > 0 && next.row != scored.row ? query_pieces() : 0;
       const auto do_piece = [&](int64_t piece) {
         if (piece < adds) return add(added, piece);
-        if (piece < adds + weighs) return weigh(chunk, piece - adds);
-        split_query(second, piece - adds - weighs);
+        if (piece < adds + weighs) return weigh(weighed, piece - adds);
+        split_query(next, piece - adds - weighs);
       };
-      const int64_t score_turns = ceil_div(next.keys, kBlock) * plan_.depth * Products::kTurns;
-      const int64_t value_turns = ceil_div(plan_.columns, 2) * past.steps() * Products::kTurns;
+      const int64_t score_turns = ceil_div(scored.keys, kBlock) * plan_.depth * Products::kTurns;
+      const int64_t value_turns = ceil_div(plan_.columns, 2) * valued.steps() * Products::kTurns;
       const int64_t even = (adds + weighs + splits) * score_turns / max_of(1, score_turns + value_turns);
       const int64_t cut = max_of(adds, min_of(even, adds + weighs));
       Spread early{do_piece, 0, cut, score_turns}, late{do_piece, cut, adds + weighs + splits, value_turns};
-      next.rows > 0 ? score(next, early) : products_.finish();
+      scored.rows > 0 ? score(scored, early) : products_.finish();
       early.rest();
-      if (past.rows > 0) values(past, late);
+      if (valued.rows > 0) values(valued, late);
       late.rest();
-      added = past, past = chunk, chunk = next, next = second;
+      added = valued, valued = weighed, weighed = scored, scored = next;
     }
   }
 
@@ -220,13 +221,13 @@ class AmxBlock {
     const int64_t strip = plan_.depth * kWords;
     const uint32_t* keys = memory_.keys + chunk.key / kTileSide * strip;
     for (int64_t j = 0; j < chunk.keys; j += kBlock) {
-      products_.template multiply<2>(memory_.query, strip, keys + j / kTileSide * strip, strip, plan_.depth,
+      products_.template multiply<2>({memory_.query, strip}, {keys + j / kTileSide * strip, strip}, plan_.depth,
                                      memory_.scores[chunk.parity] + j, score_line_, vector_work);
     }
   }
 
-  // The scores become split weights relative to the new maximum; max, sum and alpha move on. kFold rows are kFold + 2
-  // pieces: their maxima, each row, their sums.
+  // The scores become split weights relative to the new running maximum; max, sum and alpha are updated. kFold rows are
+  // kFold + 2 pieces: their maxima, each row, their sums.
   __attribute__((noinline)) void weigh(const AmxChunk& chunk, int64_t piece) {
     float* scores = memory_.scores[chunk.parity];
     const int64_t row = piece / (kFold + 2) * kFold, i = piece % (kFold + 2);
@@ -286,11 +287,11 @@ class AmxBlock {
 
   template <typename VectorWork>
   void values(const AmxChunk& chunk, VectorWork& vector_work) {
-    const int64_t weight_strip = chunk.steps() * kWords, value_strip = ceil_div(count_, kTileDepth) * kWords;
+    const Strips weights{memory_.weights[chunk.parity], chunk.steps() * kWords};
+    const int64_t value_strip = ceil_div(count_, kTileDepth) * kWords;
     const uint32_t* values = memory_.values + chunk.key / kTileDepth * kWords;
     const auto multiply = [&](int64_t strip, auto columns) {
-      products_.template multiply<columns.value>(memory_.weights[chunk.parity], weight_strip,
-                                                 values + strip * value_strip, value_strip, chunk.steps(),
+      products_.template multiply<columns.value>(weights, {values + strip * value_strip, value_strip}, chunk.steps(),
                                                  memory_.sums + strip * kTileSide, plan_.line, vector_work);
     };
     int64_t strip = 0;

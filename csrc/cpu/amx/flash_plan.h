@@ -1,4 +1,4 @@
-// How flash_attention.h cuts a problem, a thread's memory, and the order of its chunks of work.
+// How flash_attention.h cuts a problem, the memory of a thread, and the chunks of its work.
 #pragma once
 
 #include "../flash_tiles.h"

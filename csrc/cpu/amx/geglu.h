@@ -38,15 +38,7 @@ struct GatedColumns {
 // False where AMX does not pay, or a number is beyond what it multiplies like float32.
 template <typename T>
 bool geglu_on_tiles(const GegluArgs& args) {
-  using Product = AmxLinear<T, GatedColumns<T>>;
-  if (args.rows < 64 || args.in_features == 0) return false;
-  const LinearOperands<T> operands{static_cast<const T*>(args.x),
-                                   static_cast<const T*>(args.weight),
-                                   args.rows,
-                                   args.in_features,
-                                   args.x_stride,
-                                   args.weight_stride};
-  return Product(operands, GatedColumns<T>{args}).run();
+  return args.rows >= 64 && args.in_features > 0 && AmxLinear<T, GatedColumns<T>>(GatedColumns<T>{args}).run();
 }
 
 }  // namespace
