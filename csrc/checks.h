@@ -95,6 +95,10 @@ inline void check_weight_and_bias(const char* op, const Tensor& x, const Tensor&
   if (bias) check_same_kind(op, {"x", x}, {"bias", *bias});
 }
 
+inline void check_float32(const char* op, const Tensor& tensor) {
+  require(tensor.scalar_type() == ScalarType::Float, op, ": dtype must be float32, got ", dtype_name(tensor));
+}
+
 inline void check_equal_shape(const char* op, const Named& first, const Named& other) {
   bool equal = first.tensor.dim() == other.tensor.dim();
   for (int64_t i = 0; equal && i < first.tensor.dim(); ++i) equal = first.tensor.size(i) == other.tensor.size(i);

@@ -208,29 +208,6 @@ void attend_rows(int64_t rows, const Scratch& scratch, const Pass& pass, int64_t
   }
 }
 
-// A block of query rows of one (batch, head): where its tensors begin.
-template <typename T>
-struct Block {
-  const T *query, *key, *value;
-  T* out;
-  int64_t begin, rows;
-  int64_t keys;  // that its last row sees
-
-  Block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit) {
-    const int64_t head = unit / plan.row_blocks % args.heads, batch = unit / plan.row_blocks / args.heads;
-    const auto head_of = [&](const void* base, const HeadStrides& stride) {
-      return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
-    };
-    begin = unit % plan.row_blocks * plan.rows;
-    rows = min_of(plan.rows, args.query_length - begin);
-    keys = args.is_causal ? min_of(args.key_length, begin + rows) : args.key_length;
-    query = head_of(args.query, args.query_stride) + begin * args.query_stride.row;
-    key = head_of(args.key, args.key_stride);
-    value = head_of(args.value, args.value_stride);
-    out = const_cast<T*>(head_of(args.out, args.out_stride)) + begin * args.out_stride.row;
-  }
-};
-
 // One thread at work.
 template <typename T>
 struct Worker {

@@ -1,4 +1,5 @@
-// The register tiles of flash_attention.cpp: the scores, the values, the fold of a group's rows, the scores of one key.
+// The blocks and register tiles of flash_attention.cpp: the scores, the values, the fold of a group's rows, the scores
+// of one key.
 //
 // A panel is up to kTileVectors vectors of a matrix's columns. A tile is a group of query rows by a panel, and stays in
 // registers while a loop runs over what is summed.
@@ -20,6 +21,30 @@ constexpr int64_t kScoreStride = kMaxTileKeys + 16;
 // What the softmax has per row of a group is one array, row r in lane r.
 constexpr int kMaxGroupRows = 8;  // kTileRows as a power of two
 constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
+
+// A block of query rows of one (batch, head), as a Plan with `rows` per block and `row_blocks` per head cuts it.
+template <typename T>
+struct Block {
+  const T *query, *key, *value;
+  T* out;
+  int64_t begin, rows;
+  int64_t keys;  // that its last row sees
+
+  template <typename Plan>
+  Block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit) {
+    const int64_t head = unit / plan.row_blocks % args.heads, batch = unit / plan.row_blocks / args.heads;
+    const auto head_of = [&](const void* base, const HeadStrides& stride) {
+      return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
+    };
+    begin = unit % plan.row_blocks * plan.rows;
+    rows = min_of(plan.rows, args.query_length - begin);
+    keys = args.is_causal ? min_of(args.key_length, begin + rows) : args.key_length;
+    query = head_of(args.query, args.query_stride) + begin * args.query_stride.row;
+    key = head_of(args.key, args.key_stride);
+    value = head_of(args.value, args.value_stride);
+    out = const_cast<T*>(head_of(args.out, args.out_stride)) + begin * args.out_stride.row;
+  }
+};
 
 // Rows of a tensor that are needed soon. They are brought into the L2 cache one at a time from inside the score loop,
 // which a burst would stall.

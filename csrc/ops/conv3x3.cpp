@@ -16,7 +16,7 @@ Conv3x3Args check_conv3x3(const Tensor& x, const Tensor& weight, const std::opti
           ": weight must have shape (out_channels, ", x.size(1), ", 3, 3) to go with x ", shape_of(x), ", got ",
           shape_of(weight));
   check_weight_and_bias(op, x, weight, bias);
-  require(x.scalar_type() == ScalarType::Float, op, ": dtype must be float32, got ", dtype_name(x));
+  check_float32(op, x);
   require(x.size(1) >= 1, op, ": channels must be at least 1, got ", shape_of(x));
   check_channels_last(op, x);
 

@@ -46,25 +46,15 @@ class AmxBlock {
         plan_(plan),
         memory_(memory),
         score_line_(AmxMemory::score_line(plan)),
-        factor_(args.scale * kLog2E) {
-    const int64_t head = unit / plan.blocks % args.heads, batch = unit / plan.blocks / args.heads;
-    const auto head_of = [&](const void* base, const HeadStrides& stride) {
-      return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
-    };
-    begin_ = unit % plan.blocks * plan.rows;
-    rows_ = min_of(plan.rows, args.query_length - begin_);
-    query_ = head_of(args.query, args.query_stride) + begin_ * args.query_stride.row;
-    key_ = head_of(args.key, args.key_stride);
-    value_ = head_of(args.value, args.value_stride);
-    out_ = const_cast<T*>(head_of(args.out, args.out_stride)) + begin_ * args.out_stride.row;
-  }
+        factor_(args.scale * kLog2E),
+        block_(args, plan, unit) {}
 
   // False where a number is beyond what AMX multiplies like float32.
   bool attend() {
     const TileState tiles_are_ours;
     if (plan_.beyond > 0) begin_with_few();
-    for (first_ = 0; first_ < keys_seen(rows_) && fits_; first_ += plan_.keys) {
-      count_ = min_of(plan_.keys, keys_seen(rows_) - first_);
+    for (first_ = 0; first_ < keys_seen(block_.rows) && fits_; first_ += plan_.keys) {
+      count_ = min_of(plan_.keys, keys_seen(block_.rows) - first_);
       split_tile();
       attend_tile();
     }
@@ -80,13 +70,13 @@ class AmxBlock {
 
   // Keys that the row before `row` sees.
   int64_t keys_seen(int64_t row) const {
-    return args_.is_causal ? min_of(args_.key_length, begin_ + row) : plan_.in_steps;
+    return args_.is_causal ? min_of(args_.key_length, block_.begin + row) : plan_.in_steps;
   }
 
   // The keys beyond the last whole step are the first that each row sees.
   void begin_with_few() {
     const int64_t key_stride = args_.key_stride.row, value_stride = args_.value_stride.row;
-    const T *key = key_ + plan_.in_steps * key_stride, *value = value_ + plan_.in_steps * value_stride;
+    const T *key = block_.key + plan_.in_steps * key_stride, *value = block_.value + plan_.in_steps * value_stride;
     Range range;
     for (int64_t j = 0; j < plan_.beyond; ++j) {
       for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
@@ -95,10 +85,10 @@ class AmxBlock {
       }
     }
     fits_ = range.fits();
-    for (int64_t row = 0; row < rows_; row += kFold) {
+    for (int64_t row = 0; row < block_.rows; row += kFold) {
       alignas(64) float weights[AmxPlan::kFewKeys][kGroupLanes];
       weigh_few(key, row, weights);
-      for (int64_t r = row; r < min_of(row + kFold, rows_); ++r) {
+      for (int64_t r = row; r < min_of(row + kFold, block_.rows); ++r) {
         for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
           Vec sum = {};
           for (int64_t j = 0; j < plan_.beyond; ++j) {
@@ -115,7 +105,7 @@ class AmxBlock {
     for (int64_t j = 0; j < plan_.beyond; ++j, key += args_.key_stride.row) {
       Vec products[kFold] = {};
       for (int64_t r = 0; r < kFold; ++r) {
-        const T* query = query_ + min_of(row + r, rows_ - 1) * args_.query_stride.row;
+        const T* query = block_.query + min_of(row + r, block_.rows - 1) * args_.query_stride.row;
         for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
           products[r] += load_up_to(query + d, args_.head_dim - d) * load_up_to(key + d, args_.head_dim - d);
         }
@@ -134,8 +124,8 @@ class AmxBlock {
 
   void split_tile() {
     const int64_t steps = ceil_div(count_, kTileDepth), key_stride = args_.key_stride.row;
-    const T* key = key_ + first_ * key_stride;
-    const T* value = value_ + first_ * args_.value_stride.row;
+    const T* key = block_.key + first_ * key_stride;
+    const T* value = block_.value + first_ * args_.value_stride.row;
     Range key_range, value_range;
     for (int64_t strip = 0; strip < 2 * steps; ++strip) {
       const int64_t j = strip * kTileSide;
@@ -155,23 +145,23 @@ class AmxBlock {
   __attribute__((noinline)) void split_query(const AmxChunk& chunk, int64_t piece) {
     const int64_t strip = piece / plan_.depth, step = piece % plan_.depth, stride = args_.query_stride.row;
     const int64_t row = chunk.row + strip * kTileSide;
-    split_rows<kTerms>(memory_.query + piece * kWords, query_ + row * stride + step * kTileDepth, stride, rows_ - row,
-                       min_of(kTileDepth, args_.head_dim - step * kTileDepth), kScalesQuery ? factor_ : 1.0f,
-                       query_range_);
+    split_rows<kTerms>(memory_.query + piece * kWords, block_.query + row * stride + step * kTileDepth, stride,
+                       block_.rows - row, min_of(kTileDepth, args_.head_dim - step * kTileDepth),
+                       kScalesQuery ? factor_ : 1.0f, query_range_);
   }
 
   // The tile's chunk that begins at `key`, or the next group's first.
   AmxChunk chunk_at(int64_t row, int64_t key, int parity = 0) const {
     AmxChunk chunk = {};
     chunk.parity = parity;
-    for (; row < rows_; row += kBlock, key = 0) {
-      const int64_t rows = min_of(kBlock, rows_ - row), seen = keys_seen(row + rows) - first_;
+    for (; row < block_.rows; row += kBlock, key = 0) {
+      const int64_t rows = min_of(kBlock, block_.rows - row), seen = keys_seen(row + rows) - first_;
       if (key >= min_of(count_, seen)) continue;
       chunk.row = row;
       chunk.rows = rows;
       chunk.key = key;
       chunk.keys = min_of(plan_.chunk, min_of(count_, seen) - key);
-      chunk.diagonal = args_.is_causal ? begin_ + row + 1 - first_ - key : chunk.keys;
+      chunk.diagonal = args_.is_causal ? block_.begin + row + 1 - first_ - key : chunk.keys;
       chunk.is_first = first_ + key == 0 && plan_.beyond == 0;
       chunk.is_last = key + chunk.keys == seen;
       break;
@@ -308,7 +298,7 @@ class AmxBlock {
       const Vec factor = broadcast(chunk.is_last ? 1.0f / sum[r - first] : 1.0f);
       const float* sums = memory_.sums + r * line;
       float* accumulator = memory_.accumulator + (chunk.row + r) * line;
-      T* out = out_ + (chunk.row + r) * args_.out_stride.row;
+      T* out = block_.out + (chunk.row + r) * args_.out_stride.row;
       for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
         const Vec added = chunk.is_first ? load(sums + d) : load(accumulator + d) * alpha + load(sums + d);
         const int64_t count = args_.head_dim - d;
@@ -328,9 +318,7 @@ class AmxBlock {
   const AmxMemory memory_;
   const int64_t score_line_;
   const float factor_;
-  const T *query_, *key_, *value_;
-  T* out_;
-  int64_t begin_, rows_;   // of the block
+  const Block<T> block_;
   int64_t first_, count_;  // keys of the tile
   Products products_;
   Range query_range_;
@@ -367,7 +355,7 @@ class AmxAttention {
     const int64_t thread_floats = AmxMemory(plan_, nullptr).end - static_cast<float*>(nullptr);
     float* memory = scratch(max_threads() * thread_floats);
     bool fits = true;
-    parallel_for(args_.batch * args_.heads * plan_.blocks, [&](int64_t thread, int64_t unit) {
+    parallel_for(args_.batch * args_.heads * plan_.row_blocks, [&](int64_t thread, int64_t unit) {
       if (!__atomic_load_n(&fits, __ATOMIC_RELAXED)) return;
       AmxBlock<T> block(args_, plan_, AmxMemory(plan_, memory + thread * thread_floats), unit);
       if (!block.attend()) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);

@@ -23,7 +23,7 @@ struct AmxPlan {
   int64_t line;              // of O, in whole products
   int64_t step_words;        // of one strip
   int64_t keys, chunk;       // of a tile, of a chunk, in whole steps
-  int64_t rows, blocks;      // of a block, in whole groups; blocks of a head
+  int64_t rows, row_blocks;  // of a block, in whole groups; blocks of a head
 
   AmxPlan(const FlashAttentionArgs& args, int terms) : step_words(GAFEXT_ISA::step_words(terms)) {
     beyond = keys_beyond(args);
@@ -41,7 +41,7 @@ struct AmxPlan {
     const int64_t fewest = ceil_div(args.query_length, min_of(kMaxRows, kMaxAccumulator / line));
     const int64_t most = max_of(fewest, min_of(enough, args.query_length / kFewRows));
     rows = round_up(ceil_div(args.query_length, most), kBlock);
-    blocks = ceil_div(args.query_length, rows);
+    row_blocks = ceil_div(args.query_length, rows);
   }
 
   static int64_t keys_beyond(const FlashAttentionArgs& args) {
