@@ -89,7 +89,7 @@ class AmxLinear {
 
   static int64_t pair_words(int64_t steps) { return 2 * steps * kStepWords; }
 
-  // What belongs to x and what to the weight, of what belongs to the shared and to the own operand.
+  // Two items, one per operand: given as those of the shared and the own operand, named as those of x and the weight.
   template <typename Item>
   struct Operands {
     Item x, weight;
@@ -143,9 +143,9 @@ class AmxLinear {
         const Strips shared{shared_ + q * pair_words(steps_) + step * kStepWords, steps_ * kStepWords};
         for (int64_t p = 0; p < panel.pairs; ++p) {
           const auto [x, weight] = operands(shared, {own + p * pair_words(steps), steps * kStepWords});
-          Spread early{take_up, 0, product.chain == nullptr ? 0 : kPieces, steps * products.kTurns};
-          products.multiply<2>(x, weight, steps, chain, kBlock, early);
-          early.rest();
+          Spread pieces{take_up, 0, product.chain == nullptr ? 0 : kPieces, steps * products.kTurns};
+          products.multiply<2>(x, weight, steps, chain, kBlock, pieces);
+          pieces.rest();
           product = {operands(first + q, panel.first + p), chain, sums, step == 0, step + steps == steps_};
           if (chunk_ < steps_) sums += kBlock * kBlock;
         }

@@ -243,7 +243,7 @@ class TermProducts {
   // to = the product, but not before the next call or finish(); of one column strip, its right half is zeros. Work in
   // vector_work(), between tile products, takes no time of its own as long as it is the shorter part.
   //
-  // A turn multiplies one term of the left by one of the right, and loads the one that the turn before did not have:
+  // A turn multiplies one term of the left by one of the right, of which it loads the one that is new, the first both:
   //
   //   turn, Terms = 3   1     2     3     4     5     6        Terms = 2   1     2     3
   //   left              hi    hi    mid   mid   lo    hi                   hi    hi    mid
