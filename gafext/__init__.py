@@ -12,7 +12,7 @@ def _import_installed() -> None:
     clone = _Path(__file__).resolve().parents[1]
     others = [path for path in _sys.path if _Path(path or _os.curdir).resolve() != clone]
     spec = _machinery.PathFinder.find_spec(__name__, others)
-    if spec is None or spec.loader is None or not any(_Path(str(spec.origin)).parent.glob("_C.*")):
+    if spec is None or spec.loader is None or not any(_Path(str(spec.origin)).parent.glob("_C.*.so")):
         raise ImportError(
             f"{clone} holds gafext's source, and its extension is not built: install it with `pip install .`, or with "
             "`pip install -e .` to work on it (CONTRIBUTING.md)"

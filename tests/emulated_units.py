@@ -9,7 +9,7 @@ from emulator_build import MACHINE
 
 @functools.cache
 def unit_kernels():
-    return Library([MACHINE / "unit_kernels.cu", MACHINE / "matmul.cu"], MACHINE / "unit_kernels.h")
+    return Library([MACHINE / "unit_kernels.cu", MACHINE / "matmul.cu"], [MACHINE / "unit_kernels.h"])
 
 
 def run(operation, out_shape, out_dtype=torch.int32, library=None, device=None, **arguments):

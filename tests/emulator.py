@@ -11,11 +11,11 @@ runs the kernel once in each of `ORDERS` and raises EmulatorError with kernel, b
   - results that hang on the order of threads and blocks, or on what memory held before.
 
 A new kernel needs
-  1. nothing for its .cu file, its argument struct and its prototype: they are found in csrc/cuda and csrc/ops.h, where
-     the prototype is `cudaError_t NAME_cuda(const SomeArgs& args, cudaStream_t stream);`,
-  2. a function here that fills in the arguments as csrc/bindings.cpp does: see `flash_attention` below. Tensors go to
+  1. nothing for its .cu file, its argument struct and its prototype: they are found in csrc/cuda and csrc/ops/*.h,
+     where the prototype is `cudaError_t NAME_cuda(const SomeArgs& args, cudaStream_t stream);`,
+  2. a function here that fills in the arguments as csrc/ops/*.cpp do: see `flash_attention` below. Tensors go to
      pointer fields: those to const are inputs, the others outputs. For a workspace give the name of the function in
-     ops.h that tells its bytes: `int64_t f(const SomeArgs& args)`, or the same by reference and with an error,
+     csrc/ops that tells its bytes: `int64_t f(const SomeArgs& args)`, or the same by reference and with an error,
   3. for a PTX instruction without an emulation: its twin in tests/cuda_emulator/include/emulated_device.h.
 emulate(..., capability=90, multiprocessors=3) is what the kernel's host code sees of the device.
 """
@@ -66,7 +66,7 @@ ORDERS = {
 }
 
 
-# The arguments of the operations, as csrc/bindings.cpp fills them in.
+# The arguments of the operations, as csrc/ops/*.cpp fill them in.
 
 
 @dataclasses.dataclass
@@ -168,18 +168,19 @@ def _bits(tensor):
 @functools.cache
 def kernels():
     """Every kernel of csrc/cuda."""
-    return Library(sorted(KERNELS.glob("*.cu")), ROOT / "csrc/ops.h")
+    headers = [ROOT / "csrc/types.h", *sorted((ROOT / "csrc/ops").glob("*.h"))]
+    return Library(sorted(KERNELS.glob("*.cu")), headers)
 
 
 class Library:
     """Kernels compiled for the processor.
 
-    sources: .cu files. header: the file with their argument structs and prototypes.
+    sources: .cu files. headers: the files with their argument structs and prototypes.
     """
 
-    def __init__(self, sources, header):
-        self.sources, self.header = {source.name: source for source in sources}, header
-        text = re.sub(r"//.*", "", header.read_text())
+    def __init__(self, sources, headers):
+        self.sources, self.headers = {source.name: source for source in sources}, headers
+        text = re.sub(r"//.*", "", "\n".join(header.read_text() for header in headers))
         code = "\n".join(source.read_text() for source in sources)
         self.structs = _structs(text)
         self._prototypes = [
@@ -197,7 +198,7 @@ class Library:
         self._dll.emulator_error_name.restype = ctypes.c_char_p
         for struct in set(self._struct_of.values()):
             expected, found = self._dll[f"size_of_{struct}"](), ctypes.sizeof(self.structs[struct])
-            assert expected == found, f"{struct}: {expected} bytes in C++, {found} as read from {header}"
+            assert expected == found, f"{struct}: {expected} bytes in C++, {found} as read from the headers"
 
     def with_changes(self, texts):
         """The same with other texts for some of its files, .cu or .cuh, which are searched beside the sources."""
@@ -212,11 +213,14 @@ class Library:
             text = texts.get(name) or files[name].read_text()
             once(folder / name, lambda out, text=text: out.write_text(text))
         sources = [folder / name if name in changed else source for name, source in self.sources.items()]
-        return Library(sources, self.header)
+        return Library(sources, self.headers)
 
     def _entries(self):
-        """C functions, whose names ctypes can find, for the prototypes of the header."""
-        lines = [f'#include "{self.header}"', '#define EXPORT extern "C" __attribute__((visibility("default")))']
+        """C functions, whose names ctypes can find, for the prototypes of the headers."""
+        lines = [
+            *(f'#include "{header}"' for header in self.headers),
+            '#define EXPORT extern "C" __attribute__((visibility("default")))',
+        ]
         for name, struct, more in self._prototypes:
             argument = {"": "", ", cudaStream_t stream": ", nullptr", ", int64_t& bytes": ", *bytes"}[more]
             lines += [

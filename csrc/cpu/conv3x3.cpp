@@ -9,12 +9,14 @@
 //     product  M += V U in register tiles                                 [36, tiles, kColumns], in the L2 cache
 //   outputs  Y = A^T M A, plus the bias
 //
-// Weights are read in their plain layout, and transformed once a tile block: 20 operations a weight, where a block
+// Weights are read in their plain layout, and transformed once per tile block: 20 operations per weight, where a block
 // of 96 tiles spends 96 * 4 on it. So nothing is packed at load, and the only memory is scratch.
 //
 // The interpolation points are 0, +-5/8, +-3/2 and infinity. With the usual 0, +-1, +-2 the error is twice as large;
 // with these it is that of oneDNN's direct convolution in channels-last memory, and three times that of its blocked
 // one: 1e-5 at most for results of unit scale.
+#include "../ops/conv3x3.h"
+
 #include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -22,7 +24,7 @@ namespace {
 
 constexpr int kOut = 4, kIn = 6, kPoints = kIn * kIn;
 constexpr int64_t kTaps = 9;
-constexpr int64_t kDepth = 32;                      // input channels of a step
+constexpr int64_t kDepth = 32;                      // input channels of a slice
 constexpr int64_t kColumns = 64;                    // output channels of a unit
 constexpr int64_t kFewTiles = 24;                   // of a block, below which transforming the weights shows
 constexpr int64_t kInputFloats = int64_t{6} << 20;  // of V at a time, or one block: 24 MB
@@ -71,7 +73,7 @@ struct Plan {
   int64_t tiles_y, tiles_x, tiles;      // of an image, and of all
   int64_t block;                        // tiles of a block
   int64_t superblock;                   // blocks that are transformed at a time
-  int64_t depths, columns;              // steps over the input channels, units over the output channels
+  int64_t depths, columns;              // slices of the input channels, units of the output channels
   int64_t input_floats, thread_floats;  // scratch
 
   explicit Plan(const Conv3x3Args& args) {
@@ -166,14 +168,14 @@ void transform_weights(const Conv3x3Args& args, int64_t channel, int64_t depth, 
   }
 }
 
-// products (+)= the 36 matrix products of one step. `next` are the weights of the step after it.
-void multiply_step(const Plan& plan, const float* input, int64_t tiles, int64_t depth, bool first, Prefetcher next,
-                   const Scratch& scratch) {
+// products (+)= the 36 matrix products of one slice. `next` are the weights of the slice after it.
+void multiply_slice(const Plan& plan, const float* input, int64_t tiles, int64_t depth, bool first, Prefetcher next,
+                    const Scratch& scratch) {
   for (int64_t point = 0; point < kPoints; ++point) {
     for (int64_t panel = 0; panel < kColumns; panel += kPanel) {
       const float* weight = scratch.weight + point * kPointStride + panel * kDepth;
       for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
-        next.step();
+        next.fetch();
         multiply_rows(min_of(kTileRows, tiles - tile), input + (point * plan.block + tile) * kDepth, kDepth, weight,
                       depth, scratch.products + (point * plan.block + tile) * kColumns + panel, kColumns, !first);
       }
@@ -224,7 +226,7 @@ void convolve(const Conv3x3Args& args, const Plan& plan, const float* input, int
     const Prefetcher next(args.weight + (column * args.in_channels + after) * kTaps,
                           args.in_channels * kTaps * sizeof(float), count,
                           min_of(kDepth, args.in_channels - after) * kTaps * sizeof(float), calls);
-    multiply_step(plan, input + channel * kPoints * plan.block, tiles, depth, channel == 0, next, scratch);
+    multiply_slice(plan, input + channel * kPoints * plan.block, tiles, depth, channel == 0, next, scratch);
   }
   for (int64_t tile = 0; tile < tiles; ++tile) write_tile(args, plan, first + tile, tile, column, count, scratch);
 }

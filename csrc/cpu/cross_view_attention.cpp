@@ -10,8 +10,9 @@
 // The views lie a multiple of 4 KB apart, and so may the tensors: all 4 V rows then fall on the same sets of the L1
 // cache, 16 lines for V = 4 where 12 fit. So the values and `out` are prefetched once the scores have read the queries
 // and keys that they push out, and with them the queries and keys of the next (position, head). The values are combined
-// one step later, after the next scores, whose multiply-adds also fill the wait for a softmax. All of it one
-// (position, head) ahead took 4 to 20% longer in the caches; no prefetching at all, 15 to 30% longer with cold ones.
+// one group of queries later, after the next scores, whose multiply-adds also fill the wait for a softmax. All of it
+// one (position, head) ahead took 4 to 20% longer in the caches; no prefetching at all, 15 to 30% longer with cold
+// ones.
 //
 // The rest stays in registers and in 4 KB of weights. For kLanes / 4 queries at a time (with AVX-512 all of V = 4):
 //
@@ -29,6 +30,8 @@
 // out = query + key + value in one sweep is only 1 to 7% faster: the arithmetic, a third to a half of the time when all
 // is in L1, hides behind the memory. For V >= 6 it shows. Packing Q, K and V first took twice the time. Non-temporal
 // stores make the kernel 1.2 times faster, but the kernel and a pass over its result 3 to 5% slower.
+#include "../ops/cross_view_attention.h"
+
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -65,7 +68,7 @@ struct Place {
 };
 
 // Counts through the groups of queries of one (position, head) after the other.
-struct Step {
+struct QueryGroup {
   int64_t unit = 0, first_query = 0;
 
   void advance(int64_t views) {
@@ -112,7 +115,7 @@ GAFEXT_INLINE Vec fold_quads(Vec v, Fold fold, Lanes<I...>) {
   return fold(v, GAFEXT_SHUFFLE(v, v, (I ^ 2)));
 }
 
-// Lane i * kQuad + j is <query[first_query + i], key[first_key + j]>. Past the last view that one counts again.
+// Lane i * kQuad + j is <query[first_query + i], key[first_key + j]>. Beyond the last view, that one counts again.
 template <typename T, int kViews>
 GAFEXT_INLINE Vec score_tile(const Rows<T, kViews>& rows, int64_t views, int64_t head_dim, int64_t first_query,
                              int64_t first_key) {
@@ -208,15 +211,15 @@ template <int kViews, int kHeadDim, typename T>
 void attend_run(const CrossViewAttentionArgs& args, int64_t begin, int64_t end) {
   constexpr int kMost = kViews > 0 ? kViews : kMaxViews;
   const int64_t views = kViews > 0 ? kViews : args.views, head_dim = kHeadDim > 0 ? kHeadDim : args.head_dim;
-  const int64_t steps = (end - begin) * ceil_div(views, kTileQueries);
+  const int64_t groups = (end - begin) * ceil_div(views, kTileQueries);
   constexpr int kKept = 4;  // units: the one before, this one, the next; a power of 2
   Rows<T, kMost> rows[kKept];
   alignas(64) float weights[2][ceil_div(kMost, kQuad) * kLanes];
   Place place(args, begin);
   find_rows(rows[0], args, place, views);
-  Step weighed, combined;
-  for (int64_t step = 0; step <= steps; ++step) {
-    if (step < steps) {
+  QueryGroup weighed, combined;
+  for (int64_t group = 0; group <= groups; ++group) {
+    if (group < groups) {
       const int64_t first_query = weighed.first_query;
       const Rows<T, kMost>& here = rows[weighed.unit % kKept];
       Rows<T, kMost>& next = rows[(weighed.unit + 1) % kKept];
@@ -224,12 +227,12 @@ void attend_run(const CrossViewAttentionArgs& args, int64_t begin, int64_t end) 
         place.advance(args);
         find_rows(next, args, place, views);
       }
-      weigh(here, views, head_dim, first_query, args.scale, weights[step % 2]);
+      weigh(here, views, head_dim, first_query, args.scale, weights[group % 2]);
       prefetch(here, next, first_query, min_of(first_query + kTileQueries, views), head_dim);
       weighed.advance(views);
     }
-    if (step > 0) {
-      combine_columns(rows[combined.unit % kKept], views, head_dim, combined.first_query, weights[(step - 1) % 2]);
+    if (group > 0) {
+      combine_columns(rows[combined.unit % kKept], views, head_dim, combined.first_query, weights[(group - 1) % 2]);
       combined.advance(views);
     }
   }

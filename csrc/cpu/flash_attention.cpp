@@ -13,8 +13,9 @@
 //
 // The last tile divides by l and writes straight to the result, so O exists only where there are several tiles. Scale
 // and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 2.5 MiB. Each row's
-// arithmetic is the same however rows are dealt out, so the result does not depend on the number of threads.
-#include "flash_attention_amx.h"
+// arithmetic is the same however rows are distributed, so the result does not depend on the number of threads.
+#include "amx/flash_attention.h"
+
 #include "flash_tiles.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -45,12 +46,12 @@ constexpr int64_t kRowsInPlace = 128;
 
 // How a problem is cut.
 struct Plan {
-  int64_t rows;         // of a block
-  int64_t row_blocks;   // in query_length
-  int64_t groups;       // in a block
-  int64_t keys;         // of a tile, in whole vectors
-  int64_t head_floats;  // head_dim in whole vectors
-  int64_t past_rows;    // of O
+  int64_t rows;              // of a block
+  int64_t row_blocks;        // in query_length
+  int64_t groups;            // in a block
+  int64_t keys;              // of a tile, in whole vectors
+  int64_t head_floats;       // head_dim in whole vectors
+  int64_t accumulator_rows;  // of O
   int64_t scratch_floats;
   bool values_in_place;
 };
@@ -75,21 +76,21 @@ Plan make_plan(const FlashAttentionArgs& args) {
   plan.values_in_place = args.dtype == DType::kFloat32 && plan.rows <= kRowsInPlace && args.head_dim % kLanes == 0 &&
                          args.head_dim <= kTileVectors * kLanes;
   plan.groups = ceil_div(plan.rows, kTileRows);
-  plan.past_rows = tiles == 1 ? kTileRows : plan.groups * kTileRows;
+  plan.accumulator_rows = tiles == 1 ? kTileRows : plan.groups * kTileRows;
 
   plan.scratch_floats = kTileRows * (kQueryStride + kScoreStride) + 2 * plan.groups * kGroupLanes +
-                        (2 * plan.keys + plan.past_rows) * plan.head_floats;
+                        (2 * plan.keys + plan.accumulator_rows) * plan.head_floats;
   return plan;
 }
 
 // One thread's memory. Every part begins at a whole vector.
 struct Scratch {
-  float* query;      // [kTileRows, kQueryStride]
-  float* scores;     // [kTileRows, kScoreStride]
-  float *max, *sum;  // [groups, kGroupLanes]
-  float* keys;       // panels of up to kTileVectors vectors of keys: [head_dim, panel]; a lone key: [head_dim]
-  float* values;     // panels of up to kTileVectors vectors of columns: [keys, panel]; unused in place
-  float* past;       // [past_rows, head_floats]: O
+  float* query;        // [kTileRows, kQueryStride]
+  float* scores;       // [kTileRows, kScoreStride]
+  float *max, *sum;    // [groups, kGroupLanes]
+  float* keys;         // panels of up to kTileVectors vectors of keys: [head_dim, panel]; a lone key: [head_dim]
+  float* values;       // panels of up to kTileVectors vectors of columns: [keys, panel]; unused in place
+  float* accumulator;  // [accumulator_rows, head_floats]: O
 
   Scratch(const Plan& plan, float* memory) {
     query = memory;
@@ -98,34 +99,34 @@ struct Scratch {
     sum = max + plan.groups * kGroupLanes;
     keys = sum + plan.groups * kGroupLanes;
     values = keys + plan.keys * plan.head_floats;
-    past = values + plan.keys * plan.head_floats;
+    accumulator = values + plan.keys * plan.head_floats;
   }
 };
 
 // A group of query rows against a tile of keys.
-struct Step {
-  int64_t keys;       // of the tile
-  int64_t vectors;    // of its keys in panels; what is left is a lone key
-  int64_t seen;       // of which the group's last row sees this many
-  int64_t diagonal;   // and, with a causal mask, its first row, each further row one more
-  bool is_last;       // of the group's tiles
-  float *max, *sum;   // [kGroupLanes], of the tiles before
-  const float* past;  // [rows, head_floats], of the tiles before; null at the first
-  float* out;         // [rows, out_stride], the past with this tile
+struct Pass {
+  int64_t keys;              // of the tile
+  int64_t vectors;           // of its keys in panels; what is left is a lone key
+  int64_t seen;              // of which the group's last row sees this many
+  int64_t diagonal;          // and, with a causal mask, its first row, each further row one more
+  bool is_last;              // of the group's tiles
+  float *max, *sum;          // [kGroupLanes], of the tiles before
+  const float* accumulator;  // [rows, head_floats], of the tiles before; null at the first
+  float* out;                // [rows, out_stride], the accumulator with this tile
   int64_t out_stride;
   const float* values;  // [keys, value_stride], read in place; null where they are packed
   int64_t value_stride;
 };
 
-// The scores become weights relative to the new maximum; max and sum move on. alpha[r] is what row r's past is worth
-// now, factor[r] normalises it at the last tile.
-void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const Step& step, float* alpha,
+// The scores become weights relative to the new running maximum; max and sum are updated. alpha[r] rescales row r's
+// accumulator to the new maximum, factor[r] normalises it at the last tile.
+void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const Pass& pass, float* alpha,
                   float* factor) {
   alignas(64) float reference[kGroupLanes], total[kGroupLanes];
   fold_rows(highest, reference, [](Vec a, Vec b) { return max_of(a, b); });
   for (int64_t i = 0; i < kGroupLanes; i += kLanes) {
-    const Vec old_max = load(step.max + i), new_max = max_of(load(reference + i), old_max);
-    store(step.max + i, new_max);
+    const Vec old_max = load(pass.max + i), new_max = max_of(load(reference + i), old_max);
+    store(pass.max + i, new_max);
     // All of them -inf: any finite reference makes every weight 0, where -inf - -inf would be NaN.
     const Vec finite = new_max == -kInfinity ? Vec{} : new_max;
     store(reference + i, finite);
@@ -136,7 +137,7 @@ void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const 
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kScoreStride;
     const Vec zero = broadcast(reference[r]);
-    for (int64_t j = 0; j < step.seen; j += kLanes) {
+    for (int64_t j = 0; j < pass.seen; j += kLanes) {
       const Vec weight = exp2_of(load(row + j) - zero);
       store(row + j, weight);
       sums[r] += weight;
@@ -144,91 +145,68 @@ void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const 
   }
   fold_rows(sums, total, [](Vec a, Vec b) { return a + b; });
   for (int64_t i = 0; i < kGroupLanes; i += kLanes) {
-    const Vec sum = load(alpha + i) * load(step.sum + i) + load(total + i);
-    store(step.sum + i, sum);
+    const Vec sum = load(alpha + i) * load(pass.sum + i) + load(total + i);
+    store(pass.sum + i, sum);
     const Vec inverse = sum == 0.0f ? Vec{} : 1.0f / sum;  // no key, or every score -inf: zeros
-    store(factor + i, step.is_last ? inverse : broadcast(1.0f));
+    store(factor + i, pass.is_last ? inverse : broadcast(1.0f));
   }
 }
 
 template <int Rows>
-void attend_rows(const Scratch& scratch, const Step& step, int64_t head_dim, RowsAhead& ahead) {
+void attend_rows(const Scratch& scratch, const Pass& pass, int64_t head_dim, RowsAhead& ahead) {
   Vec highest[kMaxGroupRows];
   for (Vec& row : highest) row = broadcast(-kInfinity);
   // First, so that its sums across lanes are under way while the panels multiply.
-  if (const int64_t key = step.vectors * kLanes; key < step.seen) {
-    score_key<Rows>(scratch.query, scratch.keys + key * head_dim, head_dim, step.diagonal - key, scratch.scores + key,
+  if (const int64_t key = pass.vectors * kLanes; key < pass.seen) {
+    score_key<Rows>(scratch.query, scratch.keys + key * head_dim, head_dim, pass.diagonal - key, scratch.scores + key,
                     highest);
   }
-  for_each_panel(step.vectors, [&](int64_t first, auto width) {
+  for_each_panel(pass.vectors, [&](int64_t first, auto width) {
     const int64_t key = first * kLanes;
-    if (key >= step.seen) return;
-    score_panel<Rows, width.value>(scratch.query, scratch.keys + key * head_dim, head_dim, step.keys - key,
-                                   step.diagonal - key, scratch.scores + key, highest, ahead);
+    if (key >= pass.seen) return;
+    score_panel<Rows, width.value>(scratch.query, scratch.keys + key * head_dim, head_dim, pass.keys - key,
+                                   pass.diagonal - key, scratch.scores + key, highest, ahead);
   });
 
   alignas(64) float alpha[kGroupLanes], factor[kGroupLanes];
-  softmax_rows(scratch.scores, Rows, highest, step, alpha, factor);
+  softmax_rows(scratch.scores, Rows, highest, pass, alpha, factor);
 
   constexpr float ones[kTileRows] = {1, 1, 1, 1, 1, 1};
   const int64_t head_vectors = ceil_div(head_dim, kLanes);
   for_each_panel(head_vectors, [&](int64_t first, auto width) {
     constexpr int64_t kPanel = width.value * kLanes;
     const int64_t column = first * kLanes;
-    const bool packed = step.values == nullptr;
-    const float* values = packed ? scratch.values + column * step.keys : step.values + column;
-    const int64_t value_stride = packed ? kPanel : step.value_stride;
-    const float* past = step.past == nullptr ? nullptr : step.past + column;
-    float* out = step.out + column;
-    const int64_t chain = min_of(kChain, step.seen);
-    value_panel<Rows, width.value>(scratch.scores, values, value_stride, chain, past, head_vectors * kLanes, alpha,
-                                   chain < step.seen ? ones : factor, out, step.out_stride);
-    if (chain == step.seen) return;
+    const bool packed = pass.values == nullptr;
+    const float* values = packed ? scratch.values + column * pass.keys : pass.values + column;
+    const int64_t value_stride = packed ? kPanel : pass.value_stride;
+    const float* accumulator = pass.accumulator == nullptr ? nullptr : pass.accumulator + column;
+    float* out = pass.out + column;
+    const int64_t chain = min_of(kChain, pass.seen);
+    value_panel<Rows, width.value>(scratch.scores, values, value_stride, chain, accumulator, head_vectors * kLanes,
+                                   alpha, chain < pass.seen ? ones : factor, out, pass.out_stride);
+    if (chain == pass.seen) return;
     value_panel<Rows, width.value>(scratch.scores + chain, values + chain * value_stride, value_stride,
-                                   step.seen - chain, out, step.out_stride, ones, factor, out, step.out_stride);
+                                   pass.seen - chain, out, pass.out_stride, ones, factor, out, pass.out_stride);
   });
 }
 
-void attend_rows(int64_t rows, const Scratch& scratch, const Step& step, int64_t head_dim, RowsAhead& ahead) {
+void attend_rows(int64_t rows, const Scratch& scratch, const Pass& pass, int64_t head_dim, RowsAhead& ahead) {
   static_assert(kTileRows == 6);
   switch (rows) {
     case 1:
-      return attend_rows<1>(scratch, step, head_dim, ahead);
+      return attend_rows<1>(scratch, pass, head_dim, ahead);
     case 2:
-      return attend_rows<2>(scratch, step, head_dim, ahead);
+      return attend_rows<2>(scratch, pass, head_dim, ahead);
     case 3:
-      return attend_rows<3>(scratch, step, head_dim, ahead);
+      return attend_rows<3>(scratch, pass, head_dim, ahead);
     case 4:
-      return attend_rows<4>(scratch, step, head_dim, ahead);
+      return attend_rows<4>(scratch, pass, head_dim, ahead);
     case 5:
-      return attend_rows<5>(scratch, step, head_dim, ahead);
+      return attend_rows<5>(scratch, pass, head_dim, ahead);
     default:
-      return attend_rows<6>(scratch, step, head_dim, ahead);
+      return attend_rows<6>(scratch, pass, head_dim, ahead);
   }
 }
-
-// A block of query rows of one (batch, head): where its tensors begin.
-template <typename T>
-struct Block {
-  const T *query, *key, *value;
-  T* out;
-  int64_t begin, rows;
-  int64_t keys;  // that its last row sees
-
-  Block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit) {
-    const int64_t head = unit / plan.row_blocks % args.heads, batch = unit / plan.row_blocks / args.heads;
-    const auto head_of = [&](const void* base, const HeadStrides& stride) {
-      return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
-    };
-    begin = unit % plan.row_blocks * plan.rows;
-    rows = min_of(plan.rows, args.query_length - begin);
-    keys = args.is_causal ? min_of(args.key_length, begin + rows) : args.key_length;
-    query = head_of(args.query, args.query_stride) + begin * args.query_stride.row;
-    key = head_of(args.key, args.key_stride);
-    value = head_of(args.value, args.value_stride);
-    out = const_cast<T*>(head_of(args.out, args.out_stride)) + begin * args.out_stride.row;
-  }
-};
 
 // One thread at work.
 template <typename T>
@@ -238,8 +216,7 @@ struct Worker {
   const Scratch scratch;
 
   // Of the keys that go into panels. The last of all is left out where its vector would hold nothing else: with 257
-  // keys that is 2% faster. (The last of a causal block is not: how a key is multiplied must not depend on the
-  // cut.)
+  // keys that is 2% faster. (The last of a causal block is not: how a key is multiplied must not depend on the cut.)
   int64_t panel_vectors(int64_t first, int64_t count) const {
     const bool has_lone_key = first + count == args.key_length && count % kLanes == 1;
     return has_lone_key ? count / kLanes : ceil_div(count, kLanes);
@@ -278,32 +255,33 @@ struct Worker {
       copy_row(scratch.query + r * kQueryStride, block.query + (row + r) * args.query_stride.row, args.head_dim,
                args.scale * kLog2E);
     }
-    float* past = scratch.past + min_of(row, plan.past_rows - kTileRows) * plan.head_floats;
+    float* accumulator = scratch.accumulator + min_of(row, plan.accumulator_rows - kTileRows) * plan.head_floats;
     T* result = block.out + row * args.out_stride.row;
 
-    Step step;
-    step.keys = count;
-    step.vectors = panel_vectors(first, count);
-    step.values =
+    Pass pass;
+    pass.keys = count;
+    pass.vectors = panel_vectors(first, count);
+    pass.values =
         plan.values_in_place ? reinterpret_cast<const float*>(block.value + first * args.value_stride.row) : nullptr;
-    step.value_stride = args.value_stride.row;
-    step.seen = min_of(count, keys - first);
-    step.diagonal = args.is_causal ? block.begin + row + 1 - first : count;
-    step.is_last = first + count >= keys;
-    step.max = scratch.max + group * kGroupLanes;
-    step.sum = scratch.sum + group * kGroupLanes;
-    step.past = first == 0 ? nullptr : past;
-    const bool direct = step.is_last && args.dtype == DType::kFloat32 && args.head_dim == plan.head_floats;
-    step.out = direct ? reinterpret_cast<float*>(result) : past;
-    step.out_stride = direct ? args.out_stride.row : plan.head_floats;
-    if (step.is_last) {
+    pass.value_stride = args.value_stride.row;
+    pass.seen = min_of(count, keys - first);
+    pass.diagonal = args.is_causal ? block.begin + row + 1 - first : count;
+    pass.is_last = first + count >= keys;
+    pass.max = scratch.max + group * kGroupLanes;
+    pass.sum = scratch.sum + group * kGroupLanes;
+    pass.accumulator = first == 0 ? nullptr : accumulator;
+    const bool direct = pass.is_last && args.dtype == DType::kFloat32 && args.head_dim == plan.head_floats;
+    pass.out = direct ? reinterpret_cast<float*>(result) : accumulator;
+    pass.out_stride = direct ? args.out_stride.row : plan.head_floats;
+    if (pass.is_last) {
       ahead.results = RowStream(result, args.out_stride.row, args.head_dim, rows);
       ahead.results.is_written = true;
     }
 
-    attend_rows(rows, scratch, step, args.head_dim, ahead);
-    if (!step.is_last || direct) return;
-    for (int64_t r = 0; r < rows; ++r) copy_result(result + r * args.out_stride.row, past + r * plan.head_floats);
+    attend_rows(rows, scratch, pass, args.head_dim, ahead);
+    if (!pass.is_last || direct) return;
+    for (int64_t r = 0; r < rows; ++r)
+      copy_result(result + r * args.out_stride.row, accumulator + r * plan.head_floats);
   }
 
   void copy_result(T* to, const float* from) const {
@@ -354,8 +332,8 @@ void flash_attention(const FlashAttentionArgs& args) {
 #if defined(__AMX_BF16__)
   bool done = false;
   with_element_type(args.dtype, [&](auto element) {
-    using Split = SplitAttention<decltype(element)>;
-    if (Split::pays(args)) done = Split(args).run();
+    using Tiled = AmxAttention<decltype(element)>;
+    if (Tiled::pays(args)) done = Tiled(args).run();
   });
   if (done) return;
 #endif

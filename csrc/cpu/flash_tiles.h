@@ -1,9 +1,11 @@
-// The register tiles of flash_attention.cpp: the scores, the values, the fold of a group's rows, the scores of one key.
+// The blocks and register tiles of flash_attention.cpp: the scores, the values, the fold of a group's rows, the scores
+// of one key.
 //
 // A panel is up to kTileVectors vectors of a matrix's columns. A tile is a group of query rows by a panel, and stays in
 // registers while a loop runs over what is summed.
 #pragma once
 
+#include "../ops/flash_attention.h"
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -16,9 +18,33 @@ constexpr int64_t kMaxTileKeys = 512;
 constexpr int64_t kQueryStride = kMaxWideHeadDim + 16;
 constexpr int64_t kScoreStride = kMaxTileKeys + 16;
 
-// The softmax's numbers of a group's rows are one array, row r in lane r.
+// What the softmax has per row of a group is one array, row r in lane r.
 constexpr int kMaxGroupRows = 8;  // kTileRows as a power of two
 constexpr int64_t kGroupLanes = kLanes > kMaxGroupRows ? kLanes : kMaxGroupRows;
+
+// A block of query rows of one (batch, head), as a Plan with `rows` per block and `row_blocks` per head cuts it.
+template <typename T>
+struct Block {
+  const T *query, *key, *value;
+  T* out;
+  int64_t begin, rows;
+  int64_t keys;  // that its last row sees
+
+  template <typename Plan>
+  Block(const FlashAttentionArgs& args, const Plan& plan, int64_t unit) {
+    const int64_t head = unit / plan.row_blocks % args.heads, batch = unit / plan.row_blocks / args.heads;
+    const auto head_of = [&](const void* base, const HeadStrides& stride) {
+      return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
+    };
+    begin = unit % plan.row_blocks * plan.rows;
+    rows = min_of(plan.rows, args.query_length - begin);
+    keys = args.is_causal ? min_of(args.key_length, begin + rows) : args.key_length;
+    query = head_of(args.query, args.query_stride) + begin * args.query_stride.row;
+    key = head_of(args.key, args.key_stride);
+    value = head_of(args.value, args.value_stride);
+    out = const_cast<T*>(head_of(args.out, args.out_stride)) + begin * args.out_stride.row;
+  }
+};
 
 // Rows of a tensor that are needed soon. They are brought into the L2 cache one at a time from inside the score loop,
 // which a burst would stall.
@@ -44,7 +70,7 @@ struct RowStream {
   }
 };
 
-// In the order of need. After them come rows of no bytes without end, so that the score loop need not ask for one.
+// In the order of need. An endless stream of empty rows follows, so that the score loop needs no check for the end.
 struct RowsAhead {
   RowStream next_queries, results, next_keys, next_values, nothing;
 
@@ -104,21 +130,21 @@ GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t 
 template <int Rows, int Width>
 void score_panel(const float* query, const float* keys, int64_t head_dim, int64_t count, int64_t diagonal,
                  float* scores, Vec* highest, RowsAhead& ahead) {
-  constexpr int kStep = 4;  // multiply-adds of a row for each row ahead; 2 stall it
+  constexpr int kUnroll = 4;  // multiply-adds of a row for each row ahead; 2 stall it
   constexpr int kPanel = Width * kLanes;
   RowStream* waiting = &ahead.next_queries;
   RowStream stream = *waiting;
 
   Vec tile[Rows][Width] = {};
   int64_t d = 0;
-  for (; d + kStep <= head_dim; d += kStep) {
+  for (; d + kUnroll <= head_dim; d += kUnroll) {
     while (stream.count == 0) {
       waiting->count = 0;
       stream = *++waiting;
     }
     stream.fetch_one();
     GAFEXT_UNROLL
-    for (int i = 0; i < kStep; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
+    for (int i = 0; i < kUnroll; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
   }
   for (; d < head_dim; ++d) add_product<kQueryStride>(tile, query + d, keys + d * kPanel);
   *waiting = stream;
@@ -136,24 +162,25 @@ void score_panel(const float* query, const float* keys, int64_t head_dim, int64_
   }
 }
 
-// out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] past[r, :]) for one panel of columns, without the
-// past where that is null.
+// out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] accumulator[r, :]) for one panel of columns; a
+// null accumulator counts as zero.
 template <int Rows, int Width>
-void value_panel(const float* weights, const float* values, int64_t value_stride, int64_t keys, const float* past,
-                 int64_t past_stride, const float* alpha, const float* factor, float* out, int64_t out_stride) {
-  constexpr int kStep = 4;
+void value_panel(const float* weights, const float* values, int64_t value_stride, int64_t keys,
+                 const float* accumulator, int64_t accumulator_stride, const float* alpha, const float* factor,
+                 float* out, int64_t out_stride) {
+  constexpr int kUnroll = 4;
   Vec tile[Rows][Width] = {};
   int64_t j = 0;
-  for (; j + kStep <= keys; j += kStep) {
+  for (; j + kUnroll <= keys; j += kUnroll) {
     GAFEXT_UNROLL
-    for (int i = 0; i < kStep; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * value_stride);
+    for (int i = 0; i < kUnroll; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * value_stride);
   }
   for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * value_stride);
-  if (past != nullptr) {
+  if (accumulator != nullptr) {
     GAFEXT_UNROLL
     for (int r = 0; r < Rows; ++r) {
       GAFEXT_UNROLL
-      for (int c = 0; c < Width; ++c) tile[r][c] += load(past + r * past_stride + c * kLanes) * alpha[r];
+      for (int c = 0; c < Width; ++c) tile[r][c] += load(accumulator + r * accumulator_stride + c * kLanes) * alpha[r];
     }
   }
   GAFEXT_UNROLL

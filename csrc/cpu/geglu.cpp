@@ -1,21 +1,23 @@
 // The projection of GEGLU with the gate in its epilogue: the (rows, 2 inner) intermediate never reaches memory.
 //
-// A unit of work is a panel of output columns times a block of rows. A step of it takes kDepth features:
+// A unit of work is a panel of output columns times a block of rows. It takes slices of kDepth features:
 //
 //   weights  transposed: kColumns value columns beside their kColumns gate columns    [kDepth, kPanel], in the L2 cache
-//   product  sums += x W^T in register tiles, while the next step's weights come in   [rows, kPanel], in the L2 cache
+//   product  sums += x W^T in register tiles, while the next slice's weights come in  [rows, kPanel], in the L2 cache
 //
-// and after the last step out = value * gelu(gate). Transposing takes 16 shuffles a vector of weights, once in a block
-// of rows, which is 3 % of the time for 500 rows.
-#include "geglu_amx.h"
+// and after the last slice out = value * gelu(gate). Transposing takes 16 shuffles per vector of weights, once per
+// block of rows, which is 3 % of the time for 500 rows.
+#include "../ops/geglu.h"
+
+#include "amx/geglu.h"
 #include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
 
 constexpr int64_t kColumns = kPanel / 2;  // output columns of a panel
-constexpr int64_t kDepth = 128;         // features of a step: their weights fit the L1 cache, and short sums round less
-constexpr int64_t kMaxRows = 504;       // of a unit; their sums take 129 KB
+constexpr int64_t kDepth = 128;    // features of a slice: their weights fit the L1 cache, and short sums round less
+constexpr int64_t kMaxRows = 504;  // of a unit; their sums take 129 KB
 constexpr int64_t kGateFloats = 16384;  // of the result, that a thread takes at a time where the projection is given
 constexpr int64_t kMinRows = 96;        // of a unit, below which transposing the weights shows
 
@@ -70,7 +72,7 @@ void pack_bias(const GegluArgs& args, const Unit& unit, float* to) {
 
 // sums (+)= x W^T over features [k, k + depth).
 template <typename T>
-void multiply_step(const GegluArgs& args, const Unit& unit, int64_t k, int64_t depth, const Scratch& scratch) {
+void multiply_slice(const GegluArgs& args, const Unit& unit, int64_t k, int64_t depth, const Scratch& scratch) {
   const T *x = static_cast<const T*>(args.x) + unit.row * args.x_stride + k,
           *weight = static_cast<const T*>(args.weight);
   const int64_t after = min_of(kDepth, args.in_features - k - depth), calls = ceil_div(unit.rows, kTileRows);
@@ -81,8 +83,8 @@ void multiply_step(const GegluArgs& args, const Unit& unit, int64_t k, int64_t d
   }
   for (int64_t r = 0; r < unit.rows; r += kTileRows) {
     const int64_t rows = min_of(kTileRows, unit.rows - r);
-    next[0].step();
-    next[1].step();
+    next[0].fetch();
+    next[1].fetch();
     if constexpr (sizeof(T) == sizeof(float)) {
       multiply_rows(rows, x + r * args.x_stride, args.x_stride, scratch.weight, depth, scratch.sums + r * kPanel,
                     kPanel, k > 0);
@@ -115,7 +117,7 @@ void project(const GegluArgs& args, const Unit& unit, const Scratch& scratch) {
   for (int64_t k = 0; k < args.in_features; k += kDepth) {
     const int64_t depth = min_of(kDepth, args.in_features - k);
     pack_weight<T>(args, unit, k, depth, scratch.weight);
-    multiply_step<T>(args, unit, k, depth, scratch);
+    multiply_slice<T>(args, unit, k, depth, scratch);
   }
   write_gated<T>(args, unit, scratch);
 }

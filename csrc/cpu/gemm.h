@@ -53,7 +53,7 @@ inline void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const 
   }
 }
 
-// Touches the cache lines of a [rows, row_bytes] block that a later loop reads, a few at each call.
+// Prefetches the cache lines of a [rows, row_bytes] block that a later loop reads, a few per call.
 class Prefetcher {
  public:
   Prefetcher() = default;
@@ -64,7 +64,7 @@ class Prefetcher {
         lines_(ceil_div(row_bytes, 64)),
         per_call_(ceil_div(rows * lines_, max_of(calls, 1))) {}
 
-  GAFEXT_INLINE void step() {
+  GAFEXT_INLINE void fetch() {
     for (int64_t i = 0; i < per_call_ && row_ < rows_; ++i) {
       __builtin_prefetch(at_ + row_ * stride_ + line_ * 64, 0, 2);
       if (++line_ == lines_) line_ = 0, ++row_;

@@ -1,5 +1,7 @@
 // A linear layer, where AMX tiles multiply float32 faster than sgemm.
-#include "linear_amx.h"
+#include "../ops/linear.h"
+
+#include "amx/linear.h"
 
 namespace gafext::GAFEXT_ISA {
 #if defined(__AMX_BF16__)
@@ -33,11 +35,8 @@ struct PlainColumns {
 }  // namespace
 
 bool linear(const LinearArgs& args) {
-  using Product = SplitLinear<float, PlainColumns>;
-  if (args.rows * args.in_features * args.out_features == 0) return false;
-  const SplitOperands<float> operands{args.x,           args.weight,   args.rows,
-                                      args.in_features, args.x_stride, args.weight_stride};
-  return Product(operands, PlainColumns{args}).run();
+  const bool is_empty = args.rows * args.in_features * args.out_features == 0;
+  return !is_empty && AmxLinear<float, PlainColumns>(PlainColumns{args}).run();
 }
 
 #else

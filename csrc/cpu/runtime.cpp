@@ -9,8 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../ops.h"
-
 #ifdef GAFEXT_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -26,8 +24,7 @@ namespace gafext {
 namespace {
 
 #ifdef GAFEXT_AMX
-// The tiles, bfloat16 products of them, and the system's leave to use them, which the first to ask gets for the
-// process.
+// Tiles, their products in bfloat16, and the system's permission, which one request obtains for the whole process.
 bool has_amx() {
   unsigned eax, ebx, ecx, edx = 0;
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
@@ -143,7 +140,7 @@ float* scratch(int64_t floats) {
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  // Larger blocks are mapped and given back still: keeping them too left holes, and half as much again for a VAE.
+  // Larger blocks are still mapped and given back: keeping them left holes, and a VAE took half as much memory again.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, -1);
   mallopt(M_TOP_PAD, 64 << 20);
@@ -155,59 +152,5 @@ void release_freed_memory() {
   malloc_trim(0);
 #endif
 }
-
-// Each operation hands over to the copy of its kernel that was compiled for this processor.
-
-#define GAFEXT_DECLARE_KERNELS                                   \
-  void flash_attention(const FlashAttentionArgs& args);          \
-  void cross_view_attention(const CrossViewAttentionArgs& args); \
-  void geglu(const GegluArgs& args);                             \
-  bool linear(const LinearArgs& args);                           \
-  void geglu_gate(const GegluGateArgs& args);                    \
-  void conv3x3(const Conv3x3Args& args);
-
-namespace portable {
-GAFEXT_DECLARE_KERNELS
-}
-
-#ifdef GAFEXT_X86
-namespace avx2 {
-GAFEXT_DECLARE_KERNELS
-}
-namespace avx512 {
-GAFEXT_DECLARE_KERNELS
-}
-#ifdef GAFEXT_AMX
-namespace amx {
-GAFEXT_DECLARE_KERNELS
-}
-#else
-namespace amx = avx512;
-#endif
-
-template <typename Kernel>
-static Kernel pick(Kernel portable, Kernel avx2, Kernel avx512, Kernel amx) {
-  switch (instruction_set()) {
-    case InstructionSet::kAmx:
-      return amx;
-    case InstructionSet::kAvx512:
-      return avx512;
-    case InstructionSet::kAvx2:
-      return avx2;
-    default:
-      return portable;
-  }
-}
-#define GAFEXT_KERNEL(op) pick(&portable::op, &avx2::op, &avx512::op, &amx::op)
-#else
-#define GAFEXT_KERNEL(op) (&portable::op)
-#endif
-
-void flash_attention_cpu(const FlashAttentionArgs& args) { GAFEXT_KERNEL(flash_attention)(args); }
-void cross_view_attention_cpu(const CrossViewAttentionArgs& args) { GAFEXT_KERNEL(cross_view_attention)(args); }
-void geglu_cpu(const GegluArgs& args) { GAFEXT_KERNEL(geglu)(args); }
-bool linear_cpu(const LinearArgs& args) { return GAFEXT_KERNEL(linear)(args); }
-void geglu_gate_cpu(const GegluGateArgs& args) { GAFEXT_KERNEL(geglu_gate)(args); }
-void conv3x3_cpu(const Conv3x3Args& args) { GAFEXT_KERNEL(conv3x3)(args); }
 
 }  // namespace gafext

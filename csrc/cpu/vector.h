@@ -1,15 +1,15 @@
 // The vector that the CPU kernels are written in: kLanes float32, with GCC's and clang's vector extensions.
 //
-// Every kernel source is compiled once for each instruction set, with GAFEXT_ISA naming it (portable, avx2, avx512);
-// the width follows from the compiler's flags. Everything lives in the namespace of that name, and nothing here or in
-// the kernels instantiates a std:: template: the linker merges inline functions of one name, and could keep the copy
-// with AVX-512 code for all processors.
+// Every kernel source is compiled once for each instruction set, with GAFEXT_ISA naming it (portable, avx2, avx512,
+// amx); the width follows from the compiler's flags. Everything lives in the namespace of that name, and nothing here
+// or in the kernels instantiates a std:: template: the linker merges inline functions of one name, and could keep the
+// copy with AVX-512 code for all processors.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "../ops.h"
+#include "../types.h"
 #include "runtime.h"
 
 #if defined(__AVX2__)
@@ -104,8 +104,8 @@ GAFEXT_INLINE Vec load(const Float16* from) {
 #endif
 }
 
-// The line of memory comes as this core's own; after a read the store would have to ask for it again. In attention that
-// is 1 to 5% of the time with 77 keys.
+// Fetches a line of memory for writing: after a prefetch for reading, the store would have to request it again. In
+// attention that is 1 to 5% of the time with 77 keys.
 GAFEXT_INLINE void prefetch_to_write(const void* line) {
 #if defined(__AVX512F__)
   asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));  // compilers write it only with -mprfchw
@@ -193,8 +193,8 @@ GAFEXT_INLINE Vec exp2_of(Vec x) {
 }
 
 // gelu(g) = g/2 (1 + erf(g / sqrt 2)) = max(g, 0) - |g| 2^Q(|g|), where 2^Q(a) = erfc(a / sqrt 2) / 2. Q is fitted so
-// that the absolute error stays below 1e-8 (float32 rounding of the terms aside); beyond 14 the term is 0. At -infinity
-// it is infinity times 0, NaN, as in PyTorch's gelu.
+// that the absolute error stays below 1e-8 (apart from float32 rounding of the terms); beyond 14 the term is 0. At
+// -infinity it is infinity times 0, NaN, as in PyTorch's gelu.
 GAFEXT_INLINE Vec gelu_of(Vec gate) {
   const Vec capped = gate > 16.0f ? broadcast(16.0f) : gate;
   const Vec magnitude = capped < 0.0f ? -capped : capped;
@@ -312,8 +312,8 @@ GAFEXT_INLINE void transpose_rows(float* to, int64_t stride, const T* from, int6
   }
 }
 
-// body(thread, unit) for every unit; thread < max_threads(). An exception must not leave `body`.
-// All threads take part, even in few units: libgomp ends those that a smaller team leaves out, and starts them anew.
+// body(thread, unit) for every unit; thread < max_threads(). An exception must not leave `body`. All threads take part,
+// even in few units: libgomp ends those that a smaller team leaves out, and starts them anew.
 template <typename Body>
 void parallel_for(int64_t units, const Body& body) {
 #ifdef _OPENMP

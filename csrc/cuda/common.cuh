@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../ops.h"
+#include "../types.h"
 #include "device.cuh"
 
 namespace gafext::cuda {

@@ -20,6 +20,7 @@
 // In flight 12 accesses of 16 bytes a lane at V = 4, 6 at V = 8: 100 KB a multiprocessor where all its warps wait, and
 //           16 KB cover the latency. Heads are fastest in the grid, so that neighbouring warps read neighbouring
 //           columns.
+#include "../ops/cross_view_attention.h"
 #include "common.cuh"
 
 namespace gafext {

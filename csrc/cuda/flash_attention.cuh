@@ -1,6 +1,7 @@
 // The attention kernels, a launcher each. flash_attention.cu chooses.
 #pragma once
 
+#include "../ops/flash_attention.h"
 #include "common.cuh"
 
 namespace gafext::cuda {

@@ -2,6 +2,7 @@
 // tile, the store. The algorithm and the roles of the warps are told there.
 #pragma once
 
+#include "../ops/flash_attention.h"
 #include "common.cuh"
 #include "hopper.cuh"
 

@@ -4,6 +4,7 @@
 // 4 g + t holds rows g and g + 8 of a tile, so that a row lies in the four lanes of one g.
 #pragma once
 
+#include "../ops/flash_attention.h"
 #include "common.cuh"
 
 namespace gafext::cuda {

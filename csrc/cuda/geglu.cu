@@ -8,6 +8,7 @@
 // Bytes     2 elements read and 1 written: 31.5 MB in half precision at (rows, inner) = (4096, 1280), 9.4 us at the
 //           3.35 TB/s of an H100. A multiprocessor's share of that, 14 bytes a clock, leaves time for 440 instructions
 //           a pack of a warp; counted in the SASS are 225.
+#include "../ops/geglu.h"
 #include "common.cuh"
 
 namespace gafext {

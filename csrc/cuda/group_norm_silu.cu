@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../ops/group_norm_silu.h"
 #include "common.cuh"
 
 namespace gafext {

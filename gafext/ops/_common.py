@@ -13,7 +13,7 @@ from torch import Tensor
 from gafext import _C
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops.h
+MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/types.h
 
 _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
@@ -150,15 +150,19 @@ def call_without_gradient(op: Callable[..., Tensor], *args, **options) -> Tensor
         return op(*args, **options)
 
 
+def is_autocast(tensor: Tensor) -> bool:
+    """Tell whether torch.autocast is on for the tensor's device."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast tensors, of which any but the first may be None, to the dtype of an active torch.autocast.
 
     PyTorch's linear and attention do the same.
     """
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not is_autocast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
 
 

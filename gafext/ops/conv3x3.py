@@ -87,7 +87,7 @@ def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
 
 
 def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     shape = tuple(weight.shape)
     _common.require(
         x.dim() == 4, _OP, lambda: f"x must have shape (batch, channels, height, width), got {tuple(x.shape)}"

@@ -11,7 +11,7 @@ from gafext.ops.backend import no_reasons, use_kernel
 from gafext.ops.flash_attention import attention_backward, attention_weights
 
 _OP = "cross_view_attention"
-MAX_VIEWS = 32  # kMaxViews of csrc/ops.h
+MAX_VIEWS = 32  # kMaxViews of csrc/ops/cross_view_attention.h
 
 
 def cross_view_attention(
@@ -71,7 +71,7 @@ def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor, num_views: in
 
 
 def check_cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> None:
-    """Raise a ValueError for arguments that do not match; the messages are those of csrc/checks.h."""
+    """Raise a ValueError for arguments that do not match; the messages are those of its file in csrc/ops."""
     _common.check_heads_shape(_OP, "query", query)
     _common.check_equal_shape(_OP, "query", query, "key", key)
     _common.check_equal_shape(_OP, "query", query, "value", value)

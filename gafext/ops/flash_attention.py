@@ -83,7 +83,7 @@ def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
 
 def _max_head_dim(query: Tensor) -> int:
     if query.device.type != "cuda" or (query.dtype != torch.float32 and query.shape[3] % 8 == 0):
-        return 512  # kMaxWideHeadDim of csrc/ops.h
+        return 512  # kMaxWideHeadDim of csrc/ops/flash_attention.h
     return _common.MAX_HEAD_DIM
 
 
@@ -169,7 +169,7 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
 
 
 def check_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _common.check_heads_shape(_OP, name, tensor)
     _common.require(

@@ -82,7 +82,7 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     shape = tuple(weight.shape)
     _common.require(
         weight.dim() == 2 and weight.shape[0] % 2 == 0,

@@ -10,7 +10,7 @@ from gafext.ops import _common
 from gafext.ops.backend import use_kernel
 
 _OP = "group_norm_silu"
-MAX_GROUP_CHANNELS = 512  # kMaxGroupChannels of csrc/ops.h
+MAX_GROUP_CHANNELS = 512  # kMaxGroupChannels of csrc/ops/group_norm_silu.h
 
 
 def group_norm_silu(
@@ -48,7 +48,7 @@ def group_norm_silu(
 
     Source: "Group Normalization" (arXiv 1803.08494), equation 7; diffusers' models/resnet.py, class ResnetBlock2D.
     """
-    check_group_norm_silu(x, num_groups, weight, bias)
+    check_group_norm_silu(x, num_groups, weight, bias, mixed=_common.is_autocast(x))
     if use_kernel(backend, _OP, lambda: unsupported_reasons(x, num_groups, weight, bias)):
         return torch.ops.gafext.group_norm_silu(x, num_groups, weight, bias, eps, silu=silu)
     return reference_group_norm_silu(x, num_groups, weight, bias, eps, silu=silu)
@@ -75,7 +75,7 @@ def unsupported_reasons(
     reasons = _kernel_reasons(x, num_groups) + _common.place_reasons(x, weight, bias)
     if x.device.type not in ("cuda", "meta"):
         reasons.append(f"the kernel is for CUDA, got {x.device.type} tensors")
-    elif x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+    elif _common.is_autocast(x):
         reasons.append("torch.autocast is on, under which PyTorch normalises in float32")
     return reasons
 
@@ -93,8 +93,13 @@ def _kernel_reasons(x: Tensor, num_groups: int) -> list[str]:
     return reasons
 
 
-def check_group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
-    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
+def check_group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *, mixed: bool = False
+) -> None:
+    """Raise a ValueError for tensors that do not match; the messages are those of csrc/ops/group_norm_silu.cpp.
+
+    With `mixed`, as under torch.autocast, weight and bias may be of another dtype than x.
+    """
     shape = tuple(x.shape)
     _common.require(
         x.dim() in (3, 4),
@@ -116,7 +121,8 @@ def check_group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = No
                 f"{name} must have shape ({shape[1]},) to go with x {shape}, got {tuple(tensor.shape)}"
             ),
         )
-        _common.check_same_kind(_OP, "x", x, name, tensor)
+        if not mixed:
+            _common.check_same_kind(_OP, "x", x, name, tensor)
 
 
 def _channels_last(out: Tensor) -> Tensor:

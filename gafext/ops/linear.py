@@ -115,7 +115,7 @@ def slower_reasons(x: Tensor) -> list[str]:
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Raise a ValueError for tensors that do not match; the messages are those of csrc/checks.h."""
+    """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     shape = tuple(weight.shape)
     _common.require(weight.dim() == 2, _OP, lambda: f"weight must have shape (out_features, in_features), got {shape}")
     _common.require(

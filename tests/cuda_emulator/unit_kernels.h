@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "ops.h"
+#include "types.h"
 
 namespace gafext {
 

@@ -70,7 +70,7 @@ def test_the_headers_of_the_oldest_torch_have_all_names():
     """2.11, which pyproject.toml allows; the torch of this test may be newer. The names are those that came later."""
     csrc = ROOT / "csrc"
     later = r"STABLE_TORCH_ERROR_CODE_CHECK|nativeHandle|torch_exception_get_what"
-    assert not [p.name for p in csrc.glob("*.*") if re.search(rf"\b({later})\b", re.sub("//.*", "", p.read_text()))]
+    assert not [p.name for p in csrc.rglob("*.*") if re.search(rf"\b({later})\b", re.sub("//.*", "", p.read_text()))]
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="needs readelf")

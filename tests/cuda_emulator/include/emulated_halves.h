@@ -67,7 +67,7 @@ struct alignas(4) NarrowPair {
 namespace emulator {  // where the types themselves can't be: argument-dependent lookup would search it for kernels'
                       // calls
 using emulated_halves::BFloat16, emulated_halves::Float16;
-}
+}  // namespace emulator
 
 using __half = emulated_halves::Narrow<emulated_halves::Float16>;
 using __half2 = emulated_halves::NarrowPair<emulated_halves::Float16>;

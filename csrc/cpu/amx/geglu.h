@@ -1,10 +1,11 @@
-// GEGLU's projection on AMX tiles (linear_amx.h): a tile is 16 columns of values beside their 16 columns of gates.
+// GEGLU's projection on AMX tiles (linear.h): a tile is 16 columns of values beside their 16 columns of gates.
 //
 // The whole operation is 1.4 to 1.7 times as fast as with AVX-512 from 256 rows on, 1.3 times with 128, hardly faster
 // with 64.
 #pragma once
 
-#include "linear_amx.h"
+#include "../../ops/geglu.h"
+#include "linear.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
@@ -37,15 +38,7 @@ struct GatedColumns {
 // False where AMX does not pay, or a number is beyond what it multiplies like float32.
 template <typename T>
 bool geglu_on_tiles(const GegluArgs& args) {
-  using Product = SplitLinear<T, GatedColumns<T>>;
-  if (args.rows < 64 || args.in_features == 0) return false;
-  const SplitOperands<T> operands{static_cast<const T*>(args.x),
-                                  static_cast<const T*>(args.weight),
-                                  args.rows,
-                                  args.in_features,
-                                  args.x_stride,
-                                  args.weight_stride};
-  return Product(operands, GatedColumns<T>{args}).run();
+  return args.rows >= 64 && args.in_features > 0 && AmxLinear<T, GatedColumns<T>>(GatedColumns<T>{args}).run();
 }
 
 }  // namespace

@@ -19,7 +19,7 @@
 // AMX takes subnormal numbers for zero, and hi of a huge number overflows: `Range` says when to fall back.
 #pragma once
 
-#include "vector.h"
+#include "../vector.h"
 
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
@@ -29,15 +29,15 @@ namespace gafext::GAFEXT_ISA {
 constexpr int64_t kTileSide = 16, kTileDepth = 32, kTileWords = kTileSide * kTileSide;
 constexpr int64_t kBlock = 2 * kTileSide;  // rows and columns of a product
 
-constexpr int kTerms = 3;  // of a float32
+constexpr int kFloat32Terms = 3;  // of a float32
 template <typename T>
-constexpr int kTermsOf = kTerms;
+constexpr int kTermsOf = kFloat32Terms;
 template <>
 constexpr int kTermsOf<Float16> = 2;
 template <>
 constexpr int kTermsOf<BFloat16> = 1;
 constexpr int64_t step_words(int terms) { return terms * kTileWords; }
-constexpr int64_t kStepWords = step_words(kTerms);
+constexpr int64_t kStepWords = step_words(kFloat32Terms);
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_line = 0, reserved[14] = {};
@@ -46,7 +46,7 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig kEightWholeTiles;
 
-// While one lives, the thread that made it may use tiles.
+// While one exists, the thread that constructed it may use tiles.
 class TileState {
  public:
   TileState() { _tile_loadconfig(&kEightWholeTiles); }
@@ -75,7 +75,7 @@ class Range {
 };
 
 // The terms of `a` in the lower halves and of `b` in the upper. hi is rounded, which makes the sign of mid, and so of
-// the products left out, a matter of chance. Below the last term a denormal has bits left.
+// the products left out, random. A subnormal has bits below the last term.
 template <int Terms>
 GAFEXT_INLINE void split(Vec a, Vec b, BitVec (&terms)[Terms]) {
   constexpr uint32_t kUpper = 0xffff0000;
@@ -116,7 +116,8 @@ GAFEXT_INLINE BitVec load_pairs_up_to(const BFloat16* from, int64_t count) {
   return bit_cast<BitVec>(_mm512_maskz_loadu_epi16(wanted, from));
 }
 
-// The three below for bfloat16, which needs no splitting. Rows and columns are copied: their pairs are neighbours.
+// split_rows, split_columns and split_down, below, for bfloat16, which is one term. A pair of a row or column is two
+// neighbours, which lie in memory as AMX takes them.
 inline void copy_rows(uint32_t* to, const BFloat16* from, int64_t stride, int64_t rows, int64_t depth, Range& range) {
   for (int64_t d = 0; d < depth; d += kTileDepth, to += kTileWords) {
     for (int64_t r = 0; r < kTileSide; ++r) {
@@ -160,7 +161,7 @@ inline void copy_down(uint32_t* to, const BFloat16* from, int64_t stride, int64_
 }
 
 // A strip of the left operand: `rows` <= 16 rows of `depth` numbers times `factor`; what is missing is zero.
-template <int Terms = kTerms, typename T>
+template <int Terms = kFloat32Terms, typename T>
 void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64_t depth, float factor, Range& range) {
   if constexpr (Terms == 1) return copy_rows(to, from, stride, rows, depth, range);
   for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
@@ -174,7 +175,7 @@ void split_rows(uint32_t* to, const T* from, int64_t stride, int64_t rows, int64
 }
 
 // A strip of the right operand: its columns are `columns` <= 16 rows of `depth` numbers.
-template <int Terms = kTerms, typename T>
+template <int Terms = kFloat32Terms, typename T>
 void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns, int64_t depth, Range& range) {
   if constexpr (Terms == 1) return copy_columns(to, from, stride, columns, depth, range);
   for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
@@ -192,7 +193,7 @@ void split_columns(uint32_t* to, const T* from, int64_t stride, int64_t columns,
 }
 
 // A strip of the right operand: `columns` of up to 16 columns of [depth, stride].
-template <int Terms = kTerms, typename T>
+template <int Terms = kFloat32Terms, typename T>
 void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int64_t columns, Range& range) {
   if constexpr (Terms == 1) return copy_down(to, from, stride, depth, columns, range);
   for (int64_t d = 0; d < depth; d += kTileDepth, to += step_words(Terms)) {
@@ -204,11 +205,7 @@ void split_down(uint32_t* to, const T* from, int64_t stride, int64_t depth, int6
   }
 }
 
-struct NothingAside {
-  void operator()() const {}
-};
-
-// body(begin), body(begin + 1), ... body(end - 1) in the course of `turns` calls.
+// Calls body(begin), ..., body(end - 1), spread evenly over `turns` calls of its own; rest() makes those that are left.
 template <typename Body>
 class Spread {
  public:
@@ -229,27 +226,39 @@ class Spread {
   int64_t credit_ = 0;
 };
 
+// The terms of a strip and, `stride` words further, of the next one.
+struct Strips {
+  const uint32_t* words;
+  int64_t stride;
+};
+
 // Products of two strips by `Columns`, [kBlock, kBlock] each, one after the other. The tiles of one are stored between
 // the first products of the next: stored at its end, they would hold up the loads and products that follow, for 60 to
 // 100 cycles.
 template <int Terms>
 class TermProducts {
  public:
-  static constexpr int64_t kTurns = Terms * (Terms + 1) / 2;  // calls of aside() in a step
+  static constexpr int64_t kTurns = Terms * (Terms + 1) / 2;  // calls of vector_work() per step
 
-  // to = the product, but not before the next call or finish(); of one column strip, its right half is zeros. Vector
-  // work in aside(), between tile products, takes no time of its own as long as it is the shorter part.
-  template <int Columns, typename Aside>
-  GAFEXT_INLINE void multiply(const uint32_t* left, int64_t left_strip, const uint32_t* right, int64_t right_strip,
-                              int64_t steps, float* to, int64_t to_stride, Aside& aside) {
+  // to = the product, but not before the next call or finish(); of one column strip, its right half is zeros. Work in
+  // vector_work(), between tile products, takes no time of its own as long as it is the shorter part.
+  //
+  // A turn multiplies one term of the left by one of the right, of which it loads the one that is new, the first both:
+  //
+  //   turn, Terms = 3   1     2     3     4     5     6        Terms = 2   1     2     3
+  //   left              hi    hi    mid   mid   lo    hi                   hi    hi    mid
+  //   right             lo    mid   mid   hi    hi    hi                   mid   hi    hi
+  template <int Columns, typename VectorWork>
+  GAFEXT_INLINE void multiply(Strips left, Strips right, int64_t steps, float* to, int64_t to_stride,
+                              VectorWork& vector_work) {
     __asm__ volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
     const auto load_left = [&](int term) __attribute__((always_inline)) {
-      _tile_loadd(4, left + term * kTileWords, 64);
-      _tile_loadd(5, left + left_strip + term * kTileWords, 64);
+      _tile_loadd(4, left.words + term * kTileWords, 64);
+      _tile_loadd(5, left.words + left.stride + term * kTileWords, 64);
     };
     const auto load_right = [&](int term) __attribute__((always_inline)) {
-      _tile_stream_loadd(6, right + term * kTileWords, 64);
-      if constexpr (Columns == 2) _tile_stream_loadd(7, right + right_strip + term * kTileWords, 64);
+      _tile_stream_loadd(6, right.words + term * kTileWords, 64);
+      if constexpr (Columns == 2) _tile_stream_loadd(7, right.words + right.stride + term * kTileWords, 64);
     };
     const auto add_products = []() __attribute__((always_inline)) {
       _tile_dpbf16ps(0, 4, 6);
@@ -258,21 +267,22 @@ class TermProducts {
       if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
     };
     load_left(0), load_right(Terms - 1), store_and_begin<Columns>();
-    for (int64_t s = 0;; load_left(0), load_right(Terms - 1), add_products()) {
-      aside();
+    for (int64_t step = 1;; ++step) {
+      vector_work();
       if constexpr (Terms == 2) {
-        load_right(0), add_products(), aside();
-        load_left(1), add_products(), aside();
+        load_right(0), add_products(), vector_work();
+        load_left(1), add_products(), vector_work();
       }
       if constexpr (Terms == 3) {
-        load_right(1), add_products(), aside();
-        load_left(1), add_products(), aside();
-        load_right(0), add_products(), aside();
-        load_left(2), add_products(), aside();
-        load_left(0), add_products(), aside();
+        load_right(1), add_products(), vector_work();
+        load_left(1), add_products(), vector_work();
+        load_right(0), add_products(), vector_work();
+        load_left(2), add_products(), vector_work();
+        load_left(0), add_products(), vector_work();
       }
-      if (++s == steps) break;
-      left += step_words(Terms), right += step_words(Terms);
+      if (step == steps) break;
+      left.words += step_words(Terms), right.words += step_words(Terms);
+      load_left(0), load_right(Terms - 1), add_products();
     }
     unsaved_ = to;
     line_ = to_stride;
@@ -289,6 +299,8 @@ class TermProducts {
   }
 
  private:
+  // The first turn of a product, between whose instructions the tiles of the one before are stored. Where there was
+  // none, the tiles' old content goes to nothing_.
   template <int Columns>
   GAFEXT_INLINE void store_and_begin() {
     float* const to = unsaved_ == nullptr ? nothing_ : unsaved_;
@@ -310,7 +322,6 @@ class TermProducts {
   float* unsaved_ = nullptr;
   int64_t line_ = 0;
 };
-using TileProducts = TermProducts<kTerms>;
 
 }  // namespace gafext::GAFEXT_ISA
 #endif

@@ -1,33 +1,27 @@
-// Linear layers on AMX tiles (amx.h): f(x weight^T), where `Layer` says which rows of the weight make up the 32 columns
-// of a tile of the product, and what becomes of its sums.
+// Linear layers on AMX tiles (tiles.h): f(x weight^T), where `Layer` says which rows of the weight make up the 32
+// columns of a tile of the product, and what becomes of its sums.
 //
 //   shared   the operand with fewer rows, x or the weight: split once          [pairs, steps], 6 bytes a number, in L3
 //   unit     up to kMaxPairs pairs of the other operand times a block of the shared one; a chunk of steps at a time:
 //     own      split                                                           [pairs, chunk], 738 KB, in the L2 cache
 //     product  32 rows by 32 columns, added to the chunks before               [block, pairs], in the L2 cache
 //
-// A core works on vectors while its tile unit multiplies: a product's sums are taken up, and f with the last of them,
-// between the tile products of the next one (GEGLU of 4096 rows 1.09 times as fast, linear layers 1.02 to 1.18 times).
+// The vector unit takes up a product's sums, and applies f to the last of them, while the tile unit multiplies the next
+// one (GEGLU of 4096 rows 1.09 times as fast, linear layers 1.02 to 1.18 times).
 //
-// A pair is two strips: 32 rows of x, or the columns of a tile. So x is read once and written never where it has more
-// rows than the weight; splitting it for all columns beforehand left nothing of the gain with 320 features.
+// A pair is two strips: 32 rows of x, or the columns of a tile. So x is read once, and not written split where it has
+// more rows than the weight: splitting it for all columns beforehand cost the whole gain with 320 features.
 //
 // A core multiplies 32 x 32 numbers a step in 384 cycles; of what it loads for that, 6 KB come out of the L2 cache, and
 // one pair in kMaxPairs out of L3. Splitting takes 10 % of the time with 8192 rows and 320 features; 20 % with 512 and
 // 1280, where the weights come from memory. Prefetching them during the products before cost 5 to 20 %.
 #pragma once
 
-#include "amx.h"
+#include "tiles.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
 namespace {
-
-template <typename T>
-struct SplitOperands {
-  const T *x, *weight;
-  int64_t rows, in_features, x_stride, weight_stride;
-};
 
 // `count` rows of the weight from `first` on: columns of the product next to each other.
 struct WeightRows {
@@ -35,14 +29,14 @@ struct WeightRows {
 };
 
 template <typename T, typename Layer>
-class SplitLinear {
+class AmxLinear {
  public:
-  SplitLinear(const SplitOperands<T>& operands, const Layer& layer)
-      : of_(operands), layer_(layer), steps_(ceil_div(operands.in_features, kTileDepth)) {
-    const int64_t row_pairs = ceil_div(of_.rows, kBlock);
+  explicit AmxLinear(const Layer& layer) : layer_(layer), args_(layer.args) {
+    const int64_t row_pairs = ceil_div(args_.rows, kBlock);
     weight_is_shared_ = layer.tiles() < row_pairs;
     shared_pairs_ = weight_is_shared_ ? layer.tiles() : row_pairs;
     own_pairs_ = weight_is_shared_ ? row_pairs : layer.tiles();
+    steps_ = ceil_div(args_.in_features, kTileDepth);
     chunk_ = ceil_div(steps_, ceil_div(steps_, kChunk));
   }
 
@@ -95,27 +89,39 @@ class SplitLinear {
 
   static int64_t pair_words(int64_t steps) { return 2 * steps * kStepWords; }
 
+  // Two items, one per operand: given as those of the shared and the own operand, named as those of x and the weight.
+  template <typename Item>
+  struct Operands {
+    Item x, weight;
+  };
+  template <typename Item>
+  Operands<Item> operands(const Item& shared, const Item& own) const {
+    return weight_is_shared_ ? Operands<Item>{own, shared} : Operands<Item>{shared, own};
+  }
+
   // `steps` steps of a pair of the weight, or of x.
   void split_pair(bool of_weight, int64_t pair, int64_t step, int64_t steps, uint32_t* to) {
-    const int64_t k = step * kTileDepth, depth = min_of(steps * kTileDepth, of_.in_features - k);
+    const int64_t k = step * kTileDepth, depth = min_of(steps * kTileDepth, args_.in_features - k);
+    const int64_t stride = of_weight ? args_.weight_stride : args_.x_stride;
+    const T* from = static_cast<const T*>(of_weight ? args_.weight : args_.x) + k;
     for (int64_t half = 0; half < 2; ++half, to += steps * kStepWords) {
       Range range;
       if (of_weight) {
         const WeightRows rows = layer_.weight_rows(pair, half);
-        split_columns(to, of_.weight + rows.first * of_.weight_stride + k, of_.weight_stride, rows.count, depth, range);
+        split_columns(to, from + rows.first * stride, stride, rows.count, depth, range);
       } else {
         const int64_t row = pair * kBlock + half * kTileSide;
-        split_rows(to, of_.x + row * of_.x_stride + k, of_.x_stride, of_.rows - row, depth, 1.0f, range);
+        split_rows(to, from + row * stride, stride, args_.rows - row, depth, 1.0f, range);
       }
       if (!range.fits()) __atomic_store_n(&fits_, false, __ATOMIC_RELAXED);
     }
   }
 
-  // One product of a panel, whose tiles are made: rows of its sums are taken up while the next product's are.
-  struct Made {
-    int64_t own_pair, shared_pair;
-    const float* chain;  // the sums over a chunk of steps, there since the next product began
-    float* sums;         // over those before, where there are several
+  // A product whose tiles are multiplied: its sums are taken up during the next product.
+  struct Product {
+    Operands<int64_t> pairs;
+    const float* chain;  // the sums over a chunk of steps, stored since the next product began
+    float* sums;         // over the chunks before, where there are several
     bool is_first, is_last;
   };
   static constexpr int64_t kPieceRows = 2, kPieces = kBlock / kPieceRows;
@@ -123,10 +129,10 @@ class SplitLinear {
   // Shared pairs [begin, end) of those from `first` on, times a panel.
   void multiply(int64_t first, int64_t begin, int64_t end, Panel panel, uint32_t* own) {
     const TileState tiles_are_ours;
-    TileProducts products;
+    TermProducts<kFloat32Terms> products;
     alignas(64) float chain[kBlock * kBlock];
-    Made made = {};
-    const auto take_up = [&](int64_t piece) { take_up_rows(made, piece * kPieceRows); };
+    Product product = {};
+    const auto take_up = [&](int64_t piece) { take_up_rows(product, piece * kPieceRows); };
     for (int64_t step = 0; step < steps_; step += chunk_) {
       const int64_t steps = min_of(chunk_, steps_ - step);
       for (int64_t p = 0; p < panel.pairs; ++p) {
@@ -134,11 +140,13 @@ class SplitLinear {
       }
       float* sums = reinterpret_cast<float*>(own + own_words_);
       for (int64_t q = begin; q < end; ++q) {
-        const uint32_t* shared = shared_ + q * pair_words(steps_) + step * kStepWords;
+        const Strips shared{shared_ + q * pair_words(steps_) + step * kStepWords, steps_ * kStepWords};
         for (int64_t p = 0; p < panel.pairs; ++p) {
-          Spread aside{take_up, 0, made.chain == nullptr ? 0 : kPieces, steps * TileProducts::kTurns};
-          multiply_pairs(own + p * pair_words(steps), shared, steps, chain, products, aside);
-          made = {panel.first + p, first + q, chain, sums, step == 0, step + steps == steps_};
+          const auto [x, weight] = operands(shared, {own + p * pair_words(steps), steps * kStepWords});
+          Spread pieces{take_up, 0, product.chain == nullptr ? 0 : kPieces, steps * products.kTurns};
+          products.multiply<2>(x, weight, steps, chain, kBlock, pieces);
+          pieces.rest();
+          product = {operands(first + q, panel.first + p), chain, sums, step == 0, step + steps == steps_};
           if (chunk_ < steps_) sums += kBlock * kBlock;
         }
       }
@@ -147,35 +155,22 @@ class SplitLinear {
     for (int64_t piece = 0; piece < kPieces; ++piece) take_up(piece);
   }
 
-  template <typename Aside>
-  void multiply_pairs(const uint32_t* own, const uint32_t* shared, int64_t steps, float* to, TileProducts& products,
-                      Aside& aside) const {
-    const int64_t own_strip = steps * kStepWords, shared_strip = steps_ * kStepWords;
-    if (weight_is_shared_) {
-      products.multiply<2>(own, own_strip, shared, shared_strip, steps, to, kBlock, aside);
-    } else {
-      products.multiply<2>(shared, shared_strip, own, own_strip, steps, to, kBlock, aside);
-    }
-    aside.rest();
-  }
-
   // kPieceRows rows of a product from `first` on.
-  __attribute__((noinline)) void take_up_rows(const Made& made, int64_t first) const {
-    const float* from = made.chain + first * kBlock;
+  __attribute__((noinline)) void take_up_rows(const Product& product, int64_t first) const {
+    const float* from = product.chain + first * kBlock;
     if (chunk_ < steps_) {
-      float* sums = made.sums + first * kBlock;
+      float* sums = product.sums + first * kBlock;
       for (int64_t i = 0; i < kPieceRows * kBlock; i += kLanes) {
-        store(sums + i, made.is_first ? load(from + i) : load(sums + i) + load(from + i));
+        store(sums + i, product.is_first ? load(from + i) : load(sums + i) + load(from + i));
       }
       from = sums;
     }
-    const int64_t row = (weight_is_shared_ ? made.own_pair : made.shared_pair) * kBlock + first;
-    const int64_t rows = min_of(kPieceRows, of_.rows - row);
-    if (made.is_last && rows > 0) layer_.write(row, rows, weight_is_shared_ ? made.shared_pair : made.own_pair, from);
+    const int64_t row = product.pairs.x * kBlock + first, rows = min_of(kPieceRows, args_.rows - row);
+    if (product.is_last && rows > 0) layer_.write(row, rows, product.pairs.weight, from);
   }
 
-  const SplitOperands<T> of_;
   const Layer& layer_;
+  decltype(Layer::args) args_;
   int64_t steps_, chunk_;  // of the sum, and at a time
   int64_t shared_pairs_, own_pairs_;
   bool weight_is_shared_;

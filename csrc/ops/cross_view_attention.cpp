@@ -1,0 +1,65 @@
+#include "cross_view_attention.h"
+
+#include "../cpu/dispatch.h"
+#include "../heads.h"
+
+namespace gafext {
+
+GAFEXT_CPU_KERNEL(void, cross_view_attention, const CrossViewAttentionArgs& args)
+
+namespace {
+
+CrossViewAttentionArgs check_cross_view_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                  int64_t num_views, std::optional<double> scale) {
+  const char* op = "cross_view_attention";
+  const Named q{"query", query}, k{"key", key}, v{"value", value};
+  check_heads_shape(op, q);
+  check_equal_shape(op, q, k);
+  check_equal_shape(op, q, v);
+  require(num_views >= 1, op, ": num_views must be at least 1, got ", num_views);
+  require(query.size(0) % num_views == 0, op, ": the batch of query must be a multiple of num_views = ", num_views,
+          ", got ", shape_of(query));
+  check_same_kind(op, q, k);
+  check_same_kind(op, q, v);
+
+  CrossViewAttentionArgs args{};
+  args.dtype = check_supported_heads(op, q, k, v, kMaxHeadDim);
+  require(num_views <= kMaxViews, op, ": num_views must be in 1..", kMaxViews, ", got ", num_views);
+  set_inputs(args, query, key, value, scale);
+  args.batch = query.size(0) / num_views, args.views = num_views, args.length = query.size(2);
+  return args;
+}
+
+Tensor cross_view_attention_on_cpu(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_views,
+                                   std::optional<double> scale) {
+  CrossViewAttentionArgs args = check_cross_view_attention(query, key, value, num_views, scale);
+  const Tensor out = make_output(args, query);
+  cpu::cross_view_attention(args);
+  return out;
+}
+
+#ifdef GAFEXT_WITH_CUDA
+
+Tensor cross_view_attention_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_views,
+                                    std::optional<double> scale) {
+  CrossViewAttentionArgs args = check_cross_view_attention(query, key, value, num_views, scale);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Tensor out = make_output(args, query);
+  check_launch(cross_view_attention_cuda(args, current_stream(query)), "cross_view_attention", "query", query);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) { m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cuda)); }
+
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
+  m.def(
+      "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu)); }
+
+}  // namespace
+}  // namespace gafext
