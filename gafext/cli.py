@@ -50,6 +50,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
+    """Add the options of every command that runs a pipeline."""
+    add = command.add_argument
+    add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
+    add("--steps", type=int, default=steps, metavar="N", help=f"denoising steps, 1 to 1000; default: {steps}")
+    add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
+    add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
+    add(
+        "--upsample",
+        choices=UPSAMPLE,
+        default="auto",
+        help="double the size of the latents before decoding; default: auto, with the checkpoint's upsampler",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add("--quiet", action="store_true", help="no progress and no summary")
+
+
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
@@ -58,8 +75,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = generate.add_argument
+    _add_sampling(generate, steps=50)
     add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
-    add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--lora", metavar="FILE", help="LoRA file to merge into the U-Net")
     add("--lora-scale", type=float, metavar="S", help="weight of the LoRA; default: 1")
@@ -69,9 +86,6 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
-    add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000; default: 50")
-    add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
-    add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
     add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: 0")
     add("--cameras", metavar="FILE", help="transforms_train.json with the cameras to use instead of an orbit")
     add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
@@ -81,20 +95,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--renders", metavar="DIR", help="folder with one image per view to start from; see --strength")
     add("--strength", type=float, default=1.0, metavar="S", help="fraction of the steps run on the renders; default: 1")
     add(
-        "--upsample",
-        choices=UPSAMPLE,
-        default="auto",
-        help="double the size of the latents before decoding; default: auto, with the checkpoint's upsampler",
-    )
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
-    add(
         "--dtype",
         choices=(*_DTYPES, "int8"),
         default="float32",
         help="dtype of weights and activations; int8: only the U-Net's linear layers, on a CPU; default: float32",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
-    add("--quiet", action="store_true", help="no progress bar and no summary")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
@@ -170,18 +176,12 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = evaluate.add_argument
-    add("--model", metavar="DIR", help="checkpoint folder; default: the small built-in model")
+    _add_sampling(evaluate, steps=25)
     add("--heads", type=int, default=8, metavar="N", help="number of heads; default: 8")
     add("--views", type=int, default=4, metavar="V", help="number of views on an orbit; default: 4")
-    add("--steps", type=int, default=25, metavar="N", help="denoising steps; default: 25")
-    add("--guidance", type=float, metavar="G", help="guidance scale; default: the checkpoint's")
-    add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
-    add("--upsample", choices=UPSAMPLE, default="auto", help="as for generate; default: auto")
     add("--ablations", action="store_true", help="also measure with inputs or parts of the network removed or changed")
     add("--json", metavar="FILE", help="write the numbers to this file")
     add("--figure", metavar="FILE", help="write an image of portraits, normal maps, generated views and ground truth")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
-    add("--quiet", action="store_true", help="no progress")
 
 
 def _eval(args: argparse.Namespace) -> int:

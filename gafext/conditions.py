@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import PIL.Image
 import torch
@@ -16,6 +16,21 @@ from gafext.guidance import guide
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import Conditioning, MultiViewUNet
 from gafext.schedulers import Scheduler
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of `MultiViewDiffusionPipeline.prepare`, which documents them, for what hands them on."""
+
+    num_views: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    generator: torch.Generator | int | None
+    latents: Tensor | None
+    renders: Any
+    strength: float
+    eta: float
+    upsample: str
+    output_type: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,8 @@ class Run:
 
     Attributes:
         latents: initial latents [B*V,4,h,w] float32: noise, or noised renders.
-        timesteps: the scheduler's timesteps, decreasing.
+        timesteps: the scheduler's timesteps, decreasing; the last ones of a run from renders.
+        num_inference_steps: of the whole schedule.
         conditions: the U-Net's other inputs.
         cameras: V cameras.
         guidance_scale: 1.0 to 20.0.
@@ -55,6 +71,7 @@ class Run:
 
     latents: Tensor
     timesteps: Tensor
+    num_inference_steps: int
     conditions: Conditions
     cameras: Cameras
     guidance_scale: float

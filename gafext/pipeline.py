@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from gafext import images as imaging
 from gafext.cameras import Cameras, as_cameras
 from gafext.checkpoints.components import PipelineComponents
-from gafext.conditions import ImageTokens, Run, image_tokens, predict, prepare_conditions
+from gafext.conditions import ImageTokens, Run, RunOptions, image_tokens, predict, prepare_conditions
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
@@ -27,6 +27,9 @@ from gafext.output import MultiViewOutput
 from gafext.schedulers import check_eta
 from gafext.upsampler import NOISE_STEP
 from gafext.versions import versions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
@@ -60,39 +63,14 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         cameras: Any = None,
         normal_maps: Any = None,
         *,
-        num_views: int = DEFAULT_VIEWS,
-        num_inference_steps: int = 50,
-        guidance_scale: float | None = None,
-        generator: torch.Generator | int | None = None,
-        latents: Tensor | None = None,
-        renders: Any = None,
-        strength: float = 1.0,
-        eta: float = 0.0,
-        upsample: str = "auto",
-        output_type: str = "pil",
         callback_on_step_end: Callable[..., dict | None] | None = None,
         progress_bar: bool = True,
+        **options: Unpack[RunOptions],
     ) -> MultiViewOutput | list[MultiViewOutput]:
         """Generate the views of one portrait, or of each portrait in a list.
 
         Args:
-            image: a portrait: path, PIL image, array [H,W,3] or tensor [3,H,W], uint8 or float in [0,1], any size and
-                mode; or a list of portraits.
-            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes and a field of view of 30
-                degrees; None: an orbit of `num_views`.
-            normal_maps: V images of camera-space normals, n/2 + 1/2; None: the normals of a neutral head.
-            num_views: V, if no cameras are given; without the reference frame of ImageDream's family.
-            num_inference_steps: 1 to 1000.
-            guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
-            generator: an integer seed, or a torch.Generator, of which only the initial seed is used. Noise depends only
-                on the seed, the index of the portrait and the index of the view. None: a random seed, stored in `run`.
-            latents: initial noise [B*V,4,h,w]; None: drawn from the seed.
-            renders: B*V images to add noise to and start from, such as renders of an avatar that is being fitted.
-            strength: fraction of the noise schedule that is run on `renders`, over 0 and up to 1.
-            eta: 0 is deterministic, 1 adds as much noise as DDPM.
-            upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one;
-                "bilinear" doubles them by interpolation; "none" does not resize them.
-            output_type: "pil", "np", "pt" or "latent".
+            image, cameras, normal_maps, options: those of `prepare`, such as num_views, guidance_scale and generator.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step; may return a
                 dict with latents that replace the current ones.
             progress_bar: show a progress bar.
@@ -105,21 +83,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             CameraError: a camera is not a rigid transform.
             ValueError: an argument is out of range, or counts do not agree.
         """
-        run = self.prepare(
-            image,
-            cameras,
-            normal_maps,
-            num_views=num_views,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            renders=renders,
-            strength=strength,
-            eta=eta,
-            upsample=upsample,
-            output_type=output_type,
-        )
+        run = self.prepare(image, cameras, normal_maps, **options)
         latents = self.denoise(run, callback_on_step_end=callback_on_step_end, progress_bar=progress_bar)
         return self.finish(run, latents)
 
@@ -141,7 +105,26 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         upsample: str = "auto",
         output_type: str = "pil",
     ) -> Run:
-        """Validate the arguments (those of `__call__`) and encode all inputs that are constant over the steps.
+        """Validate the arguments of a call and encode all inputs that are constant over its steps.
+
+        Args:
+            image: a portrait: path, PIL image, array [H,W,3] or tensor [3,H,W], uint8 or float in [0,1], any size and
+                mode; or a list of portraits.
+            cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes and a field of view of 30
+                degrees; None: an orbit of `num_views`.
+            normal_maps: V images of camera-space normals, n/2 + 1/2; None: the normals of a neutral head.
+            num_views: V, if no cameras are given; without the reference frame of ImageDream's family.
+            num_inference_steps: 1 to 1000.
+            guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
+            generator: an integer seed, or a torch.Generator, of which only the initial seed is used. Noise depends only
+                on the seed, the index of the portrait and the index of the view. None: a random seed, stored in `run`.
+            latents: initial noise [B*V,4,h,w]; None: drawn from the seed.
+            renders: B*V images to add noise to and start from, such as renders of an avatar that is being fitted.
+            strength: fraction of the noise schedule that is run on `renders`, over 0 and up to 1.
+            eta: 0 is deterministic, 1 adds as much noise as DDPM.
+            upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one;
+                "bilinear" doubles them by interpolation; "none" does not resize them.
+            output_type: "pil", "np", "pt" or "latent".
 
         Returns:
             The run, for `denoise`.
@@ -196,8 +179,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             upsample=upsample,
             output_type=output_type,
             is_batch=is_batch,
+            num_inference_steps=num_inference_steps,
             settings={
-                "num_inference_steps": num_inference_steps,
                 "strength": strength,
                 **{name: "default" if value is None else "given" for name, value in given.items()},
             },
@@ -214,7 +197,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         """Run the denoising steps.
 
         Args:
-            run: result of the latest call of `prepare`, because the scheduler keeps only the latest timesteps.
+            run: from `prepare`.
             callback_on_step_end: as for `__call__`.
             progress_bar: show a progress bar.
 
@@ -233,8 +216,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         """Yield (timestep, latents [B*V,4,h,w] float32) after each denoising step; latents may be changed in place.
 
         Args:
-            run: result of the latest call of `prepare`.
+            run: from `prepare`.
         """
+        self.scheduler.set_timesteps(run.num_inference_steps)  # another run may have been prepared meanwhile
         latents = run.latents
         for step, timestep in enumerate(run.timesteps.tolist()):
             output, noise = predict(self.unet, self.scheduler, run, latents, timestep), None
@@ -277,6 +261,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             "dtype": "int8" if is_quantized(self.unet) else str(self.dtype).removeprefix("torch."),
             "versions": versions(),
             "num_views": run.num_views,
+            "num_inference_steps": run.num_inference_steps,
             "guidance_scale": run.guidance_scale,
             "seed": run.seed,
             "eta": run.eta,

@@ -9,6 +9,8 @@ GAFEXT_CPU_KERNEL(void, conv3x3, const Conv3x3Args& args)
 
 namespace {
 
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) { m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"); }
+
 Conv3x3Args check_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "conv3x3";
   require(x.dim() == 4, op, ": x must have shape (batch, channels, height, width), got ", shape_of(x));
@@ -40,8 +42,6 @@ Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tenso
   cpu::conv3x3(args);
   return out;
 }
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) { m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3_on_cpu)); }
 

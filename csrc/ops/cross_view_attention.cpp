@@ -9,6 +9,12 @@ GAFEXT_CPU_KERNEL(void, cross_view_attention, const CrossViewAttentionArgs& args
 
 namespace {
 
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
+  m.def(
+      "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
+      "-> Tensor");
+}
+
 CrossViewAttentionArgs check_cross_view_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                                   int64_t num_views, std::optional<double> scale) {
   const char* op = "cross_view_attention";
@@ -38,6 +44,8 @@ Tensor cross_view_attention_on_cpu(const Tensor& query, const Tensor& key, const
   return out;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu)); }
+
 #ifdef GAFEXT_WITH_CUDA
 
 Tensor cross_view_attention_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_views,
@@ -52,14 +60,6 @@ Tensor cross_view_attention_on_cuda(const Tensor& query, const Tensor& key, cons
 STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) { m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cuda)); }
 
 #endif
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
-  m.def(
-      "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
-      "-> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu)); }
 
 }  // namespace
 }  // namespace gafext

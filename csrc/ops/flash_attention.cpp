@@ -9,6 +9,12 @@ GAFEXT_CPU_KERNEL(void, flash_attention, const FlashAttentionArgs& args)
 
 namespace {
 
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
+  m.def(
+      "flash_attention(Tensor query, Tensor key, Tensor value, *, float? scale=None, bool is_causal=False) "
+      "-> Tensor");
+}
+
 int64_t max_head_dim(const Tensor& query) {
   const bool wide = !query.is_cuda() || (query.scalar_type() != ScalarType::Float && query.size(3) % 8 == 0);
   return wide ? kMaxWideHeadDim : kMaxHeadDim;
@@ -41,6 +47,8 @@ Tensor flash_attention_on_cpu(const Tensor& query, const Tensor& key, const Tens
   return out;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("flash_attention", TORCH_BOX(&flash_attention_on_cpu)); }
+
 #ifdef GAFEXT_WITH_CUDA
 
 // For heads so wide that no kernel takes rows of any alignment.
@@ -70,14 +78,6 @@ Tensor flash_attention_on_cuda(Tensor query, Tensor key, Tensor value, std::opti
 STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) { m.impl("flash_attention", TORCH_BOX(&flash_attention_on_cuda)); }
 
 #endif
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
-  m.def(
-      "flash_attention(Tensor query, Tensor key, Tensor value, *, float? scale=None, bool is_causal=False) "
-      "-> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("flash_attention", TORCH_BOX(&flash_attention_on_cpu)); }
 
 }  // namespace
 }  // namespace gafext

@@ -10,6 +10,11 @@ GAFEXT_CPU_KERNEL(void, geglu_gate, const GegluGateArgs& args)
 
 namespace {
 
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
+  m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("geglu_gate(Tensor projected) -> Tensor");
+}
+
 // Sizes and dtype only: the tensors may still need a contiguous copy.
 GegluArgs check_geglu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "geglu";
@@ -51,6 +56,11 @@ Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<T
   return project(args, x, weight, bias, args.inner, cpu::geglu);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
+  m.impl("geglu", TORCH_BOX(&geglu_on_cpu));
+  m.impl("geglu_gate", TORCH_BOX(&geglu_gate_on_cpu));
+}
+
 #ifdef GAFEXT_WITH_CUDA
 
 Tensor geglu_gate_on_cuda(const Tensor& projected) {
@@ -71,16 +81,6 @@ STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) {
 }
 
 #endif
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
-  m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
-  m.def("geglu_gate(Tensor projected) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
-  m.impl("geglu", TORCH_BOX(&geglu_on_cpu));
-  m.impl("geglu_gate", TORCH_BOX(&geglu_gate_on_cpu));
-}
 
 }  // namespace
 }  // namespace gafext

@@ -7,6 +7,12 @@
 namespace gafext {
 namespace {
 
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
+  m.def(
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, "
+      "bool silu=True) -> Tensor");
+}
+
 GroupNormSiluArgs check_group_norm_silu(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
                                         const std::optional<Tensor>& bias, double eps, bool silu) {
   const char* op = "group_norm_silu";
@@ -55,6 +61,8 @@ Tensor group_norm_silu_on_cpu(const Tensor& x, int64_t num_groups, const std::op
   return out;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cpu)); }
+
 #ifdef GAFEXT_WITH_CUDA
 
 Tensor group_norm_silu_on_cuda(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight,
@@ -78,14 +86,6 @@ Tensor group_norm_silu_on_cuda(const Tensor& x, int64_t num_groups, std::optiona
 STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cuda)); }
 
 #endif
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
-  m.def(
-      "group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, "
-      "bool silu=True) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cpu)); }
 
 }  // namespace
 }  // namespace gafext

@@ -10,6 +10,8 @@ GAFEXT_CPU_KERNEL(bool, linear, const LinearArgs& args)
 
 namespace {
 
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) { m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"); }
+
 LinearArgs check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "linear";
   require(weight.dim() == 2, op, ": weight must have shape (out_features, in_features), got ", shape_of(weight));
@@ -28,8 +30,6 @@ Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<
                              [&](const LinearArgs& complete) { done = cpu::linear(complete); });
   return done ? out : aten_linear(x, weight, bias);
 }
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) { m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("linear", TORCH_BOX(&linear_on_cpu)); }
 

@@ -98,7 +98,7 @@ def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def check_geglu_gate(projected: Tensor) -> None:
-    """Raise a ValueError for a tensor whose last dimension is odd; the message is that of csrc/checks.h."""
+    """Raise a ValueError for a tensor whose last dimension is odd; the message is that of csrc/ops/geglu.cpp."""
     _common.require(
         projected.dim() >= 1 and projected.shape[-1] % 2 == 0,
         "geglu_gate",
