@@ -51,10 +51,10 @@ def test_latents_may_be_changed_between_the_steps(pipe):
     for _, latents in pipe.steps(made):
         latents.zero_()
     assert not pipe.finish(made, latents).images.any()
-    stopped = [latents for _, latents in zip(range(1), (latents for _, latents in pipe.steps(made)), strict=False)]
-    seen = {}
-    pipe.denoise(made, callback_on_step_end=lambda p, i, t, kw: seen.setdefault(i, kw["latents"].clone()) and None)
-    assert torch.equal(stopped[0], seen[0])
+    _, stopped = next(pipe.steps(made))
+    seen = []
+    pipe.denoise(made, callback_on_step_end=lambda pipe, step, t, kwargs: seen.append(kwargs["latents"].clone()))
+    assert len(seen) == 2 and torch.equal(stopped, seen[0])
 
 
 def test_components_rebuild_an_equal_pipeline(pipe):
