@@ -14,15 +14,6 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504088896341f;
 
-template <typename T>
-__device__ inline float to_float(T x) {
-  return static_cast<float>(x);
-}
-template <typename T>
-__device__ inline T from_float(float x) {
-  return static_cast<T>(x);
-}
-
 // kSize consecutive elements that move in one access: 16 bytes of them, or a single one where that is not aligned.
 template <typename T>
 constexpr int kPackSize = 16 / sizeof(T);
