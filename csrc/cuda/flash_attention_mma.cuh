@@ -26,13 +26,13 @@
 // Nothing in this file was measured on a GPU. Shapes were chosen so that ptxas needs no local memory for any of sm_75
 // to sm_120, both types, and that two blocks share a multiprocessor of sm_80 and sm_90 (registers on sm_80 / 90 / 120):
 //   head   long queries: rows, keys; registers, KB      short queries: rows, keys; registers, KB
-//     48   128, 64; 204 / 204 / 210, 24                 64, 64; 136 / 136 / 136, 24
+//     48   128, 64; 204 / 202 / 210, 24                 64, 64; 135 / 136 / 136, 24
 //     64   128, 64; 223 / 228 / 239, 32                 64, 64; 143 / 140 / 148, 32
-//     80   128, 64; 253 / 254 / 255, 40                 64, 64; 162 / 163 / 168, 40
-//     96   128, 32; 204 / 213 / 220, 48 with queries    64, 64; 180 / 180 / 195, 48
+//     80   128, 64; 255 / 254 / 255, 40                 64, 64; 162 / 163 / 168, 40
+//     96   128, 32; 204 / 214 / 220, 48 with queries    64, 64; 180 / 180 / 195, 48
 //    128   128, 32; 252 / 248 / 255, 64 with queries    64, 64; 207 / 204 / 228, 64
-//    160   128, 32; 224 / 235 / 247, 40; 8 warps        64, 32; 224 / 231 / 240, 40
-//    256   as for short queries                         64, 16; 235 / 235 / 252, 64 with queries
+//    160   128, 32; 225 / 236 / 247, 40; 8 warps        64, 32; 225 / 231 / 240, 40
+//    256   as for short queries                         64, 16; 235 / 237 / 252, 64 with queries
 // Queries in registers save an LDSM for every 4 HMMA; heads of 96 and 128 read them again from shared memory, which
 // leaves registers for 32 rows per warp. At 160 even then 32 rows don't fit, and eight warps share the tiles instead.
 #pragma once

@@ -14,8 +14,8 @@
 //           and keys split over blocks (flash_attention.cu).
 // Limits    On paper, for 64 rows and 64 keys on an A100: HMMA 4096 cycles; shared memory 1280 for P V and 2048 for
 //           Q K^T (32 keys per warp; 16 keys would take 3072). A head this wide has 8 times the products per
-//           exponential of head 64. One block of 8 warps per multiprocessor: 250 / 246 / 255 registers (32 rows: 190 /
-//           198 / 202) on sm_80 / 90 / 120, no local memory. Nothing was measured on a GPU.
+//           exponential of head 64. One block of 8 warps per multiprocessor: 249 / 252 / 255 registers (32 rows: 188 /
+//           188 / 198) on sm_80 / 90 / 120, no local memory. Nothing was measured on a GPU.
 #pragma once
 
 #include "flash_attention.cuh"
