@@ -22,10 +22,10 @@ struct Device {
 };
 
 cudaError_t current_device(Device& device) {
-  int major = 0, minor = 0;
-  cudaError_t error = cudaSuccess;
+  int index = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&index);
   const auto read = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = device_attribute(value, attribute);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
   };
   read(major, cudaDevAttrComputeCapabilityMajor);
   read(minor, cudaDevAttrComputeCapabilityMinor);
