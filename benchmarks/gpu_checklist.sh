@@ -96,7 +96,7 @@ step attention 125 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-comp
   --json "$results/attention-bfloat16-$device.json"
 step others 120 "${bench[@]}" --dtype bfloat16 "${others[@]}" --seconds 85 --compile-seconds 50 \
   --json "$results/others-bfloat16-$device.json"
-# The shapes that Hopper's own kernel takes, by the kernel for all cards: the table of gafext/ops/flash_attention.py needs both.
+# The shapes of Hopper's own kernel on the kernel for all cards: FASTER_ON_GPU in gafext/ops/flash_attention.py needs both.
 GAFEXT_CUDA_ATTENTION=mma step attention-mma 45 "${bench[@]}" --dtype bfloat16 --op flash_attention --no-compile --seconds 25 \
   --json "$results/attention-mma-bfloat16-$device.json" --shape 1024x1024 --shape 4096x4096 --shape 1024x257
 step unet 60 python3 benchmarks/full_size.py --device cuda --dtype bfloat16 --backend auto kernel sdpa --rounds 0 \

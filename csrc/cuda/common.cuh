@@ -1,8 +1,9 @@
-// What the CUDA kernels share: element types, sums over a warp, the launch.
+// What the CUDA kernels share: element types, reductions over a warp, the launch.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../types.h"
 #include "device.cuh"
@@ -12,25 +13,6 @@ namespace gafext::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504088896341f;
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 // kSize consecutive elements that move in one access: 16 bytes of them, or a single one where that is not aligned.
 template <typename T>
@@ -66,7 +48,7 @@ template <typename T>
 __device__ inline void pair_to_floats(uint32_t bits, float& first, float& second) {
   T pair[2];
   memcpy(pair, &bits, 4);
-  first = to_float(pair[0]), second = to_float(pair[1]);
+  first = static_cast<float>(pair[0]), second = static_cast<float>(pair[1]);
 }
 template <>
 __device__ inline void pair_to_floats<__nv_bfloat16>(uint32_t bits, float& first, float& second) {
@@ -76,7 +58,7 @@ __device__ inline void pair_to_floats<__nv_bfloat16>(uint32_t bits, float& first
 template <typename T, int kSize>
 __device__ inline void to_floats(const Pack<T, kSize>& pack, float (&x)[kSize]) {
   if constexpr (kSize == 1) {
-    x[0] = to_float(pack.bits);
+    x[0] = static_cast<float>(pack.bits);
   } else {
     const uint32_t word[4] = {pack.bits.x, pack.bits.y, pack.bits.z, pack.bits.w};
 #pragma unroll
@@ -92,7 +74,7 @@ __device__ inline void to_floats(const Pack<T, kSize>& pack, float (&x)[kSize]) 
 template <typename T, int kSize>
 __device__ inline Pack<T, kSize> from_floats(const float (&x)[kSize]) {
   if constexpr (kSize == 1) {
-    return {from_float<T>(x[0])};
+    return {static_cast<T>(x[0])};
   } else {
     uint32_t word[4];
 #pragma unroll
@@ -107,9 +89,10 @@ __device__ inline Pack<T, kSize> from_floats(const float (&x)[kSize]) {
   }
 }
 
-// Over the 32 lanes of a warp; every lane gets the result.
+// Over the kLanes lanes of a warp that start at a multiple of kLanes; every lane gets the result.
+template <int kLanes = kWarp>
 __device__ inline float warp_sum(float x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
   return x;
 }
 __device__ inline float warp_max(float x) {
@@ -121,6 +104,10 @@ template <typename T>
 __device__ const T* row_of(const void* base, const HeadStrides& stride, int64_t batch, int64_t head, int64_t row) {
   return static_cast<const T*>(base) + batch * stride.batch + head * stride.head + row * stride.row;
 }
+template <typename T>
+__device__ T* row_of(void* base, const HeadStrides& stride, int64_t batch, int64_t head, int64_t row) {
+  return const_cast<T*>(row_of<T>(static_cast<const void*>(base), stride, batch, head, row));
+}
 
 // Whether rows that lie `stride` elements apart can be read in 16-byte packs.
 inline bool takes_packs(const void* base, int64_t stride, DType dtype) {
@@ -131,22 +118,15 @@ inline bool takes_packs(const void* base, int64_t stride, DType dtype) {
 // body(T()) with the element type that `dtype` names.
 template <typename Body>
 cudaError_t with_element_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float());
-    case DType::kFloat16:
-      return body(__half());
-    case DType::kBFloat16:
-      return body(__nv_bfloat16());
-  }
-  return cudaErrorInvalidValue;
+  if (dtype == DType::kFloat16) return body(__half());
+  if (dtype == DType::kBFloat16) return body(__nv_bfloat16());
+  return body(float());
 }
 
-// body(Chunks<n>()) with the number of 32-wide chunks that holds head_dim <= 256: 2, 4 or 8.
 template <int N>
-struct Chunks {
-  static constexpr int value = N;
-};
+using Chunks = std::integral_constant<int, N>;
+
+// body(Chunks<n>()) with the number of 32-wide chunks that holds head_dim <= 256: 2, 4 or 8.
 template <typename Body>
 cudaError_t with_chunks(int64_t head_dim, const Body& body) {
   if (head_dim <= 2 * kWarp) return body(Chunks<2>());
@@ -154,11 +134,17 @@ cudaError_t with_chunks(int64_t head_dim, const Body& body) {
   return body(Chunks<8>());
 }
 
-// Whether the current device's tensor cores take two factors of this type: Turing's know float16 alone.
+// Of the current device.
+inline cudaError_t device_attribute(int& value, cudaDeviceAttr attribute) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(&value, attribute, device) : error;
+}
+
+// Whether the current device's tensor cores multiply this type: Turing's only float16.
 inline bool multiplies_matrices(DType dtype) {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  int major = 0;
+  if (device_attribute(major, cudaDevAttrComputeCapabilityMajor) != cudaSuccess) return false;
   return dtype == DType::kFloat16 || (dtype == DType::kBFloat16 && major >= 8);
 }
 
@@ -169,7 +155,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
                    const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking
+  if (shared_bytes > 48 * 1024) {  // the limit without this attribute
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes));

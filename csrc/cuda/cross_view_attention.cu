@@ -1,27 +1,27 @@
 // Attention over the V views of one portrait at each spatial position, in place over the strides: one pass over memory.
 //
-// Three kernels, the first that can serve:
-//   tensor cores   float16, bfloat16, V of 5..32, heads of up to 128 (64 for V > 16). A warp takes one (batch,
-//                  position, head): its views are the rows and columns of mma fragments, padded with zeros to 8,
-//                  16, 32.
-//   packs          up to 4 views, 8 in float32. As many lanes as hold a row in 16-byte packs (8 at D = 64 in half
-//                  precision) take one (batch, position, head), so that a warp reads the rows of 4 heads side by side.
-//   any            every other V, head size and stride: a warp an output row, element by element, V reads from L1.
-//
-// Shared    of the first two 16 bytes a thread and access: 24 KB a block for packs at V = 4, 12 KB for tensor cores at
-//           V = 8, 48 KB at most. A thread reads what it copied itself, so there is no barrier; it is the way to have
-//           all of a thread's accesses under way before the first is waited for: loads to registers the compiler
-//           moves down to their use, those of the values behind the scores.
-// FLOPs     4 V^2 D a (position, head): 4 KFLOP at V = 4, D = 64; 16 KFLOP at V = 8.
-// Bytes     4 V D elements a (position, head), each read or written once: 2 KB in half precision at V = 4, 21 MB for
+// Mapping   Three kernels, the first that can serve:
+//           tensor cores   float16, bfloat16, V of 5..32, heads up to 128 (64 for V > 16). One (batch, position, head)
+//                          per warp: its views are the rows and columns of mma fragments, padded with zeros to 8, 16,
+//                          32.
+//           packs          Up to 4 views, 8 in float32. As many lanes as hold a row in 16-byte packs (8 at D = 64 in
+//                          half precision) take one (batch, position, head): a warp reads rows of 4 heads side by side.
+//           any            Every other V, head size and stride: one output row per warp and iteration, element by
+//                          element, V reads from L1.
+// Shared    For the first two 16 bytes per thread and access: 24 KB per block for packs at V = 4, 12 KB for tensor
+//           cores at V = 8, 48 KB at most. A thread reads what it copied itself, so there is no barrier; the copies are
+//           there to have all of a thread's accesses in flight before the first is waited for: loads to registers the
+//           compiler moves down to their use, those of the values behind the scores.
+// FLOPs     4 V^2 D per (position, head): 4 KFLOP at V = 4, D = 64; 16 KFLOP at V = 8.
+// Bytes     4 V D elements per (position, head), each read or written once: 2 KB in half precision at V = 4, 21 MB for
 //           (batch, V, positions, heads) = (2, 4, 1024, 5): 6.3 us at the 3.35 TB/s of an H100. A multiprocessor's
-//           share of that, 14 bytes a clock, leaves time for 570 instructions a (position, head) at V = 4 and 1140
+//           share of that, 14 bytes per clock, leaves time for 570 instructions per (position, head) at V = 4 and 1140
 //           at V = 8; counted in the SASS are 208 (packs) and 321 (tensor cores).
-// In flight 12 accesses of 16 bytes a lane at V = 4, 6 at V = 8: 100 KB a multiprocessor where all its warps wait, and
-//           16 KB cover the latency. Heads are fastest in the grid, so that neighbouring warps read neighbouring
+// In flight 12 accesses of 16 bytes per lane at V = 4, 6 at V = 8: 100 KB per multiprocessor where all its warps wait,
+//           and 16 KB cover the latency. Heads are fastest in the grid, so that neighbouring warps read neighbouring
 //           columns.
 #include "../ops/cross_view_attention.h"
-#include "common.cuh"
+#include "softmax.cuh"
 
 namespace gafext {
 namespace cuda {
@@ -35,16 +35,6 @@ struct Sequence {
 __device__ Sequence sequence_at(const CrossViewAttentionArgs& args, uint32_t index) {
   const uint32_t heads = args.heads, length = args.length, row = index / heads;
   return {row / length * args.views, index % heads, row % length};
-}
-
-// What turns scores into weights, -inf for all of them into zeros.
-__device__ inline float finite_reference(float max) { return max == -INFINITY ? 0.0f : max; }
-__device__ inline float inverse_or_zero(float sum) { return sum == 0.0f ? 0.0f : reciprocal_approximate(sum); }
-
-template <int kLanes>
-__device__ float sum_over_lanes(float x) {
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
-  return x;
 }
 
 template <typename T, int kLanes, int kViews>
@@ -83,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) packs_kernel(const CrossViewAttentio
       for (int i = 0; i < kViews; ++i) {
 #pragma unroll
         for (int d = 0; d < kSize; ++d) weight[i][j] += q[i][d] * k[d];
-        weight[i][j] = sum_over_lanes<kLanes>(weight[i][j]) * (args.scale * kLog2E);
+        weight[i][j] = warp_sum<kLanes>(weight[i][j]) * (args.scale * kLog2E);
         if (j >= views) weight[i][j] = -INFINITY;
       }
     }
@@ -96,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) packs_kernel(const CrossViewAttentio
     max = finite_reference(max);
 #pragma unroll
     for (int j = 0; j < kViews; ++j) sum += weight[i][j] = exp2_approximate(weight[i][j] - max);
-    sum = inverse_or_zero(sum);
+    sum = inverse_sum_approximate(sum);
 #pragma unroll
     for (int j = 0; j < kViews; ++j) weight[i][j] *= sum;
   }
@@ -113,78 +103,93 @@ __global__ void __launch_bounds__(kThreads) packs_kernel(const CrossViewAttentio
     }
   }
   if (!inside || index >= sequences) return;
-  T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, at.first_view, at.head, at.position)) + column;
+  T* out = row_of<T>(args.out, args.out_stride, at.first_view, at.head, at.position) + column;
 #pragma unroll
   for (int i = 0; i < kViews; ++i) {
     if (i < views) store_pack(out + i * args.out_stride.batch, from_floats<T>(result[i]));
   }
 }
 
-// Rows and columns of fragments, lane = 4 g + t (device.cuh). What a fragment calls a column need not be one in
-// memory, as long as both factors agree, so every access is 16 bytes:
-//   scores = Q K^T   words 2h and 2h+1 of columns 32 s + 8 t.. of a view are this lane's in step 2 s + h
-//   out = P V        n-tile n, column c is column 64 u + 8 block(c) + n in memory, block(2t) = t, block(2t+1) = 4 + t
-// kOctets: the views in eights. kBlocks: the head in blocks of 64 columns.
+// The kernel on tensor cores: kOctets octets of views, kBlocks blocks of 64 columns, lane = 4 g + t (device.cuh). Which
+// column of memory is which column of a fragment is free as long as both factors agree, and is chosen so that every
+// access of a lane is 16 bytes, 8 neighbouring columns:
+//
+// Scores = Q K^T   Of a slice of 32 columns of view 8 o + g a lane has 8 t .. 8 t + 7 as four words of two. A slice is
+//                  two steps, products of depth 16; step h takes words 2 h and 2 h + 1 of each lane.
+// Out = P V        Of a block of 64 columns of views 8 o + 2 t and 8 o + 2 t + 1 a lane has the 8 below c = g. Product
+//                  n takes the n-th of them, so that these columns of memory are column c of product n:
+//
+//     c =      0   1   2   3   4   5   6   7
+//     n = 0    0  32   8  40  16  48  24  56
+//     n = 1    1  33   9  41  17  49  25  57
+//     n = 2    2  34  10  42  18  50  26  58
+//     n = 3    3  35  11  43  19  51  27  59
+//     n = 4    4  36  12  44  20  52  28  60
+//     n = 5    5  37  13  45  21  53  29  61
+//     n = 6    6  38  14  46  22  54  30  62
+//     n = 7    7  39  15  47  23  55  31  63
+//
+// C fragments hold c = 2 t and 2 t + 1: over all n these are columns 8 t .. 8 t + 7 and 32 + 8 t .. of the output.
 template <typename T, int kOctets, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kOctets < 4 ? 1 : 3)
-    tensor_kernel(const CrossViewAttentionArgs args, uint32_t sequences) {
-  constexpr int kSteps = 2 * kBlocks, kRowTiles = (kOctets + 1) / 2;
-  const uint32_t index = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
-  if (index >= sequences) return;
-  const Sequence at = sequence_at(args, index);
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, block = g % 2 * 4 + g / 2;
-  const int views = args.views, dim = args.head_dim;
+struct TensorWarp {
+  static constexpr int kSlices = 2 * kBlocks, kRowTiles = (kOctets + 1) / 2;
+  static constexpr int kRows = kOctets > 1 ? 2 : 1;  // of a lane in a row tile of 16 query views: g and g + 8
+  using Words = uint32_t[4];                         // 8 elements
+  const CrossViewAttentionArgs& args;
+  Sequence at;
+  int views, dim, g, t;
+  Words* copied;  // what this lane has copied, kThreads apart
 
-  struct Copied {
-    uint32_t word[4];  // 8 elements
-  };
-  Copied* mine = reinterpret_cast<Copied*>(dynamic_shared_memory()) + threadIdx.x;
-  const auto query = [&](int o, int s) -> Copied& { return mine[(o * kSteps + s) * kThreads]; };
-  const auto key = [&](int o, int s) -> Copied& { return mine[((kOctets + o) * kSteps + s) * kThreads]; };
-  const auto value = [&](int o, int e, int u) -> Copied& {
-    return mine[((2 * kOctets + o) * kSteps + e * kBlocks + u) * kThreads];
-  };
-  const auto copy = [&](Copied& target, const void* base, const HeadStrides& stride, int view, int column) {
-    const T* row = row_of<T>(base, stride, at.first_view + view, at.head, at.position);
-    copy_16_async(&target, row + column, view < views && column < dim);
-  };
-#pragma unroll
-  for (int o = 0; o < kOctets; ++o) {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      copy(query(o, s), args.query, args.query_stride, 8 * o + g, 32 * s + 8 * t);
-      copy(key(o, s), args.key, args.key_stride, 8 * o + g, 32 * s + 8 * t);
-    }
-#pragma unroll
-    for (int u = 0; u < kBlocks; ++u) {
-      copy(value(o, 0, u), args.value, args.value_stride, 8 * o + 2 * t, 64 * u + 8 * block);
-      copy(value(o, 1, u), args.value, args.value_stride, 8 * o + 2 * t + 1, 64 * u + 8 * block);
-    }
+  __device__ Words& query(int o, int slice) const { return copied[(o * kSlices + slice) * kThreads]; }
+  __device__ Words& key(int o, int slice) const { return copied[((kOctets + o) * kSlices + slice) * kThreads]; }
+  __device__ Words& value(int o, int odd, int block) const {  // of view 8 o + 2 t + odd
+    return copied[((2 * kOctets + o) * kSlices + odd * kBlocks + block) * kThreads];
   }
-  copies_commit();
-  copies_wait<0>();
 
+  __device__ __forceinline__ void copy_views() const {
+    const auto copy = [&](Words& target, const void* base, const HeadStrides& stride, int view, int column) {
+      const T* row = row_of<T>(base, stride, at.first_view + view, at.head, at.position);
+      copy_16_async(&target, row + column, view < views && column < dim);
+    };
+    const int first = 8 * (g % 2 * 4 + g / 2);  // in the picture, where n = 0 and c = g
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-    float score[kOctets][4] = {};
+    for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
-    for (int s = 0; s < 2 * kSteps; ++s) {
-      const int first = s % 2 * 2;
-      uint32_t a[4] = {query(2 * m, s / 2).word[first], 0, query(2 * m, s / 2).word[first + 1], 0};
+      for (int slice = 0; slice < kSlices; ++slice) {
+        copy(query(o, slice), args.query, args.query_stride, 8 * o + g, 32 * slice + 8 * t);
+        copy(key(o, slice), args.key, args.key_stride, 8 * o + g, 32 * slice + 8 * t);
+      }
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        copy(value(o, 0, block), args.value, args.value_stride, 8 * o + 2 * t, 64 * block + first);
+        copy(value(o, 1, block), args.value, args.value_stride, 8 * o + 2 * t + 1, 64 * block + first);
+      }
+    }
+    copies_commit();
+    copies_wait<0>();
+  }
+
+  // score[o]: of the query views of row tile m with the key views of octet o.
+  __device__ __forceinline__ void score_views(int m, float (&score)[kOctets][4]) const {
+#pragma unroll
+    for (int step = 0; step < 2 * kSlices; ++step) {
+      const int slice = step / 2, word = step % 2 * 2;
+      uint32_t a[4] = {query(2 * m, slice)[word], 0, query(2 * m, slice)[word + 1], 0};
       if constexpr (kOctets > 1) {
-        a[1] = query(2 * m + 1, s / 2).word[first];
-        a[3] = query(2 * m + 1, s / 2).word[first + 1];
+        a[1] = query(2 * m + 1, slice)[word];
+        a[3] = query(2 * m + 1, slice)[word + 1];
       }
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        const uint32_t b[2] = {key(o, s / 2).word[first], key(o, s / 2).word[first + 1]};
+        const uint32_t b[2] = {key(o, slice)[word], key(o, slice)[word + 1]};
         mma_16x8x16(score[o], a, b, T());
       }
     }
+  }
 
-    constexpr int kRows = kOctets > 1 ? 2 : 1;  // g and g + 8
-    uint32_t weight[kOctets][2] = {};           // of a row and a pair of keys
-    float inverse[kRows];
+  // weight[o][r]: of row r and this lane's two key views of octet o, still to be multiplied by inverse[r].
+  __device__ __forceinline__ void weigh_views(float (&score)[kOctets][4], uint32_t (&weight)[kOctets][2],
+                                              float (&inverse)[kRows]) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float max = -INFINITY, sum = 0.0f;
@@ -197,8 +202,7 @@ __global__ void __launch_bounds__(kThreads, kOctets < 4 ? 1 : 3)
           max = fmaxf(max, x);
         }
       }
-      max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 1));
-      max = finite_reference(fmaxf(max, __shfl_xor_sync(kAllLanes, max, 2)));
+      max = finite_reference(quad_max(max));
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
         float (&pair)[2] = reinterpret_cast<float (&)[2]>(score[o][2 * r]);
@@ -206,42 +210,71 @@ __global__ void __launch_bounds__(kThreads, kOctets < 4 ? 1 : 3)
         pair_to_floats<T>(weight[o][r], pair[0], pair[1]);  // rounded, so that they add up to 1
         sum += pair[0] + pair[1];
       }
-      inverse[r] = inverse_or_zero(sum_over_lanes<4>(sum));
+      inverse[r] = inverse_sum_approximate(warp_sum<4>(sum));  // quad_sum adds in another order
     }
+  }
 
+  // result[n]: product n of the picture, for a block of 64 columns.
+  __device__ __forceinline__ void multiply_values(const uint32_t (&weight)[kOctets][2], int block,
+                                                  float (&result)[8][4]) const {
 #pragma unroll
-    for (int u = 0; u < kBlocks; ++u) {
+    for (int n = 0; n < 8; ++n) {
+      const auto nth = [&](int o) {  // element n of the two views of octet o
+        const uint32_t even = value(o, 0, block)[n / 2], odd = value(o, 1, block)[n / 2];
+        return __byte_perm(even, odd, n % 2 == 0 ? 0x5410 : 0x7632);
+      };
+#pragma unroll
+      for (int k = 0; k < kRowTiles; ++k) {  // 16 key views
+        uint32_t a[4] = {weight[2 * k][0], weight[2 * k][1], 0, 0}, b[2] = {nth(2 * k), 0};
+        if constexpr (kOctets > 1) {
+          a[2] = weight[2 * k + 1][0], a[3] = weight[2 * k + 1][1];
+          b[1] = nth(2 * k + 1);
+        }
+        mma_16x8x16(result[n], a, b, T());
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_block(int m, int block, const float (&result)[8][4],
+                                              const float (&inverse)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int view = 16 * m + 8 * r + g;
+      T* out = row_of<T>(args.out, args.out_stride, at.first_view + view, at.head, at.position);
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {  // c = 2 t + odd
+        const int column = 64 * block + 32 * odd + 8 * t;
+        float x[8];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) x[n] = result[n][2 * r + odd] * inverse[r];
+        if (view < views && column < dim) store_pack(out + column, from_floats<T>(x));
+      }
+    }
+  }
+};
+
+template <typename T, int kOctets, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kOctets < 4 ? 1 : 3)
+    tensor_kernel(const CrossViewAttentionArgs args, uint32_t sequences) {
+  using Warp = TensorWarp<T, kOctets, kBlocks>;
+  const uint32_t index = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (index >= sequences) return;
+  const int lane = threadIdx.x % kWarp;
+  auto* copied = reinterpret_cast<typename Warp::Words*>(dynamic_shared_memory()) + threadIdx.x;
+  const int views = args.views, dim = args.head_dim;
+  const Warp warp{args, sequence_at(args, index), views, dim, lane / 4, lane % 4, copied};
+  warp.copy_views();
+#pragma unroll
+  for (int m = 0; m < Warp::kRowTiles; ++m) {
+    float score[kOctets][4] = {}, inverse[Warp::kRows];
+    uint32_t weight[kOctets][2] = {};
+    warp.score_views(m, score);
+    warp.weigh_views(score, weight, inverse);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
       float result[8][4] = {};
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int k = 0; k < kRowTiles; ++k) {
-          uint32_t a[4] = {weight[2 * k][0], weight[2 * k][1], 0, 0}, b[2] = {0, 0};
-          auto views_of = [&](int o) {  // element n of two views
-            const uint32_t x = value(o, 0, u).word[n / 2], y = value(o, 1, u).word[n / 2];
-            return __byte_perm(x, y, n % 2 == 0 ? 0x5410 : 0x7632);
-          };
-          b[0] = views_of(2 * k);
-          if constexpr (kOctets > 1) {
-            a[2] = weight[2 * k + 1][0], a[3] = weight[2 * k + 1][1];
-            b[1] = views_of(2 * k + 1);
-          }
-          mma_16x8x16(result[n], a, b, T());
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int view = 16 * m + 8 * r + g;
-        T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, at.first_view + view, at.head, at.position));
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int column = 64 * u + 32 * half + 8 * t;
-          float x[8];
-#pragma unroll
-          for (int n = 0; n < 8; ++n) x[n] = result[n][2 * r + half] * inverse[r];
-          if (view < views && column < dim) store_pack(out + column, from_floats<T>(x));
-        }
-      }
+      warp.multiply_values(weight, block, result);
+      warp.store_block(m, block, result, inverse);
     }
   }
 }
@@ -260,7 +293,7 @@ __global__ void __launch_bounds__(kThreads) any_kernel(const CrossViewAttentionA
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int d = c * kWarp + lane;
-      q[c] = d < args.head_dim ? to_float(query[d]) : 0.0f;
+      q[c] = d < args.head_dim ? static_cast<float>(query[d]) : 0.0f;
     }
 
     float score = -INFINITY;  // of query view i with view `lane`
@@ -270,14 +303,14 @@ __global__ void __launch_bounds__(kThreads) any_kernel(const CrossViewAttentionA
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int d = c * kWarp + lane;
-        if (d < args.head_dim) product += q[c] * to_float(key[d]);
+        if (d < args.head_dim) product += q[c] * static_cast<float>(key[d]);
       }
       product = warp_sum(product) * (args.scale * kLog2E);
       if (lane == j) score = product;
     }
 
     const float weight = exp2_approximate(score - finite_reference(warp_max(score)));
-    const float inverse = inverse_or_zero(warp_sum(weight));
+    const float inverse = inverse_sum_approximate(warp_sum(weight));
 
     float result[kChunks] = {};
     for (int j = 0; j < args.views; ++j) {
@@ -286,14 +319,14 @@ __global__ void __launch_bounds__(kThreads) any_kernel(const CrossViewAttentionA
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int d = c * kWarp + lane;
-        if (d < args.head_dim) result[c] += w * to_float(value[d]);
+        if (d < args.head_dim) result[c] += w * static_cast<float>(value[d]);
       }
     }
-    T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, at.first_view + i, at.head, at.position));
+    T* out = row_of<T>(args.out, args.out_stride, at.first_view + i, at.head, at.position);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int d = c * kWarp + lane;
-      if (d < args.head_dim) out[d] = from_float<T>(result[c]);
+      if (d < args.head_dim) out[d] = static_cast<T>(result[c]);
     }
   }
 }

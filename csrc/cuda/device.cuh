@@ -29,8 +29,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// blockIdx.x and threadIdx.x, read anew each time: what follows from them need not stay in registers from one use to
-// the next.
+// blockIdx.x and threadIdx.x, read again each time: what is derived from them need not stay in registers between uses.
 __device__ inline int block_index() {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -42,9 +41,9 @@ __device__ inline int thread_index() {
   return index;
 }
 
-// 16 bytes, 16-byte aligned, between global memory and registers: of one instruction each, and loads in a row are
-// issued before the first is waited for. load_16 reads what no one writes meanwhile, once; nothing and zeros where
-// !inside.
+// 16 bytes, 16-byte aligned, between global memory and registers: one instruction each, and successive loads are issued
+// before the first is waited for. load_16 is for what is read once and not written meanwhile; where !inside it gives
+// zeros and reads nothing.
 __device__ inline uint4 load_16(const void* global, bool inside) {
   uint4 x;
   asm volatile(
@@ -60,7 +59,7 @@ __device__ inline void store_16(void* global, uint4 x) {
                : "memory");
 }
 
-// Hides from the compiler where x comes from: what is computed from it twice is computed twice, and not kept meanwhile.
+// Hides from the compiler where x comes from: what is computed from it twice is recomputed and not kept in registers.
 __device__ inline void hide(uint4& x) { asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)); }
 
 // 2^x to 2 units in the last place, -inf -> 0; denormal results are flushed to zero.
@@ -134,7 +133,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
 }
 
 // 16 bytes from global to shared memory, both 16-byte aligned; zeros, and nothing is read, where !inside. They have
-// arrived for this thread after copies_wait, for the others after a barrier that follows it. At once on Turing.
+// arrived for this thread after copies_wait, for the others after a barrier that follows it. Synchronous on Turing.
 __device__ inline void copy_16_async(void* shared, const void* global, bool inside) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -150,7 +149,7 @@ __device__ inline void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Until at most `groups` of this thread's latest groups are still under way.
+// Until at most `groups` of this thread's latest groups are still in flight.
 template <int groups>
 __device__ inline void copies_wait() {
 #if __CUDA_ARCH__ >= 800

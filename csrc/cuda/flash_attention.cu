@@ -1,4 +1,7 @@
-// Which kernel serves an attention, and how it divides the work; the sum of what divided keys leave.
+// Which attention kernel serves which arguments, how it divides the work over blocks, and the kernel that combines the
+// results of split keys. With the references r_s of the splits and r their maximum an output is the sum of
+// 2^(r_s - r) outputs_s over that of 2^(r_s - r) sum_s. One row per warp, two columns per lane; no shared memory.
+// 2 splits D FLOPs per row, 4 splits (D + 2) bytes read and 2 D written: 2.3 MB at (rows, splits, D) = (1024, 8, 64).
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -6,7 +9,7 @@
 #include <limits>
 
 #include "flash_attention.cuh"
-#include "flash_fragments.cuh"
+#include "softmax.cuh"
 
 namespace gafext {
 namespace cuda {
@@ -90,8 +93,6 @@ cudaError_t by_tensor_cores(const FlashAttentionArgs& args, const FlashPlan& pla
 
 constexpr int kCombineWarps = 4;
 
-// A warp a row. With the references r_s of the splits and r their maximum: the sum of 2^(r_s - r) outputs_s over that
-// of 2^(r_s - r) sum_s.
 template <typename T>
 __global__ void flash_attention_combine_kernel(const FlashAttentionArgs args, int splits, int columns) {
   const int lane = threadIdx.x % kWarp;
@@ -104,10 +105,10 @@ __global__ void flash_attention_combine_kernel(const FlashAttentionArgs args, in
   float reference = kNoReference, sum = 0.0f;
   for (int s = 0; s < splits; ++s) reference = fmaxf(reference, statistics[s * rows].x);
   for (int s = 0; s < splits; ++s) sum += exp2f(statistics[s * rows].x - reference) * statistics[s * rows].y;
-  const float inverse = inverse_of(sum);
+  const float inverse = inverse_sum(sum);
 
   const int64_t head = index / args.query_length, row = index % args.query_length;
-  T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, head / args.heads, head % args.heads, row));
+  T* out = row_of<T>(args.out, args.out_stride, head / args.heads, head % args.heads, row);
   for (int64_t column = lane * 2; column < args.head_dim; column += 2 * kWarp) {
     float low = 0.0f, high = 0.0f;
     for (int s = 0; s < splits; ++s) {

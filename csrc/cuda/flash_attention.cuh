@@ -1,4 +1,4 @@
-// The attention kernels, a launcher each. flash_attention.cu chooses.
+// One launcher per attention kernel; flash_attention.cu chooses.
 #pragma once
 
 #include "../ops/flash_attention.h"
@@ -15,7 +15,7 @@ constexpr int kHeadSizes[] = {48, 64, 80, 96, 128, 160, 256, 512};
 struct FlashPlan {
   FlashKernel kernel;
   int columns;     // one of kHeadSizes
-  int rows;        // of the queries, a block
+  int rows;        // of the queries, per block
   int splits;      // of the keys; with more than one the results are partial ones
   int split_keys;  // keys of a split
 

@@ -1,4 +1,4 @@
-// The kernels of one type: a file for each, so that they compile side by side.
+// The kernels of one element type: one file per type, to compile in parallel.
 #include "flash_attention_mma.cuh"
 #include "flash_attention_wide.cuh"
 

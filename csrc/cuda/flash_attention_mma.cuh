@@ -1,43 +1,40 @@
 // Attention on tensor cores (mma.sync) for heads up to 256, in FlashAttention-2's order of work (arXiv 2307.08691): a
 // block keeps some query rows and walks over tiles of keys and values with an online softmax.
 //
-// Mapping   a warp takes 16 or 32 query rows of one (batch, head), a block 4 warps: 64 or 128 rows. Each warp
-// multiplies
+// Mapping   A warp takes 16 or 32 query rows of one (batch, head), a block 4 warps: 64 or 128 rows. A warp multiplies
 //           its queries by all keys of a tile, so that a row's softmax needs 4 lanes and no other warp. The scores' C
 //           fragments, packed in pairs, are the A fragments of the product with the values: weights stay in registers.
-// Shared    two stages of (keys, values), swizzled, without padding: 8 kKeys kDim bytes, and where the queries don't
-// fit
-//           the registers 2 kRows kDim more. One barrier a tile: past it a tile has arrived and the one before is read,
-//           so the next one's cp.async start and have a whole tile's work to hide behind. At the end the outputs pass
-//           through the same memory, to be written in 16-byte pieces of whole rows.
-// Ends      the last tile and those on the diagonal are masked by a branch that is the same for the whole warp; where
-// at
-//           most half a tile of keys is left, they go 16 at a time: 77 keys cost 80, 257 cost 272. Keys and values of
-//           77 fit the two stages as they are; kept longer (257) they would cost blocks on the multiprocessor, and a
-//           reference that moves at most once or twice (flash_fragments.cuh) leaves little of the online softmax to
-//           save. Tiles past a block's diagonal are not read.
-// FLOPs     4 Lq Lk kDim a head: 86 GFLOP at (Lq, Lk, D, batch * heads) = (4096, 4096, 64, 20).
-// Bytes     from L2: keys and values once for every 64 or 128 query rows, 128 rows do 128 FLOPs a byte. From DRAM each
+// Shared    Two stages of (keys, values), swizzled, without padding: 8 kKeys kDim bytes, and 2 kRows kDim more where
+//           the queries don't fit the registers. One barrier per tile: after it the tile has arrived and the one before
+//           has been read, so the next one's cp.async start, with a whole tile's work to hide behind. At the end the
+//           outputs go through the same memory, to be written in 16-byte pieces of whole rows.
+// Ends      The last tile and those on the diagonal are masked by a branch that is the same for the whole warp; where
+//           at most half a tile of keys is left, they go 16 at a time: 77 keys cost 80, 257 cost 272. Keys and values
+//           of 77 fit the two stages as they are; kept longer (257) they would cost blocks on the multiprocessor, and a
+//           reference that moves at most once or twice (softmax.cuh) leaves little of the online softmax to save. Tiles
+//           beyond a block's diagonal are not read.
+// FLOPs     4 Lq Lk kDim per head: 86 GFLOP at (Lq, Lk, D, batch * heads) = (4096, 4096, 64, 20).
+// Bytes     From L2: keys and values once per 64 or 128 query rows; 128 rows do 128 FLOPs per byte. From DRAM each
 //           input and output once: 42 MB there, 13 us on an H100, where the arithmetic takes 200 us at 430 TFLOP/s.
-// Limits    on paper, of a tile of 64 keys for a warp of 32 rows at head 64, counted in the code for sm_80: 635
+// Limits    On paper, for a tile of 64 keys and a warp of 32 rows at head 64, counted in the code for sm_80: 635
 //           instructions, among them 128 HMMA, 64 MUFU, 32 LDSM, 8 LDGSTS. A quarter of an A100's multiprocessor takes
 //           8 cycles for an HMMA (1024 in all), for a MUFU (512) and, of its share of shared memory, 16 for an LDSM
-//           (512): bound by the tensor cores, as long as its 2 warps take turns. With 16 rows a warp the LDSM would
+//           (512): bound by the tensor cores, as long as its 2 warps take turns. With 16 rows per warp the LDSM would
 //           take as long as the HMMA. Hopper's HMMA is up to twice as fast: there the instructions come next, and wgmma
 //           (flash_attention_sm90.cu) saves most of them.
 //
 // Nothing in this file was measured on a GPU. Shapes were chosen so that ptxas needs no local memory for any of sm_75
 // to sm_120, both types, and that two blocks share a multiprocessor of sm_80 and sm_90 (registers on sm_80 / 90 / 120):
 //   head   long queries: rows, keys; registers, KB      short queries: rows, keys; registers, KB
-//     48   128, 64; 204 / 204 / 210, 24                 64, 64; 136 / 136 / 136, 24
+//     48   128, 64; 204 / 202 / 210, 24                 64, 64; 135 / 136 / 136, 24
 //     64   128, 64; 223 / 228 / 239, 32                 64, 64; 143 / 140 / 148, 32
-//     80   128, 64; 253 / 254 / 255, 40                 64, 64; 162 / 163 / 168, 40
-//     96   128, 32; 204 / 213 / 220, 48 with queries    64, 64; 180 / 180 / 195, 48
+//     80   128, 64; 255 / 254 / 255, 40                 64, 64; 162 / 163 / 168, 40
+//     96   128, 32; 204 / 214 / 220, 48 with queries    64, 64; 180 / 180 / 195, 48
 //    128   128, 32; 252 / 248 / 255, 64 with queries    64, 64; 207 / 204 / 228, 64
-//    160   128, 32; 224 / 235 / 247, 40; 8 warps        64, 32; 224 / 231 / 240, 40
-//    256   as for short queries                         64, 16; 235 / 235 / 252, 64 with queries
-// Queries in registers save an LDSM for every 4 HMMA; heads of 96 and 128 read them anew from shared memory, which
-// leaves registers for 32 rows a warp. At 160 even then 32 rows don't fit, and eight warps share the tiles instead.
+//    160   128, 32; 225 / 236 / 247, 40; 8 warps        64, 32; 225 / 231 / 240, 40
+//    256   as for short queries                         64, 16; 235 / 237 / 252, 64 with queries
+// Queries in registers save an LDSM for every 4 HMMA; heads of 96 and 128 read them again from shared memory, which
+// leaves registers for 32 rows per warp. At 160 even then 32 rows don't fit, and eight warps share the tiles instead.
 #pragma once
 
 #include "flash_attention.cuh"
@@ -45,7 +42,7 @@
 
 namespace gafext::cuda {
 
-// Query rows of a block, 16 * kRowTiles for each of its warps, and keys of a tile; kBlocks at once on a multiprocessor.
+// A block has 16 * kRowTiles query rows per warp; kKeys are those of a tile; kBlocks fit a multiprocessor at once.
 template <int kDim_, int kRowTiles_, int kWarps_, int kKeys_, int kBlocks_, bool kQueryShared_>
 struct FlashShape {
   static constexpr int kDim = kDim_, kRowTiles = kRowTiles_, kWarps = kWarps_, kKeys = kKeys_, kBlocks = kBlocks_;
@@ -60,13 +57,13 @@ struct FlashShape {
 template <typename T, typename Shape>
 struct FlashWarp {
   static constexpr int kDim = Shape::kDim, kRowTiles = Shape::kRowTiles;
-  uint32_t query[kRowTiles][Shape::kQueryShared ? 1 : kDim / 16][4];
+  uint32_t query[Shape::kQueryShared ? 1 : kDim / 16][kRowTiles][4];
   const T* shared_query;  // [kWarpRows, kDim]
   float out[kRowTiles][kDim / 8][4];
   Softmax<kRowTiles> softmax;
   int row;  // the first
 
-  // 4 bytes a lane and load, straight into the fragments; the two halves of each 32-byte sector meet in the L1 cache.
+  // 4 bytes per lane and load, straight into the fragments; the two halves of each 32-byte sector meet in the L1 cache.
   __device__ void load_query(const T* matrix, int row_stride, int first, int length, int head_dim) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -80,7 +77,7 @@ struct FlashWarp {
           const int column = 16 * k + lane % 4 * 2 + i / 2 * 8;
           uint32_t pair = 0;
           if (row < length && column < head_dim) pair = *reinterpret_cast<const uint32_t*>(from + column);
-          query[m][k][i] = pair;
+          query[k][m][i] = pair;
         }
       }
     }
@@ -90,26 +87,15 @@ struct FlashWarp {
   template <int kGroups>
   __device__ void attend(const FlashAttentionArgs& args, const T* keys, const T* values, int first, int end_key,
                          bool masked) {
-    const int lane = threadIdx.x % kWarp, matrix = lane / 8, matrix_row = lane % 8;
     float score[kRowTiles][2 * kGroups][4] = {};
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      if constexpr (Shape::kQueryShared) {
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          load_matrices(query[m][0],
-                        shared_query + swizzled<kDim>(16 * m + matrix % 2 * 8 + matrix_row, 2 * k + matrix / 2));
-        }
-      }
+      if constexpr (Shape::kQueryShared) load_a<kDim>(query[0], shared_query, k);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         uint32_t b[4];
-        load_matrices(b, keys + swizzled<kDim>(16 * group + matrix / 2 * 8 + matrix_row, 2 * k + matrix % 2));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma_16x8x16(score[m][2 * group], query[m][Shape::kQueryShared ? 0 : k], {b[0], b[1]}, T());
-          mma_16x8x16(score[m][2 * group + 1], query[m][Shape::kQueryShared ? 0 : k], {b[2], b[3]}, T());
-        }
+        load_b<kDim>(b, keys, group, k);
+        multiply<T>(score, 2 * group, query[Shape::kQueryShared ? 0 : k], b);
       }
     }
     if (args.scale < 0.0f) negate(score);
@@ -128,13 +114,8 @@ struct FlashWarp {
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(b,
-                                 values + swizzled<kDim>(16 * group + matrix % 2 * 8 + matrix_row, 2 * n + matrix / 2));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma_16x8x16(out[m][2 * n], weight[m], {b[0], b[1]}, T());
-          mma_16x8x16(out[m][2 * n + 1], weight[m], {b[2], b[3]}, T());
-        }
+        load_b_transposed<kDim>(b, values, group, n);
+        multiply<T>(out, 2 * n, weight, b);
       }
     }
   }
@@ -146,10 +127,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   T* shared = reinterpret_cast<T*>(dynamic_shared_memory());  // [2 stages][keys, values][kKeys, kDim], [kQuery]
   const int warp = threadIdx.x / kWarp;
   const Share share = share_of_block(args, blockIdx.x, Shape::kRows, row_blocks, split_keys);
-  const int heads = static_cast<int>(args.heads), batch = share.batch_head / heads, head = share.batch_head % heads;
-  const T* query = row_of<T>(args.query, args.query_stride, batch, head, 0);
-  const T* key = row_of<T>(args.key, args.key_stride, batch, head, 0);
-  const T* value = row_of<T>(args.value, args.value_stride, batch, head, 0);
+  const T* query = row_of<T>(args.query, args.query_stride, share.batch, share.head, 0);
+  const T* key = row_of<T>(args.key, args.key_stride, share.batch, share.head, 0);
+  const T* value = row_of<T>(args.value, args.value_stride, share.batch, share.head, 0);
   const int query_stride = static_cast<int>(args.query_stride.row), key_stride = static_cast<int>(args.key_stride.row);
   const int value_stride = static_cast<int>(args.value_stride.row);
   const int head_dim = static_cast<int>(args.head_dim), query_length = static_cast<int>(args.query_length);
@@ -194,24 +174,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
   }
 
-  float sum[Shape::kRowTiles][2], inverse[Shape::kRowTiles][2];
+  float sum[Shape::kRowTiles][2];
 #pragma unroll
-  for (int i = 0; i < 2 * Shape::kRowTiles; ++i) {
-    sum[i / 2][i % 2] = quad_sum(my.softmax.sum[i / 2][i % 2]);
-    inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
-  }
+  for (int i = 0; i < 2 * Shape::kRowTiles; ++i) sum[i / 2][i % 2] = quad_sum(my.softmax.sum[i / 2][i % 2]);
   const Share my_share =
-      share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
+      share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // again: keeping it takes registers
   const int my_first = thread_index() / kWarp * Shape::kWarpRows, first_row = my_share.first_row + my_first;
   copies_wait<0>();
   if (my_share.splits > 1) {
-    store_partial<Shape::kDim>(args, my_share, my.out, sum, my.softmax, first_row, 0);
+    store_partial<Shape::kDim>(args, my_share, my.out, sum, first_row, 0, my.softmax);
   } else {
     __syncthreads();  // keys and values have been read: room to stage the outputs
-    T* out = const_cast<T*>(
-        row_of<T>(args.out, args.out_stride, my_share.batch_head / heads, my_share.batch_head % heads, 0));
-    store_rows<Shape::kDim>(my.out, inverse, shared + my_first * Shape::kDim, 0, out,
-                            static_cast<int>(args.out_stride.row), first_row, query_length, head_dim);
+    store_rows<Shape::kDim>(args, my_share, my.out, sum, first_row, 0, shared + my_first * Shape::kDim);
   }
 }
 
@@ -225,22 +199,13 @@ cudaError_t flash_attention_mma(const FlashAttentionArgs& args, const FlashPlan&
     };
     return plan.rows == longer.kRows ? launch_shape(longer) : launch_shape(shorter);
   };
-  switch (plan.columns) {
-    case 48:
-      return go(FlashShape<48, 2, 4, 64, 2, false>(), FlashShape<48, 1, 4, 64, 3, false>());
-    case 64:
-      return go(FlashShape<64, 2, 4, 64, 2, false>(), FlashShape<64, 1, 4, 64, 3, false>());
-    case 80:
-      return go(FlashShape<80, 2, 4, 64, 2, false>(), FlashShape<80, 1, 4, 64, 3, false>());
-    case 96:
-      return go(FlashShape<96, 2, 4, 32, 2, true>(), FlashShape<96, 1, 4, 64, 2, false>());
-    case 128:
-      return go(FlashShape<128, 2, 4, 32, 2, true>(), FlashShape<128, 1, 4, 64, 2, false>());
-    case 160:
-      return go(FlashShape<160, 1, 8, 32, 1, false>(), FlashShape<160, 1, 4, 32, 2, false>());
-    default:
-      return go(FlashShape<256, 1, 4, 16, 2, true>(), FlashShape<256, 1, 4, 16, 2, true>());
-  }
+  if (plan.columns == 48) return go(FlashShape<48, 2, 4, 64, 2, false>(), FlashShape<48, 1, 4, 64, 3, false>());
+  if (plan.columns == 64) return go(FlashShape<64, 2, 4, 64, 2, false>(), FlashShape<64, 1, 4, 64, 3, false>());
+  if (plan.columns == 80) return go(FlashShape<80, 2, 4, 64, 2, false>(), FlashShape<80, 1, 4, 64, 3, false>());
+  if (plan.columns == 96) return go(FlashShape<96, 2, 4, 32, 2, true>(), FlashShape<96, 1, 4, 64, 2, false>());
+  if (plan.columns == 128) return go(FlashShape<128, 2, 4, 32, 2, true>(), FlashShape<128, 1, 4, 64, 2, false>());
+  if (plan.columns == 160) return go(FlashShape<160, 1, 8, 32, 1, false>(), FlashShape<160, 1, 4, 32, 2, false>());
+  return go(FlashShape<256, 1, 4, 16, 2, true>(), FlashShape<256, 1, 4, 16, 2, true>());
 }
 
 }  // namespace gafext::cuda

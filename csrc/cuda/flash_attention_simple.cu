@@ -1,16 +1,16 @@
 // Attention with an online softmax over tiles of 32 keys (arXiv 2205.14135, algorithm 1). The simple kernel, for
-// float32 and what the tensor-core kernels do not serve: every head_dim up to 256, every stride, every card since
-// Turing.
+// float32 and what the tensor-core kernels do not serve: every head_dim up to 256, every stride, any card since Turing.
 //
-// Mapping   a block of 8 warps takes 8 query rows of one (batch, head), a warp one row, in tiles of 32 keys:
-//           all 8 warps put the key tile into shared memory; lane j scores key j; maximum and sum go over the warp;
-//           then a lane holds the columns lane, lane + 32, ... of the output and each value row is read coalesced.
+// Mapping   A block of 8 warps takes 8 query rows of one (batch, head), one row per warp, in tiles of 32 keys: all
+//           warps put the key tile into shared memory; lane j scores key j; maximum and sum go over the warp; then a
+//           lane holds the columns lane, lane + 32, ... of the output and each value row is read coalesced.
 // Shared    8 query rows and 32 key rows as float32: (8 + 32) * (head_dim | 1) * 4 bytes, 41 KB at 256. The odd row
 //           length keeps lanes that walk down different rows on different banks.
-// FLOPs     4 Lq Lk D a head: 1.3 GFLOP at (Lq, Lk, D, heads) = (1024, 1024, 64, 5), in float32 FMAs, one shared-memory
-//           load each: bound by shared memory at about an eighth of the FMA rate, some 8 TFLOP/s on an H100.
-// Bytes     Q and O once; K and V once for every 8 query rows, from L2: 2 Lk D * Lq / 8 elements a head.
+// FLOPs     4 Lq Lk D per head: 1.3 GFLOP at (Lq, Lk, D, heads) = (1024, 1024, 64, 5), in float32 FMAs, one
+//           shared-memory load each: bound by shared memory at about an eighth of the FMA rate, 8 TFLOP/s on an H100.
+// Bytes     Q and O once; K and V once per 8 query rows, from L2: 2 Lk D * Lq / 8 elements per head.
 #include "flash_attention.cuh"
+#include "softmax.cuh"
 
 namespace gafext::cuda {
 namespace {
@@ -31,7 +31,7 @@ __global__ void flash_attention_kernel(const FlashAttentionArgs args, int64_t ro
   const bool has_row = row < args.query_length;  // a warp without one still helps to load keys
   if (has_row) {
     const T* query = row_of<T>(args.query, args.query_stride, batch, head, row);
-    for (int64_t d = lane; d < dim; d += kWarp) my_query[d] = to_float(query[d]) * (args.scale * kLog2E);
+    for (int64_t d = lane; d < dim; d += kWarp) my_query[d] = static_cast<float>(query[d]) * (args.scale * kLog2E);
   }
 
   float acc[kChunks] = {};
@@ -43,7 +43,8 @@ __global__ void flash_attention_kernel(const FlashAttentionArgs args, int64_t ro
     for (int64_t i = threadIdx.x; i < kKeys * dim; i += blockDim.x) {
       const int64_t j = i / dim, d = i % dim;
       const bool inside = first + j < args.key_length;
-      keys[j * pitch + d] = inside ? to_float(row_of<T>(args.key, args.key_stride, batch, head, first + j)[d]) : 0.0f;
+      keys[j * pitch + d] =
+          inside ? static_cast<float>(row_of<T>(args.key, args.key_stride, batch, head, first + j)[d]) : 0.0f;
     }
     __syncthreads();
     if (!has_row) continue;
@@ -54,8 +55,7 @@ __global__ void flash_attention_kernel(const FlashAttentionArgs args, int64_t ro
     if (j >= args.key_length || (args.is_causal && j > row)) score = -INFINITY;
 
     const float new_max = fmaxf(max, warp_max(score));
-    // All of them -inf: any finite reference makes every weight 0, where -inf - -inf would be NaN.
-    const float reference = new_max == -INFINITY ? 0.0f : new_max;
+    const float reference = finite_reference(new_max);
     const float weight = exp2f(score - reference), alpha = exp2f(max - reference);
     sum = alpha * sum + warp_sum(weight);
     max = new_max;
@@ -68,17 +68,17 @@ __global__ void flash_attention_kernel(const FlashAttentionArgs args, int64_t ro
       const T* value = row_of<T>(args.value, args.value_stride, batch, head, first + k);
       for (int c = 0; c < kChunks; ++c) {
         const int64_t d = c * kWarp + lane;
-        if (d < dim) acc[c] += w * to_float(value[d]);
+        if (d < dim) acc[c] += w * static_cast<float>(value[d]);
       }
     }
   }
 
   if (!has_row) return;
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no key, or every score -inf: zeros
-  T* out = const_cast<T*>(row_of<T>(args.out, args.out_stride, batch, head, row));
+  const float inverse = inverse_sum(sum);
+  T* out = row_of<T>(args.out, args.out_stride, batch, head, row);
   for (int c = 0; c < kChunks; ++c) {
     const int64_t d = c * kWarp + lane;
-    if (d < dim) out[d] = from_float<T>(acc[c] * inverse);
+    if (d < dim) out[d] = static_cast<T>(acc[c] * inverse);
   }
 }
 

@@ -2,24 +2,24 @@
 // and two or three warpgroups that compute. The online softmax is that of arXiv 2205.14135, algorithm 1; the overlap is
 // that of FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2.
 //
-// Mapping   a block, one a multiprocessor, walks over tiles of 64 query rows a consumer x one head; keys in tiles of
-//           128, or 96 where that spares work. Rows past the end come as zeros: keys there are masked, queries not
+// Mapping   A block, one per multiprocessor, walks over tiles of one head x 64 query rows per consumer; keys in tiles
+//           of 128, or 96 where that saves work. Rows beyond the end come as zeros: keys there are masked, queries not
 //           stored.
 //           Producer, one thread: fills the query buffer of each consumer and rings of key and value buffers; each has
-//           a barrier `full` (bytes have come) and `empty` (every warp of the consumers has read it).
+//           a barrier `full` (bytes have arrived) and `empty` (every warp of the consumers has read it).
 //           Consumer, a warpgroup, 64 rows: S = Q K^T over shared memory, softmax in registers, O += P V with P in
 //           registers. It starts the scores of tile j before the values of tile j - 1, so that the tensor cores have
 //           P V to do while the softmax of tile j runs (within the warpgroup); and consumers start their products
 //           in turn, so that one's softmax falls on the others' products (between warpgroups).
-// Shared    queries 64 D a consumer, K and V 128 D each a stage, two bytes an element: of 227 KB, head 64 takes 112
-//           (three consumers: 120) with 3 stages, head 80 140 with 3, head 128 160 with 2.
+// Shared    Queries 64 D per consumer, K and V 128 D each per stage, two bytes per element: of 227 KB, head 64 takes
+//           112 (three consumers: 120) with 3 stages, head 80 140 with 3, head 128 160 with 2.
 // Registers 24 (producer) and 240, or 32 and 160 for three consumers: S takes 64, P 32, O D / 2.
-// FLOPs     4 Lq Lk D a head. 64 rows and 128 keys are 4 * 64 * 128 * D on the tensor cores, 4096 a cycle: 512 cycles
-//           at D = 64; and 8192 exponentials, 16 a cycle: 512 cycles more, which is why they have to overlap.
-// Bytes     Q and O once; K and V once for every 128 (192) rows, from L2: at D = 64 32 KB in 1024 cycles or more.
+// FLOPs     4 Lq Lk D per head. 64 rows and 128 keys are 4 * 64 * 128 * D on the tensor cores, 4096 per cycle: 512
+//           cycles at D = 64; and 8192 exponentials, 16 per cycle: 512 cycles more, which is why they have to overlap.
+// Bytes     Q and O once; K and V once per 128 (192) rows, from L2: at D = 64 32 KB in 1024 cycles or more.
 //
-// Not measured on a card yet: tile sizes and stages are FlashAttention-3's or arithmetic, and so are the limits in
-// serves_sm90. By the compiler: no spills, no product serialized; 480 instructions a warp for 16 rows x 128 keys at
+// Not measured on a GPU yet: tile sizes and stages are FlashAttention-3's or arithmetic, and so are the limits in
+// serves_sm90. By the compiler: no spills, no product serialized; 480 instructions per warp for 16 rows x 128 keys at
 // D = 64, of which 64 are exponentials, 8 cycles each.
 #include "flash_attention_sm90.cuh"
 
@@ -90,7 +90,7 @@ __device__ inline void pass_turn(int consumer) {
   numbered_barrier_arrive(1 + (consumer + 1) % S::kConsumers, 2 * kGroup);
 }
 
-// By lane 0 of each warp: its products that read the buffer are over.
+// By lane 0 of each warp, once the products that read the buffer are complete.
 __device__ inline void release(Barrier& empty) {
   if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
 }
@@ -148,18 +148,14 @@ __device__ void consume(SharedMemory<S>& shared, const Problem& problem, int con
     start_values<S, T>(out, weights, shared.value[values.stage], work.key_tiles > 1);
     float inverse[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float sum = rows.sum[h] + __shfl_xor_sync(kAllLanes, rows.sum[h], 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      inverse[h] = sum == 0.0f ? 0.0f : 1.0f / sum;  // every score -inf: zeros
-    }
+    for (int h = 0; h < 2; ++h) inverse[h] = inverse_sum(quad_sum(rows.sum[h]));
     products_wait<0>(out, weights);
     release(shared.value_empty[values.stage]);
     values.advance();
     scale_rows(out, inverse);
     store<S, T>(out, problem, work, row);
   }
-  if (consumer == 0) await_turn<S>(consumer);  // takes the last turn back
+  if (consumer == 0) await_turn<S>(consumer);  // the last turn, which nobody else awaits
 }
 
 template <typename S, typename T>
@@ -185,7 +181,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     barriers_visible();
   }
   __syncthreads();
-  // The same for a whole warp, and told to the compiler so.
+  // The same for a whole warp; the shuffle lets the compiler know.
   const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroup, 0);
   if (group == 0) {
     registers_release<S::kProducerRegisters>();
@@ -219,20 +215,16 @@ cudaError_t launch_shape(const FlashAttentionArgs& args, int multiprocessors, cu
   if (error != cudaSuccess) return error;
   const int64_t row_tiles = (args.query_length + S::kRows - 1) / S::kRows;
   const int64_t tiles = args.batch * args.heads * row_tiles;
-  const Problem problem{args.out,
-                        args.out_stride,
-                        static_cast<int>(args.heads),
-                        static_cast<int>(args.query_length),
-                        static_cast<int>(args.key_length),
-                        static_cast<int>(row_tiles),
-                        static_cast<int>(tiles),
-                        args.scale * kLog2E,
-                        args.is_causal};
+  Problem problem{args.out, args.out_stride};
+  problem.heads = static_cast<int>(args.heads), problem.is_causal = args.is_causal;
+  problem.query_length = static_cast<int>(args.query_length), problem.key_length = static_cast<int>(args.key_length);
+  problem.row_tiles = static_cast<int>(row_tiles), problem.tiles = static_cast<int>(tiles);
+  problem.scale = base_2_scale(args.scale);
   return launch(flash_attention_sm90_kernel<S, T>, tiles < multiprocessors ? tiles : multiprocessors, S::kThreads,
                 sizeof(SharedMemory<S>), stream, query, key, value, problem);
 }
 
-// Tiles of 96 keys where they spare an eighth of the work and more: 77 and 257 keys take 96 and 288, not 128 and 384.
+// Tiles of 96 keys where they save an eighth of the work and more: 77 and 257 keys take 96 and 288, not 128 and 384.
 inline bool fits_96(int64_t keys) { return (keys + 95) / 96 * 96 * 8 <= (keys + 127) / 128 * 128 * 7; }
 
 template <int kHead, typename T>
@@ -251,16 +243,10 @@ cudaError_t launch_head(const FlashAttentionArgs& args, int multiprocessors, cud
   return launch_shape<Shape<kHead, 2, 128>, T>(args, multiprocessors, stream);
 }
 
-inline cudaError_t multiprocessor_count(int& count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : error;
-}
-
 template <typename T>
 cudaError_t launch_element(const FlashAttentionArgs& args, cudaStream_t stream) {
   int multiprocessors = 0;
-  const cudaError_t error = multiprocessor_count(multiprocessors);
+  const cudaError_t error = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
   if (error != cudaSuccess) return error;
   switch (args.head_dim) {
     case 64:
@@ -299,8 +285,9 @@ inline bool can_run(const FlashAttentionArgs& args) {
 bool serves_sm90(const FlashAttentionArgs& args) {
   using namespace cuda::sm90;
   int multiprocessors = 0;
-  if (!can_run(args) || multiprocessor_count(multiprocessors) != cudaSuccess) return false;
-  // With fewer tiles than that the smaller ones of flash_attention.cu, and its split keys, reach more of the card.
+  if (!can_run(args)) return false;
+  if (cuda::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount) != cudaSuccess) return false;
+  // With fewer tiles the smaller ones of flash_attention.cu, and its split keys, reach more of the card.
   const bool fills_half = 2 * args.batch * args.heads * ((args.query_length + 127) / 128) >= multiprocessors;
   return fills_half && args.query_length >= kMinQueries && args.key_length >= kMinKeys;
 }

@@ -1,10 +1,10 @@
 // The parts of flash_attention_sm90.cu: shapes, shared memory, rings of buffers, the work of a block, the softmax of a
-// tile, the store. The algorithm and the roles of the warps are told there.
+// tile, the store. The algorithm and the roles of the warps are described there.
 #pragma once
 
 #include "../ops/flash_attention.h"
-#include "common.cuh"
 #include "hopper.cuh"
+#include "softmax.cuh"
 
 namespace gafext::cuda::sm90 {
 
@@ -12,7 +12,6 @@ constexpr int kGroup = 128;     // threads of a warpgroup
 constexpr int kGroupRows = 64;  // query rows of a consumer: one wgmma's
 constexpr int kDepth = 16;      // of a product, in elements
 constexpr int kElementBytes = 2;
-constexpr float kLargeReference = 16777216.0f;  // 2^24: from there on the rounding of a reference exceeds 1
 
 template <int kHead_, int kConsumers_, int kKeys_>
 struct Shape {
@@ -37,16 +36,13 @@ struct alignas(1024) SharedMemory {
   Barrier key_full[S::kStages], key_empty[S::kStages], value_full[S::kStages], value_empty[S::kStages];
 };
 
-// The next buffer of a ring: who fills waits for `empty` with !parity, who reads waits for `full` with parity.
+// The next buffer of a ring: the producer waits for `empty` with !parity, a consumer for `full` with parity.
 template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
   __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
 
@@ -76,7 +72,7 @@ struct Work {
   }
 };
 
-// All panels of a tile of rows, onto the barrier that counts their bytes.
+// Copies all panels of a tile of rows; the barrier `full` counts their bytes.
 template <typename S>
 __device__ inline void copy_tile_async(unsigned char* shared, const TensorMap& map, Barrier& full, int rows,
                                        int first_row, const Work<S>& work) {
@@ -90,7 +86,7 @@ __device__ inline void copy_tile_async(unsigned char* shared, const TensorMap& m
 // Columns kDepth * k .. of a K-major tile of `rows` rows.
 template <typename S>
 __device__ inline uint64_t columns_descriptor(const unsigned char* tile, int rows, int k) {
-  constexpr int kSteps = S::kPanel / kDepth;
+  constexpr int kSteps = S::kPanel / kDepth;  // products of depth kDepth per panel
   const unsigned char* start = tile + k / kSteps * rows * S::kPanelRowBytes + k % kSteps * kDepth * kElementBytes;
   return matrix_descriptor(start, 16, 8 * S::kPanelRowBytes, S::kPanelRowBytes);
 }
@@ -116,8 +112,8 @@ __device__ inline void mask_scores(float (&scores)[N], const int (&limit)[2], in
   }
 }
 
-// Scores become weights 2^(scale score - reference), the reference being the running maximum; what was summed before
-// is to be multiplied by alpha.
+// Scores become weights 2^(scale score - reference), the reference being the running maximum; what was accumulated
+// before is to be multiplied by alpha.
 template <int N>
 __device__ inline void scores_to_weights(float (&scores)[N], Rows& rows, float (&alpha)[2], float scale) {
   float reference[2];
@@ -126,17 +122,13 @@ __device__ inline void scores_to_weights(float (&scores)[N], Rows& rows, float (
     float max = rows.max[h];
 #pragma unroll
     for (int i = 2 * h; i < N; i += 4) max = fmaxf(max, fmaxf(scores[i], scores[i + 1]));
-    max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 1));
-    max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 2));
-    // All of them -inf: any finite reference makes every weight 0, where -inf - -inf would be NaN.
-    reference[h] = max == -INFINITY ? 0.0f : max * scale;
-    alpha[h] = exp2_approximate(rows.max[h] * scale - reference[h]);
+    max = quad_max(max);
+    reference[h] = finite_reference(max) * scale;
+    alpha[h] = rescale_factor(rows.max[h] * scale, reference[h]);
     rows.max[h] = max;
   }
-  // One fused operation a score leaves the largest score its reference's rounding, which is harmless while that is
-  // small. Otherwise both are rounded alike first, and it cancels.
   float slope = scale;
-  if (__any_sync(kAllLanes, fmaxf(fabsf(reference[0]), fabsf(reference[1])) > kLargeReference)) {
+  if (__any_sync(kAllLanes, fmaxf(fabsf(reference[0]), fabsf(reference[1])) > kHugeReference)) {
     slope = 1.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) scores[i] *= scale;
@@ -169,30 +161,27 @@ __device__ inline void scale_rows(float (&c)[N], const float (&factor)[2]) {
 // Four lanes exchange: word i of lane t becomes word t of lane i.
 __device__ inline void transpose_among_four_lanes(uint32_t (&word)[4]) {
 #pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool is_upper = threadIdx.x & step;
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool is_upper = threadIdx.x & distance;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const uint32_t received = __shfl_xor_sync(kAllLanes, is_upper ? word[i] : word[i + step], step);
-      if (is_upper) {
-        word[i] = received;
-      } else {
-        word[i + step] = received;
-      }
+      if (i & distance) continue;
+      const uint32_t received = __shfl_xor_sync(kAllLanes, is_upper ? word[i] : word[i + distance], distance);
+      word[i] = is_upper ? received : word[i];
+      word[i + distance] = is_upper ? word[i + distance] : received;
     }
   }
 }
 
-// Writes the accumulators of a tile, 16 bytes at a time: four lanes trade their pieces of four chunks of a row.
+// Writes the accumulators of a tile, 16 bytes at a time: four lanes exchange their pieces of four chunks of a row.
 template <typename S, typename T>
 __device__ inline void store(const float (&out)[S::kHead / 2], const Problem& problem, const Work<S>& work, int row) {
   constexpr int kChunks = S::kHead / 8;
   const int lane_of_four = threadIdx.x % 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    uint4* target = static_cast<uint4*>(static_cast<void*>(
-        const_cast<T*>(row_of<T>(problem.out, problem.out_stride, work.batch, work.head, row + 8 * h))));
+    T* out_row = row_of<T>(problem.out, problem.out_stride, work.batch, work.head, row + 8 * h);
+    uint4* target = reinterpret_cast<uint4*>(out_row);
 #pragma unroll
     for (int first = 0; first < kChunks; first += 4) {
       uint32_t word[4] = {};

@@ -1,23 +1,21 @@
 // Attention on tensor cores for one wide head, up to 512 columns: the outputs of 32 rows don't fit the registers of a
 // warp, so the eight warps of a block divide the columns.
 //
-// Mapping   a block takes 64 (or 32) query rows; its warps are kGroups = 2 (1) groups of 32 rows x kParts = 4 (8)
-// parts.
+// Mapping   A block takes 64 (or 32) query rows: kGroups = 2 (1) groups of 32 rows x kParts = 4 (8) parts, a warp each.
 //           Scores: of 128 keys a part takes 32 (16), over all columns of the head. The parts exchange the maxima of
 //           their rows, move the references alike, and leave their weights in shared memory. Outputs: a part takes 128
-//           (64) of the columns, over all 128 keys: 128 (64) registers a thread.
-// Shared    queries 64 KB (32), weights 16 KB (8), and a ring of three 16 KB chunks through which keys (128 x 64
-//           columns) and values (16 x 512) stream: two under way while one is read, one barrier a chunk. 129 KB fit
-//           sm_80, 90, 100; 89 KB fit the 99 KB of sm_86, 89, 120. Turing's 64 KB are too few.
+//           (64) of the columns, over all 128 keys: 128 (64) registers per thread.
+// Shared    Queries 64 KB (32), weights 16 KB (8), and a ring of three 16 KB chunks through which keys (128 x 64
+//           columns) and values (16 x 512) stream: two are in flight while one is read, one barrier per chunk. 129 KB
+//           fit sm_80, 90, 100; 89 KB fit the 99 KB of sm_86, 89, 120. Turing's 64 KB are too few.
 // FLOPs     4 Lq Lk 512: 34 GFLOP at 4096 tokens.
-// Bytes     keys and values from L2 once for 64 (32) rows: 64 (32) FLOPs a byte, so that 300 TFLOP/s would ask 4.7 TB/s
-//           of it. Few rows (1024 tokens are 16 blocks of 64) leave multiprocessors idle: hence the blocks of 32, and
-//           keys split over blocks (flash_attention.cu).
-// Limits    on paper, of 64 rows and 64 keys on an A100: HMMA 4096 cycles; shared memory 1280 for P V and 2048 for Q
-// K^T
-//           (32 keys a warp; 16 keys would take 3072). A head this wide has 8 times the products for each exponential
-//           of head 64. One block of 8 warps a multiprocessor: 250 / 246 / 255 registers (32 rows: 190 / 198 / 202) for
-//           sm_80 / 90 / 120, no local memory. Nothing was measured on a GPU.
+// Bytes     Keys and values from L2 once per 64 (32) rows: 64 (32) FLOPs per byte, so that 300 TFLOP/s would need 4.7
+//           TB/s of it. Few rows (1024 tokens are 16 blocks of 64) leave multiprocessors idle: hence the blocks of 32,
+//           and keys split over blocks (flash_attention.cu).
+// Limits    On paper, for 64 rows and 64 keys on an A100: HMMA 4096 cycles; shared memory 1280 for P V and 2048 for
+//           Q K^T (32 keys per warp; 16 keys would take 3072). A head this wide has 8 times the products per
+//           exponential of head 64. One block of 8 warps per multiprocessor: 249 / 252 / 255 registers (32 rows: 188 /
+//           188 / 198) on sm_80 / 90 / 120, no local memory. Nothing was measured on a GPU.
 #pragma once
 
 #include "flash_attention.cuh"
@@ -25,7 +23,7 @@
 
 namespace gafext::cuda {
 
-// Warps are kGroups groups of rows x kParts parts of the keys (while scoring) or of the columns (while adding up).
+// Warps are kGroups groups of rows x kParts parts of the keys (scores) or of the columns (outputs).
 template <int kGroups_>
 struct WideShape {
   static constexpr int kGroups = kGroups_, kParts = 8 / kGroups, kThreads = 8 * kWarp;
@@ -39,30 +37,33 @@ struct WideShape {
   static constexpr size_t kSharedBytes = kElements * sizeof(uint16_t) + kParts * kRows * sizeof(float);
 };
 
-// The chunks of all tiles in the order of use, through a ring of slots: two are under way while one is read.
+// The chunks of all tiles in the order of use, through a ring of slots: two are in flight while one is read.
 template <typename T, typename Shape>
 struct ChunkRing {
   T* slots;
   const T *key, *value;
-  int key_stride, value_stride, head_dim, first_key, end_key, chunks;
+  int key_stride, value_stride, head_dim;
+  const Share& share;
+  int chunks;
 
   __device__ void copy(int index) const {
     if (index < chunks) {
       T* slot = slots + index % Shape::kSlots * Shape::kChunk;
-      const int first = first_key + index / Shape::kChunks * Shape::kKeys, chunk = index % Shape::kChunks;
+      const int first = share.first_key + index / Shape::kChunks * Shape::kKeys, chunk = index % Shape::kChunks;
       if (chunk < Shape::kKeyChunks) {
         const int column = chunk * Shape::kChunkColumns;
         copy_tile<T, Shape::kKeys, Shape::kChunkColumns, Shape::kThreads>(slot, key + column, key_stride, first,
-                                                                          end_key, head_dim - column);
+                                                                          share.end_key, head_dim - column);
       } else {
         copy_tile<T, Shape::kChunkKeys, Shape::kDim, Shape::kThreads>(
-            slot, value, value_stride, first + (chunk - Shape::kKeyChunks) * Shape::kChunkKeys, end_key, head_dim);
+            slot, value, value_stride, first + (chunk - Shape::kKeyChunks) * Shape::kChunkKeys, share.end_key,
+            head_dim);
       }
     }
     copies_commit();
   }
 
-  // Chunk `index`, for all threads; the one before it makes room for the one after the next.
+  // Chunk `index`, for all threads, which are done with the one before it: the copy two chunks ahead overwrites that.
   __device__ const T* next(int index) const {
     copies_wait<Shape::kSlots - 2>();
     __syncthreads();
@@ -72,97 +73,55 @@ struct ChunkRing {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
-    flash_attention_wide_kernel(const FlashAttentionArgs args, int row_blocks, int split_keys) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  return;  // Turing's 64 KB of shared memory are too few: never launched there
-#endif
-  constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles, kParts = Shape::kParts;
-  T* queries = reinterpret_cast<T*>(dynamic_shared_memory());                  // [kRows, kDim], at the end the outputs
-  T* slots = queries + Shape::kRows * kDim;                                    // [kSlots][kChunk]
-  T* weights = slots + Shape::kSlots * Shape::kChunk;                          // [kRows, kKeys]
-  float* of_parts = reinterpret_cast<float*>(weights + Shape::kRows * kKeys);  // [kParts, kRows]: maxima, then sums
-  const int lane = threadIdx.x % kWarp, matrix = lane / 8, matrix_row = lane % 8;
-  const int warp = threadIdx.x / kWarp, part = warp % kParts, group_row = warp / kParts * 32;
+struct WideWarp {
+  static constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles;
+  const T* queries;  // [32, kDim], of the group
+  T* weights;        // [32, kKeys], of the group
+  float* of_parts;   // [kParts, kRows], from the group's first row on: maxima, in the end sums
+  int part;
 
-  const Share share = share_of_block(args, blockIdx.x, Shape::kRows, row_blocks, split_keys);
-  const int heads = static_cast<int>(args.heads), batch = share.batch_head / heads, head = share.batch_head % heads;
-  const int head_dim = static_cast<int>(args.head_dim), query_length = static_cast<int>(args.query_length);
-  const int tiles = max(share.end_key - share.first_key + kKeys - 1, 0) / kKeys;
-  const int my_row = share.first_row + group_row;
-  copy_tile<T, Shape::kRows, kDim, Shape::kThreads>(queries, row_of<T>(args.query, args.query_stride, batch, head, 0),
-                                                    static_cast<int>(args.query_stride.row), share.first_row,
-                                                    query_length, head_dim);
-  const ChunkRing<T, Shape> ring{slots,
-                                 row_of<T>(args.key, args.key_stride, batch, head, 0),
-                                 row_of<T>(args.value, args.value_stride, batch, head, 0),
-                                 static_cast<int>(args.key_stride.row),
-                                 static_cast<int>(args.value_stride.row),
-                                 head_dim,
-                                 share.first_key,
-                                 share.end_key,
-                                 tiles * Shape::kChunks};
-  for (int i = 0; i < Shape::kSlots - 1; ++i) ring.copy(i);
-
-  const float scale = base_2_scale(args.scale);
-  Softmax<kRowTiles> softmax;
-  float out[kRowTiles][Shape::kPartColumns / 8][4] = {};
-  const T* my_queries = queries + group_row * kDim;
-  T* my_weights = weights + group_row * kKeys;
-
-  for (int tile = 0; tile < tiles; ++tile) {
-    float score[kRowTiles][Shape::kPartKeys / 8][4] = {};
+  // The products of the group's rows with the part's keys, as the ring brings them.
+  __device__ __forceinline__ void score_tile(const ChunkRing<T, Shape>& ring, int tile,
+                                             float (&score)[kRowTiles][Shape::kPartKeys / 8][4]) const {
 #pragma unroll 1
     for (int chunk = 0; chunk < Shape::kKeyChunks; ++chunk) {
       const T* keys = ring.next(tile * Shape::kChunks + chunk);
 #pragma unroll
       for (int k = 0; k < Shape::kChunkColumns / 16; ++k) {
         uint32_t a[kRowTiles][4];
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          load_matrices(a[m], my_queries + chunk * Shape::kChunkColumns +  // whole groups of 8 chunks: no swizzle
-                                  swizzled<kDim>(16 * m + matrix % 2 * 8 + matrix_row, 2 * k + matrix / 2));
-        }
+        load_a<kDim>(a, queries + chunk * Shape::kChunkColumns, k);  // whole groups of 8 chunks: no swizzle
 #pragma unroll
         for (int n = 0; n < Shape::kPartKeys / 16; ++n) {
           uint32_t b[4];
-          load_matrices(
-              b, keys + swizzled<Shape::kChunkColumns>(part * Shape::kPartKeys + 16 * n + matrix / 2 * 8 + matrix_row,
-                                                       2 * k + matrix % 2));
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
-            mma_16x8x16(score[m][2 * n], a[m], {b[0], b[1]}, T());
-            mma_16x8x16(score[m][2 * n + 1], a[m], {b[2], b[3]}, T());
-          }
+          load_b<Shape::kChunkColumns>(b, keys, part * (Shape::kPartKeys / 16) + n, k);
+          multiply<T>(score, 2 * n, a, b);
         }
       }
     }
+  }
 
-    const int first = share.first_key + tile * kKeys;
-    if (args.scale < 0.0f) negate(score);
-    if (first + kKeys > share.end_key || (args.is_causal && first + kKeys > my_row + 1)) {
-      mask(score, my_row, first + part * Shape::kPartKeys, share.end_key, args.is_causal);
-    }
-
-    // The maximum of a row comes from the parts; every part then moves the row's reference in the same way.
-    float maximum[kRowTiles][2];
-    row_maxima(score, maximum);
+  // Combines the x of each row from all parts, for all of them; with a barrier of the block.
+  template <typename Combine>
+  __device__ __forceinline__ void exchange(float (&x)[kRowTiles][2], const Combine& combine) const {
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      if (lane % 4 == 0) {
-        of_parts[part * Shape::kRows + group_row + 16 * (i / 2) + lane / 4 + i % 2 * 8] = maximum[i / 2][i % 2];
-      }
+      if (lane % 4 == 0) of_parts[part * Shape::kRows + 8 * i + lane / 4] = x[i / 2][i % 2];
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
+      float all = of_parts[8 * i + lane / 4];
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) {
-        const float of_part = of_parts[p * Shape::kRows + group_row + 16 * (i / 2) + lane / 4 + i % 2 * 8];
-        maximum[i / 2][i % 2] = fmaxf(maximum[i / 2][i % 2], of_part);
-      }
+      for (int p = 1; p < Shape::kParts; ++p) all = combine(all, of_parts[p * Shape::kRows + 8 * i + lane / 4]);
+      x[i / 2][i % 2] = all;
     }
-    move_references(maximum, scale, softmax, out);
+  }
+
+  // The weights of the part's keys, for all parts.
+  __device__ __forceinline__ void store_weights(float (&score)[kRowTiles][Shape::kPartKeys / 8][4], float scale,
+                                                Softmax<kRowTiles>& softmax) const {
+    const int lane = threadIdx.x % kWarp;
     const float factor = remaining_scale(score, scale, softmax.huge);
 #pragma unroll
     for (int n = 0; n < Shape::kPartKeys / 16; ++n) {
@@ -172,61 +131,85 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       for (int i = 0; i < 4 * kRowTiles; ++i) {
         const int row = 16 * (i / 4) + lane / 4 + i % 2 * 8;
         const int chunk = part * (Shape::kPartKeys / 8) + 2 * n + i % 4 / 2;
-        *reinterpret_cast<uint32_t*>(my_weights + swizzled<kKeys>(row, chunk) + lane % 4 * 2) = weight[i / 4][i % 4];
+        *reinterpret_cast<uint32_t*>(weights + swizzled<kKeys>(row, chunk) + lane % 4 * 2) = weight[i / 4][i % 4];
       }
     }
+  }
 
+  // The part's columns of the outputs, over all keys of the tile; ring.next waits for the weights of the other parts.
+  __device__ __forceinline__ void accumulate(const ChunkRing<T, Shape>& ring, int tile,
+                                             float (&out)[kRowTiles][Shape::kPartColumns / 8][4]) const {
 #pragma unroll 1
     for (int chunk = 0; chunk < kKeys / Shape::kChunkKeys; ++chunk) {
       const T* values = ring.next(tile * Shape::kChunks + Shape::kKeyChunks + chunk);
       uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        load_matrices(a[m], my_weights + swizzled<kKeys>(16 * m + matrix % 2 * 8 + matrix_row, 2 * chunk + matrix / 2));
-      }
+      load_a<kKeys>(a, weights, chunk);
 #pragma unroll
       for (int n = 0; n < Shape::kPartColumns / 16; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(
-            b, values + part * Shape::kPartColumns + swizzled<kDim>(matrix % 2 * 8 + matrix_row, 2 * n + matrix / 2));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma_16x8x16(out[m][2 * n], a[m], {b[0], b[1]}, T());
-          mma_16x8x16(out[m][2 * n + 1], a[m], {b[2], b[3]}, T());
-        }
+        load_b_transposed<kDim>(b, values + part * Shape::kPartColumns, 0, n);
+        multiply<T>(out, 2 * n, a, b);
       }
     }
   }
+};
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    flash_attention_wide_kernel(const FlashAttentionArgs args, int row_blocks, int split_keys) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return;  // Turing's 64 KB of shared memory are too few: never launched there
+#endif
+  constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys, kRowTiles = Shape::kRowTiles;
+  T* queries = reinterpret_cast<T*>(dynamic_shared_memory());                  // [kRows, kDim], at the end the outputs
+  T* slots = queries + Shape::kRows * kDim;                                    // [kSlots][kChunk]
+  T* weights = slots + Shape::kSlots * Shape::kChunk;                          // [kRows, kKeys]
+  float* of_parts = reinterpret_cast<float*>(weights + Shape::kRows * kKeys);  // [kParts, kRows]
+  const int warp = threadIdx.x / kWarp, part = warp % Shape::kParts, group_row = warp / Shape::kParts * 32;
+
+  const Share share = share_of_block(args, blockIdx.x, Shape::kRows, row_blocks, split_keys);
+  const int tiles = max(share.end_key - share.first_key + kKeys - 1, 0) / kKeys;
+  const int my_row = share.first_row + group_row, head_dim = static_cast<int>(args.head_dim);
+  copy_tile<T, Shape::kRows, kDim, Shape::kThreads>(
+      queries, row_of<T>(args.query, args.query_stride, share.batch, share.head, 0),
+      static_cast<int>(args.query_stride.row), share.first_row, static_cast<int>(args.query_length), head_dim);
+  const T* key = row_of<T>(args.key, args.key_stride, share.batch, share.head, 0);
+  const T* value = row_of<T>(args.value, args.value_stride, share.batch, share.head, 0);
+  const int key_stride = static_cast<int>(args.key_stride.row), value_stride = static_cast<int>(args.value_stride.row);
+  const ChunkRing<T, Shape> ring{slots, key, value, key_stride, value_stride, head_dim, share, tiles * Shape::kChunks};
+  for (int i = 0; i < Shape::kSlots - 1; ++i) ring.copy(i);
+
+  const float scale = base_2_scale(args.scale);
+  const WideWarp<T, Shape> my{queries + group_row * kDim, weights + group_row * kKeys, of_parts + group_row, part};
+  Softmax<kRowTiles> softmax;
+  float out[kRowTiles][Shape::kPartColumns / 8][4] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    float score[kRowTiles][Shape::kPartKeys / 8][4] = {}, maximum[kRowTiles][2];
+    my.score_tile(ring, tile, score);
+    const int first = share.first_key + tile * kKeys;
+    if (args.scale < 0.0f) negate(score);
+    if (first + kKeys > share.end_key || (args.is_causal && first + kKeys > my_row + 1)) {
+      mask(score, my_row, first + part * Shape::kPartKeys, share.end_key, args.is_causal);
+    }
+    row_maxima(score, maximum);
+    my.exchange(maximum, [](float x, float y) { return fmaxf(x, y); });
+    move_references(maximum, scale, softmax, out);  // the same in every part
+    my.store_weights(score, scale, softmax);
+    my.accumulate(ring, tile, out);
+  }
 
   copies_wait<0>();
-  float sum[kRowTiles][2], inverse[kRowTiles][2];
+  float sum[kRowTiles][2];
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    sum[i / 2][i % 2] = quad_sum(softmax.sum[i / 2][i % 2]);
-    if (lane % 4 == 0) {
-      of_parts[part * Shape::kRows + group_row + 16 * (i / 2) + lane / 4 + i % 2 * 8] = sum[i / 2][i % 2];
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    sum[i / 2][i % 2] = 0.0f;
-#pragma unroll
-    for (int p = 0; p < kParts; ++p) {
-      sum[i / 2][i % 2] += of_parts[p * Shape::kRows + group_row + 16 * (i / 2) + lane / 4 + i % 2 * 8];
-    }
-    inverse[i / 2][i % 2] = inverse_of(sum[i / 2][i % 2]);
-  }
+  for (int i = 0; i < 2 * kRowTiles; ++i) sum[i / 2][i % 2] = quad_sum(softmax.sum[i / 2][i % 2]);
+  my.exchange(sum, [](float x, float y) { return x + y; });
   const Share my_share =
-      share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // keeping it takes registers
-  const int first_row = my_share.first_row + group_row;
+      share_of_block(args, block_index(), Shape::kRows, row_blocks, split_keys);  // again: keeping it takes registers
+  const int first_row = my_share.first_row + group_row, first_column = part * Shape::kPartColumns;
   if (my_share.splits > 1) {
-    store_partial<kDim>(args, my_share, out, sum, softmax, first_row, part * Shape::kPartColumns);
+    store_partial<kDim>(args, my_share, out, sum, first_row, first_column, softmax);
   } else {
-    T* to = const_cast<T*>(
-        row_of<T>(args.out, args.out_stride, my_share.batch_head / heads, my_share.batch_head % heads, 0));
-    store_rows<kDim>(out, inverse, queries + group_row * kDim, part * (Shape::kPartColumns / 8), to,
-                     static_cast<int>(args.out_stride.row), first_row, query_length, head_dim);
+    store_rows<kDim>(args, my_share, out, sum, first_row, first_column, queries + group_row * kDim);
   }
 }
 

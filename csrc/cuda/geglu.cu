@@ -1,13 +1,12 @@
-// The gate of GEGLU; its projection is aten::linear, that is cuBLAS, called by bindings.cpp.
+// The gate of GEGLU, value * gelu(gate); its projection is aten::linear, that is cuBLAS, called by csrc/ops/geglu.cpp.
 //
-// Mapping   a thread a pack of 16 bytes of the output, which takes two of the projection; single elements where the
-// rows
-//           or their halves are not aligned. 2048 threads a multiprocessor, and so 64 KB of loads under way.
-// Shared    none.
-// FLOPs     about 25 an element, for erf.
+// Mapping   One pack of 16 bytes of the output per thread, from two of the projection; single elements where the rows
+//           or their halves are not aligned. 2048 threads per multiprocessor, and so 64 KB of loads in flight.
+// Shared    None.
+// FLOPs     About 25 per element, for erf.
 // Bytes     2 elements read and 1 written: 31.5 MB in half precision at (rows, inner) = (4096, 1280), 9.4 us at the
-//           3.35 TB/s of an H100. A multiprocessor's share of that, 14 bytes a clock, leaves time for 440 instructions
-//           a pack of a warp; counted in the SASS are 225.
+//           3.35 TB/s of an H100. A multiprocessor's share of that, 14 bytes per clock, leaves time for 440
+//           instructions per pack of a warp; counted in the SASS are 225.
 #include "../ops/geglu.h"
 #include "common.cuh"
 

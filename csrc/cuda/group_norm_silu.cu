@@ -1,17 +1,17 @@
 // GroupNorm and SiLU of channels-last memory, (batch, positions, channels): one read and one write of x where a slab
 // fits a block's registers, otherwise two reads, the second from the L2 cache as a rule, and one write.
 //
-// Slab      the fewest whole groups whose channels make whole 16-byte packs, and 32 bytes, a memory sector, where that
-//           goes: 40 channels, 4 groups of 10, in half precision at 320 channels and 32 groups. Single elements and one
-//           group where memory is not aligned.
-// Mapping   a block takes a slab of one image, or a chunk of its positions. A thread keeps one pack of the channels and
-//           up to 16 positions of it in registers, all loaded before the first use, so that moments and result (in
-//           float32) are two passes over registers. A slab of up to 96 KB, 16 packs of 384
-//           threads, is one kernel. A larger one goes in chunks of 32 KB: one kernel writes the moments of every chunk
-//           to scratch memory, a second one adds them up, each block for itself, and does the rest; so does a slab of
-//           more than 32 KB where the blocks are too few for the multiprocessors.
-// Shared    sums by group and warp: 1.2 KB.
-// FLOPs     about 25 an element, two of them special functions (exp, reciprocal).
+// Slab      The fewest whole groups whose channels make whole 16-byte packs, and 32 bytes, a memory sector, where
+//           possible: 40 channels, 4 groups of 10, in half precision at 320 channels and 32 groups. Single elements and
+//           one group where memory is not aligned.
+// Mapping   A block takes a slab of one image, or a chunk of its positions. A thread keeps one pack of the channels and
+//           up to 16 positions of it in registers, all loaded before the first use: moments and result (in float32)
+//           need no other read. A slab of up to 96 KB, 16 packs of 384 threads, is one kernel. A larger one goes in
+//           chunks of 32 KB: one kernel writes the moments of every chunk to scratch memory; in a second one each block
+//           adds them up for itself and does the rest. Where the blocks are too few for the multiprocessors, slabs of
+//           more than 32 KB go in chunks, too.
+// Shared    Sums per group and warp: 1.2 KB.
+// FLOPs     About 25 per element, two of them special functions (exp, reciprocal).
 // Bytes     2 elements: 10.5 MB in half precision at (batch, positions, channels) = (8, 1024, 320), 3.1 us at the 3.35
 //           TB/s of an H100; PyTorch's own pair reads and writes about five times as much.
 #include <algorithm>
@@ -26,13 +26,13 @@ namespace {
 
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / kWarp;
 constexpr int kMaxGroups = 16;                       // of a slab: one channel each in 32 bytes
-constexpr int kFewPacks = 4;                         // of a thread, and the most that a slab takes ...
-constexpr int kManyPacks = 16, kManyThreads = 384;   // ... in one kernel
-constexpr int kChunkPacks = 8, kChunkThreads = 256;  // in chunks, two kernels
+constexpr int kFewPacks = 4;                         // per thread: of a small slab, in one kernel
+constexpr int kManyPacks = 16, kManyThreads = 384;   // of the largest slab in one kernel
+constexpr int kChunkPacks = 8, kChunkThreads = 256;  // of a chunk, two kernels
 constexpr int64_t kEnoughBlocks = 64;                // for half of an H100
 constexpr int kSharedFloats = kMaxGroups * (3 + kMaxWarps);
 
-// How the work is divided; the same for every block.
+// How the work is divided, the same for every block.
 struct Division {
   int groups, channels;  // of a slab
   int packs, rows;       // a thread's place in the block is (row, pack), the pack fastest
@@ -40,7 +40,7 @@ struct Division {
   int positions_of_chunk;
 };
 
-enum class Step { kWhole, kMoments, kApply };
+enum class Pass { kWhole, kMoments, kApply };  // both at once, or chunk by chunk
 
 // What a block works on, and what this thread does.
 template <int kSize>
@@ -101,8 +101,8 @@ __device__ void means_by_group(const float (&x)[kSize], const Place<kSize>& plac
   __syncthreads();
 }
 
-// Of what the block holds. The origin is the mean of the first packs of its threads: at worst, where those differ from
-// all others, the variance loses a factor of kPacks in accuracy.
+// The moments of what the block holds. The origin is the mean of the first packs of its threads: at worst, where those
+// differ from all others, the variance loses a factor of kPacks in accuracy.
 template <typename T, int kSize, int kPacks>
 __device__ void take_statistics(const Pack<T, kSize> (&data)[kPacks], const GroupNormSiluArgs& args,
                                 const Division& division, const Place<kSize>& place, const Statistics& statistics) {
@@ -134,7 +134,7 @@ struct Moments {  // of a chunk and group, in scratch memory
   float mean, variance;
 };
 
-// Of all chunks of an image, about the mean of the first. A warp takes a group.
+// The moments of all chunks of an image, relative to the mean of the first. One group per warp.
 __device__ void add_up_chunks(const Moments* of_chunks, int positions, const Division& division,
                               const Statistics& statistics) {
   const int lane = threadIdx.x % kWarp;
@@ -156,7 +156,7 @@ __device__ void add_up_chunks(const Moments* of_chunks, int positions, const Div
   __syncthreads();
 }
 
-template <typename T, int kSize, int kPacks, Step step>
+template <typename T, int kSize, int kPacks, Pass pass>
 __global__ void __launch_bounds__(kPacks == kManyPacks ? kManyThreads : kMaxThreads, 1)
     group_norm_silu_kernel(const GroupNormSiluArgs args, const Division division) {
   const Statistics statistics;
@@ -169,18 +169,18 @@ __global__ void __launch_bounds__(kPacks == kManyPacks ? kManyThreads : kMaxThre
     data[k] = load_pack<T, kSize>(x, k < place.count);
   }
   const auto of_channels = [&](const void* base) {  // zeros for null
-    return load_pack<T, kSize>(static_cast<const T*>(base) + place.channel, base && step != Step::kMoments);
+    return load_pack<T, kSize>(static_cast<const T*>(base) + place.channel, base && pass != Pass::kMoments);
   };
   const auto weight = of_channels(args.weight), bias = of_channels(args.bias);
 
   Moments* of_chunks = static_cast<Moments*>(args.scratch) +
                        (place.batch * args.groups + place.slab * division.groups) * division.chunks;
-  if constexpr (step == Step::kApply) {
+  if constexpr (pass == Pass::kApply) {
     add_up_chunks(of_chunks, place.positions, division, statistics);
   } else {
     take_statistics(data, args, division, place, statistics);
   }
-  if constexpr (step == Step::kMoments) {
+  if constexpr (pass == Pass::kMoments) {
     const int g = threadIdx.x;
     if (g < division.groups) {
       const float mean = statistics.mean[g];
@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(kPacks == kManyPacks ? kManyThreads : kMaxThre
            place.channel;
 #pragma unroll
   for (int k = 0; k < kPacks; ++k, out += division.rows * args.channels) {
-    // Or the distances from the origin would be kept from where the statistics are taken, and there is no room for
-    // them.
+    // Otherwise the compiler keeps the distances computed for the statistics, and there are no registers for them.
     if constexpr (kSize > 1) hide(data[k].bits);
     float v[kSize];
     to_floats(data[k], v);
@@ -265,12 +264,12 @@ cudaError_t launch_plan(const GroupNormSiluArgs& args, const Plan& plan, cudaStr
     return launch(kernel, blocks, plan.threads(), kSharedFloats * sizeof(float), stream, args, plan.division);
   };
   if (!plan.in_chunks()) {
-    return plan.packs_of_thread == kFewPacks ? run(group_norm_silu_kernel<T, kSize, kFewPacks, Step::kWhole>)
-                                             : run(group_norm_silu_kernel<T, kSize, kManyPacks, Step::kWhole>);
+    return plan.packs_of_thread == kFewPacks ? run(group_norm_silu_kernel<T, kSize, kFewPacks, Pass::kWhole>)
+                                             : run(group_norm_silu_kernel<T, kSize, kManyPacks, Pass::kWhole>);
   }
-  const cudaError_t error = run(group_norm_silu_kernel<T, kSize, kChunkPacks, Step::kMoments>);
+  const cudaError_t error = run(group_norm_silu_kernel<T, kSize, kChunkPacks, Pass::kMoments>);
   if (error != cudaSuccess) return error;
-  return run(group_norm_silu_kernel<T, kSize, kChunkPacks, Step::kApply>);
+  return run(group_norm_silu_kernel<T, kSize, kChunkPacks, Pass::kApply>);
 }
 
 }  // namespace

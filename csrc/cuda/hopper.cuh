@@ -1,5 +1,5 @@
 // What Hopper (sm_90a) adds and CUDA C++ has no name for: barriers in shared memory that count bytes, the copy engine
-// for tiles (TMA), products by a warpgroup on the tensor cores (wgmma), registers handed from warpgroup to warpgroup.
+// for tiles (TMA), products by a warpgroup on the tensor cores (wgmma), registers that move between warpgroups.
 // A kernel uses these, device.cuh and plain CUDA, so that tests/cuda_emulator can stand in for all of them.
 //
 // Layouts. Each was read in two public sources beside the PTX ISA: CUTLASS (include/cute/arch/mma_sm90_desc.hpp,
@@ -11,15 +11,15 @@
 //                 Chunk c of row r lies at chunk c ^ (r % 8) in a row of 128 bytes, c ^ (r / 2 % 4) in one of 64,
 //                 c ^ (r / 4 % 2) in one of 32: address bits 4.. are XORed with bits 7..., 3, 2 or 1 of them. So a
 //                 panel starts at a multiple of 1024, 512, 256 bytes, and 8 rows x 16 bytes fall on all 32 banks.
-//   Descriptor    64 bits that tell wgmma where an operand lies: address / 16 in bits 0..13, leading offset / 16 in
+//   Descriptor    64 bits, where an operand of wgmma lies: address / 16 in bits 0..13, leading offset / 16 in
 //                 16..29, stride offset / 16 in 32..45, the swizzle in 62..63 (1, 2, 3: rows of 128, 64, 32 bytes).
 //   K-major       rows of the operand are rows of the panel (Q, K): 16 columns of the product's depth are 32 bytes of a
 //                 row, the next 16 begin 32 bytes on. Stride offset: from 8 rows to the next 8. Leading offset: unused.
-//   MN-major      rows of the panel are the product's depth (V): 16 of them a product, the next 16 begin 16 rows on.
+//   MN-major      rows of the panel are the product's depth (V): 16 of them per product, the next 16 begin 16 rows on.
 //                 Stride offset: from 8 rows to the next 8. Leading offset: from one panel to the panel right of it.
 //   Accumulator   64 x N over the 128 threads of a warpgroup: warp w has the rows 16 w .. 16 w + 15, and in it lane
 //                 4 g + t has c[4 j + 2 h + e] at row 16 w + g + 8 h, column 8 j + 2 t + e.
-//   A, registers  64 x 16, two elements a register: a[h + 2 i] at row 16 w + g + 8 h, columns 8 i + 2 t, 8 i + 2 t + 1.
+//   A, registers  64 x 16, two elements per register: a[h + 2 i] at row 16 w + g + 8 h, columns 8 i + 2 t and the next.
 //                 So accumulators 8 k .. 8 k + 7, rounded and packed in pairs, are the k-th A of a next product.
 #pragma once
 
@@ -48,14 +48,14 @@ inline cudaError_t encode_tensor_map(TensorMap& map, const void* base, bool is_b
     return error == cudaSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorSymbolNotFound;
-  const uint32_t box[4] = {panel_columns, panel_rows, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const uint32_t box[4] = {panel_columns, panel_rows, 1, 1}, element_strides[4] = {1, 1, 1, 1};
   const CUtensorMapSwizzle swizzle = panel_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : panel_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                            : CU_TENSOR_MAP_SWIZZLE_32B;
   const auto encode_now = [&] {
     return encode(&map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-                  const_cast<void*>(base), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                  const_cast<void*>(base), extents, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = encode_now();
   if (result != CUDA_SUCCESS) {
@@ -82,13 +82,13 @@ __device__ inline void barriers_visible() { asm volatile("fence.mbarrier_init.re
 __device__ inline void barrier_arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-// Arrives and announces bytes that TMA will bring in this phase.
+// Arrives and announces the bytes that TMA will write in this phase.
 __device__ inline void barrier_arrive_expect(Barrier& barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
                : "memory");
 }
-// Until the phase whose number has this parity is over. The phase before the first counts as over: parity 1 passes on
-// a new barrier.
+// Until the phase whose number has this parity is over. The phase before the first counts as over: on a new barrier
+// parity 1 does not wait.
 __device__ inline void barrier_wait(Barrier& barrier, uint32_t parity) {
   uint32_t is_over;
   do {
@@ -181,8 +181,7 @@ __device__ inline void products_wait(Registers&... registers) {
 #define GAFEXT_NAMES_64 \
   GAFEXT_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// c (+)= A B, 64 x 96 or 128 over a depth of 16, both K-major in shared memory; the old c is dropped unless
-// `accumulate`.
+// c (+)= A B, 64 x 96 or 128 over a depth of 16, both K-major in shared memory; c is overwritten unless `accumulate`.
 #define GAFEXT_PRODUCT_SHARED(Element, type, columns, n, a0, b0, flag)                                      \
   __device__ inline void product(float (&c)[n], uint64_t a, uint64_t b, bool accumulate, Element) {         \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \

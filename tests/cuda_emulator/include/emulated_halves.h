@@ -64,8 +64,8 @@ struct alignas(4) NarrowPair {
 
 }  // namespace emulated_halves
 
-namespace emulator {  // where the types themselves can't be: argument-dependent lookup would search it for kernels'
-                      // calls
+// The types themselves can't be here: argument-dependent lookup would search the namespace for what kernels call.
+namespace emulator {
 using emulated_halves::BFloat16, emulated_halves::Float16;
 }  // namespace emulator
 
