@@ -7,6 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import types
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+from gafext import ops
 from gafext.bench.cases import Case, Contestant, cases
 from gafext.bench.measure import race
 from gafext.bench.report import rows, summary
@@ -281,3 +283,21 @@ def test_the_order_of_turns_changes():
     quick_race(doubling(*spies), cold_bytes=1000)
     raced = turns[-9:]
     assert {tuple(raced[i : i + 3]) for i in (0, 3, 6)} != {names} and Counter(raced) == dict.fromkeys(names, 3)
+
+
+def test_an_operation_without_a_file_of_cases_races_its_formula(monkeypatch):
+    def scale_add(x, y, scale):
+        return torch.add(y, x, alpha=scale)
+
+    module = types.ModuleType("scale_add")
+    module.reference_scale_add = lambda x, y, scale: scale * x + y
+    module.example_scale_add = lambda device, dtype: (*torch.randn(2, 3, 5, device=device, dtype=dtype), 0.5)
+    scale_add.__module__ = module.__name__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(ops, "scale_add", scale_add, raising=False)
+    monkeypatch.setattr(ops, "__all__", ["scale_add"])
+    (case,) = cases("cpu", torch.float32, compiled=False)
+    assert (case.op, case.shape) == ("scale_add", "3x5,3x5")
+    x, y = case.inputs()
+    for contestant in case.contestants:
+        torch.testing.assert_close(contestant.run(x, y), 0.5 * x + y)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from gafext import ops
 from gafext.bench.cases.base import Case, Contestant, compiled_form
@@ -32,19 +33,28 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
 
 
 def default_case(op: str, device: str, dtype: torch.dtype, *, compiled: bool) -> Case:
-    """Build the case of operation `op` against its formula in plain PyTorch, on the example inputs of its module."""
+    """Build the case of an operation without a file here: against its formula in PyTorch, at its module's example."""
     function = getattr(ops, op)
     module = sys.modules[function.__module__]
     reference, example = (getattr(module, f"{kind}_{op}") for kind in ("reference", "example"))
-    contestants = [Contestant("gafext", function), Contestant("eager", reference)]
-    contestants += [compiled_form("eager", reference)] if compiled else []
-    shapes = " ".join("x".join(map(str, value.shape)) for value in example("meta", dtype) if hasattr(value, "shape"))
+    example_args = example("meta", dtype)
+    shapes = ["x".join(map(str, value.shape)) for value in example_args if isinstance(value, Tensor)]
+
+    def of_tensors(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*tensors: Tensor) -> Tensor:
+            rest = iter(tensors)
+            return form(*(next(rest) if isinstance(value, Tensor) else value for value in example_args))
+
+        return call
+
+    contestants = [Contestant("gafext", of_tensors(function)), Contestant("eager", of_tensors(reference))]
+    contestants += [compiled_form("eager", of_tensors(reference))] if compiled else []
     return Case(
         op=op,
-        shape=shapes,
+        shape=",".join(shapes),
         where="example",
         bound="memory",
         flops=0,
-        inputs=lambda: example(device, dtype),
+        inputs=lambda: tuple(value for value in example(device, dtype) if isinstance(value, Tensor)),
         contestants=contestants,
     )
