@@ -193,9 +193,9 @@ def test_load_images_takes_lists_and_stacks(png):
 
 def test_load_images_says_which_and_how_many():
     good = quadrants()
-    with pytest.raises(ValueError, match=r"^normal_maps: expected 4, one a camera, got 3$"):
+    with pytest.raises(ValueError, match=r"^normal_maps: expected 4, one per camera, got 3$"):
         load_images([good] * 3, count=4, name="normal_maps")
-    with pytest.raises(ValueError, match="renders: expected 4, one a camera, got 1"):
+    with pytest.raises(ValueError, match="renders: expected 4, one per camera, got 1"):
         load_images(good, count=4, name="renders")
     with pytest.raises(ImageError, match=r"renders\[1\]: expected .* got shape \[12\]"):
         load_images([good, np.zeros(12)], count=2, name="renders")

@@ -244,7 +244,7 @@ def test_check_writable_leaves_nothing(tmp_path):
 
 
 def test_images_are_checked_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="images: expected 3, one a camera, got 2"):
+    with pytest.raises(ValueError, match="images: expected 3, one per camera, got 2"):
         write_views(tmp_path / "out", views(2), orbit(3), {})
     with pytest.raises(ValueError, match=r"square images of one size, got \[\(32, 32\), \(64, 64\)\]"):
         write_views(tmp_path / "out", [*views(1), *views(1, 64)], orbit(2), {})

@@ -28,7 +28,7 @@ STOCK = {
     "transformer_layers_per_block": 2,
     "use_linear_projection": True,
 }
-# Channels of the attentions in the file's order: two a transformer; down 1 + 1, up 2 + 2, then the middle.
+# Channels of the attentions in the file's order: two per transformer; down 1 + 1, up 2 + 2, then the middle.
 CHANNELS = [32] * 2 + [64] * 2 + [64] * 4 + [32] * 4 + [64] * 2
 
 

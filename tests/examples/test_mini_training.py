@@ -120,7 +120,7 @@ def test_a_view_without_the_portrait_hears_of_it_from_the_others(scripts):
     assert blind == 0 < seeing
     assert (change(views=2) > 0).all()
     unet.eval()
-    assert (change(views=1) > 0).all()  # nobody is blind but in training
+    assert (change(views=1) > 0).all()  # only training blinds views
 
 
 def test_some_views_see_the_portrait_and_some_do_not(scripts):

@@ -67,7 +67,7 @@ def test_a_stock_folder_gives_stock_numbers(name, height, width, tmp_path):
     expected = theirs(sample, timestep, text, class_labels=pose).sample
     assert expected.std() > 0.1
     assert max_abs_diff(ours(sample, timestep, text, pose=pose), expected) < 2e-5
-    # None is the all-zero text, computed by nobody.
+    # None is the all-zero text, which is not computed.
     expected = theirs(sample, timestep, torch.zeros_like(text), class_labels=pose).sample
     assert max_abs_diff(ours(sample, timestep, None, pose=pose), expected) < 2e-5
 

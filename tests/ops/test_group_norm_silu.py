@@ -65,9 +65,9 @@ def test_odd_sizes(shape, groups, dtype, device):
 
 
 CUDA_SIZES = [  # (batch, channels, positions), groups, and which way of the kernel that is
-    ((2, 320, 9), 32, "a whole slab, 4 packs a thread"),
+    ((2, 320, 9), 32, "a whole slab, 4 packs per thread"),
     ((2, 240, 30), 4, "the same, 60 channels a group"),
-    ((33, 80, 500), 8, "a whole slab, 16 packs a thread, 66 slabs"),
+    ((33, 80, 500), 8, "a whole slab, 16 packs per thread, 66 slabs"),
     ((2, 32, 2500), 4, "chunks: few blocks"),
     ((1, 960, 130), 8, "chunks: a wide slab"),
     ((2, 30, 41), 6, "single elements"),
