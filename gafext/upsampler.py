@@ -301,15 +301,7 @@ def _read_scheduler(folder: Path) -> EulerDiscreteScheduler:
     path = folder / CONFIG_NAME
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder}: no such folder")
-    values = weights.read_json(path)
-    solver = values.get("_class_name", EulerConfig.class_name)
+    solver = weights.read_json(path).get("_class_name", EulerConfig.class_name)
     if solver != EulerConfig.class_name:
         raise CheckpointError(f"{path}: _class_name={solver!r}: expected {EulerConfig.class_name!r}")
-    if values.get("prediction_type") == "original_sample":  # older name of "sample"
-        values["prediction_type"] = "sample"
-    try:
-        return EulerDiscreteScheduler(EulerConfig.from_dict(values, source=str(path)))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    return EulerDiscreteScheduler.from_pretrained(folder)

@@ -161,6 +161,13 @@ class EulerConfig(SigmaConfig):
 
     interpolation_type: str = "linear"
 
+    @classmethod
+    def _own_values(cls, solver: str, values: dict[str, Any]) -> dict[str, Any]:
+        values = super()._own_values(solver, values)
+        if values.get("prediction_type") == "original_sample":  # older name of "sample"
+            values = {**values, "prediction_type": "sample"}
+        return values
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
