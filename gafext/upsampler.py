@@ -81,7 +81,9 @@ class LatentUpsampler(nn.Module):
         empty_prompt: PromptEmbeds | None = None,
     ):
         super().__init__()
-        self.unet, self.scheduler = unet, scheduler or EulerDiscreteScheduler(SD_X2_SCHEDULE)
+        with torch.device("cpu"):  # a scheduler's numbers are read, also where the network is on the meta device
+            self.scheduler = scheduler or EulerDiscreteScheduler(SD_X2_SCHEDULE)
+        self.unet = unet
         _check_unet(unet.config)
         if self.scheduler.config.prediction_type != "sample":
             got = self.scheduler.config.prediction_type
