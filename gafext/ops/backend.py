@@ -21,11 +21,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"attention backend: expected one of {list(BACKENDS)}, got {backend!r}")
 
 
-def no_reasons() -> list[str]:
-    return []
-
-
-def use_kernel(backend: str, op: str, unsupported: Reasons, slower: Reasons = no_reasons) -> bool:
+def use_kernel(backend: str, op: str, unsupported: Reasons, slower: Reasons = list) -> bool:
     """Return whether a call runs the kernel.
 
     Args:

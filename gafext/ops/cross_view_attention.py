@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gafext.ops import _common
-from gafext.ops.backend import no_reasons, use_kernel
+from gafext.ops.backend import use_kernel
 from gafext.ops.flash_attention import attention_backward, attention_weights
 
 _OP = "cross_view_attention"
@@ -45,14 +45,12 @@ def cross_view_attention(
     attention of Tune-A-Video (diffusers: models/attention.py, TemporalBasicTransformerBlock).
     """
     query, key, value = _common.autocast(query, key, value)
-    plain = _common.are_plain_heads(query, key, value) and _are_views(query, key, num_views)
-    if not plain:
-        check_cross_view_attention(query, key, value, num_views)
-    unsupported = no_reasons if plain else lambda: unsupported_reasons(query, key, value, num_views)
-    if use_kernel(backend, _OP, unsupported):
-        op = torch.ops.gafext.cross_view_attention.default
-        call = _common.call_without_gradient if plain else _common.call
-        return call(op, query, key, value, num_views, scale=scale)
+    op = torch.ops.gafext.cross_view_attention.default
+    if backend == "auto" and _common.are_plain_heads(query, key, value) and _are_views(query, key, num_views):
+        return _common.call_without_gradient(op, query, key, value, num_views, scale=scale)
+    check_cross_view_attention(query, key, value, num_views)
+    if use_kernel(backend, _OP, lambda: unsupported_reasons(query, key, value, num_views)):
+        return op(query, key, value, num_views, scale=scale)
     form = reference_cross_view_attention if backend == "reference" else sdpa_cross_view_attention
     return form(query, key, value, num_views, scale=scale)
 
