@@ -70,7 +70,7 @@ def merge_lora(unet: nn.Module, path: str | Path, *, scale: float = 1.0) -> list
             raise CheckpointError(f"{path}: {name}: the sum is beyond {weight.dtype} at scale={scale}")
         merged[f"{name}.weight"] = result.to(weight.dtype)
     unet.load_state_dict(merged, strict=False, assign=True)
-    return [f"{path}: {len(text)} tensors for a text encoder are left aside: no text is encoded here"] if text else []
+    return [f"{path}: {len(text)} tensors for a text encoder are ignored: no text is encoded here"] if text else []
 
 
 def _match(file: weights.WeightFile, keys: Iterable[str], targets: dict[str, Tensor]) -> dict[str, _Factors]:

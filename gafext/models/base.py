@@ -157,7 +157,7 @@ class PretrainedModel(nn.Module):
             with torch.device("meta"), _Budget(len(file.shapes)):
                 model = cls(config)
         except (ValueError, RuntimeError, OverflowError) as error:
-            raise CheckpointError(f"{source}: makes no {cls.__name__} ({error})") from None
+            raise CheckpointError(f"{source}: cannot build {cls.__name__} ({error})") from None
         weights.load_into(model, file, dtype=dtype, device=device)
         model._arrange_weights()
         return model.eval()

@@ -237,7 +237,7 @@ def test_the_text_encoder_is_left_aside_with_a_note(folder, tmp_path):
     }
     unet = MultiViewUNet.from_pretrained(folder)
     notes = merge_lora(unet, written(tmp_path / "lora.safetensors", pairs, "kohya", **text))
-    assert len(notes) == 1 and "lora.safetensors: 3 tensors for a text encoder are left aside" in notes[0]
+    assert len(notes) == 1 and "lora.safetensors: 3 tensors for a text encoder are ignored" in notes[0]
     assert_merged(folder, unet, updates(pairs, 1.0))
 
 
