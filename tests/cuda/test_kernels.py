@@ -24,7 +24,7 @@ CAPABILITIES = [75, 80, 86, 90, 120]  # by which host code chooses among kernels
 
 
 def assert_as_on_cpu(operation, *args, library=None, capability=80, **kwargs):
-    """Within the rounding of the dtype, from what the operation gives on the CPU."""
+    """Within the rounding of the dtype, from what the operation gives on the CPU, or in float32 from float64."""
     expected = getattr(torch.ops.gafext, operation)(*args, **kwargs)
     out = emulate(operation, *args, library=library, capability=capability, **kwargs)
     assert out.shape == expected.shape and out.dtype == expected.dtype and out.stride() == expected.stride()
@@ -33,9 +33,9 @@ def assert_as_on_cpu(operation, *args, library=None, capability=80, **kwargs):
     # Sums in another order cost float32 some units in the last place, weights rounded to half precision one.
     units = 16 if out.dtype == torch.float32 else 2
     tolerance = units * torch.finfo(out.dtype).eps * max(1.0, expected.abs().max().item())
-    if out.dtype == torch.float32:  # scores of 60 round by more than that, on the CPU too
-        exact = REFERENCES[operation](*(x.double() if torch.is_tensor(x) else x for x in args), **kwargs)
-        tolerance = max(tolerance, 2 * (expected - exact).abs().max().item())
+    if out.dtype == torch.float32:  # where scores are as large as 60, the CPU's own result is further off than that
+        wide = (x.double() if torch.is_tensor(x) else x for x in args)
+        expected = REFERENCES[operation](*wide, **kwargs).float()
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
 
 
