@@ -76,7 +76,7 @@ def dtype_reasons(tensor: Tensor) -> list[str]:
 
 
 def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return whether all checks and reasons in this module pass, except for the shape of key compared with query's.
+    """Return whether the checks and reasons in this module pass without autocast, apart from key's shape and query's.
 
     False only means that the individual checks have to run.
     """
@@ -85,6 +85,7 @@ def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()  # this expression would add guards
         and (query.is_cpu and key.is_cpu and value.is_cpu)
+        and not torch.is_autocast_enabled("cpu")
         and (dtype in KERNEL_DTYPES and key.dtype == dtype and value.dtype == dtype)
         and (query.dim() == 4 and key.dim() == 4 and key.shape == value.shape)
         and (query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1)

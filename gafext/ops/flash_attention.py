@@ -48,19 +48,18 @@ def flash_attention(
 
     Source: FlashAttention (arXiv 2205.14135), algorithm 1; online softmax (arXiv 1805.02867), algorithm 3.
     """
-    query, key, value = _common.autocast(query, key, value)
     op = torch.ops.gafext.flash_attention.default
-    options = {"scale": scale, "is_causal": is_causal}
     if backend == "auto" and _common.are_plain_heads(query, key, value) and _same_but_length(query, key):
         if slower_reasons(query, key):
-            return _sdpa(query, key, value, **options)
-        return _common.call_without_gradient(op, query, key, value, **options)
+            return _sdpa(query, key, value, scale=scale, is_causal=is_causal)
+        return _common.call_without_gradient(op, query, key, value, scale=scale, is_causal=is_causal)
+    query, key, value = _common.autocast(query, key, value)
     check_flash_attention(query, key, value)
     unsupported, slower = (lambda: unsupported_reasons(query, key, value)), (lambda: slower_reasons(query, key))
-    if use_kernel(backend, _OP, unsupported, slower):
-        return op(query, key, value, **options)
     form = reference_flash_attention if backend == "reference" else _sdpa
-    return form(query, key, value, **options)
+    if use_kernel(backend, _OP, unsupported, slower):
+        form = op
+    return form(query, key, value, scale=scale, is_causal=is_causal)
 
 
 def reference_flash_attention(

@@ -19,6 +19,7 @@ _HAS_AMX = _common.INSTRUCTION_SET == "amx"
 # Without AMX this is torch's linear: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to 1.3 below,
 # which saved a hundredth of a U-Net's time and cost a second copy of the weights.
 _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
+_WITHOUT_AMX = [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -104,7 +105,7 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 def slower_reasons(x: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     if not _HAS_AMX:
-        return [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
+        return _WITHOUT_AMX
     if torch.compiler.is_compiling():  # the rest would add a guard on sizes
         return []
     width = x.shape[-1] if x.dim() else 1
