@@ -26,6 +26,7 @@ if _util.find_spec("gafext._C") is None:  # Python was started in a clone, and f
 else:
     from gafext import cameras, ops
     from gafext.assets import PORTRAIT
+    from gafext.integrations import accelerate, restore
     from gafext.models.clip import CLIPVisionEncoder
     from gafext.models.unet import MultiViewUNet
     from gafext.models.vae import AutoencoderKL
@@ -45,6 +46,8 @@ __all__ = [
     "MultiViewDiffusionPipeline",
     "MultiViewOutput",
     "MultiViewUNet",
+    "accelerate",
     "cameras",
     "ops",
+    "restore",
 ]

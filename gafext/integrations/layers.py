@@ -1,0 +1,55 @@
+"""PyTorch's own layers, computed by gafext's operations.
+
+Each class has no state of its own: a layer of the class that it derives from becomes one by assigning `__class__`, and
+goes back the same way.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gafext.ops import conv3x3, group_norm_silu, linear
+
+
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias) if input.is_cpu else super().forward(input)
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        # peft's adapters make 1×1 convolutions of the class of the layer that they adapt.
+        if input.dim() == 4 and is_conv3x3(self):
+            return conv3x3(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (3, 4):
+            return super().forward(input)
+        return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, silu=False)
+
+
+def is_conv3x3(layer: nn.Conv2d) -> bool:
+    """Return whether a convolution is the operation `conv3x3`."""
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return plain and layer.kernel_size == (3, 3) and layer.stride == (1, 1) and layer.padding in ((1, 1), "same")
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether calling the layer is exactly the `forward` of `kind`, with no hook around it."""
+    return (
+        type(layer) is kind
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    )
+
+
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a group normalisation and SiLU: in one operation, unless a hook or an adapter wants the norm's result."""
+    if is_plain(norm, GroupNorm):
+        assert isinstance(norm, GroupNorm)
+        return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(norm(x))
