@@ -9,7 +9,7 @@ import torch
 from helpers import randomized
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from gafext.config import SD_X2_UNET, UNetConfig
 from gafext.models.k_unet import KUNet
@@ -92,6 +92,46 @@ def stock_tokenizer(folder, **changes):
     (folder / "merges.txt").write_text(MERGES)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **changes}))
     return folder
+
+
+# Pipelines of diffusers, wide enough for every kernel.
+
+WIDE = {**SMALL_UNET, "block_out_channels": (128, 128), "sample_size": 16, "cross_attention_dim": 32}
+PIPELINES = {
+    "sd15": {"use_linear_projection": False},
+    "sd21": {},
+    "sdxl": {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+        "transformer_layers_per_block": (1, 2),
+        "cross_attention_dim": 64,
+    },
+}
+
+
+def wide_unet(kind="sd21", **changes):
+    return stock_unet(WIDE, **PIPELINES[kind], **changes)
+
+
+def stock_pipeline(kind, folder, **changes):
+    tokenizer = CLIPTokenizer.from_pretrained(stock_tokenizer(folder / "tokenizer", model_max_length=12))
+    parts = {
+        "unet": wide_unet(kind, **changes),
+        "vae": stock_vae((128, 128), norm_num_groups=8),
+        "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        "text_encoder": stock_text(),
+        "tokenizer": tokenizer,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+    if kind == "sdxl":
+        second = stock_text(kind=CLIPTextModelWithProjection, projection_dim=16, seed=1)
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
+    else:
+        pipe = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 # Our own networks.

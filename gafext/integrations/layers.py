@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from gafext.ops import conv3x3, group_norm_silu, linear
 
 
+# Fewer output channels are a network's result, not features: callers may call `view` on it, as on the stock network's.
+_FEATURES = 16
+
+
 class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias) if input.is_cpu else super().forward(input)
@@ -20,9 +24,10 @@ class Linear(nn.Linear):
 class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         # peft's adapters make 1×1 convolutions of the class of the layer that they adapt.
-        if input.dim() == 4 and is_conv3x3(self):
-            return conv3x3(input, self.weight, self.bias)
-        return super().forward(input)
+        if input.dim() != 4 or not is_conv3x3(self):
+            return super().forward(input)
+        out = conv3x3(input, self.weight, self.bias)
+        return out.contiguous() if self.out_channels < _FEATURES else out
 
 
 class GroupNorm(nn.GroupNorm):

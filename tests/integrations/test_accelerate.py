@@ -11,48 +11,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from helpers import called, max_abs_diff, normal, randomized
-from small_checkpoints import SMALL_UNET, stock_clip, stock_text, stock_tokenizer, stock_unet, stock_vae
+from small_checkpoints import PIPELINES, stock_clip, stock_pipeline, stock_vae, wide_unet
 from torch import nn
-from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPModel
 
 import gafext
-
-WIDE = {**SMALL_UNET, "block_out_channels": (128, 128), "sample_size": 16, "cross_attention_dim": 32}
-UNETS = {
-    "sd15": {"use_linear_projection": False},
-    "sd21": {},
-    "sdxl": {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 16 + 6 * 8,
-        "transformer_layers_per_block": (1, 2),
-        "cross_attention_dim": 64,
-    },
-}
-
-
-def small_unet(kind="sd21", **changes):
-    return stock_unet(WIDE, **UNETS[kind], **changes)
-
-
-def small_pipeline(kind, folder, **changes):
-    tokenizer = CLIPTokenizer.from_pretrained(stock_tokenizer(folder / "tokenizer", model_max_length=12))
-    parts = {
-        "unet": small_unet(kind, **changes),
-        "vae": stock_vae((128, 128), norm_num_groups=8),
-        "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        "text_encoder": stock_text(),
-        "tokenizer": tokenizer,
-        "feature_extractor": None,
-        "image_encoder": None,
-    }
-    if kind == "sdxl":
-        second = stock_text(kind=CLIPTextModelWithProjection, projection_dim=16, seed=1)
-        pipe = diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
-    else:
-        pipe = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def generate(pipe, **options):
@@ -89,9 +52,9 @@ def layers(network):
     }
 
 
-@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("kind", PIPELINES)
 def test_a_pipeline_gives_the_same_images(kind, tmp_path):
-    pipe = small_pipeline(kind, tmp_path)
+    pipe = stock_pipeline(kind, tmp_path)
     stock = generate(pipe)
     before = {name: layers(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     found = gafext.accelerate(pipe)
@@ -105,8 +68,17 @@ def test_a_pipeline_gives_the_same_images(kind, tmp_path):
     assert torch.equal(generate(pipe), stock)
 
 
+def test_results_have_the_stock_memory_format():
+    unet, vae = wide_unet(), stock_vae((128, 128), norm_num_groups=8)
+    gafext.accelerate(unet)
+    gafext.accelerate(vae)
+    assert forward(unet).is_contiguous()
+    with torch.no_grad():
+        assert vae(normal(1, 3, 64, 64)).sample.is_contiguous()
+
+
 def test_its_kernels_run():
-    unet = small_unet()
+    unet = wide_unet()
     gafext.accelerate(unet)
     run = torch.no_grad()(functools.partial(unet, normal(2, 4, 32, 32), 7, normal(2, 77, 32)))
     assert {"gafext::flash_attention", "gafext::conv3x3", "gafext::geglu"} <= called(run)
@@ -116,7 +88,7 @@ def test_its_kernels_run():
 
 @pytest.mark.parametrize("loaded", ["before", "after"])
 def test_ip_adapter(loaded, tmp_path):
-    pipe = small_pipeline("sd15", tmp_path)
+    pipe = stock_pipeline("sd15", tmp_path)
     weights = ip_adapter(pipe.unet)
     embeds = [normal(2, 1, 16)]
     if loaded == "after":
@@ -143,7 +115,7 @@ def test_ip_adapter(loaded, tmp_path):
 
 
 def test_masks_and_scale_lists_are_left_to_diffusers(tmp_path):
-    pipe = small_pipeline("sd15", tmp_path)
+    pipe = stock_pipeline("sd15", tmp_path)
     pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder=None, weight_name=None, image_encoder_folder=None)
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
@@ -169,7 +141,7 @@ class TwiceProcessor(AttnProcessor2_0):
 
 
 def test_custom_processors_and_forwards_are_left_alone():
-    unet = small_unet()
+    unet = wide_unet()
     name, other = "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "mid_block.attentions.0.proj_in"
     custom, norm = TwiceProcessor(), AttnProcessor()
     unet.get_submodule(name).set_processor(custom)
@@ -186,7 +158,7 @@ def test_custom_processors_and_forwards_are_left_alone():
 
 
 def test_a_processor_set_afterwards_counts():
-    unet = small_unet()
+    unet = wide_unet()
     gafext.accelerate(unet)
     plain = forward(unet)
     unet.set_attn_processor(TwiceProcessor())
@@ -199,7 +171,7 @@ def test_a_processor_set_afterwards_counts():
 
 @pytest.mark.parametrize("loaded", ["before", "after"])
 def test_lora(loaded):
-    unet = small_unet()
+    unet = wide_unet()
     if loaded == "after":
         gafext.accelerate(unet)
     targets = ["to_q", "to_out.0", "conv1", "ff.net.0.proj", "ff.net.2"]
@@ -220,7 +192,7 @@ def test_lora(loaded):
 
 @pytest.mark.parametrize("hooked", ["before", "after"])
 def test_offloading_hooks(hooked):
-    unet = small_unet()
+    unet = wide_unet()
     stock = forward(unet)
     if hooked == "after":
         gafext.accelerate(unet)
@@ -240,7 +212,7 @@ def test_offloading_hooks(hooked):
 
 
 def test_hooks_of_layers_are_called():
-    unet = small_unet()
+    unet = wide_unet()
     gafext.accelerate(unet)
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     seen = []
@@ -251,7 +223,7 @@ def test_hooks_of_layers_are_called():
 
 
 def test_compiles_without_a_graph_break():
-    unet = small_unet()
+    unet = wide_unet()
     block = unet.down_blocks[0]
 
     def run(x, embedding, text):
@@ -282,7 +254,7 @@ def test_autoencoder():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    unet = small_unet(block_out_channels=(32, 64))
+    unet = wide_unet(block_out_channels=(32, 64))
     exact, inputs = forward(unet), (normal(2, 4, 16, 16).to(dtype), 7, normal(2, 5, 32).to(dtype))
     unet.to(dtype)
     with torch.no_grad():
@@ -317,7 +289,7 @@ SMALL_VISION_CONFIG |= {"image_size": 64, "patch_size": 16}
 
 
 def test_training_gives_the_same_gradients():
-    unet = small_unet().train()
+    unet = wide_unet().train()
     inputs = normal(1, 4, 16, 16), 7, normal(1, 5, 32)
     gradients = []
     for step in (lambda: None, lambda: gafext.accelerate(unet)):
@@ -329,7 +301,7 @@ def test_training_gives_the_same_gradients():
 
 
 def test_copies_and_files(tmp_path):
-    unet = small_unet()
+    unet = wide_unet()
     stock = forward(unet)
     gafext.accelerate(unet)
     for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
@@ -341,7 +313,7 @@ def test_copies_and_files(tmp_path):
 
 
 def test_twice_is_once_and_restoring_nothing_is_nothing():
-    unet = small_unet()
+    unet = wide_unet()
     gafext.restore(unet)
     first = gafext.accelerate(unet)
     assert first.swapped["Attention"] == len(unet.attn_processors)

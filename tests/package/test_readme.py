@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 from helpers import ROOT
+from small_checkpoints import stock_pipeline
 
 import gafext.ops
 from gafext.cli import main
@@ -30,6 +31,15 @@ def test_the_quick_start_runs(tmp_path, monkeypatch):
     assert names["out"].images[0].size == names["pipe"](gafext.PORTRAIT, num_inference_steps=1).images[0].size
     names = {path.name for path in (tmp_path / "views").iterdir()}
     assert names == {*(f"view_00{i}.png" for i in range(4)), "contact_sheet.png", "transforms_train.json", "run.json"}
+
+
+def test_the_code_for_pipelines_of_diffusers_runs(tmp_path, monkeypatch):
+    stock_pipeline("sd21", tmp_path).save_pretrained(tmp_path / "stable-diffusion")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    [block] = re.findall(r"<!-- accelerate -->\n```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(block.replace("steps=25", "steps=1"), "README.md", "exec"), names)
+    assert names["image"].size == (32, 32) and not names["found"].left_alone
 
 
 def test_the_first_command_generates(tmp_path):
