@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gafext.ops import conv3x3, group_norm_silu, linear
 
-
 # Fewer output channels are a network's result, not features: callers may call `view` on it, as on the stock network's.
 _FEATURES = 16
 
