@@ -25,7 +25,8 @@ class UNetConfig(Config):
     `attention_head_dim` is the NUMBER of heads of each stage, which is the meaning of this name in every published
     Stable Diffusion configuration. Fields that diffusers does not have:
 
-    `cross_view`: "position" adds `attn_cv` to every transformer block; "dense" makes `attn1` attend to all views.
+    `cross_view`: "position" adds `attn_cv` to every transformer block; "dense" makes `attn1` attend to all views;
+        "front" makes `attn1` attend to the first view and the own view.
     `image_attention`: "block" (or `true`) adds `attn_ip` to every transformer block; "decoupled" adds keys and values
         of the image to `attn2`, and their attention output is added with the weight `image_scale`.
     `image_projection`: mapping from CLIP's output of width `image_embed_dim` to image tokens: "linear" maps each token
@@ -135,7 +136,7 @@ class UNetConfig(Config):
 
     def _check_views_and_image(self) -> None:
         for name, known in (
-            ("cross_view", (None, "position", "dense")),
+            ("cross_view", (None, "position", "dense", "front")),
             ("image_attention", (None, "block", "decoupled")),
             ("image_projection", (None, *_PROJECTION_SIZES)),
             ("image_unconditional", (None, "zero_features", "zero_image")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +48,12 @@ class Attention(nn.Module):
         """Compute the keys and values of a context [B,T,C'], for any number of calls."""
         key, value = (split_heads(self.project(layer, context), self.heads) for layer in (self.to_k, self.to_v))
         return KeyValue(key, value)
+
+    def key_value_with_front(self, hidden_states: Tensor, num_views: int) -> KeyValue:
+        """Compute the keys and values of the first view, followed by each view's own: [B*V,L,C] to [B*V,H,2L,D]."""
+        own = self.key_value(hidden_states)
+        fronts = (tensor[::num_views].repeat_interleave(num_views, dim=0) for tensor in own)
+        return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(fronts, own, strict=True)))
 
     def attend(self, query: Tensor, key_value: KeyValue) -> Tensor:
         """Attend without the output projection: query [N,L,C] and R contexts to [N,L,C].

@@ -23,14 +23,16 @@ class MultiViewTransformerBlock(nn.Module):
         heads: H; a head is C/H wide.
         context_channels: width of the text and image tokens.
         cross_view: "position" adds `attn_cv`, attention over the views at each position; "dense" lets `attn1` attend
-            to all positions of all views of a portrait; None keeps the views independent.
+            to all positions of all views of a portrait, "front" to those of the first view and of the own view; None
+            keeps the views independent.
         image_attention: "block" adds `attn_ip`; "decoupled" adds `attn2.to_k_ip` and `attn2.to_v_ip`; None neither.
 
     Raises:
         ValueError: `cross_view` or `image_attention` is something else.
 
-    Source: GAF (arXiv 2412.10209) section 3; MVDream (arXiv 2308.16512) section 3.1 (dense); diffusers:
-    models/attention.py, BasicTransformerBlock.
+    Source: GAF (arXiv 2412.10209) section 3; MVDream (arXiv 2308.16512) section 3.1 (dense);
+    github.com/weijielyu/FaceLift: mvdiffusion/models/transformer_mv2d_image.py, its sparse attention (front);
+    diffusers: models/attention.py, BasicTransformerBlock.
     """
 
     def __init__(
@@ -43,12 +45,12 @@ class MultiViewTransformerBlock(nn.Module):
         image_attention: str | None = "block",
     ):
         super().__init__()
-        if cross_view not in (None, "position", "dense"):
-            raise ValueError(f"cross_view: expected None, 'position' or 'dense', got {cross_view!r}")
+        if cross_view not in (None, "position", "dense", "front"):
+            raise ValueError(f"cross_view: expected None, 'position', 'dense' or 'front', got {cross_view!r}")
         if image_attention not in (None, "block", "decoupled"):
             raise ValueError(f"image_attention: expected None, 'block' or 'decoupled', got {image_attention!r}")
         positions, block = cross_view == "position", image_attention == "block"
-        self.dense = cross_view == "dense"
+        self.dense, self.front = cross_view == "dense", cross_view == "front"
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, heads)
         self.norm_cv = nn.LayerNorm(channels) if positions else None
@@ -96,7 +98,9 @@ class MultiViewTransformerBlock(nn.Module):
         first = self._first_with_image(x, image, num_views)
 
         views = num_views if self.dense else 1
-        x = x + self.attn1(self.norm1(x).reshape(-1, views * x.shape[1], x.shape[2])).view_as(x)
+        tokens = self.norm1(x).reshape(-1, views * x.shape[1], x.shape[2])
+        key_value = self.attn1.key_value_with_front(tokens, num_views) if self.front else None
+        x = x + self.attn1(tokens, key_value).view_as(x)
         if self.attn_cv is not None and self.norm_cv is not None:
             x = x + self.attn_cv(self.norm_cv(x), num_views)
         decoupled = image if self.attn_ip is None else None
