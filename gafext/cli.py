@@ -25,7 +25,7 @@ from gafext.images import load_image, load_images
 from gafext.noise import resolve_seed
 from gafext.ops.backend import BACKENDS
 from gafext.output import VIEW_FILES, MultiViewOutput
-from gafext.pipeline import UPSAMPLE, MultiViewDiffusionPipeline
+from gafext.pipeline import DEFAULT_VIEWS, UPSAMPLE, MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, SCHEDULERS, check_eta
 from gafext.versions import versions
 
@@ -78,15 +78,16 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     _add_sampling(generate, steps=50)
     add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
+    add("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
     add("--lora", metavar="FILE", help="LoRA file to merge into the U-Net")
     add("--lora-scale", type=float, metavar="S", help="weight of the LoRA; default: 1")
     add("--ip-adapter", metavar="FILE", help="IP-Adapter file, plain or Plus, for a U-Net without image attention")
     add("--ip-adapter-scale", type=float, metavar="S", help="weight of the IP-Adapter; default: 1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
-    add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4")
+    add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4, or the checkpoint's")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
-    add("--eta", type=float, default=0.0, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: 0")
+    add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")
     add("--cameras", metavar="FILE", help="transforms_train.json with the cameras to use instead of an orbit")
     add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
     add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
@@ -231,21 +232,23 @@ def _assemble(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(folder: str | None, *, count: int, name: str) -> list[PIL.Image.Image] | None:
-    """Read a folder's images in the order of their names."""
+def _pictures(folder: str | None, *, count: int | None, name: str) -> list[PIL.Image.Image] | None:
+    """Read a folder's images in the order of their names; count None leaves their number to the pipeline."""
     if folder is None:
         return None
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: expected a folder of pictures")
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
-    return load_images(paths, count=count, name=name)
+    return load_images(paths, count=len(paths) if count is None else count, name=name)
 
 
-def _cameras(args: argparse.Namespace) -> Cameras:
+def _cameras(args: argparse.Namespace) -> Cameras | None:
+    """Return the cameras that the options ask for; None if they leave all but their number to the checkpoint."""
     orbit = {"num_views": args.views, "elevation": args.elevation, "radius": args.radius, "fov": args.fov}
     given = {name: value for name, value in orbit.items() if value is not None}
     if args.cameras is None:
-        return cameras.orbit(**{"num_views": 4, **given})
+        views = cameras.orbit(**{"num_views": DEFAULT_VIEWS, **given})
+        return views if given.keys() - {"num_views"} else None
     if given:
         raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")
     return cameras.read_transforms(args.cameras)
@@ -253,14 +256,16 @@ def _cameras(args: argparse.Namespace) -> Cameras:
 
 def _check_early(args: argparse.Namespace) -> None:
     """Validate the options before the model is loaded, which can take minutes."""
-    for option, needs in (("lora_scale", "lora"), ("ip_adapter_scale", "ip_adapter"), ("variant", "model")):
+    pairs = {"lora_scale": "lora", "ip_adapter_scale": "ip_adapter", "variant": "model", "subfolder": "model"}
+    for option, needs in pairs.items():
         if getattr(args, option) is not None and getattr(args, needs) is None:
             option, needs = (name.replace("_", "-") for name in (option, needs))
             raise ValueError(f"--{option}: expected --{needs} with it")
     check_writable(args.out, replaceable=VIEW_FILES if args.overwrite else None)
     if args.guidance is not None:
         check_guidance_scale(args.guidance)
-    check_eta(args.eta)
+    if args.eta is not None:
+        check_eta(args.eta)
     resolve_seed(args.seed)
     if not 1 <= args.steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
@@ -274,6 +279,7 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
             args.dtype if args.dtype == "int8" else getattr(torch, args.dtype),
             _device(args.device),
             args.variant,
+            subfolder=args.subfolder,
             scheduler=args.scheduler,
             lora=args.lora,
             lora_scale=1.0 if args.lora_scale is None else args.lora_scale,
@@ -290,15 +296,16 @@ def _generate(args: argparse.Namespace) -> int:
     _check_early(args)
     views = _cameras(args)
     portrait = load_image(args.portrait or PORTRAIT)
-    normals = _pictures(args.normals, count=len(views), name="normal_maps")
-    renders = _pictures(args.renders, count=len(views), name="renders")
+    count = args.views if views is None else len(views)
+    normals = _pictures(args.normals, count=count, name="normal_maps")
+    renders = _pictures(args.renders, count=count, name="renders")
     pipeline = _load(args)
     start = time.monotonic()
     output = pipeline(
         portrait,
         views,
         normals,
-        num_views=len(views),
+        num_views=DEFAULT_VIEWS if count is None else count,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         generator=args.seed,

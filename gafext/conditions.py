@@ -14,8 +14,13 @@ from gafext.cameras import Cameras
 from gafext.families import family_of
 from gafext.guidance import guide
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.unet import Conditioning, MultiViewUNet
+from gafext.noise import view_noise
 from gafext.schedulers import Scheduler
+
+LABEL_STEP = 2**20 + 1
+"""Argument `step` of `view_noise` for the noise of class labels; the upsampler's is one less."""
 
 
 class RunOptions(TypedDict, total=False):
@@ -28,7 +33,7 @@ class RunOptions(TypedDict, total=False):
     latents: Tensor | None
     renders: Any
     strength: float
-    eta: float
+    eta: float | None
     upsample: str
     output_type: str
 
@@ -38,15 +43,16 @@ class Conditions:
     """Inputs of the U-Net besides latents and timesteps, constant over the denoising steps.
 
     Attributes:
-        conditioning: pose embedding, and keys and values of image and text, for the rows of all passes.
+        conditioning: class embedding, and keys and values of image and text, for the rows of all passes.
         passes: 2 with the unconditional pass, whose rows come first, else 1.
-        normal_latents: latents of the normal maps [B*V,4,h,w], or None.
+        input_latents: [passes*B*V,4,h,w], the U-Net's channels after the noisy latents: latents of the normal maps or
+            of the portraits; or None.
         reference_latents: latents of the portraits [passes*B,4,h,w], an extra frame of the U-Net, or None.
     """
 
     conditioning: Conditioning
     passes: int = 1
-    normal_latents: Tensor | None = None
+    input_latents: Tensor | None = None
     reference_latents: Tensor | None = None
 
 
@@ -93,15 +99,16 @@ class Run:
 
 def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor, timestep: float) -> Tensor:
     """Predict the U-Net's output [B*V,4,h,w] float32 for latents of that shape, guided; both passes form one batch."""
-    sample, conditions, frames = scheduler.scale_model_input(latents, timestep), run.conditions, run.num_views
-    if conditions.normal_latents is not None:
-        sample = torch.cat([sample, conditions.normal_latents], dim=1)
+    conditions, frames = run.conditions, run.num_views
+    sample = scheduler.scale_model_input(latents, timestep).repeat(conditions.passes, 1, 1, 1)
+    if conditions.input_latents is not None:
+        sample = torch.cat([sample, conditions.input_latents], dim=1)
     if conditions.reference_latents is not None:
         frames += 1  # the U-Net overwrites this frame with the reference latents, so its content is irrelevant
         sample = sample.unflatten(0, (-1, run.num_views))
         sample = torch.cat([sample, sample[:, :1]], dim=1).flatten(0, 1)
     output = unet(
-        sample.to(unet.dtype).repeat(conditions.passes, 1, 1, 1),
+        sample.to(unet.dtype),
         timestep,
         conditioning=conditions.conditioning,
         num_views=frames,
@@ -148,6 +155,34 @@ def image_tokens(
     return ImageTokens(project(features), unconditional)
 
 
+def portrait_labels(
+    encoder: CLIPVisionEncoder,
+    normalizer: ImageNormalizer,
+    scheduler: Scheduler,
+    portraits: Sequence[PIL.Image.Image],
+    *,
+    views: int,
+    seed: int,
+) -> Tensor:
+    """Compute class labels of portraits; those of the V views of a portrait differ in their noise alone.
+
+    Args:
+        encoder: the CLIP image encoder, with projection.
+        normalizer: statistics of its embeddings.
+        scheduler: noise schedule of its embeddings.
+        portraits: B images.
+        views: V.
+        seed: seed of the noise.
+
+    Returns:
+        [B*V,2D] float32, the view index fastest.
+    """
+    pixels = torch.cat([encoder.preprocess(portrait) for portrait in portraits]).to(encoder.device, encoder.dtype)
+    embeds = encoder(pixels).image_embeds.repeat_interleave(views, dim=0)
+    noise = view_noise(seed, portraits=len(portraits), views=views, shape=embeds.shape[1:], step=LABEL_STEP)
+    return normalizer(embeds, noise.to(embeds.device), scheduler.alphas_cumprod)
+
+
 def prepare_conditions(
     unet: MultiViewUNet,
     cameras: Cameras,
@@ -158,6 +193,7 @@ def prepare_conditions(
     prompt_embeds: Tensor | None = None,
     normal_latents: Tensor | None = None,
     reference_latents: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Conditions:
     """Compute the U-Net's inputs that are constant over the denoising steps.
 
@@ -166,25 +202,34 @@ def prepare_conditions(
         cameras: V cameras.
         portraits: number of portraits, B.
         tokens: image tokens of the portraits; None for a U-Net without image attention.
-        guided: include the unconditional pass; ignored without tokens.
-        prompt_embeds: text embeddings [1,T,C] for all rows; None: zeros.
+        guided: include the unconditional pass; ignored without image tokens, labels and reference channels.
+        prompt_embeds: text embeddings [1,T,C] for all rows, or [V,T,C]; None: zeros.
         normal_latents: latents of the normal maps [V,4,h,w] for every portrait, or None.
         reference_latents: latents of the portraits [B,4,h,w], or None.
+        labels: class labels of the portraits [B*V,pose_dim], instead of the cameras; or None.
 
     Returns:
         The conditions for all B*V rows of each pass.
     """
-    # The passes differ only in the image: without image tokens they are equal, and guidance has no effect.
-    guided = guided and tokens is not None
-    passes, family = 2 if guided else 1, family_of(unet.config)
+    # The passes differ only in the image: where the U-Net sees none they are equal, and guidance has no effect.
+    family = family_of(unet.config)
+    guided = guided and (tokens is not None or labels is not None or family.reference_channels)
+    passes, views = 2 if guided else 1, len(cameras)
     pose = None
-    if unet.config.pose_dim is not None:
+    if labels is not None:
+        pose = torch.cat([torch.zeros_like(labels), labels]) if guided else labels
+    elif unet.config.pose_dim is not None:
         pose = family.poses(unet.config, cameras).repeat(passes * portraits, 1).to(unet.device)
     embeds = None if tokens is None else tokens.conditional
     if guided and tokens is not None and tokens.unconditional is not None:
         embeds = torch.cat([tokens.unconditional, tokens.conditional])
     if guided and reference_latents is not None:
         reference_latents = torch.cat([family.unconditional_reference(reference_latents), reference_latents])
+    input_latents = None if normal_latents is None else normal_latents.repeat(passes * portraits, 1, 1, 1)
+    if family.reference_channels and reference_latents is not None:
+        input_latents, reference_latents = reference_latents.repeat_interleave(views, dim=0), None
+    if prompt_embeds is not None and len(prompt_embeds) > 1:
+        prompt_embeds = prompt_embeds.repeat(passes * portraits, 1, 1)
     return Conditions(
         unet.precompute(
             pose=pose,
@@ -192,6 +237,6 @@ def prepare_conditions(
             encoder_hidden_states=None if prompt_embeds is None else prompt_embeds.to(unet.device, unet.dtype),
         ),
         passes=passes,
-        normal_latents=None if normal_latents is None else normal_latents.repeat(portraits, 1, 1, 1),
+        input_latents=input_latents,
         reference_latents=None if reference_latents is None else reference_latents.to(unet.dtype),
     )

@@ -16,7 +16,15 @@ from tqdm.auto import tqdm
 from gafext import images as imaging
 from gafext.cameras import Cameras, as_cameras
 from gafext.checkpoints.components import PipelineComponents
-from gafext.conditions import ImageTokens, Run, RunOptions, image_tokens, predict, prepare_conditions
+from gafext.conditions import (
+    ImageTokens,
+    Run,
+    RunOptions,
+    image_tokens,
+    portrait_labels,
+    predict,
+    prepare_conditions,
+)
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
@@ -46,8 +54,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         scheduler: the solver.
         image_encoder: CLIP; required if the U-Net attends to the portrait.
         upsampler: network that doubles the size of the latents; None: bilinear interpolation.
-        prompt_embeds: text embeddings [1,T,C] for every row; None: zeros.
+        prompt_embeds: text embeddings [1,T,C] for every view, or [V,T,C]; None: zeros.
         guidance_scale: default of a call, 1.0 to 20.0.
+        image_normalizer, image_noising_scheduler: what FaceLift's class labels are made with.
 
     Raises:
         CheckpointError: the components do not fit together.
@@ -101,7 +110,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         latents: Tensor | None = None,
         renders: Any = None,
         strength: float = 1.0,
-        eta: float = 0.0,
+        eta: float | None = None,
         upsample: str = "auto",
         output_type: str = "pil",
     ) -> Run:
@@ -111,7 +120,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             image: a portrait: path, PIL image, array [H,W,3] or tensor [3,H,W], uint8 or float in [0,1], any size and
                 mode; or a list of portraits.
             cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes and a field of view of 30
-                degrees; None: an orbit of `num_views`.
+                degrees; None: an orbit of `num_views`, or the checkpoint's cameras if it has only these.
             normal_maps: V images of camera-space normals, n/2 + 1/2; None: the normals of a neutral head.
             num_views: V, if no cameras are given; without the reference frame of ImageDream's family.
             num_inference_steps: 1 to 1000.
@@ -121,9 +130,10 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             latents: initial noise [B*V,4,h,w]; None: drawn from the seed.
             renders: B*V images to add noise to and start from, such as renders of an avatar that is being fitted.
             strength: fraction of the noise schedule that is run on `renders`, over 0 and up to 1.
-            eta: 0 is deterministic, 1 adds as much noise as DDPM.
-            upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one;
-                "bilinear" doubles them by interpolation; "none" does not resize them.
+            eta: 0 is deterministic, 1 adds as much noise as DDPM. None: the checkpoint's, usually 0.
+            upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one, unless
+                its U-Net has latents of the final size; "bilinear" doubles them by interpolation; "none" does not
+                resize them.
             output_type: "pil", "np", "pt" or "latent".
 
         Returns:
@@ -132,19 +142,23 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         Raises:
             ImageError, CameraError, ValueError: as for `__call__`.
         """
+        family = family_of(self.unet.config)
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        eta = family.eta if eta is None else eta
         check_guidance_scale(guidance_scale)
         check_eta(eta)
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         _check_choice("upsample", upsample, UPSAMPLE)
         given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
-        cameras = _cameras(cameras, num_views)
+        cameras = _cameras(cameras, num_views, fixed=family.fixed_cameras())
         is_batch, portraits = _portraits(image)
         rows, seed = len(portraits) * len(cameras), resolve_seed(generator)
         timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
         size = self._latent_size(latents, rows=rows)
         if upsample == "auto" and self.upsampler is not None:
             self.upsampler.check_size(size, size)
+        elif upsample == "auto" and not family.doubles_latents:
+            upsample = "none"
         pixels = size * self.vae.config.factor
         if renders is not None:
             renders = imaging.to_square_tensor(imaging.load_images(renders, count=rows, name="renders"), pixels)
@@ -160,6 +174,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             prompt_embeds=self.prompt_embeds,
             normal_latents=None if normals is None else self.encode(normals),
             reference_latents=self._reference(portraits, pixels),
+            labels=self._portrait_labels(portraits, views=len(cameras), seed=seed),
         )
         if latents is None:
             latents = self._noise(seed, portraits=len(portraits), views=len(cameras), size=size)
@@ -299,7 +314,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
 
     def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
         """Load or render normal maps [V,3,s,s] in [0,1]; None for a U-Net without normal latents."""
-        if self.unet.config.in_channels == self.vae.config.latent_channels:
+        extra = self.unet.config.in_channels != self.vae.config.latent_channels
+        if not extra or family_of(self.unet.config).reference_channels:
             if normal_maps is not None:
                 raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
             return None
@@ -310,10 +326,19 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         )
 
     def _reference(self, portraits: Sequence[PIL.Image.Image], pixels: int) -> Tensor | None:
-        """Encode the portraits to latents [B,4,h,w]; None for a family without a reference frame."""
-        if not family_of(self.unet.config).has_reference_frame(self.unet.config):
+        """Encode the portraits to latents [B,4,h,w]; None for a family whose U-Net does not take them."""
+        family = family_of(self.unet.config)
+        if not (family.reference_channels or family.has_reference_frame(self.unet.config)):
             return None
         return self.encode(imaging.to_square_tensor(portraits, pixels))
+
+    def _portrait_labels(self, portraits: Sequence[PIL.Image.Image], *, views: int, seed: int) -> Tensor | None:
+        """Compute class labels [B*V,pose_dim] of the portraits; None for a family whose labels are of the cameras."""
+        if not family_of(self.unet.config).portrait_labels:
+            return None
+        encoder, normalizer, scheduler = self.image_encoder, self.image_normalizer, self.image_noising_scheduler
+        assert encoder is not None and normalizer is not None and scheduler is not None  # _check_parts requires them
+        return portrait_labels(encoder, normalizer, scheduler, portraits, views=views, seed=seed)
 
     def encode_portraits(self, portraits: Sequence[PIL.Image.Image], *, guided: bool = False) -> ImageTokens | None:
         """Encode portraits to image tokens; None for a U-Net without image attention.
@@ -380,8 +405,16 @@ def _portraits(image: Any) -> tuple[bool, list[PIL.Image.Image]]:
     return is_batch, portraits
 
 
-def _cameras(cameras: Any, num_views: int) -> Cameras:
-    """Resolve the cameras of a call; their number must agree with num_views unless that has its default."""
+def _cameras(cameras: Any, num_views: int, *, fixed: Cameras | None) -> Cameras:
+    """Resolve the cameras of a call; their number must agree with num_views unless that has its default.
+
+    `fixed` are the checkpoint's, if it has no others.
+    """
+    if fixed is not None:
+        if cameras is not None or num_views not in (DEFAULT_VIEWS, len(fixed)):
+            got = f"num_views={num_views}" if cameras is None else "cameras"
+            raise ValueError(f"{got}: expected neither, because this checkpoint makes its {len(fixed)} views alone")
+        return fixed
     orbit = as_cameras(None, num_views=num_views)
     if cameras is None:
         return orbit

@@ -15,8 +15,10 @@ from gafext.checkpoints.ip_adapter import IPAdapter
 from gafext.checkpoints.lora import merge_lora
 from gafext.config import UNetConfig
 from gafext.errors import CheckpointError
+from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.int8 import check_move, quantize_transformers, require_supported
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
@@ -41,11 +43,14 @@ class PipelineComponents:
         upsampler: LatentUpsampler | None = None,
         prompt_embeds: Tensor | None = None,
         guidance_scale: float = 7.5,
+        image_normalizer: ImageNormalizer | None = None,
+        image_noising_scheduler: Scheduler | None = None,
     ):
         self.unet, self.vae, self.scheduler, self.image_encoder = unet, vae, scheduler, image_encoder
         self.upsampler, self.prompt_embeds = upsampler, prompt_embeds
         check_guidance_scale(guidance_scale)
         self.guidance_scale = guidance_scale
+        self.image_normalizer, self.image_noising_scheduler = image_normalizer, image_noising_scheduler
         self.attention_backend = "auto"
         self.origin: dict[str, Any] = {"model": "memory"}
         """Source of the weights, for run.json: the arguments of `from_pretrained` and of the adapters."""
@@ -63,6 +68,8 @@ class PipelineComponents:
             raise CheckpointError(f"unet: expected out_channels {latent}, got {config.out_channels}")
         if self.upsampler is not None and self.upsampler.latent_channels != latent:
             raise CheckpointError(f"upsampler: expected {latent} latents, got {self.upsampler.latent_channels}")
+        if family_of(config).portrait_labels:
+            self._check_labels(config)
         if config.image_attention is None:
             return
         if self.image_encoder is None:
@@ -71,6 +78,18 @@ class PipelineComponents:
         width, got = config.image_embed_dim or config.cross_attention_dim, getattr(self.image_encoder.config, field)
         if width != got:
             raise CheckpointError(f"image_encoder: expected {field} {width} to fit the U-Net, got {got}")
+
+    def _check_labels(self, config: UNetConfig) -> None:
+        """Raise a CheckpointError unless the parts that make class labels of the portrait are there and fit."""
+        for name in ("image_encoder", "image_normalizer", "image_noising_scheduler"):
+            if getattr(self, name) is None:
+                raise CheckpointError(f"{name}: expected one, because the U-Net's labels are of the portrait, got none")
+        assert self.image_encoder is not None and self.image_normalizer is not None
+        width, got = self.image_normalizer.config.embedding_dim, self.image_encoder.config.projection_dim
+        if width != got:
+            raise CheckpointError(f"image_encoder: expected projection_dim {width} as image_normalizer, got {got}")
+        if config.pose_dim != 2 * width:
+            raise CheckpointError(f"image_normalizer: expected embedding_dim {config.pose_dim} / 2, got {width}")
 
     @classmethod
     def from_pretrained(
@@ -81,6 +100,7 @@ class PipelineComponents:
         variant: str | None = None,
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
         scheduler: str | None = None,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
@@ -96,6 +116,7 @@ class PipelineComponents:
             device: device of the networks; None: CUDA if available, else MPS, else CPU.
             variant: variant in the names of the weight files, such as "fp16".
             revision: branch, tag or commit of a hub id.
+            subfolder: folder inside the path or repository that is the checkpoint.
             scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
             lora: LoRA file to merge; see `load_lora_weights`.
             lora_scale: weight of the LoRA.
@@ -117,13 +138,13 @@ class PipelineComponents:
         if not isinstance(dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected a torch.dtype, 'int8' or None, got {dtype!r}")
         if path_or_repo_id is None:
-            if not (lora is ip_adapter is variant is revision is None):
-                raise ValueError("lora, ip_adapter, variant, revision: expected None for the built-in model")
+            if not (lora is ip_adapter is variant is revision is subfolder is None):
+                raise ValueError("lora, ip_adapter, variant, revision, subfolder: expected None for the built-in model")
             warnings.warn(NOTICE, CartoonWarning, stacklevel=2)
             folder, origin = MODEL, {"model": "built-in"}
         else:
-            folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant)
-            origin = {"model": str(path_or_repo_id), "variant": variant, "revision": revision}
+            folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant, subfolder=subfolder)
+            origin = {"model": str(path_or_repo_id), "variant": variant, "revision": revision, "subfolder": subfolder}
         parts = load_parts(folder, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
         try:
             pipeline = cls(**parts)
@@ -134,7 +155,7 @@ class PipelineComponents:
             raise CheckpointError(f"{folder}: {error}") from None
         if lora is not None:
             pipeline.load_lora_weights(lora, scale=lora_scale)
-        if pipeline.unet.config.image_attention is None:
+        if not family_of(pipeline.unet.config).looks_at_portrait(pipeline.unet.config):
             warnings.warn(f"{folder / 'unet'}: this U-Net does not look at the portrait", stacklevel=2)
         if quantize:
             quantize_transformers(pipeline.unet)
@@ -179,7 +200,8 @@ class PipelineComponents:
     def components(self) -> dict[str, Any]:
         """Arguments of the constructor: `MultiViewDiffusionPipeline(**pipe.components)` shares all components."""
         names = ("unet", "vae", "scheduler", "image_encoder", "upsampler", "prompt_embeds", "guidance_scale")
-        return {name: getattr(self, name) for name in names}
+        labels = ("image_normalizer", "image_noising_scheduler")
+        return {name: getattr(self, name) for name in (*names, *labels)}
 
     @property
     def _networks(self) -> list[torch.nn.Module]:

@@ -14,14 +14,14 @@ from gafext import weights
 from gafext.atomic import replace_whole
 from gafext.checkpoints.prompts import encode_text
 from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.families import family_of
+from gafext.families import Family, family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.int8 import is_quantized
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.schedulers import scheduler_from_pretrained
-from gafext.upsampler import EMPTY_PROMPT_NAME as EMPTY_PROMPT
+from gafext.schedulers import DDIMScheduler, scheduler_from_pretrained
 from gafext.upsampler import LatentUpsampler
 
 _LIBRARIES = {
@@ -30,6 +30,8 @@ _LIBRARIES = {
     "scheduler": "diffusers",
     "image_encoder": "transformers",
     "upsampler": "gafext",
+    "image_normalizer": "diffusers",
+    "image_noising_scheduler": "diffusers",
 }
 """Library that `model_index.json` names for each saved component."""
 
@@ -66,11 +68,15 @@ def load_parts(
     def has(name: str) -> bool:
         return (folder / name).is_dir() and not is_null(name)
 
-    for name in ("unet", "vae", "scheduler"):
+    def require(name: str, hint: str = "") -> Path:
         if is_null(name):
             raise CheckpointError(f"{index_path}: expected a {name}, got null")
         if not has(name):
-            raise CheckpointNotFoundError(f"{folder / name}: no such folder")
+            raise CheckpointNotFoundError(f"{folder / name}: no such folder{hint}")
+        return folder / name
+
+    for name in ("unet", "vae", "scheduler"):
+        require(name)
     options = {"dtype": dtype, "device": device, "variant": variant}
     unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
     family = family_of(unet.config)
@@ -79,6 +85,13 @@ def load_parts(
         check_guidance_scale(guidance_scale)
     except ValueError as error:
         raise CheckpointError(f"{index_path}: {error}") from None
+    labels = {}
+    if family.portrait_labels:
+        hint = (
+            "; the U-Net's class labels need it: copy it from the published checkpoint or from its parent's, unCLIP's"
+        )
+        labels["image_normalizer"] = ImageNormalizer.from_pretrained(require("image_normalizer", hint), **options)
+        labels["image_noising_scheduler"] = DDIMScheduler.from_pretrained(require("image_noising_scheduler", hint))
     return {
         "unet": unet,
         "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
@@ -88,26 +101,36 @@ def load_parts(
         if has("image_encoder")
         else None,
         "upsampler": LatentUpsampler.from_pretrained(folder / "upsampler", **options) if has("upsampler") else None,
-        "prompt_embeds": _empty_prompt(folder, unet, variant=variant) if family.reads_empty_prompt else None,
+        "prompt_embeds": _prompt_embeds(folder, unet, family, variant=variant) if family.prompts else None,
         "guidance_scale": guidance_scale,
+        **labels,
     }
 
 
-def _empty_prompt(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> Tensor | None:
-    """Load the empty prompt's embeddings [1,T,C], or compute them with the text encoder; None without either."""
-    source = folder / EMPTY_PROMPT
+def _prompt_embeds(folder: Path, unet: MultiViewUNet, family: Family, *, variant: str | None) -> Tensor | None:
+    """Load the embeddings [P,T,C] of the family's P prompts, or compute them with the text encoder.
+
+    Without either: None, or an error if the family cannot do without.
+    """
+    source, prompts = folder / family.prompt_file, family.prompts
     if source.is_file():
         file = weights.WeightFile(source)
         weights.check_keys(file, {"prompt_embeds": file.shapes.get("prompt_embeds", ())})
         embeds = file.tensor("prompt_embeds")
     elif (folder / "text_encoder").is_dir():
         source = folder / "text_encoder"
-        embeds = encode_text(folder, variant=variant).last_hidden_state
+        embeds = encode_text(folder, prompts[0] if len(prompts) == 1 else list(prompts), variant=variant)
+        embeds = embeds.last_hidden_state
+    elif family.prompt_advice:
+        raise CheckpointNotFoundError(
+            f"{source}: no such file, and no text_encoder to make it with: the texts of the views. "
+            f"{family.prompt_advice}"
+        )
     else:
         return None
-    width = unet.config.cross_attention_dim
-    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0 or embeds.shape[2] != width:
-        raise CheckpointError(f"{source}: the empty prompt: expected [1,T,{width}], got {list(embeds.shape)}")
+    count, width = len(prompts), unet.config.cross_attention_dim
+    if embeds.ndim != 3 or embeds.shape[0] != count or embeds.shape[1] == 0 or embeds.shape[2] != width:
+        raise CheckpointError(f"{source}: prompt_embeds: expected [{count},T,{width}], got {list(embeds.shape)}")
     return embeds
 
 
@@ -127,7 +150,8 @@ def save_parts(components: Mapping[str, Any], folder: Path) -> None:
         "_class_name": "MultiViewDiffusionPipeline",
         "guidance_scale": components["guidance_scale"],
     }
-    for stale in ("model_index.json", EMPTY_PROMPT):  # left by a pipeline that was saved here before
+    prompt_file = family_of(components["unet"].config).prompt_file
+    for stale in ("model_index.json", prompt_file):  # left by a pipeline that was saved here before
         (folder / stale).unlink(missing_ok=True)
     for name, library in _LIBRARIES.items():
         part, index[name] = components[name], [None, None]
@@ -138,5 +162,5 @@ def save_parts(components: Mapping[str, Any], folder: Path) -> None:
     with replace_whole(folder) as temporary:
         if components["prompt_embeds"] is not None:
             tensors = {"prompt_embeds": components["prompt_embeds"].contiguous().cpu()}
-            save_file(tensors, temporary / EMPTY_PROMPT, metadata={"format": "pt"})
+            save_file(tensors, temporary / prompt_file, metadata={"format": "pt"})
         weights.write_json(temporary / "model_index.json", index)

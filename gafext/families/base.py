@@ -21,12 +21,24 @@ class Family:
     Attributes:
         unet_class_names: values of `_class_name` in the `config.json` of the family's U-Nets.
         guidance_scale: default for checkpoints whose files do not specify it.
-        reads_empty_prompt: the U-Net was trained with the encoded empty prompt as its text, instead of zeros.
+        eta: default of a call.
+        doubles_latents: a checkpoint without upsampler decodes latents of twice the U-Net's size.
+        reference_channels: the U-Net's channels after the noisy latents hold the portrait's latents in every view.
+        portrait_labels: the U-Net's class labels encode the portrait instead of the cameras.
+        prompts: texts that the U-Net was trained with, one for all views or one per view; (): zeros instead of text.
+        prompt_file: file of a checkpoint with the embeddings of `prompts`.
+        prompt_advice: how to get that file, for a checkpoint that needs it; "": zeros take its place.
     """
 
     unet_class_names: ClassVar[frozenset[str]] = frozenset()
     guidance_scale: ClassVar[float] = 7.5
-    reads_empty_prompt: ClassVar[bool] = False
+    eta: ClassVar[float] = 0.0
+    doubles_latents: ClassVar[bool] = True
+    reference_channels: ClassVar[bool] = False
+    portrait_labels: ClassVar[bool] = False
+    prompts: ClassVar[tuple[str, ...]] = ()
+    prompt_file: ClassVar[str] = "empty_prompt.safetensors"
+    prompt_advice: ClassVar[str] = ""
 
     def owns(self, config: UNetConfig) -> bool:
         """Return whether a configuration without a family name belongs to this family."""
@@ -56,6 +68,14 @@ class Family:
         """Encode cameras for the U-Net's pose MLP: [frames,pose_dim], the reference frame last."""
         assert config.pose_dim is not None
         return cameras.pose(config.pose_dim)
+
+    def fixed_cameras(self) -> Cameras | None:
+        """Return the cameras of all runs, for a family that was trained with no others."""
+        return None
+
+    def looks_at_portrait(self, config: UNetConfig) -> bool:
+        """Return whether the portrait affects the views."""
+        return config.image_attention is not None or self.reference_channels or self.portrait_labels
 
     def has_reference_frame(self, config: UNetConfig) -> bool:
         """Return whether the portrait's latents are an extra frame after the views."""

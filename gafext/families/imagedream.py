@@ -104,7 +104,7 @@ class ImageDream(Family):
 
     unet_class_names = frozenset({LDMUNetConfig.class_name})
     guidance_scale = 5.0
-    reads_empty_prompt = True
+    prompts = ("",)
 
     def owns(self, config: UNetConfig) -> bool:
         return config.cross_view == "dense"

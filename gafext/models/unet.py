@@ -197,7 +197,7 @@ class MultiViewUNet(PretrainedModel):
         """Compute the conditioning that is constant over the steps: pose embeddings, keys and values of image and text.
 
         Args:
-            pose: [B*V,pose_dim], or None.
+            pose: [B*V,pose_dim], poses of the cameras or other class labels; or None.
             image_embeds: [B,T,cross_attention_dim], or None.
             encoder_hidden_states: text [R,T,cross_attention_dim], R = 1 if all rows share one; None is zeros.
             image_scale: weight of decoupled image attention; None is the configuration's.

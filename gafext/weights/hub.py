@@ -9,10 +9,14 @@ from gafext.errors import CheckpointNotFoundError
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-FOLDERS = ("unet", "vae", "image_encoder", "text_encoder", "tokenizer", "scheduler", "upsampler")
+FOLDERS = (
+    *("unet", "vae", "image_encoder", "text_encoder", "tokenizer", "scheduler", "upsampler"),
+    *("image_normalizer", "image_noising_scheduler"),
+)
 """Folders of a checkpoint that gafext reads; others, such as a safety checker, are not downloaded."""
 _STEMS = ("diffusion_pytorch_model", "model")
-_SMALL = ("*.json", "*.txt", "empty_prompt.safetensors")
+_PROMPTS = ("empty_prompt.safetensors", "prompt_embeds.safetensors")
+_SMALL = ("*.json", "*.txt", *_PROMPTS)
 
 
 def wanted_files(variant: str | None = None, folders: tuple[str, ...] = FOLDERS) -> list[str]:
@@ -27,7 +31,7 @@ def wanted_files(variant: str | None = None, folders: tuple[str, ...] = FOLDERS)
     names = [f"{stem}{part}{shard}.safetensors" for stem in _STEMS for shard in ("", "-*-of-?????")]
     if variant:
         names += [f"{stem}-*-of-?????{part}.safetensors" for stem in _STEMS]
-    return ["model_index.json", "empty_prompt.safetensors"] + [
+    return ["model_index.json", *_PROMPTS] + [
         f"{folder}/{place}{name}" for folder in folders for place in ("", "*/") for name in (*_SMALL, *names)
     ]
 
@@ -37,6 +41,7 @@ def checkpoint_folder(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    subfolder: str | None = None,
     folders: tuple[str, ...] = FOLDERS,
 ) -> Path:
     """Return a checkpoint's local folder, downloading the required files of a hub repository.
@@ -45,15 +50,16 @@ def checkpoint_folder(
         path_or_repo_id: a folder, or "owner/name". In offline mode (HF_HUB_OFFLINE=1) only the hub's cache is used.
         revision: branch, tag or commit of the repository; None: its main branch.
         variant: variant in the names of the weight files, such as "fp16".
+        subfolder: folder inside the path or repository that is the checkpoint.
         folders: folders of the checkpoint to read.
 
     Raises:
-        CheckpointNotFoundError: the folder, repository, revision or variant does not exist, or huggingface_hub is not
-            installed.
+        CheckpointNotFoundError: the folder, subfolder, repository, revision or variant does not exist, or
+            huggingface_hub is not installed.
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
-        return path
+        return _inside(path, subfolder)
     if path.exists():
         raise CheckpointNotFoundError(f"{path_or_repo_id}: expected a folder, got a file")
     if isinstance(path_or_repo_id, Path) or not _REPO_ID.fullmatch(path_or_repo_id):
@@ -65,7 +71,7 @@ def checkpoint_folder(
             f"{path_or_repo_id}: no such folder; as a hub id it needs huggingface_hub (pip install 'gafext[hub]')"
         ) from None
     try:
-        patterns = wanted_files(variant, folders)
+        patterns = [f"{subfolder}/{name}" if subfolder else name for name in wanted_files(variant, folders)]
         folder = Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # HTTP, offline mode, bad names, gated repositories: no common base class
         raise CheckpointNotFoundError(f"{path_or_repo_id}: no such folder, and the hub says: {error}") from error
@@ -75,4 +81,11 @@ def checkpoint_folder(
             + (f" of variant {variant!r}" if variant else " without a variant")
             + f" in {', '.join(folders)}, got none"
         )
-    return folder
+    return _inside(folder, subfolder)
+
+
+def _inside(folder: Path, subfolder: str | None) -> Path:
+    inside = folder / (subfolder or "")
+    if not inside.is_dir():
+        raise CheckpointNotFoundError(f"{inside}: no such folder")
+    return inside

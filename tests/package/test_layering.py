@@ -132,7 +132,7 @@ def test_only_operations_call_pytorchs_attention():
     ]
 
 
-FAMILIES_AND_MODES = {"dense", "position", "gaf", "imagedream", "mvdream"}
+FAMILIES_AND_MODES = {"dense", "position", "front", "gaf", "imagedream", "mvdream", "facelift"}
 
 
 def test_families_and_their_attentions_are_compared_in_few_places():

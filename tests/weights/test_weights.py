@@ -413,8 +413,9 @@ def test_only_the_needed_files_are_asked_for():
 
     both = ["model_index.json", "unet/config.json", "tokenizer/merges.txt", "upsampler/empty_prompt.safetensors"]
     both += [f"unet/{STEM}.safetensors.index.json", f"unet/{STEM}.safetensors.index.fp16.json"]
+    both += ["prompt_embeds.safetensors", "image_noising_scheduler/scheduler_config.json"]
     plain = [f"unet/{STEM}.safetensors", f"unet/{STEM}-00001-of-00002.safetensors", "image_encoder/model.safetensors"]
-    plain += [f"upsampler/unet/{STEM}.safetensors"]
+    plain += [f"upsampler/unet/{STEM}.safetensors", f"image_normalizer/{STEM}.safetensors"]
     half = [f"vae/{STEM}.fp16.safetensors", f"unet/{STEM}.fp16-00001-of-00002.safetensors"]
     half += ["upsampler/text_encoder/model.fp16.safetensors"]
     never = ["README.md", "v2-1_768-ema-pruned.safetensors", "v2-1_768-ema-pruned.ckpt", f"unet/{STEM}.bin"]
@@ -432,3 +433,13 @@ def test_a_repository_without_the_variant(tmp_path, monkeypatch):
     ):
         hub.checkpoint_folder("owner/name", variant="fp16", revision="v1", folders=("vae",))
     assert calls == [{"revision": "v1", "allow_patterns": hub.wanted_files("fp16", ("vae",))}]
+
+
+def test_a_checkpoint_in_a_folder_of_a_repository(tmp_path, monkeypatch):
+    calls, folder = [], tmp_path / "some/checkpoint"
+    stock_vae().save_pretrained(folder / "vae")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append(k) or str(tmp_path))
+    assert hub.checkpoint_folder("owner/name", subfolder="some/checkpoint") == folder
+    assert calls[0]["allow_patterns"] == [f"some/checkpoint/{name}" for name in hub.wanted_files()]
+    with pytest.raises(CheckpointNotFoundError, match=r"some/other: no such folder"):
+        hub.checkpoint_folder("owner/name", subfolder="some/other")
