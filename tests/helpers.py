@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gafext import _C
+from gafext.bench.cases import Case, Contestant
+from gafext.errors import CheckpointError
+from gafext.ops.backend import set_attention_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -119,6 +122,25 @@ def assert_same_words(function: Callable, op: Callable, make: Callable, words: s
         assert str(raised.value) == words
 
 
+# For `assert_same_words`: x, weight and bias of a linear layer, also of one whose result is divided in two.
+BAD_LAYERS = {
+    "columns": (lambda t: (t(3, 8), t(6, 9)), "x must have shape (..., 9) to go with weight (6, 9), got (3, 8)"),
+    "scalar": (lambda t: (t(), t(6, 1)), "x must have shape (..., 1) to go with weight (6, 1), got ()"),
+    "bias": (
+        lambda t: (t(3, 8), t(6, 8), t(3)),
+        "bias must have shape (6,) to go with weight (6, 8), got (3,)",
+    ),
+    "weight dtype": (
+        lambda t: (t(3, 8), t(6, 8).half()),
+        "weight must have the dtype of x, float32, got float16",
+    ),
+    "bias dtype": (
+        lambda t: (t(3, 8), t(6, 8), t(6).double()),
+        "bias must have the dtype of x, float32, got float64",
+    ),
+}
+
+
 def assert_refused(op: Callable, words: str, *args: object) -> None:
     """The operation and its fake kernel refuse arguments, of any strides, with these words."""
 
@@ -157,6 +179,13 @@ def assert_gradients(functions: Iterable[Callable], reference: Callable, *tensor
             torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
 
 
+def assert_same_when_compiled(function: Callable, inputs: Iterable[tuple], *, backend: str) -> None:
+    """One graph for every size gives the bits of the function itself."""
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
+    for args in inputs:
+        assert torch.equal(compiled(*args), function(*args))
+
+
 def called(function: Callable, *args: object, **options: object) -> set[str]:
     """Names of the operations that a call runs, such as "gafext::geglu"."""
     with torch.profiler.profile() as profile:
@@ -168,6 +197,46 @@ def mps_implementation(op: Callable) -> Callable:
     """What the dispatcher would run for tensors on MPS, here for tensors of the CPU."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
     return lambda *args, **options: op.default.redispatch(keys, *args, **options)
+
+
+def assert_no_copies(function: Callable, op: str, *args: object) -> None:
+    """A call runs the operation, on the tensors as they are."""
+    operations = called(function, *args)
+    assert f"gafext::{op}" in operations
+    assert not operations & {"aten::copy_", "aten::clone", "aten::contiguous"}
+
+
+# Networks
+
+
+@torch.no_grad()
+def assert_backends_agree(module: torch.nn.Module, call: Callable, *, tolerance: float) -> None:
+    """Every backend of attention gives what "reference" gives, which stays set."""
+    results = {}
+    for backend in BACKENDS:
+        set_attention_backend(module, backend)
+        results[backend] = call()
+    for backend, result in results.items():
+        assert max_abs_diff(result, results["reference"]) < tolerance, backend
+
+
+def loaded_by(theirs: type, ours: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """The library's own network of the files that ours saves, which it reads to the last tensor; so do we."""
+    ours.save_pretrained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", f"{ours.weights_stem}.safetensors"]
+    again = type(ours).from_pretrained(folder)
+    assert again.config == ours.config
+    assert_equal_weights(again, ours)
+    network, loading = theirs.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values())
+    return network.eval()
+
+
+def assert_lists(load: Callable[[], object], *parts: str) -> None:
+    """A checkpoint is refused, and the error names all of these."""
+    with pytest.raises(CheckpointError) as caught:
+        load()
+    assert [part for part in parts if part not in str(caught.value)] == []
 
 
 # Schedulers
@@ -189,6 +258,19 @@ def write_scheduler(folder: Path, **values: object) -> Path:
 
 
 # Evaluation
+
+
+def doubling(*contestants: Contestant, size: int = 16) -> Case:
+    """A tiny case for the bench, with contestants beside one that doubles its input."""
+    return Case(
+        op="doubling",
+        shape=str(size),
+        where="nowhere",
+        bound="memory",
+        flops=size,
+        inputs=lambda: (torch.ones(size),),
+        contestants=[Contestant("gafext", lambda x: 2 * x), *contestants],
+    )
 
 
 def ablated_pipeline(evaluation, line: str):

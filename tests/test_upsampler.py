@@ -8,7 +8,15 @@ import pytest
 import torch
 import transformers
 from helpers import UNET_WEIGHTS as WEIGHTS
-from helpers import assert_equal_weights, edit_json, edit_weights, max_abs_diff, normal
+from helpers import (
+    assert_backends_agree,
+    assert_equal_weights,
+    assert_lists,
+    edit_json,
+    edit_weights,
+    max_abs_diff,
+    normal,
+)
 from safetensors.torch import save_file
 from small_checkpoints import SD_SCHEDULE, stock_text, stock_tokenizer, stock_unet, stock_vae
 
@@ -16,7 +24,6 @@ from gafext.config import SD_X2_SCHEDULE, SD_X2_UNET, EulerConfig, KUNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.k_unet import KUNet, downsample, upsample
 from gafext.noise import view_noise
-from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import EulerDiscreteScheduler
 from gafext.upsampler import NOISE_STEP, LatentUpsampler, PromptEmbeds, encode_prompt
 
@@ -113,17 +120,13 @@ def test_resampling_is_the_reflected_filter(size):
     assert max_abs_diff(upsample(x), KUpsample2D()(x)) < 1e-6
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_every_backend_gives_the_same(folder, backend):
+def test_every_backend_gives_the_same(folder):
     model = KUNet.from_pretrained(folder / "unet")
     inputs = normal(1, 8, 16, 16), torch.tensor(0.3), normal(1, 5, 24), normal(1, 152)
-    expected = model(*inputs)
-    set_attention_backend(model, backend)
+    assert_backends_agree(model, lambda: model(*inputs), tolerance=1e-5)
     attentions = [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("attn1", "attn2")]
     assert len(attentions) == 6 + 2 + 6 + 2  # attn2 in six stages, attn1 in the two deepest
-    assert {attention.attention_backend for attention in attentions} == {backend}
-    assert max_abs_diff(model(*inputs), expected) < 1e-5
+    assert {attention.attention_backend for attention in attentions} == {"reference"}
 
 
 def test_published_size():
@@ -340,14 +343,12 @@ def test_every_key_that_does_not_fit_is_listed(folder):
         tensors["down_blocks.1.attentions.0.attn2.norm_cross.weight"] = torch.zeros(25)
 
     edit_weights(folder / "unet" / WEIGHTS, spoil)
-    with pytest.raises(CheckpointError) as caught:
-        LatentUpsampler.from_pretrained(folder)
-    for text in (
+    assert_lists(
+        lambda: LatentUpsampler.from_pretrained(folder),
         *("missing keys (2)", "time_proj.weight", "up_blocks.0.attentions.1.attn1.to_q.bias"),
         *("unknown keys (1)", "mid_block.attentions.0.norm.weight"),
         *("wrong shapes (1)", "attn2.norm_cross.weight: expected [24], got [25]"),
-    ):
-        assert text in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, doubling
 
 from gafext import ops
 from gafext.bench.cases import Case, Contestant, cases
@@ -28,19 +28,6 @@ def measured(tmp_path, *arguments) -> dict:
     path = tmp_path / "bench.json"
     assert main([*QUICK, *arguments, "--json", str(path)]) == 0
     return json.loads(path.read_text())
-
-
-def doubling(*contestants: Contestant) -> Case:
-    """A tiny case, with contestants beside one that doubles its input."""
-    return Case(
-        op="doubling",
-        shape="16",
-        where="nowhere",
-        bound="memory",
-        flops=16,
-        inputs=lambda: (torch.ones(16),),
-        contestants=[Contestant("gafext", lambda x: 2 * x), *contestants],
-    )
 
 
 def quick_race(case: Case, *, cold_bytes: int = 0):

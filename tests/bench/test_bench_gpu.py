@@ -6,13 +6,14 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend
 
 from gafext.bench import cuda
-from gafext.bench.cases import Case, Contestant, cases
+from gafext.bench.cases import Contestant, cases
 from gafext.bench.cases.flash_attention import attention_case
 from gafext.bench.environment import cold_bytes
 from gafext.bench.measure import race
@@ -88,15 +89,7 @@ def fake_gpu(monkeypatch):
 
 
 def doubling(*contestants):
-    return Case(
-        op="doubling",
-        shape="1000",
-        where="nowhere",
-        bound="memory",
-        flops=1000,
-        inputs=lambda: (torch.rand(1000),),
-        contestants=[Contestant("gafext", lambda x: 2 * x), *contestants],
-    )
+    return helpers.doubling(*contestants, size=1000)
 
 
 def test_cold_calls_rotate_and_keep_their_results_apart(fake_gpu):

@@ -219,9 +219,6 @@ unsigned __match_any_sync(unsigned mask, uint64_t value) {
   return mine.result;
 }
 
-// Lanes that have not exited: who trusts more of it meets lanes that never come.
-unsigned __activemask() { return emulator::warps[emulator::warp_of(emulator::current_thread)].live; }
-
 void __syncwarp(unsigned mask) {
   int thread = emulator::current_thread;
   emulator::meet("__syncwarp", emulator::lanes_of_warp(mask), thread, [](int* const* lanes) {

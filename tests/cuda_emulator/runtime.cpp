@@ -41,11 +41,7 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
   if (grid.x == 0 || grid.x > 0x7fffffffu) return cudaErrorInvalidConfiguration;
   if (grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
   if (config.dynamicSmemBytes > std::max(limit, kSharedWithoutAsking)) return cudaErrorInvalidValue;
-  for (unsigned i = 0; i < config.numAttrs; ++i) {
-    const auto& cluster = config.attrs[i].val.clusterDim;
-    const bool is_cluster = config.attrs[i].id == cudaLaunchAttributeClusterDimension;
-    if (is_cluster && cluster.x * cluster.y * cluster.z != 1) return cudaErrorNotSupported;
-  }
+  if (config.numAttrs) return cudaErrorNotSupported;
   const bool succeeded =
       run_grid(kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config.dynamicSmemBytes, body);
   return succeeded ? cudaSuccess : cudaErrorLaunchFailure;
@@ -70,38 +66,16 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      return *value = kMostThreads, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      return *value = kSharedWithoutAsking, cudaSuccess;
-    case cudaDevAttrWarpSize:
-      return *value = warpSize, cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       return *value = options.multiprocessors, cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      return *value = 2048, cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       return *value = options.capability / 10, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       return *value = options.capability % 10, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      return *value = static_cast<int>(most_shared_memory()) + 1024, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return *value = static_cast<int>(most_shared_memory()), cudaSuccess;
   }
   return cudaErrorInvalidValue;
-}
-
-// By threads and shared memory; the compiler's registers are unknown.
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
-  *blocks = std::min<int>(2048 / threads, (most_shared_memory() + 1024) / (shared_bytes + 1024));
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  check_write(memory, bytes);
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
 }
 
 const char* cudaGetErrorName(cudaError_t error) {
@@ -111,22 +85,15 @@ const char* cudaGetErrorName(cudaError_t error) {
     return #name;
     GAFEXT_NAME(cudaSuccess)
     GAFEXT_NAME(cudaErrorInvalidValue)
-    GAFEXT_NAME(cudaErrorMemoryAllocation)
     GAFEXT_NAME(cudaErrorInvalidConfiguration)
-    GAFEXT_NAME(cudaErrorInvalidDeviceFunction)
-    GAFEXT_NAME(cudaErrorNoDevice)
     GAFEXT_NAME(cudaErrorInvalidDevice)
     GAFEXT_NAME(cudaErrorNoKernelImageForDevice)
     GAFEXT_NAME(cudaErrorLaunchFailure)
     GAFEXT_NAME(cudaErrorNotSupported)
-    GAFEXT_NAME(cudaErrorUnknown)
 #undef GAFEXT_NAME
   }
   return "an unknown cudaError_t";
 }
-const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
-cudaError_t cudaGetLastError() { return first_fault.kernel ? cudaErrorLaunchFailure : cudaSuccess; }
-cudaError_t cudaPeekAtLastError() { return cudaGetLastError(); }
 
 #define GAFEXT_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -7,6 +7,7 @@ from helpers import (
     assert_gradients,
     assert_refused,
     assert_same_bits_on_any_number_of_threads,
+    assert_same_when_compiled,
     assert_same_words,
     called,
     channels_last,
@@ -158,10 +159,9 @@ def test_opcheck():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_in_one_graph_with_dynamic_shapes(backend):
-    compiled = torch.compile(conv3x3, backend=backend, fullgraph=True, dynamic=True)
-    for batch, size in ((2, 5), (3, 9), (5, 8)):
-        x, weight, bias = problem(batch, 8, 4, size, size + 1)
-        assert torch.equal(compiled(x, weight, bias), conv3x3(x, weight, bias))
+    sizes = ((2, 5), (3, 9), (5, 8))
+    inputs = (problem(batch, 8, 4, size, size + 1) for batch, size in sizes)
+    assert_same_when_compiled(conv3x3, inputs, backend=backend)
 
 
 def test_the_network_uses_it_for_wide_convolutions_in_inference():

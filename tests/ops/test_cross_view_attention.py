@@ -7,10 +7,11 @@ from helpers import (
     DTYPES,
     assert_as_exact_as_torch,
     assert_gradients,
+    assert_no_copies,
     assert_refused,
     assert_same_bits_on_any_number_of_threads,
+    assert_same_when_compiled,
     assert_same_words,
-    called,
     heads,
     heads_in_layout,
     mps_implementation,
@@ -92,10 +93,8 @@ def test_strides_without_copies(inputs):
     query, key, value = inputs()
     assert unsupported_reasons(query, key, value, 4) == []
     assert_exact(query, key, value, 4)
-    operations, out = called(cross_view_attention, query, key, value, 4), cross_view_attention(query, key, value, 4)
-    assert "gafext::cross_view_attention" in operations
-    assert not operations & {"aten::copy_", "aten::clone", "aten::contiguous"}
-    assert out.stride() == (33 * 4 * 24, 24, 4 * 24, 1)
+    assert_no_copies(cross_view_attention, "cross_view_attention", query, key, value, 4)
+    assert cross_view_attention(query, key, value, 4).stride() == (33 * 4 * 24, 24, 4 * 24, 1)
 
 
 @on_devices
@@ -226,11 +225,9 @@ def test_opcheck(dtype):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_in_one_graph_with_dynamic_shapes(backend):
-    compiled = torch.compile(cross_view_attention, backend=backend, fullgraph=True, dynamic=True)
-    for num_views, length in ((3, 9), (3, 17), (4, 5)):
-        query, key, value = (heads(2 * num_views, length, 2, 8) for _ in range(3))
-        expected = cross_view_attention(query, key, value, num_views)
-        assert torch.equal(compiled(query, key, value, num_views), expected)
+    sizes = ((3, 9), (3, 17), (4, 5))
+    inputs = ((*(heads(2 * views, length, 2, 8) for _ in range(3)), views) for views, length in sizes)
+    assert_same_when_compiled(cross_view_attention, inputs, backend=backend)
 
 
 def test_the_mps_route_has_the_values_and_the_memory_of_the_kernel():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    BAD_LAYERS,
     assert_as_exact_as_torch,
     assert_gradients,
     assert_refused,
@@ -123,20 +124,7 @@ def test_same_bits_on_any_number_of_threads(sizes):
 
 BAD_INPUTS = {
     "flat weight": (lambda t: (t(3, 8), t(8)), "weight must have shape (out_features, in_features), got (8,)"),
-    "columns": (lambda t: (t(3, 8), t(6, 9)), "x must have shape (..., 9) to go with weight (6, 9), got (3, 8)"),
-    "scalar": (lambda t: (t(), t(6, 1)), "x must have shape (..., 1) to go with weight (6, 1), got ()"),
-    "bias": (
-        lambda t: (t(3, 8), t(6, 8), t(3)),
-        "bias must have shape (6,) to go with weight (6, 8), got (3,)",
-    ),
-    "weight dtype": (
-        lambda t: (t(3, 8), t(6, 8).half()),
-        "weight must have the dtype of x, float32, got float16",
-    ),
-    "bias dtype": (
-        lambda t: (t(3, 8), t(6, 8), t(6).double()),
-        "bias must have the dtype of x, float32, got float64",
-    ),
+    **BAD_LAYERS,
 }
 
 

@@ -19,12 +19,9 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ const
 #define __grid_constant__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __restrict__ __restrict
 #define __shared__ the_emulator_knows_dynamic_shared_memory_only_see_device_cuh
@@ -73,12 +70,7 @@ unsigned __ballot_sync(unsigned mask, int predicate);
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 int __all_sync(unsigned mask, int predicate);
 unsigned __match_any_sync(unsigned mask, uint64_t value);
-unsigned __activemask();
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __nanosleep(unsigned) { emulator::yield(); }
 [[noreturn]] inline void __trap() { emulator::fault("__trap"); }
-[[noreturn]] inline void trap() { __trap(); }
 
 // Shuffles, of 4 and 8 bytes, or 2.
 
@@ -110,60 +102,4 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize)
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
   return emulator::shuffle_value("__shfl_xor_sync", emulator::Shuffle::kXor, mask, value, lane_mask, width);
-}
-
-// Loads and stores with a hint about caches.
-
-#define GAFEXT_LOAD(name)    \
-  template <typename T>      \
-  T name(const T* pointer) { \
-    return *pointer;         \
-  }
-GAFEXT_LOAD(__ldg)
-GAFEXT_LOAD(__ldca)
-GAFEXT_LOAD(__ldcg)
-GAFEXT_LOAD(__ldcs)
-GAFEXT_LOAD(__ldcv)
-GAFEXT_LOAD(__ldlu)
-#undef GAFEXT_LOAD
-#define GAFEXT_STORE(name)                                      \
-  template <typename T>                                         \
-  void name(T* pointer, const std::type_identity_t<T>& value) { \
-    *pointer = value;                                           \
-  }
-GAFEXT_STORE(__stwb)
-GAFEXT_STORE(__stcg)
-GAFEXT_STORE(__stcs)
-GAFEXT_STORE(__stwt)
-#undef GAFEXT_STORE
-
-// Atomics. One thread runs at a time, so plain accesses will do; each returns the value before.
-
-namespace emulator {
-template <typename T, typename Function>
-__attribute__((no_sanitize("thread"))) T atomic(T* pointer, const Function& function) {
-  check_atomic(pointer, sizeof(T));
-  const T before = *pointer;
-  *pointer = function(before);
-  return before;
-}
-}  // namespace emulator
-#define GAFEXT_ATOMIC(name, expression)                                     \
-  template <typename T>                                                     \
-  T name(T* pointer, std::type_identity_t<T> x) {                           \
-    return emulator::atomic(pointer, [&](T old) { return T(expression); }); \
-  }
-GAFEXT_ATOMIC(atomicAdd, old + x)
-GAFEXT_ATOMIC(atomicSub, old - x)
-GAFEXT_ATOMIC(atomicMax, old < x ? x : old)
-GAFEXT_ATOMIC(atomicMin, x < old ? x : old)
-GAFEXT_ATOMIC(atomicAnd, old& x)
-GAFEXT_ATOMIC(atomicOr, old | x)
-GAFEXT_ATOMIC(atomicXor, old ^ x)
-GAFEXT_ATOMIC(atomicExch, x)
-GAFEXT_ATOMIC(atomicInc, old >= x ? 0 : old + 1)
-#undef GAFEXT_ATOMIC
-template <typename T>
-T atomicCAS(T* pointer, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  return emulator::atomic(pointer, [&](T old) { return old == expected ? value : old; });
 }

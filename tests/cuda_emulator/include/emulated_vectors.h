@@ -7,14 +7,6 @@
   struct alignas(4 * sizeof(element) < 16 ? 4 * sizeof(element) : 16) name##4 { element x, y, z, w; }; \
   inline name##2 make_##name##2(element x, element y) { return {x, y}; }                               \
   inline name##4 make_##name##4(element x, element y, element z, element w) { return {x, y, z, w}; }
-GAFEXT_VECTORS(signed char, char)
-GAFEXT_VECTORS(unsigned char, uchar)
-GAFEXT_VECTORS(short, short)
-GAFEXT_VECTORS(unsigned short, ushort)
-GAFEXT_VECTORS(int, int)
 GAFEXT_VECTORS(unsigned, uint)
-GAFEXT_VECTORS(long long, longlong)
-GAFEXT_VECTORS(unsigned long long, ulonglong)
 GAFEXT_VECTORS(float, float)
-GAFEXT_VECTORS(double, double)
 #undef GAFEXT_VECTORS
