@@ -8,7 +8,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <string>
+#include <utility>
 
 #include "types.h"
 
@@ -39,38 +39,21 @@ inline ShapeOf shape_of(const Tensor& tensor) { return {tensor}; }
 
 // "float32", as Python names it. The rarer ones keep their C++ name.
 inline const char* dtype_name(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return torch::headeronly::toString(tensor.scalar_type());
+  using enum ScalarType;
+  constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {Float, "float32"}, {Half, "float16"}, {BFloat16, "bfloat16"}, {Double, "float64"},
+      {Int, "int32"},     {Long, "int64"},   {Bool, "bool"}};
+  for (const auto& [type, name] : kNames) {
+    if (tensor.scalar_type() == type) return name;
   }
+  return torch::headeronly::toString(tensor.scalar_type());
 }
 
 inline DType check_dtype(const char* op, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      throw std::runtime_error(std::string(op) + ": dtype must be float32, float16 or bfloat16, got " +
-                               dtype_name(tensor));
-  }
+  const ScalarType type = tensor.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op,
+          ": dtype must be float32, float16 or bfloat16, got ", dtype_name(tensor));
+  return type == ScalarType::Float ? DType::kFloat32 : type == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
 // The other tensors have the dtype of the first and lie on its device.

@@ -11,11 +11,11 @@ MIN_SCALE = 1.0
 MAX_SCALE = 20.0
 
 
-def check_guidance_scale(scale: float) -> None:
-    """Raise a ValueError unless 1.0 ≤ scale ≤ 20.0."""
+def check_guidance_scale(scale: float, *, least: float = MIN_SCALE) -> None:
+    """Raise a ValueError unless least ≤ scale ≤ 20.0."""
     number = isinstance(scale, numbers.Real) and math.isfinite(scale)
-    if not (number and MIN_SCALE <= scale <= MAX_SCALE):
-        raise ValueError(f"guidance_scale: expected a number from {MIN_SCALE} to {MAX_SCALE}, got {scale!r}")
+    if not (number and least <= scale <= MAX_SCALE):
+        raise ValueError(f"guidance_scale: expected a number from {least} to {MAX_SCALE}, got {scale!r}")
 
 
 def needs_unconditional(scale: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from gafext.atomic import replace_whole
 from gafext.checkpoints.prompts import encode_text
 from gafext.config import SD_X2_SCHEDULE, EulerConfig, KUNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.guidance import MAX_SCALE, guide
+from gafext.guidance import check_guidance_scale, guide
 from gafext.models.k_unet import KUNet
 from gafext.noise import resolve_seed, view_noise
 from gafext.schedulers import CONFIG_NAME, EulerDiscreteScheduler
@@ -196,9 +195,7 @@ class LatentUpsampler(nn.Module):
         """
         self._check_latents(latents)
         self.scheduler.set_timesteps(num_inference_steps)
-        number = isinstance(guidance_scale, numbers.Real) and math.isfinite(guidance_scale)
-        if not number or not 0 <= guidance_scale <= MAX_SCALE:
-            raise ValueError(f"guidance_scale: expected a number from 0 to {MAX_SCALE}, got {guidance_scale!r}")
+        check_guidance_scale(guidance_scale, least=0)
         prompt = self._prompt("", prompt_embeds, pooled_prompt_embeds, batch=len(latents))
         negative = None
         if guidance_scale > 1:

@@ -104,3 +104,16 @@ def require(condition: bool, text: str) -> None:
     """Raise a ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(text)
+
+
+def require_counts(config: Config, most: int, *names: str) -> None:
+    """Require each of these fields to be from 1 to `most`."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is not None and 0 < value <= most, f"{name}={value}: expected 1 to {most}")
+
+
+def require_either(config: Config, name: str, *known: str) -> None:
+    """Require a field to have one of two values."""
+    value = getattr(config, name)
+    require(value in known, f"{name}={value!r}: expected {' or '.join(map(repr, known))}")

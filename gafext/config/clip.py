@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from gafext.config.base import Config, require
+from gafext.config.base import Config, require, require_counts, require_either
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,9 @@ class CLIPVisionConfig(Config):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        require(
-            self.hidden_act in ("gelu", "quick_gelu"),
-            f"hidden_act={self.hidden_act!r}: expected 'gelu' or 'quick_gelu'",
-        )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type.startswith("int") and value is not None:
-                require(0 < value <= 65536, f"{field.name}={value}: expected 1 to 65536")
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size={self.hidden_size} does not divide into num_attention_heads={self.num_attention_heads}",
-        )
+        counts = [field.name for field in fields(self) if field.type.startswith("int")]
+        require_counts(self, 65536, *(name for name in counts if getattr(self, name) is not None))
+        check_transformer(self)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +52,15 @@ class CLIPVisionConfig(Config):
     @property
     def num_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2 + 1
+
+
+def check_transformer(config: Any) -> None:
+    """Check what both towers have: an activation, and a width that the heads divide evenly."""
+    require_either(config, "hidden_act", "gelu", "quick_gelu")
+    require(
+        config.hidden_size % config.num_attention_heads == 0,
+        f"hidden_size={config.hidden_size} does not divide into num_attention_heads={config.num_attention_heads}",
+    )
 
 
 CLIP_VIT_H_14 = CLIPVisionConfig(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from gafext.config.base import Config, require
-from gafext.config.clip import CLIPVisionConfig
+from gafext.config.base import Config, require_counts
+from gafext.config.clip import CLIPVisionConfig, check_transformer
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,11 @@ class CLIPTextConfig(Config):
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        require(
-            self.hidden_act in ("gelu", "quick_gelu"),
-            f"hidden_act={self.hidden_act!r}: expected 'gelu' or 'quick_gelu'",
-        )
-        for name, most in (
-            *(("vocab_size", 2**20), ("hidden_size", 65536), ("intermediate_size", 65536)),
-            *(("num_hidden_layers", 256), ("num_attention_heads", 65536), ("max_position_embeddings", 65536)),
-        ):
-            require(0 < getattr(self, name) <= most, f"{name}={getattr(self, name)}: expected 1 to {most}")
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size={self.hidden_size} does not divide into num_attention_heads={self.num_attention_heads}",
-        )
+        require_counts(self, 2**20, "vocab_size")
+        require_counts(self, 256, "num_hidden_layers")
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+        require_counts(self, 65536, *sizes)
+        check_transformer(self)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "architectures": [self.class_name], "model_type": "clip_text_model"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
-from gafext.config.base import Config, require
+from gafext.config.base import Config, require, require_counts, require_either
 from gafext.errors import CheckpointError
 
 ScheduleType = TypeVar("ScheduleType", bound="NoiseScheduleConfig")
@@ -89,10 +89,7 @@ class NoiseScheduleConfig(Config):
             ("timestep_spacing", ("leading", "trailing", "linspace")),
         ):
             require(getattr(self, name) in known, f"{name}={getattr(self, name)!r}: expected one of {list(known)}")
-        require(
-            1 <= self.num_train_timesteps <= 100_000,
-            f"num_train_timesteps={self.num_train_timesteps}: expected 1 to 100000",
-        )
+        require_counts(self, 100_000, "num_train_timesteps")
         require(
             _LEAST_BETA <= self.beta_start <= self.beta_end < 1,
             f"beta_start={self.beta_start}, beta_end={self.beta_end}: expected {_LEAST_BETA:.1e} <= start <= end < 1",
@@ -139,10 +136,7 @@ class SigmaConfig(NoiseScheduleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_train_timesteps > 1, "num_train_timesteps=1: expected 2 to 100000")
-        require(
-            self.final_sigmas_type in ("zero", "sigma_min"),
-            f"final_sigmas_type={self.final_sigmas_type!r}: expected 'zero' or 'sigma_min'",
-        )
+        require_either(self, "final_sigmas_type", "zero", "sigma_min")
 
 
 @dataclass(frozen=True)
@@ -170,10 +164,7 @@ class EulerConfig(SigmaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.interpolation_type in ("linear", "log_linear"),
-            f"interpolation_type={self.interpolation_type!r}: expected 'linear' or 'log_linear'",
-        )
+        require_either(self, "interpolation_type", "linear", "log_linear")
 
 
 SD_SCHEDULE = SchedulerConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gafext.config.base import Config, Ints, require
+from gafext.config.base import Config, Ints, require, require_counts
 from gafext.config.scheduler import EulerConfig
 
 _CROSS = "KCrossAttnDownBlock2D"
@@ -62,14 +62,12 @@ class KUNetConfig(Config):
         for name, value in self.required.items():
             require(getattr(self, name) == value, f"{name}={getattr(self, name)!r}: expected {value!r}")
         self._check_types()
-        for name, most in (
-            *(("in_channels", 65536), ("out_channels", 65536), ("cross_attention_dim", 65536)),
-            *(("time_channels", 65536), ("time_cond_proj_dim", 65536), ("layers_per_block", 64)),
-            *(("conv_in_kernel", 15), ("conv_out_kernel", 15)),
-        ):
-            value = getattr(self, name)
-            require(value is not None and 0 < value <= most, f"{name}={value}: expected 1 to {most}")
-        for name in ("conv_in_kernel", "conv_out_kernel"):
+        widths = ("in_channels", "out_channels", "cross_attention_dim", "time_channels", "time_cond_proj_dim")
+        require_counts(self, 65536, *widths)
+        require_counts(self, 64, "layers_per_block")
+        kernels = ("conv_in_kernel", "conv_out_kernel")
+        require_counts(self, 15, *kernels)
+        for name in kernels:
             require(getattr(self, name) % 2 == 1, f"{name}={getattr(self, name)}: expected an odd number")
         require(self.time_channels % 2 == 0, f"time_embedding_dim={self.time_channels}: expected an even number")
         self._check_widths()

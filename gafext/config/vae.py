@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gafext.config.base import Config, Ints, require
+from gafext.config.base import Config, Ints, require, require_counts
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class VAEConfig(Config):
         ):
             types = getattr(self, name)
             require(types == (known,) * stages, f"{name}={list(types)}: expected {known}, {stages} times")
-        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-            require(0 < getattr(self, name) <= 4096, f"{name}={getattr(self, name)}: expected 1 to 4096")
+        counts = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+        require_counts(self, 4096, *counts)
         for channels in self.block_out_channels:
             require(
                 0 < channels <= 65536 and channels % self.norm_num_groups == 0,

@@ -185,9 +185,8 @@ class Evaluation:
         size = self.subjects[0].portrait.shape[-1]
 
         def mean() -> list[Tensor]:
-            return [heads.render(trained_on, self.cameras.w2c, size, fov=self.cameras.fov).rgb.mean(0)] * len(
-                self.subjects
-            )
+            views = heads.render(trained_on, self.cameras.w2c, size, fov=self.cameras.fov).rgb.mean(0)
+            return [views] * len(self.subjects)
 
         def codec(subject: Subject) -> Tensor:
             return self.pipe.decode(self.pipe.encode(subject.views.rgb)).cpu()

@@ -120,11 +120,7 @@ def _fake_gate(projected):
     return projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
 
 
-def _mps(x, weight, bias=None):
-    return reference_geglu(x, weight, bias)
-
-
-torch.library.impl("gafext::geglu", "MPS", _mps)
+torch.library.impl("gafext::geglu", "MPS", reference_geglu)
 torch.library.impl("gafext::geglu_gate", "MPS", reference_geglu_gate)
 
 

@@ -125,11 +125,6 @@ def check_group_norm_silu(
             _common.check_same_kind(_OP, "x", x, name, tensor)
 
 
-def _channels_last(out: Tensor) -> Tensor:
-    """Copy `out` [B,C,...] to the memory layout [B,...,C], in which the kernels return it."""
-    return out.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 @torch.library.register_fake("gafext::group_norm_silu")
 def _fake(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True):
     check_group_norm_silu(x, num_groups, weight, bias)
@@ -138,7 +133,8 @@ def _fake(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True):
 
 
 def _mps(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True):
-    return _channels_last(reference_group_norm_silu(x, num_groups, weight, bias, eps, silu=silu))
+    out = reference_group_norm_silu(x, num_groups, weight, bias, eps, silu=silu)
+    return out.movedim(1, -1).contiguous().movedim(-1, 1)  # in the memory in which the kernels return it
 
 
 torch.library.impl("gafext::group_norm_silu", "MPS", _mps)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from gafext.bench import cuda
 from gafext.bench.cases import Contestant, cases
-from gafext.bench.cases.flash_attention import attention_case
+from gafext.bench.cases.flash_attention import case as attention_case
 from gafext.bench.environment import cold_bytes
 from gafext.bench.measure import race
 from gafext.cli import main

@@ -3,8 +3,8 @@
 An opponent is the code that one would write without gafext, in its fastest form. Inputs have the memory layout of a
 projection's results, (B, L, H * D); "contiguous" gets copies in its own layout before the clock starts.
 
-The cases of an operation of `gafext.ops` are in the file of the same name here; an operation without a file is compared
-with its `reference_*` on the inputs of its `example_*`.
+The cases of an operation of `gafext.ops` are in the file of the same name here: `shapes` lists them, and `case` builds
+one. An operation without a file is compared with its `reference_*` on the inputs of its `example_*`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
         if importlib.util.find_spec(f"{__name__}.{op}") is None:
             yield default_case(op, device, dtype, compiled=compiled)
         else:
-            yield from importlib.import_module(f"{__name__}.{op}").cases(device, dtype, compiled=compiled)
+            module = importlib.import_module(f"{__name__}.{op}")
+            for shape in module.shapes(device, dtype):
+                yield module.case(*shape, compiled=compiled, device=device, dtype=dtype)
 
 
 def default_case(op: str, device: str, dtype: torch.dtype, *, compiled: bool) -> Case:

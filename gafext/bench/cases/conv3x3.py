@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ CONV_SHAPES = [
 ]
 
 
-def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    if device == "cpu" and dtype == torch.float32:  # the only place where the kernel runs
-        for shape in CONV_SHAPES:
-            yield conv3x3_case(*shape)
+def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
+    return CONV_SHAPES if device == "cpu" and dtype == torch.float32 else []  # where the kernel runs
 
 
 def pack_by_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
@@ -40,7 +38,7 @@ def conv_packed_by_onednn(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
 
 
-def conv3x3_case(batch: int, in_channels: int, out_channels: int, side: int, where: str) -> Case:
+def case(batch: int, in_channels: int, out_channels: int, side: int, where: str, **options: Any) -> Case:
     """Build a case; torch.compile is not a contestant, because it calls the same conv2d."""
 
     def inputs() -> tuple[Tensor, ...]:

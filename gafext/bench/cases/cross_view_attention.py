@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from gafext.bench.cases.base import Case, Contestant, compiled_form, heads_first
 from gafext.ops import cross_view_attention
 from gafext.ops.cross_view_attention import reference_cross_view_attention, sdpa_cross_view_attention
 
-# (views, positions, heads of 64, where)
+# (views, positions, heads of 64, where, portraits)
 CROSS_VIEW_SHAPES = [
     (4, 1024, 5, "4 views, 32x32"),
     (4, 256, 10, "4 views, 16x16"),
@@ -23,18 +23,14 @@ CROSS_VIEW_SHAPES = [
 ]
 # Additional shapes on GPUs, with two portraits: the two passes of guidance.
 GPU_CROSS_VIEW_SHAPES = [
-    (views, positions, heads, f"{views} views with guidance")
+    (views, positions, heads, f"{views} views with guidance", 2)
     for views in (4, 8)
     for positions, heads in ((1024, 5), (256, 10), (4096, 5))
 ]
 
 
-def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    options: dict[str, Any] = {"compiled": compiled, "device": device, "dtype": dtype}
-    for shape in CROSS_VIEW_SHAPES:
-        yield cross_view_case(*shape, **options)
-    for shape in GPU_CROSS_VIEW_SHAPES * (device == "cuda"):
-        yield cross_view_case(*shape, portraits=2, **options)
+def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
+    return CROSS_VIEW_SHAPES + GPU_CROSS_VIEW_SHAPES * (device == "cuda")
 
 
 def cross_view_elementwise(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> Tensor:
@@ -44,8 +40,8 @@ def cross_view_elementwise(query: Tensor, key: Tensor, value: Tensor, num_views:
     return (weights * value[:, None]).sum(2).flatten(0, 1)
 
 
-def cross_view_case(
-    views: int, positions: int, heads: int, where: str, *, portraits: int = 1, compiled: bool, **options: Any
+def case(
+    views: int, positions: int, heads: int, where: str, portraits: int = 1, *, compiled: bool, **options: Any
 ) -> Case:
     forms = {"sdpa": sdpa_cross_view_attention, "elementwise": cross_view_elementwise}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,9 +48,8 @@ GPU_ATTENTION_SHAPES = [
 ]
 
 
-def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    for shape in ATTENTION_SHAPES + GPU_ATTENTION_SHAPES * (device == "cuda"):
-        yield attention_case(*shape, compiled=compiled, device=device, dtype=dtype)
+def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
+    return ATTENTION_SHAPES + GPU_ATTENTION_SHAPES * (device == "cuda")
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ def rows_last(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda query, key, value: attention(query, key, value).transpose(1, 2).contiguous()
 
 
-def attention_case(
+def case(
     batch: int, heads: int, queries: int, keys: int, head_dim: int, where: str, *, compiled: bool, **options: Any
 ) -> Case:
     def inputs() -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,13 +22,8 @@ GEGLU_SHAPES = [
 GPU_GEGLU_SHAPES = [(2 * rows, channels, f"{where}, with guidance") for rows, channels, where in GEGLU_SHAPES]
 
 
-def shapes(device: str) -> list[tuple[int, int, str]]:
+def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
     return GEGLU_SHAPES + GPU_GEGLU_SHAPES * (device == "cuda")
-
-
-def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    for shape in shapes(device):
-        yield geglu_case(*shape, compiled=compiled, device=device, dtype=dtype)
 
 
 def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -37,7 +31,7 @@ def geglu_packed_by_mkl(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor)
     return value * F.gelu(gate)
 
 
-def geglu_case(rows: int, channels: int, where: str, *, compiled: bool, **options: Any) -> Case:
+def case(rows: int, channels: int, where: str, *, compiled: bool, **options: Any) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         weight = torch.randn(8 * channels, channels, **options) * channels**-0.5
         return torch.randn(rows, channels, **options), weight, torch.randn(8 * channels, **options)

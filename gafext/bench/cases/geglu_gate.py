@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from gafext.bench.cases import geglu
 from gafext.bench.cases.base import Case, Contestant, compiled_form
+from gafext.bench.cases.geglu import shapes  # noqa: F401  the same
 from gafext.ops import geglu_gate
 from gafext.ops.geglu import reference_geglu_gate
 
 
-def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    for shape in geglu.shapes(device):
-        yield geglu_gate_case(*shape, compiled=compiled, device=device, dtype=dtype)
-
-
-def geglu_gate_case(rows: int, channels: int, where: str, *, compiled: bool, **options: Any) -> Case:
+def case(rows: int, channels: int, where: str, *, compiled: bool, **options: Any) -> Case:
     inner = 4 * channels
     contestants = [Contestant("gafext", geglu_gate), Contestant("eager", reference_geglu_gate)]
     if compiled:

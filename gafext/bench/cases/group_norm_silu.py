@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,12 +28,11 @@ GROUP_NORM_SHAPES = [
 ]
 
 
-def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    for shape in GROUP_NORM_SHAPES if device == "cuda" else GROUP_NORM_SHAPES[:1]:
-        yield group_norm_case(*shape, compiled=compiled, device=device, dtype=dtype)
+def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
+    return GROUP_NORM_SHAPES if device == "cuda" else GROUP_NORM_SHAPES[:1]
 
 
-def group_norm_case(batch: int, channels: int, side: int, where: str, *, compiled: bool, **options: Any) -> Case:
+def case(batch: int, channels: int, side: int, where: str, *, compiled: bool, **options: Any) -> Case:
     def of_32(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, weight, bias: form(x, 32, weight, bias)
 
