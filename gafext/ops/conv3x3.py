@@ -67,11 +67,12 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     reasons = _common.place_reasons(x, weight, bias)
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
-    if x.dtype != torch.float32:
-        reasons.append(f"dtype must be float32, got {_common.dtype_name(x)}")
-    if x.shape[1] == 0:
-        reasons.append(f"channels must be at least 1, got {tuple(x.shape)}")
-    return reasons
+    return reasons + _kernel_reasons(x)
+
+
+def _kernel_reasons(x: Tensor) -> list[str]:
+    reasons = [] if x.dtype == torch.float32 else [f"dtype must be float32, got {_common.dtype_name(x)}"]
+    return reasons if x.shape[1] else [*reasons, f"channels must be at least 1, got {tuple(x.shape)}"]
 
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
@@ -103,8 +104,7 @@ def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None
 @torch.library.register_fake("gafext::conv3x3")
 def _fake(x, weight, bias=None):
     check_conv3x3(x, weight, bias)
-    _common.require(x.dtype == torch.float32, _OP, lambda: f"dtype must be float32, got {_common.dtype_name(x)}")
-    _common.require(x.shape[1] >= 1, _OP, lambda: f"channels must be at least 1, got {tuple(x.shape)}")
+    _common.require_supported(_OP, _kernel_reasons(x))
     _common.require(
         x.shape[1] == 1 or x.stride(1) == 1,
         _OP,
