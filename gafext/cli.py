@@ -83,6 +83,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--lora-scale", type=float, metavar="S", help="weight of the LoRA; default: 1")
     add("--ip-adapter", metavar="FILE", help="IP-Adapter file, plain or Plus, for a U-Net without image attention")
     add("--ip-adapter-scale", type=float, metavar="S", help="weight of the IP-Adapter; default: 1")
+    add("--mv-adapter", metavar="FILE", help="MV-Adapter file (image to multi-view) to add to Stable Diffusion 2.1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4, or the checkpoint's")
@@ -116,9 +117,10 @@ def _add_assemble(commands: argparse._SubParsersAction) -> None:
     add(
         "--parent", required=True, metavar="DIR", help="Stable Diffusion: unet/ vae/ scheduler/, or a .safetensors file"
     )
-    add("--image-encoder", required=True, metavar="DIR", help="CLIP ViT-H/14 as saved by transformers")
+    add("--image-encoder", metavar="DIR", help="CLIP ViT-H/14 as saved by transformers; optional with --mv-adapter")
     add("--upsampler", metavar="DIR", help="checkpoint folder of the latent upscaler")
     add("--ip-adapter", metavar="FILE", help="IP-Adapter file to use for image attention instead of new layers")
+    add("--mv-adapter", metavar="FILE", help="MV-Adapter file that belongs to the parent")
     add("--trained", metavar="FILE", help="state dict of a trained GAF-style U-Net to load into the result")
     add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers per camera; default: 12")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
@@ -221,6 +223,7 @@ def _assemble(args: argparse.Namespace) -> int:
         image_encoder=args.image_encoder,
         upsampler=args.upsampler,
         ip_adapter=args.ip_adapter,
+        mv_adapter=args.mv_adapter,
         trained=args.trained,
         pose_dim=args.pose_dim,
         dtype=getattr(torch, args.dtype),
@@ -285,6 +288,7 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
             lora_scale=1.0 if args.lora_scale is None else args.lora_scale,
             ip_adapter=args.ip_adapter,
             ip_adapter_scale=1.0 if args.ip_adapter_scale is None else args.ip_adapter_scale,
+            mv_adapter=args.mv_adapter,
         )
     for warning in caught:
         print(f"gafext: {warning.message}", file=sys.stderr)
@@ -305,7 +309,7 @@ def _generate(args: argparse.Namespace) -> int:
         portrait,
         views,
         normals,
-        num_views=DEFAULT_VIEWS if count is None else count,
+        num_views=count,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         generator=args.seed,

@@ -26,7 +26,7 @@ LABEL_STEP = 2**20 + 1
 class RunOptions(TypedDict, total=False):
     """The options of `MultiViewDiffusionPipeline.prepare`, which documents them, for what hands them on."""
 
-    num_views: int
+    num_views: int | None
     num_inference_steps: int
     guidance_scale: float | None
     generator: torch.Generator | int | None
@@ -202,8 +202,9 @@ def prepare_conditions(
         cameras: V cameras.
         portraits: number of portraits, B.
         tokens: image tokens of the portraits; None for a U-Net without image attention.
-        guided: include the unconditional pass; ignored without image tokens, labels and reference channels.
-        prompt_embeds: text embeddings [1,T,C] for all rows, or [V,T,C]; None: zeros.
+        guided: include the unconditional pass; ignored for a U-Net that is given nothing of the portrait.
+        prompt_embeds: text embeddings [1,T,C] for all rows, or [V,T,C]; for a family with a negative prompt [2,T,C],
+            that of the unconditional pass first; None: zeros.
         normal_latents: latents of the normal maps [V,4,h,w] for every portrait, or None.
         reference_latents: latents of the portraits [B,4,h,w], or None.
         labels: class labels of the portraits [B*V,pose_dim], instead of the cameras; or None.
@@ -213,8 +214,9 @@ def prepare_conditions(
     """
     # The passes differ only in the image: where the U-Net sees none they are equal, and guidance has no effect.
     family = family_of(unet.config)
-    guided = guided and (tokens is not None or labels is not None or family.reference_channels)
-    passes, views = 2 if guided else 1, len(cameras)
+    sees_latents = family.reference_channels or family.attends_to_latents
+    guided = guided and (tokens is not None or labels is not None or sees_latents)
+    passes, views, rays = 2 if guided else 1, len(cameras), family.rays(unet.config, cameras)
     pose = None
     if labels is not None:
         pose = torch.cat([torch.zeros_like(labels), labels]) if guided else labels
@@ -223,18 +225,25 @@ def prepare_conditions(
     embeds = None if tokens is None else tokens.conditional
     if guided and tokens is not None and tokens.unconditional is not None:
         embeds = torch.cat([tokens.unconditional, tokens.conditional])
+    attended = None  # fewer rows than both passes have: the unconditional pass attends to zeros
+    if family.attends_to_latents:
+        attended, reference_latents = reference_latents, None
     if guided and reference_latents is not None:
         reference_latents = torch.cat([family.unconditional_reference(reference_latents), reference_latents])
     input_latents = None if normal_latents is None else normal_latents.repeat(passes * portraits, 1, 1, 1)
     if family.reference_channels and reference_latents is not None:
         input_latents, reference_latents = reference_latents.repeat_interleave(views, dim=0), None
-    if prompt_embeds is not None and len(prompt_embeds) > 1:
+    if prompt_embeds is not None and family.negative_prompt is not None:
+        prompt_embeds = prompt_embeds[-passes:]  # without guidance, the negative prompt is not used
+    elif prompt_embeds is not None and len(prompt_embeds) > 1:
         prompt_embeds = prompt_embeds.repeat(passes * portraits, 1, 1)
     return Conditions(
         unet.precompute(
             pose=pose,
             image_embeds=embeds,
             encoder_hidden_states=None if prompt_embeds is None else prompt_embeds.to(unet.device, unet.dtype),
+            reference_latents=attended,
+            rays=None if rays is None else rays.to(unet.device),
         ),
         passes=passes,
         input_latents=input_latents,

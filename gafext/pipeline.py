@@ -25,7 +25,7 @@ from gafext.conditions import (
     predict,
     prepare_conditions,
 )
-from gafext.families import family_of
+from gafext.families import Family, family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
 from gafext.models.int8 import is_quantized
@@ -54,7 +54,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         scheduler: the solver.
         image_encoder: CLIP; required if the U-Net attends to the portrait.
         upsampler: network that doubles the size of the latents; None: bilinear interpolation.
-        prompt_embeds: text embeddings [1,T,C] for every view, or [V,T,C]; None: zeros.
+        prompt_embeds: text embeddings [1,T,C] for every view, or [V,T,C]; for a family with a negative prompt [2,T,C],
+            that of the unconditional pass first; None: zeros.
         guidance_scale: default of a call, 1.0 to 20.0.
         image_normalizer, image_noising_scheduler: what FaceLift's class labels are made with.
 
@@ -103,7 +104,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         cameras: Any = None,
         normal_maps: Any = None,
         *,
-        num_views: int = DEFAULT_VIEWS,
+        num_views: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         generator: torch.Generator | int | None = None,
@@ -120,9 +121,10 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             image: a portrait: path, PIL image, array [H,W,3] or tensor [3,H,W], uint8 or float in [0,1], any size and
                 mode; or a list of portraits.
             cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes and a field of view of 30
-                degrees; None: an orbit of `num_views`, or the checkpoint's cameras if it has only these.
+                degrees; None: an orbit of `num_views`, or the cameras that the checkpoint was trained with.
             normal_maps: V images of camera-space normals, n/2 + 1/2; None: the normals of a neutral head.
-            num_views: V, if no cameras are given; without the reference frame of ImageDream's family.
+            num_views: V, if no cameras are given; without the reference frame of ImageDream's family. None: 4, or the
+                views that the checkpoint was trained with.
             num_inference_steps: 1 to 1000.
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
             generator: an integer seed, or a torch.Generator, of which only the initial seed is used. Noise depends only
@@ -150,7 +152,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         _check_choice("upsample", upsample, UPSAMPLE)
         given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
-        cameras = _cameras(cameras, num_views, fixed=family.fixed_cameras())
+        cameras = _cameras(cameras, num_views, family)
         is_batch, portraits = _portraits(image)
         rows, seed = len(portraits) * len(cameras), resolve_seed(generator)
         timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
@@ -328,7 +330,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
     def _reference(self, portraits: Sequence[PIL.Image.Image], pixels: int) -> Tensor | None:
         """Encode the portraits to latents [B,4,h,w]; None for a family whose U-Net does not take them."""
         family = family_of(self.unet.config)
-        if not (family.reference_channels or family.has_reference_frame(self.unet.config)):
+        sees_latents = family.reference_channels or family.attends_to_latents
+        if not (sees_latents or family.has_reference_frame(self.unet.config)):
             return None
         return self.encode(imaging.to_square_tensor(portraits, pixels))
 
@@ -405,21 +408,22 @@ def _portraits(image: Any) -> tuple[bool, list[PIL.Image.Image]]:
     return is_batch, portraits
 
 
-def _cameras(cameras: Any, num_views: int, *, fixed: Cameras | None) -> Cameras:
-    """Resolve the cameras of a call; their number must agree with num_views unless that has its default.
+def _cameras(cameras: Any, num_views: int | None, family: Family) -> Cameras:
+    """Resolve the cameras of a call: those given, the family's default, or an orbit.
 
-    `fixed` are the checkpoint's, if it has no others.
+    The number of cameras must agree with num_views, unless that is None or 4.
     """
-    if fixed is not None:
-        if cameras is not None or num_views not in (DEFAULT_VIEWS, len(fixed)):
+    default = family.default_cameras()
+    if family.fixed_cameras and default is not None:
+        if cameras is not None or num_views not in (None, DEFAULT_VIEWS, len(default)):
             got = f"num_views={num_views}" if cameras is None else "cameras"
-            raise ValueError(f"{got}: expected neither, because this checkpoint makes its {len(fixed)} views alone")
-        return fixed
-    orbit = as_cameras(None, num_views=num_views)
+            raise ValueError(f"{got}: expected neither, because this checkpoint makes its {len(default)} views alone")
+        return default
+    orbit = as_cameras(None, num_views=DEFAULT_VIEWS if num_views is None else num_views)
     if cameras is None:
-        return orbit
-    cameras = as_cameras(cameras, num_views=num_views)
-    if num_views not in (DEFAULT_VIEWS, len(cameras)):
+        return default if default is not None and num_views in (None, len(default)) else orbit
+    cameras = as_cameras(cameras, num_views=len(orbit))
+    if num_views not in (None, DEFAULT_VIEWS, len(cameras)):
         raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
     return cameras
 

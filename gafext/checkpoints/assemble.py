@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from gafext import weights
+from gafext.checkpoints.folder import add_mv_adapter, prompt_embeds
 from gafext.checkpoints.ip_adapter import load_ip_adapter
 from gafext.errors import CheckpointError
+from gafext.families import family_of
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
@@ -37,9 +39,10 @@ _ZERO = re.compile(r"\.(attn_cv|attn_ip)\.to_out\.0\.|^class_embedding\.linear_2
 def assemble(
     parent: str | Path,
     *,
-    image_encoder: str | Path,
+    image_encoder: str | Path | None = None,
     upsampler: str | Path | None = None,
     ip_adapter: str | Path | None = None,
+    mv_adapter: str | Path | None = None,
     trained: str | Path | None = None,
     pose_dim: int = 12,
     dtype: torch.dtype | None = None,
@@ -47,11 +50,15 @@ def assemble(
 ) -> MultiViewDiffusionPipeline:
     """Assemble a multi-view pipeline that generates its parent's images until it is trained.
 
+    With MV-Adapter, these are the adapter's views: it has the attention across views and to the portrait, and the
+    cameras, so that only normal latents are added, and attn_ip if there is an image encoder.
+
     Args:
         parent: diffusers folder of Stable Diffusion (`unet/ vae/ scheduler/`), or its single safetensors file.
-        image_encoder: folder of CLIP as saved by transformers.
+        image_encoder: folder of CLIP as saved by transformers; None: none, with MV-Adapter alone.
         upsampler: folder of the latent upscaler; None: no upsampler.
         ip_adapter: IP-Adapter file to use for image attention instead of attn_ip.
+        mv_adapter: MV-Adapter file that belongs to the parent.
         trained: state dict of a trained U-Net of this form, to load into the result.
         pose_dim: numbers per camera, 12 or 16.
         dtype: dtype of the weights; None: float32.
@@ -62,7 +69,10 @@ def assemble(
 
     Raises:
         CheckpointError: a file is missing or damaged, or the components do not fit together.
+        ValueError: an image encoder is required, or an MV-Adapter is for a U-Net that is not a stock one.
     """
+    if image_encoder is None and (mv_adapter is None or ip_adapter is not None):
+        raise ValueError("image_encoder: expected a folder, because the image attention reads its output, got none")
     parent, options = Path(parent), {"dtype": dtype, "variant": variant}
     if parent.is_dir():
         unet = MultiViewUNet.from_pretrained(parent / "unet", **options)
@@ -72,8 +82,11 @@ def assemble(
         unet = MultiViewUNet.from_single_file(parent, dtype=dtype)
         vae = AutoencoderKL.from_single_file(parent, dtype=dtype)
         scheduler = DDIMScheduler()
-    encoder = CLIPVisionEncoder.from_pretrained(image_encoder, **options)
-    unet = assemble_unet(unet, image_embed_dim=None if ip_adapter else encoder.config.hidden_size, pose_dim=pose_dim)
+    if mv_adapter is not None:
+        unet, scheduler = add_mv_adapter(unet, scheduler, mv_adapter)
+    encoder = None if image_encoder is None else CLIPVisionEncoder.from_pretrained(image_encoder, **options)
+    width = None if encoder is None or ip_adapter is not None else encoder.config.hidden_size
+    unet = assemble_unet(unet, image_embed_dim=width, pose_dim=pose_dim)
     if ip_adapter is not None:
         load_ip_adapter(unet, ip_adapter)
     if trained is not None:
@@ -84,6 +97,8 @@ def assemble(
         scheduler=scheduler,
         image_encoder=encoder,
         upsampler=None if upsampler is None else LatentUpsampler.from_pretrained(upsampler, **options),
+        prompt_embeds=prompt_embeds(parent, unet, variant=variant),
+        guidance_scale=family_of(unet.config).guidance_scale,
     )
 
 
@@ -94,7 +109,8 @@ def assemble_unet(
 
     f_child(x, normals, pose, image) = f_parent(x) for every view until it is trained: the output projections of the new
     attention layers, the second layer of the pose MLP and the new input channels of conv_in are zero. The layers before
-    them are copies of the parent's attention layers, or randomly initialised linear layers.
+    them are copies of the parent's attention layers, or randomly initialised linear layers. A parent with MV-Adapter
+    keeps its attention across views and its cameras instead of attn_cv and the pose MLP.
 
     Args:
         parent: U-Net without any of the additions.
@@ -109,15 +125,20 @@ def assemble_unet(
         CheckpointError: the parent already has some of the additions.
     """
     config = parent.config
-    if config.cross_view or config.image_attention or config.pose_dim or config.in_channels != config.out_channels:
+    views = config.cross_view and not config.has_mv_adapter
+    if views or config.image_attention or config.pose_dim or config.in_channels != config.out_channels:
         raise CheckpointError("unet: expected a stock U-Net without views, image, pose and normals, got one with some")
+    if not config.has_mv_adapter:
+        config = replace(
+            config,
+            sample_size=min(config.sample_size or LATENT_SIZE, LATENT_SIZE),
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=pose_dim,
+            cross_view="position",
+        )
     config = replace(
         config,
-        sample_size=min(config.sample_size or LATENT_SIZE, LATENT_SIZE),
         in_channels=2 * config.in_channels,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=pose_dim,
-        cross_view="position",
         image_attention="block" if image_embed_dim else None,
         image_embed_dim=image_embed_dim,
     )

@@ -106,6 +106,7 @@ class PipelineComponents:
         lora_scale: float = 1.0,
         ip_adapter: str | Path | None = None,
         ip_adapter_scale: float = 1.0,
+        mv_adapter: str | Path | None = None,
     ) -> PipelineType:
         """Load a checkpoint folder: `unet/ vae/ scheduler/`, and optionally `image_encoder/ upsampler/ text_encoder/`.
 
@@ -122,6 +123,7 @@ class PipelineComponents:
             lora_scale: weight of the LoRA.
             ip_adapter: IP-Adapter file, plain or Plus; see `load_ip_adapter`.
             ip_adapter_scale: weight of the IP-Adapter's attention.
+            mv_adapter: MV-Adapter file (image to multi-view) to add to a stock folder of Stable Diffusion 2.1.
 
         Returns:
             The pipeline.
@@ -138,17 +140,19 @@ class PipelineComponents:
         if not isinstance(dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected a torch.dtype, 'int8' or None, got {dtype!r}")
         if path_or_repo_id is None:
-            if not (lora is ip_adapter is variant is revision is subfolder is None):
-                raise ValueError("lora, ip_adapter, variant, revision, subfolder: expected None for the built-in model")
+            if not (lora is ip_adapter is mv_adapter is variant is revision is subfolder is None):
+                names = "lora, ip_adapter, mv_adapter, variant, revision, subfolder"
+                raise ValueError(f"{names}: expected None for the built-in model")
             warnings.warn(NOTICE, CartoonWarning, stacklevel=2)
             folder, origin = MODEL, {"model": "built-in"}
         else:
             folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant, subfolder=subfolder)
             origin = {"model": str(path_or_repo_id), "variant": variant, "revision": revision, "subfolder": subfolder}
-        parts = load_parts(folder, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
+        options = {"dtype": dtype, "device": device, "variant": variant}
+        parts = load_parts(folder, **options, scheduler=scheduler, mv_adapter=mv_adapter)
         try:
             pipeline = cls(**parts)
-            pipeline.origin = origin
+            pipeline.origin = origin if mv_adapter is None else {**origin, "mv_adapter": str(mv_adapter)}
             if ip_adapter is not None:
                 pipeline.load_ip_adapter(ip_adapter, scale=ip_adapter_scale)
         except CheckpointError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from gafext import weights
 from gafext.atomic import replace_whole
+from gafext.checkpoints.mv_adapter import with_mv_adapter
 from gafext.checkpoints.prompts import encode_text
 from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.families import Family, family_of
+from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.int8 import is_quantized
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.schedulers import DDIMScheduler, scheduler_from_pretrained
+from gafext.schedulers import DDIMScheduler, Scheduler, scheduler_from_pretrained
+from gafext.schedulers.schedule import shift_snr
 from gafext.upsampler import LatentUpsampler
 
 _LIBRARIES = {
@@ -43,6 +46,7 @@ def load_parts(
     device: torch.device | str | None,
     variant: str | None,
     scheduler: str | None = None,
+    mv_adapter: str | Path | None = None,
 ) -> dict[str, Any]:
     """Load the components of a pipeline.
 
@@ -52,12 +56,14 @@ def load_parts(
         device: device of the weights; None: CPU.
         variant: variant in the names of the weight files, such as "fp16".
         scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
+        mv_adapter: MV-Adapter file to add to a stock U-Net.
 
     Returns:
         Keyword arguments of `MultiViewDiffusionPipeline`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
+        ValueError: an MV-Adapter for a U-Net that is not a stock one.
     """
     index_path = folder / "model_index.json"
     index = weights.read_json(index_path) if index_path.exists() else {}
@@ -79,6 +85,9 @@ def load_parts(
         require(name)
     options = {"dtype": dtype, "device": device, "variant": variant}
     unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
+    solver = scheduler_from_pretrained(folder / "scheduler", name=scheduler)
+    if mv_adapter is not None:
+        unet, solver = add_mv_adapter(unet, solver, mv_adapter)
     family = family_of(unet.config)
     guidance_scale = index.get("guidance_scale", family.guidance_scale)
     try:
@@ -95,32 +104,41 @@ def load_parts(
     return {
         "unet": unet,
         "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
-        "scheduler": scheduler_from_pretrained(folder / "scheduler", name=scheduler),
+        "scheduler": solver,
         # Also loaded for a U-Net without image attention, so that save_pretrained writes all loaded components.
         "image_encoder": CLIPVisionEncoder.from_pretrained(folder / "image_encoder", **options)
         if has("image_encoder")
         else None,
         "upsampler": LatentUpsampler.from_pretrained(folder / "upsampler", **options) if has("upsampler") else None,
-        "prompt_embeds": _prompt_embeds(folder, unet, family, variant=variant) if family.prompts else None,
+        "prompt_embeds": prompt_embeds(folder, unet, variant=variant),
         "guidance_scale": guidance_scale,
         **labels,
     }
 
 
-def _prompt_embeds(folder: Path, unet: MultiViewUNet, family: Family, *, variant: str | None) -> Tensor | None:
+def add_mv_adapter(unet: MultiViewUNet, scheduler: Scheduler, path: str | Path) -> tuple[MultiViewUNet, Scheduler]:
+    """Add MV-Adapter to a stock U-Net, and the shift of its family to the noise schedule."""
+    adapted = with_mv_adapter(unet, path)
+    return adapted, type(scheduler)(shift_snr(scheduler.config, family_of(adapted.config).snr_shift))
+
+
+def prompt_embeds(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> Tensor | None:
     """Load the embeddings [P,T,C] of the family's P prompts, or compute them with the text encoder.
 
-    Without either: None, or an error if the family cannot do without.
+    Without either: None, or an error if the family cannot do without. None for a family without prompts.
     """
-    source, prompts = folder / family.prompt_file, family.prompts
+    family = family_of(unet.config)
+    if not family.prompts:
+        return None
+    source = folder / family.prompt_file
+    prompts = family.prompts if family.negative_prompt is None else (family.negative_prompt, *family.prompts)
     if source.is_file():
         file = weights.WeightFile(source)
         weights.check_keys(file, {"prompt_embeds": file.shapes.get("prompt_embeds", ())})
         embeds = file.tensor("prompt_embeds")
     elif (folder / "text_encoder").is_dir():
         source = folder / "text_encoder"
-        embeds = encode_text(folder, prompts[0] if len(prompts) == 1 else list(prompts), variant=variant)
-        embeds = embeds.last_hidden_state
+        embeds = _encode_prompts(folder, prompts, required=bool(family.prompt_advice), variant=variant)
     elif family.prompt_advice:
         raise CheckpointNotFoundError(
             f"{source}: no such file, and no text_encoder to make it with: the texts of the views. "
@@ -129,9 +147,22 @@ def _prompt_embeds(folder: Path, unet: MultiViewUNet, family: Family, *, variant
     else:
         return None
     count, width = len(prompts), unet.config.cross_attention_dim
-    if embeds.ndim != 3 or embeds.shape[0] != count or embeds.shape[1] == 0 or embeds.shape[2] != width:
+    counts = (count,) if family.prompt_advice else (count, 1)  # the empty prompt alone may take the place of others
+    if embeds.ndim != 3 or embeds.shape[0] not in counts or embeds.shape[1] == 0 or embeds.shape[2] != width:
         raise CheckpointError(f"{source}: prompt_embeds: expected [{count},T,{width}], got {list(embeds.shape)}")
     return embeds
+
+
+def _encode_prompts(folder: Path, prompts: tuple[str, ...], *, required: bool, variant: str | None) -> Tensor:
+    """Encode the prompts [P,T,C], or the empty prompt [1,T,C] if they cannot be tokenized and are not required."""
+    texts = prompts[0] if len(prompts) == 1 else list(prompts)
+    try:
+        return encode_text(folder, texts, variant=variant).last_hidden_state
+    except CheckpointError as error:
+        if required or texts == "":
+            raise
+        warnings.warn(f"{error}; the empty prompt takes the place of {prompts[-1]!r}", stacklevel=2)
+    return encode_text(folder, variant=variant).last_hidden_state
 
 
 def save_parts(components: Mapping[str, Any], folder: Path) -> None:

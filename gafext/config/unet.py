@@ -26,7 +26,8 @@ class UNetConfig(Config):
     Stable Diffusion configuration. Fields that diffusers does not have:
 
     `cross_view`: "position" adds `attn_cv` to every transformer block; "dense" makes `attn1` attend to all views;
-        "front" makes `attn1` attend to the first view and the own view.
+        "front" makes `attn1` attend to the first view and the own view; "row" adds MV-Adapter: attention over rows of
+        the views and to the portrait's features, and a ray encoder.
     `image_attention`: "block" (or `true`) adds `attn_ip` to every transformer block; "decoupled" adds keys and values
         of the image to `attn2`, and their attention output is added with the weight `image_scale`.
     `image_projection`: mapping from CLIP's output of width `image_embed_dim` to image tokens: "linear" maps each token
@@ -136,7 +137,7 @@ class UNetConfig(Config):
 
     def _check_views_and_image(self) -> None:
         for name, known in (
-            ("cross_view", (None, "position", "dense", "front")),
+            ("cross_view", (None, "position", "dense", "front", "row")),
             ("image_attention", (None, "block", "decoupled")),
             ("image_projection", (None, *_PROJECTION_SIZES)),
             ("image_unconditional", (None, "zero_features", "zero_image")),
@@ -171,6 +172,11 @@ class UNetConfig(Config):
     def takes_reference(self) -> bool:
         """Return True if `reference_latents` can replace the latents of the last frame."""
         return self.cross_view == "dense"
+
+    @property
+    def has_mv_adapter(self) -> bool:
+        """Return True if the network has the layers of MV-Adapter."""
+        return self.cross_view == "row"
 
     @property
     def pose_dim(self) -> int | None:

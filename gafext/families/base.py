@@ -24,10 +24,14 @@ class Family:
         eta: default of a call.
         doubles_latents: a checkpoint without upsampler decodes latents of twice the U-Net's size.
         reference_channels: the U-Net's channels after the noisy latents hold the portrait's latents in every view.
+        attends_to_latents: the U-Net attends to features of the portrait's latents.
         portrait_labels: the U-Net's class labels encode the portrait instead of the cameras.
+        fixed_cameras: the U-Net was trained with `default_cameras` alone.
         prompts: texts that the U-Net was trained with, one for all views or one per view; (): zeros instead of text.
-        prompt_file: file of a checkpoint with the embeddings of `prompts`.
-        prompt_advice: how to get that file, for a checkpoint that needs it; "": zeros take its place.
+        negative_prompt: text of the unconditional pass; None: that of the conditional pass.
+        prompt_file: file of a checkpoint with the embeddings of `negative_prompt` and `prompts`.
+        prompt_advice: how to get that file, for a checkpoint that needs it; "": zeros or the empty prompt instead.
+        snr_shift: divisor of the signal-to-noise ratio at the last timestep of the parent's schedule.
     """
 
     unet_class_names: ClassVar[frozenset[str]] = frozenset()
@@ -35,10 +39,14 @@ class Family:
     eta: ClassVar[float] = 0.0
     doubles_latents: ClassVar[bool] = True
     reference_channels: ClassVar[bool] = False
+    attends_to_latents: ClassVar[bool] = False
     portrait_labels: ClassVar[bool] = False
+    fixed_cameras: ClassVar[bool] = False
     prompts: ClassVar[tuple[str, ...]] = ()
+    negative_prompt: ClassVar[str | None] = None
     prompt_file: ClassVar[str] = "empty_prompt.safetensors"
     prompt_advice: ClassVar[str] = ""
+    snr_shift: ClassVar[float] = 1.0
 
     def owns(self, config: UNetConfig) -> bool:
         """Return whether a configuration without a family name belongs to this family."""
@@ -69,13 +77,18 @@ class Family:
         assert config.pose_dim is not None
         return cameras.pose(config.pose_dim)
 
-    def fixed_cameras(self) -> Cameras | None:
-        """Return the cameras of all runs, for a family that was trained with no others."""
+    def rays(self, config: UNetConfig, cameras: Cameras) -> Tensor | None:
+        """Encode cameras for the U-Net's ray encoder: [V,6,1,1] or [V,6,8h,8w] in [0,1]; None without one."""
+        return None
+
+    def default_cameras(self) -> Cameras | None:
+        """Return the cameras of a run that does not ask for others; None: an orbit."""
         return None
 
     def looks_at_portrait(self, config: UNetConfig) -> bool:
         """Return whether the portrait affects the views."""
-        return config.image_attention is not None or self.reference_channels or self.portrait_labels
+        sees_latents = self.reference_channels or self.attends_to_latents
+        return config.image_attention is not None or sees_latents or self.portrait_labels
 
     def has_reference_frame(self, config: UNetConfig) -> bool:
         """Return whether the portrait's latents are an extra frame after the views."""

@@ -55,6 +55,7 @@ class FaceLift(Family):
     doubles_latents = False
     reference_channels = True
     portrait_labels = True
+    fixed_cameras = True
     prompts = tuple(f"a rendering image of 3D models, {view} view, color map." for view in VIEWS)
     prompt_file = "prompt_embeds.safetensors"
     prompt_advice = (
@@ -71,7 +72,7 @@ class FaceLift(Family):
         config = asdict(MV2DUNetConfig.from_dict(values, source=source))
         return UNetConfig(**{**config, "cross_view": "front", "family": "facelift"})
 
-    def fixed_cameras(self) -> Cameras:
+    def default_cameras(self) -> Cameras:
         w2c = [orbit(1, radius=RADIUS, azimuth_start=azimuth).w2c for azimuth in AZIMUTHS]
         return Cameras(torch.cat(w2c), FOV)
 

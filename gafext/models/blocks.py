@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gafext.models.attention import Attention, CrossViewAttention, DecoupledAttention, FeedForward, KeyValue
+from gafext.models.mv_adapter import MultiViewAdapter
 from gafext.ops import conv3x3, group_norm_silu
 from gafext.ops.backend import prefer
 from gafext.ops.linear import linear_layer
@@ -23,8 +24,9 @@ class MultiViewTransformerBlock(nn.Module):
         heads: H; a head is C/H wide.
         context_channels: width of the text and image tokens.
         cross_view: "position" adds `attn_cv`, attention over the views at each position; "dense" lets `attn1` attend
-            to all positions of all views of a portrait, "front" to those of the first view and of the own view; None
-            keeps the views independent.
+            to all positions of all views of a portrait, "front" to those of the first view and of the own view; "row"
+            adds `adapter`, attention over rows of the views and to the portrait, in parallel with `attn1`; None keeps
+            the views independent.
         image_attention: "block" adds `attn_ip`; "decoupled" adds `attn2.to_k_ip` and `attn2.to_v_ip`; None neither.
 
     Raises:
@@ -45,14 +47,15 @@ class MultiViewTransformerBlock(nn.Module):
         image_attention: str | None = "block",
     ):
         super().__init__()
-        if cross_view not in (None, "position", "dense", "front"):
-            raise ValueError(f"cross_view: expected None, 'position', 'dense' or 'front', got {cross_view!r}")
+        if cross_view not in (None, "position", "dense", "front", "row"):
+            raise ValueError(f"cross_view: expected None, 'position', 'dense', 'front' or 'row', got {cross_view!r}")
         if image_attention not in (None, "block", "decoupled"):
             raise ValueError(f"image_attention: expected None, 'block' or 'decoupled', got {image_attention!r}")
         positions, block = cross_view == "position", image_attention == "block"
         self.dense, self.front = cross_view == "dense", cross_view == "front"
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, heads)
+        self.adapter = MultiViewAdapter(channels, heads) if cross_view == "row" else None
         self.norm_cv = nn.LayerNorm(channels) if positions else None
         self.attn_cv = CrossViewAttention(channels, heads) if positions else None
         self.norm2 = nn.LayerNorm(channels)
@@ -70,6 +73,7 @@ class MultiViewTransformerBlock(nn.Module):
         encoder_hidden_states: Tensor | KeyValue | None = None,
         *,
         image_embeds: Tensor | KeyValue | None = None,
+        reference: KeyValue | None = None,
         num_views: int = 1,
     ) -> Tensor:
         """Apply the block.
@@ -82,6 +86,7 @@ class MultiViewTransformerBlock(nn.Module):
             image_embeds: image tokens [B,T,context_channels], or their `KeyValue` from `image_key_value`. Fewer than
                 B portraits belong to the LAST rows, and the rows before have no image: this is how the unconditional
                 pass shares the batch. None is no image.
+            reference: keys and values of the portraits' features, for `adapter`; None leaves the adapter out.
             num_views: V.
 
         Returns:
@@ -101,6 +106,8 @@ class MultiViewTransformerBlock(nn.Module):
         tokens = self.norm1(x).reshape(-1, views * x.shape[1], x.shape[2])
         key_value = self.attn1.key_value_with_front(tokens, num_views) if self.front else None
         x = x + self.attn1(tokens, key_value).view_as(x)
+        if self.adapter is not None and reference is not None:
+            x = x + self.adapter(tokens, reference, num_views)
         if self.attn_cv is not None and self.norm_cv is not None:
             x = x + self.attn_cv(self.norm_cv(x), num_views)
         decoupled = image if self.attn_ip is None else None
@@ -125,6 +132,11 @@ class MultiViewTransformerBlock(nn.Module):
         if self.attn2.to_k_ip is None:
             raise ValueError("image_embeds: expected None, because this block reads no image")
         return self.attn2.image_key_value(image_embeds, scale)
+
+    def reference_key_value(self, features: Tensor) -> KeyValue:
+        """Compute the keys and values of the portraits' features [B,L,C], the inputs of `attn1` for their latents."""
+        assert self.adapter is not None
+        return self.adapter.ref.key_value(features)
 
     @staticmethod
     def _first_with_image(x: Tensor, image: KeyValue | None, num_views: int) -> int:
@@ -179,10 +191,11 @@ class MultiViewSpatialTransformer(nn.Module):
         hidden_states: Tensor,
         text: Sequence[KeyValue | None],
         image: Sequence[KeyValue | None],
+        reference: Sequence[KeyValue | None],
         *,
         num_views: int = 1,
     ) -> Tensor:
-        """Map [B*V,C,h,w] to [B*V,C,h,w]; `text` and `image` have one entry per transformer block."""
+        """Map [B*V,C,h,w] to [B*V,C,h,w]; `text`, `image` and `reference` have one entry per transformer block."""
         height = hidden_states.shape[-2]
         x = self.norm(hidden_states)
         if not self.linear_projection:
@@ -190,8 +203,10 @@ class MultiViewSpatialTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B*V,L,C]
         if self.linear_projection:
             x = linear_layer(self.proj_in, x, backend=self.attention_backend)
-        for block, block_text, block_image in zip(self.transformer_blocks, text, image, strict=True):
-            x = block(x, block_text, image_embeds=block_image, num_views=num_views)
+        for block, own_text, own_image, own_reference in zip(
+            self.transformer_blocks, text, image, reference, strict=True
+        ):
+            x = block(x, own_text, image_embeds=own_image, reference=own_reference, num_views=num_views)
         if self.linear_projection:
             x = linear_layer(self.proj_out, x, backend=self.attention_backend)
         x = x.transpose(1, 2).unflatten(2, (height, -1))

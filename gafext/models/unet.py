@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +26,7 @@ from gafext.models.blocks import (
     Upsample2D,
 )
 from gafext.models.image_projection import image_projection
+from gafext.models.mv_adapter import RayEncoder, adapter_inputs, add_views, recorded_inputs
 from gafext.ops import memory
 
 
@@ -81,14 +82,17 @@ class UNetBlock(nn.Module):
 class Conditioning:
     """Conditioning of the U-Net that is constant over the denoising steps, computed by `MultiViewUNet.precompute`.
 
-    `text_key_values` and `image_key_values` have one entry per transformer block, or none. There may be fewer portraits
-    than the batch has: the first rows then have no image, which is how the unconditional pass shares the batch with the
-    conditional one. There may be fewer texts than rows: each run of rows shares one.
+    The keys and values have one entry per transformer block, or none. There may be fewer portraits than the batch has:
+    the first rows then have no image, which is how the unconditional pass shares the batch with the conditional one.
+    There may be fewer texts than rows: each run of rows shares one. `ray_features` has one entry per down block, or
+    none, and all portraits share it.
     """
 
     pose_embeds: Tensor | None = None  # [B*V,time_channels]
     image_key_values: tuple[KeyValue, ...] = ()  # each [B',H,T,D]
     text_key_values: tuple[KeyValue, ...] = ()  # each [R,H,T,D]
+    reference_key_values: tuple[KeyValue, ...] = ()  # each [B',H,L,D]
+    ray_features: tuple[Tensor, ...] = ()  # each [V,C,h,w]
 
 
 class MultiViewUNet(PretrainedModel):
@@ -112,6 +116,8 @@ class MultiViewUNet(PretrainedModel):
         self.time_embedding = TimestepEmbedding(channels[0], time_channels)
         self.class_embedding = TimestepEmbedding(config.pose_dim, time_channels) if config.pose_dim else None
         self.image_projection = image_projection(config)
+        layers = config.per_stage(config.layers_per_block)
+        self.ray_encoder = RayEncoder(channels, layers) if config.has_mv_adapter else None
         self.down_blocks = cast("Sequence[UNetBlock]", nn.ModuleList(map(self._down_block, range(len(channels)))))
         mid = len(channels) - 1
         depth = config.per_stage(config.transformer_layers_per_block)[mid]
@@ -193,6 +199,8 @@ class MultiViewUNet(PretrainedModel):
         image_embeds: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         image_scale: float | None = None,
+        reference_latents: Tensor | None = None,
+        rays: Tensor | None = None,
     ) -> Conditioning:
         """Compute the conditioning that is constant over the steps: pose embeddings, keys and values of image and text.
 
@@ -201,6 +209,9 @@ class MultiViewUNet(PretrainedModel):
             image_embeds: [B,T,cross_attention_dim], or None.
             encoder_hidden_states: text [R,T,cross_attention_dim], R = 1 if all rows share one; None is zeros.
             image_scale: weight of decoupled image attention; None is the configuration's.
+            reference_latents: latents of the portraits [B,4,h,w], for MV-Adapter; None leaves the adapter out.
+            rays: Plücker coordinates in [0,1], for MV-Adapter: [V,6,8h,8w], or [V,6,1,1] where they do not change over
+                the view; None leaves the adapter out.
 
         Returns:
             The argument `conditioning` of `forward`.
@@ -222,12 +233,26 @@ class MultiViewUNet(PretrainedModel):
             raise ValueError("image_scale: expected None, because this U-Net's image_attention is not 'decoupled'")
         scale = self.config.image_scale if image_scale is None else image_scale
         blocks, text, embed = self.transformer_blocks(), encoder_hidden_states, self.class_embedding
-        return Conditioning(
+        conditioning = Conditioning(
             pose_embeds=None if pose is None or embed is None else embed(pose.to(self.dtype)),
             image_key_values=()
             if image_embeds is None
             else tuple(block.image_key_value(image_embeds, scale) for block in blocks),
             text_key_values=() if text is None else tuple(block.text_key_value(text) for block in blocks),
+        )
+        if reference_latents is None and rays is None:
+            return conditioning
+        if self.ray_encoder is None:
+            raise ValueError("reference_latents, rays: expected None, because this U-Net has no MV-Adapter")
+        latents, rays = adapter_inputs(reference_latents, rays, channels=self.config.out_channels)
+        sample = F.pad(latents.to(self.dtype), (0, 0, 0, 0, 0, self.config.in_channels - latents.shape[1]))
+        last_text = tuple(KeyValue(each.key[-1:], each.value[-1:]) for each in conditioning.text_key_values)
+        with recorded_inputs([block.attn1 for block in blocks]) as features:  # without `reference`, no block adapts
+            self(sample, 0, conditioning=Conditioning(text_key_values=last_text))
+        return replace(
+            conditioning,
+            reference_key_values=tuple(map(MultiViewTransformerBlock.reference_key_value, blocks, features)),
+            ray_features=self.ray_encoder(rays.to(self.dtype)),
         )
 
     def forward(
@@ -240,6 +265,7 @@ class MultiViewUNet(PretrainedModel):
         image_embeds: Tensor | None = None,
         num_views: int = 1,
         reference_latents: Tensor | None = None,
+        rays: Tensor | None = None,
         conditioning: Conditioning | None = None,
     ) -> Tensor:
         """Predict the noise (or v) of B·V noisy latents.
@@ -252,9 +278,10 @@ class MultiViewUNet(PretrainedModel):
             pose: [B*V,pose_dim].
             image_embeds: image tokens [B,T,cross_attention_dim]; None is no image.
             num_views: V, including a reference frame.
-            reference_latents: [B,4,h,w], replace the latents of the last view; for U-Nets with dense cross-view
-                attention only.
-            conditioning: from `precompute`, in place of `pose`, `image_embeds` and `encoder_hidden_states`.
+            reference_latents: [B,4,h,w], replace the latents of the last view in U-Nets with dense cross-view
+                attention; for MV-Adapter as in `precompute`.
+            rays: as in `precompute`.
+            conditioning: from `precompute`, in place of its arguments.
 
         Returns:
             [B*V,Cout,h,w].
@@ -265,16 +292,23 @@ class MultiViewUNet(PretrainedModel):
         if sample.device.type == "cpu" and not torch.compiler.is_compiling():
             memory.keep_freed_memory()
         if conditioning is None:
+            adapter_latents = None
+            if self.config.has_mv_adapter:
+                adapter_latents, reference_latents = reference_latents, None
             conditioning = self.precompute(
-                pose=pose, image_embeds=image_embeds, encoder_hidden_states=encoder_hidden_states
+                pose=pose,
+                image_embeds=image_embeds,
+                encoder_hidden_states=encoder_hidden_states,
+                reference_latents=adapter_latents,
+                rays=rays,
             )
             if image_embeds is not None and image_embeds.shape[0] * num_views != sample.shape[0]:
                 raise ValueError(
                     f"image_embeds: expected {sample.shape[0]} / num_views={num_views} portraits, "
                     f"got {image_embeds.shape[0]}"
                 )
-        elif not (pose is None and image_embeds is None and encoder_hidden_states is None):
-            raise ValueError("conditioning: expected either it, or pose, image_embeds and text, not both")
+        elif not (pose is image_embeds is encoder_hidden_states is rays is None):
+            raise ValueError("conditioning: expected either it, or pose, image_embeds, text and rays, not both")
         timesteps = self._check(sample, timestep, num_views, conditioning)
         if reference_latents is not None:
             sample = self._with_reference(sample, reference_latents, num_views)
@@ -283,20 +317,26 @@ class MultiViewUNet(PretrainedModel):
         if conditioning.pose_embeds is not None:
             emb = emb + conditioning.pose_embeds
         texts, images = iter(conditioning.text_key_values), iter(conditioning.image_key_values)
+        references = iter(conditioning.reference_key_values)
 
         def run(block: UNetBlock, index: int, x: Tensor) -> Tensor:
             x = block.resnets[index](x, emb)
             if index >= len(block.attentions):
                 return x
             spatial = block.attentions[index]
-            text, image = ([next(each, None) for _ in spatial.transformer_blocks] for each in (texts, images))
-            return spatial(x, text, image, num_views=num_views)
+            text, image, reference = (
+                [next(each, None) for _ in spatial.transformer_blocks] for each in (texts, images, references)
+            )
+            return spatial(x, text, image, reference, num_views=num_views)
 
         x = self.conv_in(sample)
         skips = [x]
+        ray_features = iter(conditioning.ray_features)
         for block in self.down_blocks:
             for index in range(len(block.resnets)):
                 x = run(block, index, x)
+                if index + 1 == len(block.resnets):
+                    x = add_views(x, next(ray_features, None))
                 skips.append(x)
             for downsampler in block.downsamplers:
                 x = downsampler(x)
@@ -338,6 +378,10 @@ class MultiViewUNet(PretrainedModel):
         pose_embeds = conditioning.pose_embeds
         if pose_embeds is not None and pose_embeds.shape[0] != rows:
             raise ValueError(f"pose: expected {rows} rows, got {pose_embeds.shape[0]}")
+        for rays in conditioning.ray_features[:1]:
+            expected, got = [num_views, *sample.shape[2:]], [rays.shape[0], *rays.shape[2:]]
+            if got != expected:
+                raise ValueError(f"rays, reference_latents: expected [V,h,w] {expected} as the sample, got {got}")
         timesteps = torch.as_tensor(timestep, device=sample.device)
         if timesteps.ndim > 1 or timesteps.numel() not in (1, rows):
             raise ValueError(f"timestep: expected a number or [{rows}], got {list(timesteps.shape)}")

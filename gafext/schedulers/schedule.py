@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gafext.config.scheduler import NoiseScheduleConfig
+
+ScheduleType = TypeVar("ScheduleType", bound=NoiseScheduleConfig)
 
 
 def _betas(config: NoiseScheduleConfig) -> Tensor:
@@ -33,6 +37,32 @@ def alphas_cumprod(config: NoiseScheduleConfig) -> Tensor:
     rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     # Recomputed as a product of ratios, as in diffusers, for equal bits.
     return torch.cumprod(torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]]), dim=0)
+
+
+def shift_snr(config: ScheduleType, scale: float) -> ScheduleType:
+    """Lower the signal-to-noise ratio of a schedule, the more the noisier: SNR'_t = SNR_t / scale^(t/(T-1)).
+
+    Args:
+        config: noise schedule.
+        scale: divisor at the last timestep, over 0.
+
+    Returns:
+        The configuration with `trained_betas`.
+
+    Raises:
+        ValueError: the schedule ends without signal.
+
+    Source: MV-Adapter (arXiv 2412.03632); github.com/huanngzh/MV-Adapter:
+    mvadapter/schedulers/scheduling_shift_snr.py, its mode "interpolated".
+    """
+    if config.rescale_betas_zero_snr:
+        raise ValueError("rescale_betas_zero_snr: expected false for a shifted schedule, got true")
+    alphas = alphas_cumprod(config).double()
+    weights = torch.linspace(0, 1, len(alphas), dtype=torch.float64)
+    snr = alphas / (1 - alphas) / scale**weights
+    shifted = snr / (1 + snr)
+    betas = 1 - shifted / torch.cat([shifted.new_ones(1), shifted[:-1]])
+    return replace(config, trained_betas=tuple(betas.tolist()))
 
 
 def spaced_timesteps(config: NoiseScheduleConfig, count: int, *, whole: bool = True) -> Tensor:

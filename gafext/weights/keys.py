@@ -230,6 +230,24 @@ def ip_adapter_rule(block_names: Iterable[str]) -> KeyRule:
     return rule
 
 
+_MV_ADAPTER_LAYER = re.compile(r"(.+)\.attn1\.processor\.to_(q|k|v|out)_(mv|ref)\.(.+)")
+
+
+def mv_adapter_key(key: str) -> str:
+    """Read MV-Adapter files (`*.attn1.processor.to_q_mv.weight`, `adapter.conv_in.weight`, ...).
+
+    The condition encoder's keys may have its name as a prefix. Unknown keys are returned unchanged.
+
+    Source: github.com/huanngzh/MV-Adapter: mvadapter/pipelines/pipeline_mvadapter_i2mv_sd.py, _save_custom_adapter.
+    """
+    match = _MV_ADAPTER_LAYER.fullmatch(key)
+    if match is not None:
+        block, projection, kind, rest = match.groups()
+        return f"{block}.adapter.{kind}.to_{projection}.{rest}"
+    encoder = key.removeprefix("cond_encoder.")
+    return f"ray_encoder.{encoder.removeprefix('adapter.')}" if encoder.startswith("adapter.") else key
+
+
 # Prefixes that training code adds, and other names it uses for the same tensors.
 _PREFIXES = re.compile(r"^(?:(?:module|model|unet|denoiser|_orig_mod|state_dict|ema)\.)+")
 _ALIASES = (

@@ -132,7 +132,10 @@ def test_only_operations_call_pytorchs_attention():
     ]
 
 
-FAMILIES_AND_MODES = {"dense", "position", "front", "gaf", "imagedream", "mvdream", "facelift"}
+FAMILIES_AND_MODES = {
+    *("dense", "position", "front", "row"),
+    *("gaf", "imagedream", "mvdream", "facelift", "mv_adapter"),
+}
 
 
 def test_families_and_their_attentions_are_compared_in_few_places():
