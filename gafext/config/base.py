@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -54,6 +54,8 @@ class Config:
     """Keys of the published format that are not fields, with the supported values of each."""
     without_effect: ClassVar[frozenset[str]] = frozenset()
     """Keys of the published format that do not affect inference."""
+    may_be_empty: ClassVar[bool] = False
+    """A file with its class name alone is complete: all values are defaults."""
 
     @classmethod
     def from_dict(cls: type[ConfigType], values: dict[str, Any], *, source: str = "config") -> ConfigType:
@@ -64,7 +66,7 @@ class Config:
             source: path of the file, for errors.
 
         Raises:
-            CheckpointError: unknown keys, wrong types or values out of range; the message lists all.
+            CheckpointError: missing or unknown keys, wrong types or values out of range; the message lists all.
         """
         names = {field.name for field in fields(cls)}
         problems, known = [], {}
@@ -77,6 +79,15 @@ class Config:
                     problems.append(f"{key}={_short.repr(value)}: expected one of {list(cls.only[key])}")
             elif not (key.startswith("_") or key in cls.without_effect or value is None or value is False):
                 problems.append(f"{key}={_short.repr(value)} is not known here")
+        empty = bool(values) and not cls.may_be_empty and all(value is None for value in known.values())
+        missing = [
+            field.name
+            for field in fields(cls)
+            if field.name not in known and (field.default is MISSING or (empty and field.default is not None))
+        ]
+        if missing:
+            got = ", ".join(values) if empty else "none of them"
+            problems.append(f"expected the fields {', '.join(missing)}, got {_short.repr(got)[1:-1]}")
         hints = get_type_hints(cls)
         problems += [
             f"{key}={_short.repr(value)}: expected {hints[key]}"

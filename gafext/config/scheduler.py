@@ -21,6 +21,7 @@ class NoiseScheduleConfig(Config):
     From another solver's file only the noise schedule is read; settings specific to that solver are ignored.
     """
 
+    may_be_empty = True
     only: ClassVar[dict[str, tuple]] = {"thresholding": (False,), "use_flow_sigmas": (False,)}
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {

@@ -109,7 +109,9 @@ class PretrainedModel(nn.Module):
         """
         folder = Path(folder)
         path = weights.find_weights(folder, cls.weights_stem, variant)
-        file = weights.WeightFile(path, cls.key_rule)
+        file = weights.WeightFile(path)
+        file.rename(weights.unwrapped_rule(file))
+        file.rename(cls.key_rule)
         config = cls.read_config(folder, file)
         return cls._load(config, file, source=folder / "config.json", dtype=dtype, device=device)
 
@@ -140,6 +142,7 @@ class PretrainedModel(nn.Module):
         path = Path(path)
         weights.require_safetensors(path)
         file = weights.WeightFile(path)
+        file.rename(weights.unwrapped_rule(file))
         config = take_part(file, cls.config_class, config)
         return cls._load(config, file, source=path, dtype=dtype, device=device)
 

@@ -1,7 +1,7 @@
 """Weight files: finding, validating, reading and writing them."""
 
 from gafext.weights.files import find_weights, parse_json, read_json, require_safetensors, write_json
-from gafext.weights.keys import KeyRule, same_key
+from gafext.weights.keys import KeyRule, same_key, unwrapped_rule
 from gafext.weights.store import WeightFile, check_keys, listing, load_into, save_weights
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "require_safetensors",
     "same_key",
     "save_weights",
+    "unwrapped_rule",
     "write_json",
 ]

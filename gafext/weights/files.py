@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 
 MAX_JSON_BYTES, MAX_KEY = 2**24, 1000
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def read_json(path: Path) -> dict:
             raise CheckpointNotFoundError(f"{path}: no such file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes: expected at most {MAX_JSON_BYTES}")
+        require_content(path)
         value = parse_json(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
@@ -48,6 +51,20 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def require_content(path: Path) -> None:
+    """Raise a CheckpointError if a file is the pointer that `git clone` without git-LFS leaves in its place.
+
+    Source: github.com/git-lfs/git-lfs: docs/spec.md.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) != _LFS:
+            return
+    raise CheckpointError(
+        f"{path}: a git-LFS pointer, expected the file that it stands for. Download it: "
+        f"git -C {shlex.quote(str(path.parent))} lfs pull"
+    )
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -248,8 +248,23 @@ def mv_adapter_key(key: str) -> str:
     return f"ray_encoder.{encoder.removeprefix('adapter.')}" if encoder.startswith("adapter.") else key
 
 
-# Prefixes that training code adds, and other names it uses for the same tensors.
-_PREFIXES = re.compile(r"^(?:(?:module|model|unet|denoiser|_orig_mod|state_dict|ema)\.)+")
+# Prefixes that training code adds. Latent diffusion's own `model.diffusion_model.` is none of them.
+_PREFIX = r"(?:module|model(?!\.diffusion_model)|unet|denoiser|_orig_mod|state_dict|ema|ema_model)\."
+_PREFIXES = re.compile(f"^(?:{_PREFIX})+")
+
+
+def unwrapped_rule(keys: Iterable[str]) -> KeyRule:
+    """Read state dicts of wrapped networks: remove prefixes such as `module.` or `unet.unet.` that all keys have."""
+    prefix, start = "", re.compile(_PREFIX)
+    keys = list(keys)
+    while (
+        keys and (match := start.match(keys[0], len(prefix))) and all(k.startswith(match[0], len(prefix)) for k in keys)
+    ):
+        prefix += match[0]
+    return lambda key: key.removeprefix(prefix)
+
+
+# Other names of training code for the same tensors.
 _ALIASES = (
     (r"\.attn_(?:mv|multiview|cross_view|view)\.", ".attn_cv."),
     (r"\.norm_(?:mv|multiview|cross_view|view)\.", ".norm_cv."),

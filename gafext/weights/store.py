@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from gafext.atomic import replace_whole
 from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.weights.files import MAX_KEY, read_json, write_json
+from gafext.weights.files import MAX_KEY, read_json, require_content, write_json
 from gafext.weights.keys import KeyRule, same_key
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -67,6 +67,7 @@ class WeightFile:
 
     def _open(self, path: Path) -> None:
         try:
+            require_content(path)
             file = safe_open(path, framework="pt", device="cpu")
             self.metadata.update(file.metadata() or {})
             for name in file.keys():  # noqa: SIM118 (the file is no dict)
