@@ -69,7 +69,19 @@ _LDM_OUTSIDE = {
 }
 
 
-def ldm_unet_rule(config: UNetConfig) -> KeyRule:
+def ldm_unet_names(config: UNetConfig) -> dict[str, str]:
+    """Map latent diffusion's names of layers and blocks (`input_blocks.1.0.in_layers.0`, ...) to diffusers'."""
+    return {
+        **_LDM_OUTSIDE,
+        **_ldm_down(config),
+        **_ldm_resnet("middle_block.0", "mid_block.resnets.0"),
+        "middle_block.1": "mid_block.attentions.0",
+        **_ldm_resnet("middle_block.2", "mid_block.resnets.1"),
+        **_ldm_up(config),
+    }
+
+
+def ldm_unet_rule(config: UNetConfig) -> Callable[[str], str]:
     """Read latent diffusion's U-Net (`input_blocks.1.0.in_layers.0`, ...): single files, ImageDream and MVDream.
 
     The rule expects keys without the prefix `model.diffusion_model.` and returns unknown keys unchanged. Blocks are
@@ -77,10 +89,7 @@ def ldm_unet_rule(config: UNetConfig) -> KeyRule:
 
     Source: github.com/CompVis/latent-diffusion: ldm/modules/diffusionmodules/openaimodel.py.
     """
-    names = {**_LDM_OUTSIDE, **_ldm_down(config), **_ldm_up(config)}
-    names.update(_ldm_resnet("middle_block.0", "mid_block.resnets.0"))
-    names["middle_block.1"] = "mid_block.attentions.0"
-    names.update(_ldm_resnet("middle_block.2", "mid_block.resnets.1"))
+    names = ldm_unet_names(config)
 
     def rule(key: str) -> str:
         parts = key.split(".")
@@ -281,38 +290,3 @@ def trained_key(key: str) -> str:
     for pattern, name in _ALIASES:
         key = re.sub(pattern, name, key)
     return key
-
-
-_LORA_FACTOR = re.compile(
-    r"(?P<module>.+?)"
-    r"(?:\.lora_(?P<peft>A|B)(?:\.\w+)?"  # peft, diffusers
-    r"|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)"  # older diffusers: x.lora.down, processor.to_q_lora.down
-    r"|\.lora_(?P<kohya>down|up))"  # kohya
-    r"\.weight"
-)
-
-
-def lora_rule(modules: Iterable[str]) -> Callable[[str], tuple[str, str] | None]:
-    """Read LoRA files of peft, diffusers and kohya: keys to (module, "down" | "up" | "alpha"), or None for other keys.
-
-    Args:
-        modules: names of the network's layers; needed for kohya's names, in which every dot is an underscore.
-    """
-    flat = {name.replace(".", "_"): name for name in modules}
-
-    def rule(key: str) -> tuple[str, str] | None:
-        match = _LORA_FACTOR.fullmatch(key)
-        if match is not None:
-            down = (match["peft"] or match["diffusers"] or match["kohya"]) in ("A", "down")
-            name, part = match["module"], "down" if down else "up"
-        elif key.endswith(".alpha"):
-            name, part = key.removesuffix(".alpha"), "alpha"
-        else:
-            return None
-        for prefix in ("base_model.model.", "unet."):
-            name = name.removeprefix(prefix)
-        if name.startswith("lora_unet_"):
-            return flat.get(name.removeprefix("lora_unet_"), name), part
-        return re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", ".")), part
-
-    return rule

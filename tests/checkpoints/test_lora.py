@@ -2,12 +2,17 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from damage import damaged_safetensors
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from helpers import max_abs_diff
 from safetensors.torch import load_file, save_file
@@ -31,6 +36,19 @@ CONV = (
 )
 OTHER = ("mid_block.resnets.0.time_emb_proj", "time_embedding.linear_1", "conv_in", "conv_out")
 MODULES = (*LINEAR, *CONV, *OTHER)
+LDM = {  # latent diffusion's names of the same modules in a U-Net of this size
+    **{name: name.replace(BLOCK, "input_blocks.1.1.transformer_blocks.0") for name in LINEAR},
+    "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "up_blocks.0.resnets.0.conv_shortcut": "output_blocks.0.0.skip_connection",
+    "down_blocks.0.attentions.0.proj_in": "input_blocks.1.1.proj_in",
+    "mid_block.attentions.0.proj_out": "middle_block.1.proj_out",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+    "mid_block.resnets.0.time_emb_proj": "middle_block.0.emb_layers.1",
+    "time_embedding.linear_1": "time_embed.0",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+}
 RANK, ALPHA = 3, 2.0
 
 
@@ -84,8 +102,33 @@ def written(path, pairs, form, **more):
     return path
 
 
+def renamed(pairs):
+    """The pairs under latent diffusion's names."""
+    return {LDM[name]: pair for name, pair in pairs.items()}
+
+
 def kohya_alphas(pairs, alpha=ALPHA):
     return {f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(alpha) for name in pairs}
+
+
+def merged(folder, path):
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, path)
+    return unet
+
+
+def conversion(tensors, scaling):
+    """The updates that diffusers reads from a kohya file."""
+    tensors = convert_unet_state_dict_to_peft(_convert_non_diffusers_lora_to_diffusers(tensors)[0])
+    pairs = {
+        key.removeprefix("unet.").replace(".processor.", ".").removesuffix(".lora_A.weight"): (
+            down,
+            tensors[key.replace("lora_A", "lora_B")],
+        )
+        for key, down in tensors.items()
+        if ".lora_A." in key
+    }
+    return updates(pairs, scaling)
 
 
 def assert_merged(folder, unet, expected):
@@ -121,17 +164,71 @@ def test_old_attention_processors(folder, tmp_path):
 def test_kohya_equals_diffusers_conversion(folder, tmp_path, alpha):
     pairs = factors(folder)
     path = written(tmp_path / "lora.safetensors", pairs, "kohya", **kohya_alphas(pairs, alpha))
-    tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(path))
-    tensors = convert_unet_state_dict_to_peft(tensors)
-    expected = {}
-    for key, down in tensors.items():
-        if ".lora_A." in key:
-            name = key.removeprefix("unet.").replace(".processor.", ".").removesuffix(".lora_A.weight")
-            expected[name] = (down, tensors[key.replace("lora_A", "lora_B")])
-    assert expected.keys() == pairs.keys() and set(alphas.values()) == {alpha}
+    expected = conversion(load_file(path), 0.5 * alpha / RANK)
+    assert expected.keys() == pairs.keys()
     unet = MultiViewUNet.from_pretrained(folder)
     merge_lora(unet, path, scale=0.5)
-    assert_merged(folder, unet, updates(expected, 0.5 * alpha / RANK))
+    assert_merged(folder, unet, expected)
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft alone", "no prefix"])
+def test_latent_diffusions_names(folder, tmp_path, form):
+    pairs = factors(folder)
+    alphas = kohya_alphas(renamed(pairs)) if form == "kohya" else {}
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, written(tmp_path / "lora.safetensors", renamed(pairs), form, **alphas))
+    assert_merged(folder, unet, updates(pairs, ALPHA / RANK if alphas else 1.0))
+
+
+def test_latent_diffusions_names_equal_diffusers_conversion(folder, tmp_path):
+    # diffusers takes the upsampler of a block without attention, which SDXL does not have, for an attention.
+    pairs = factors(folder, [name for name in MODULES if name != "up_blocks.0.upsamplers.0.conv"])
+    path = written(tmp_path / "lora.safetensors", renamed(pairs), "kohya", **kohya_alphas(renamed(pairs)))
+    config = diffusers.UNet2DConditionModel.load_config(folder)
+    tensors = _maybe_map_sgm_blocks_to_diffusers(load_file(path), SimpleNamespace(**config))
+    assert_merged(folder, merged(folder, path), conversion(tensors, ALPHA / RANK))
+
+
+@pytest.mark.parametrize(("name", "stride"), [("down_blocks.0.resnets.0.conv1", 1), (CONV[1], 2)])
+@torch.no_grad()
+def test_a_middle_factor_is_the_convolution_between_the_others(folder, tmp_path, name, stride):
+    generator = torch.Generator().manual_seed(3)
+    before = MultiViewUNet.from_pretrained(folder).get_submodule(name)
+    outputs, inputs = before.weight.shape[:2]
+    shapes = {"down": (RANK, inputs, 1, 1), "mid": (RANK, RANK, 3, 3), "up": (outputs, RANK, 1, 1)}
+    parts = {part: torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+    flat = f"lora_unet_{name.replace('.', '_')}"
+    path = tmp_path / "lora.safetensors"
+    save_file({f"{flat}.lora_{part}.weight": value for part, value in parts.items()} | kohya_alphas([name]), path)
+    x = torch.randn(2, inputs, 8, 8, generator=generator)
+    added = F.conv2d(F.conv2d(F.conv2d(x, parts["down"]), parts["mid"], stride=stride, padding=1), parts["up"])
+    result = merged(folder, path).get_submodule(name)(x)
+    assert max_abs_diff(result, before(x) + ALPHA / RANK * added) < 1e-4
+
+    wrong = load_file(path) | {f"{flat}.lora_mid.weight": torch.ones(RANK, RANK, 1, 3)}
+    save_file(wrong, path)
+    with pytest.raises(CheckpointError, match=rf"lora_mid\.weight: expected \[3, 3, 3, 3\] for {name}, got \[3, 3, 1"):
+        merged(folder, path)
+
+
+@pytest.mark.parametrize(
+    ("form", "parts"),
+    [
+        ("DoRA", ["lora_down.weight", "lora_up.weight", "dora_scale"]),
+        ("DoRA", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]),
+        ("LoHa", ["alpha", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]),
+        ("LoKr", ["alpha", "lokr_w1", "lokr_w2_a", "lokr_w2_b"]),
+        ("OFT", ["alpha", "oft_blocks"]),
+    ],
+)
+def test_other_adapters_are_named(folder, tmp_path, form, parts):
+    name = f"lora_unet_{LINEAR[0].replace('.', '_')}"
+    save_file({f"{name}.{part}": torch.ones(16, 16) for part in parts}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        CheckpointError, match=rf"no LoRA that fits this U-Net: {form} \({name}\.\w+\), which"
+    ) as caught:
+        merged(folder, tmp_path / "x.safetensors")
+    assert "Merge it into the U-Net with the program that trained it" in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["peft", "diffusers", "kohya"])
