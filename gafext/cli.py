@@ -81,7 +81,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
     add("--lora", metavar="FILE", help="LoRA file to merge into the U-Net")
     add("--lora-scale", type=float, metavar="S", help="weight of the LoRA; default: 1")
-    add("--ip-adapter", metavar="FILE", help="IP-Adapter file, plain or Plus, for a U-Net without image attention")
+    add(
+        "--ip-adapter",
+        metavar="FILE",
+        help="IP-Adapter file, plain, Plus or full-face, for a U-Net without image attention",
+    )
     add("--ip-adapter-scale", type=float, metavar="S", help="weight of the IP-Adapter; default: 1")
     add("--mv-adapter", metavar="FILE", help="MV-Adapter file (image to multi-view) to add to Stable Diffusion 2.1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")

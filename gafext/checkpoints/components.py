@@ -121,7 +121,7 @@ class PipelineComponents:
             scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
             lora: LoRA file to merge; see `load_lora_weights`.
             lora_scale: weight of the LoRA.
-            ip_adapter: IP-Adapter file, plain or Plus; see `load_ip_adapter`.
+            ip_adapter: IP-Adapter file, plain, Plus or full-face; see `load_ip_adapter`.
             ip_adapter_scale: weight of the IP-Adapter's attention.
             mv_adapter: MV-Adapter file (image to multi-view) to add to a stock folder of Stable Diffusion 2.1.
 
@@ -181,7 +181,7 @@ class PipelineComponents:
         self.origin |= {"lora": str(file), "lora_scale": scale}
 
     def load_ip_adapter(self, file: str | Path, *, scale: float = 1.0) -> None:
-        """Add an IP-Adapter, plain or Plus, to a U-Net without attn_ip; it replaces an earlier IP-Adapter.
+        """Add an IP-Adapter, plain, Plus or full-face, to a U-Net without attn_ip; it replaces an earlier IP-Adapter.
 
         Args:
             file: safetensors file.

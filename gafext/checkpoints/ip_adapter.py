@@ -1,4 +1,4 @@
-"""IP-Adapter files (arXiv 2308.06721), plain and Plus, for a U-Net without attn_ip."""
+"""IP-Adapter files (arXiv 2308.06721), plain, Plus and full-face, for a U-Net without attn_ip."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gafext.config import UNetConfig
 from gafext.config.unet import image_projection_fields
 from gafext.errors import CheckpointError
 from gafext.models.blocks import MultiViewTransformerBlock
-from gafext.models.image_projection import ImageProjection, PooledProjection, Resampler, image_projection
+from gafext.models.image_projection import Projection, image_projection
 from gafext.models.unet import MultiViewUNet
 from gafext.weights.keys import ip_adapter_rule
 
 _SIZES = ("image_embed_dim", "image_tokens", "resampler_width", "resampler_depth", "resampler_heads")
-_UNCONDITIONAL = {"pooled": "zero_features", "resampler": "zero_image"}
+_UNCONDITIONAL = {"pooled": "zero_features", "mlp": "zero_image", "resampler": "zero_image"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class IPAdapter:
     """
 
     config: UNetConfig
-    projection: ImageProjection | PooledProjection | Resampler
+    projection: Projection
     tensors: dict[str, Tensor]
 
     @classmethod
@@ -42,7 +42,8 @@ class IPAdapter:
 
         Args:
             unet: U-Net without attn_ip.
-            path: a safetensors file with `image_proj.*` and `ip_adapter.{1,3,...}.to_{k,v}_ip.weight`.
+            path: a safetensors file with `image_proj.*` and `ip_adapter.{1,3,...}.to_{k,v}_ip.weight`, or the trainer's
+                checkpoint with `image_proj_model.*` and `adapter_modules.*`.
             scale: weight of the attention to the image; 0 removes its influence.
 
         Raises:
@@ -56,7 +57,9 @@ class IPAdapter:
             raise ValueError("load_ip_adapter: expected a U-Net without attn_ip, got one that has it")
         weights.require_safetensors(path, nested=True)
         blocks = _blocks(unet)
-        file = weights.WeightFile(path, ip_adapter_rule(blocks))
+        file = weights.WeightFile(path)
+        file.rename(weights.unwrapped_rule(file))
+        file.rename(ip_adapter_rule(blocks, file))
         config = _with_adapter(unet.config, file, scale)
         with torch.device("meta"):
             projection = image_projection(config)
@@ -101,8 +104,8 @@ def _with_adapter(config: UNetConfig, file: weights.WeightFile, scale: float) ->
     kind = fields.get("image_projection")
     if kind not in _UNCONDITIONAL:
         raise CheckpointError(
-            f"{file.path}: expected image_proj.proj and image_proj.norm (IP-Adapter) or image_proj.latents "
-            f"(IP-Adapter Plus), got {', '.join(sorted(file)[:8]) or 'no tensors'}"
+            f"{file.path}: expected image_proj.proj and image_proj.norm (IP-Adapter), image_proj.latents "
+            f"(IP-Adapter Plus) or image_proj.proj.3 (full face), got {', '.join(sorted(file)[:8]) or 'no tensors'}"
         )
     adapter = {"image_attention": "decoupled", "image_scale": scale, "image_unconditional": _UNCONDITIONAL[kind]}
     try:

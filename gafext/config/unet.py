@@ -12,6 +12,7 @@ from gafext.config.base import Config, Ints, require
 MAX_LAYERS = 64  # limit of every count of layers: a damaged file must not build modules for minutes
 _PROJECTION_SIZES = {
     "linear": ("image_embed_dim",),
+    "mlp": ("image_embed_dim",),
     "pooled": ("image_embed_dim", "image_tokens"),
     "resampler": ("image_embed_dim", "image_tokens", "resampler_width", "resampler_depth", "resampler_heads"),
 }
@@ -31,8 +32,8 @@ class UNetConfig(Config):
     `image_attention`: "block" (or `true`) adds `attn_ip` to every transformer block; "decoupled" adds keys and values
         of the image to `attn2`, and their attention output is added with the weight `image_scale`.
     `image_projection`: mapping from CLIP's output of width `image_embed_dim` to image tokens: "linear" maps each token
-        of the output, "pooled" maps the projected embedding to `image_tokens` tokens, "resampler" maps all tokens to
-        `image_tokens` tokens.
+        of the output, "mlp" does so with two layers, "pooled" maps the projected embedding to `image_tokens` tokens,
+        "resampler" maps all tokens to `image_tokens` tokens.
     `image_unconditional`: image tokens of the unconditional pass. None: no tokens; "zero_features": the projection of
         zeros in place of CLIP's output; "zero_image": the tokens of an all-zero CLIP input.
     `family`: name of the module in `gafext/families` that reads the checkpoint; None: derived from the other fields.
@@ -209,6 +210,8 @@ def image_projection_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             "resampler_depth": len(layers),
             "resampler_heads": (size("layers.0.0.to_q.weight", 0) or 0) // 64,  # all published heads are 64 wide
         }
+    if size("proj.3.weight", 0, 1) is not None:
+        return {"image_projection": "mlp", "image_embed_dim": size("proj.0.weight", 1)}
     width, rows = size("norm.weight", 0, 1), size("proj.weight", 0)
     if rows is None:
         return {}

@@ -63,6 +63,34 @@ class PooledProjection(nn.Module):
         return self.norm(self.proj(clip_hidden_states).unflatten(1, (self.tokens, -1)))
 
 
+class MLPProjection(nn.Module):
+    """Projection of all of CLIP's tokens by two linear layers: LayerNorm(W₂ gelu(W₁ x)).
+
+    Args:
+        image_embed_dim: width of CLIP's hidden states.
+        cross_attention_dim: width of the context.
+
+    Source: IP-Adapter full face: ip_adapter/ip_adapter.py, MLPProjModel.
+    """
+
+    clip_output: ClassVar[str] = "penultimate"
+
+    def __init__(self, image_embed_dim: int, cross_attention_dim: int):
+        super().__init__()
+        self.image_embed_dim = image_embed_dim
+        self.proj = nn.Sequential(
+            nn.Linear(image_embed_dim, image_embed_dim),
+            nn.GELU(),
+            nn.Linear(image_embed_dim, cross_attention_dim),
+            nn.LayerNorm(cross_attention_dim),
+        )
+
+    def forward(self, clip_hidden_states: Tensor) -> Tensor:
+        """Map [B,T,image_embed_dim] to [B,T,cross_attention_dim]."""
+        _check(clip_hidden_states, 3, self.image_embed_dim)
+        return self.proj(clip_hidden_states)
+
+
 class PerceiverAttention(nn.Module):
     """Attention from the queries to the image tokens and to themselves, with the published files' key names."""
 
@@ -133,7 +161,10 @@ def _check(clip_hidden_states: Tensor, ndim: int, width: int) -> None:
         raise ValueError(f"clip_hidden_states: expected {expected}, got {list(clip_hidden_states.shape)}")
 
 
-def image_projection(config: UNetConfig) -> ImageProjection | PooledProjection | Resampler | None:
+Projection = ImageProjection | PooledProjection | MLPProjection | Resampler
+
+
+def image_projection(config: UNetConfig) -> Projection | None:
     """Build the projection of a U-Net's configuration; None if it has none."""
     checked: Any = config  # its sizes are not None, where the projection needs them
     sizes = (checked.image_embed_dim, checked.cross_attention_dim)
@@ -141,6 +172,8 @@ def image_projection(config: UNetConfig) -> ImageProjection | PooledProjection |
         return ImageProjection(*sizes)
     if config.image_projection == "pooled":
         return PooledProjection(*sizes, tokens=checked.image_tokens)
+    if config.image_projection == "mlp":
+        return MLPProjection(*sizes)
     if config.image_projection == "resampler":
         return Resampler(
             *sizes,

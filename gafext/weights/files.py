@@ -116,8 +116,11 @@ def _variants(name: str, stem: str) -> list[str]:
 
 def _pickle_advice(pickle: str, target: str, *, nested: bool = False) -> str:
     flat = "{k: v.contiguous().clone() for k, v in d.get('state_dict', d).items()}"
-    if nested:  # a dictionary of dictionaries, such as an IP-Adapter file
-        flat = "{f'{a}.{b}': v.contiguous() for a in d for b, v in d[a].items()}"
+    if nested:  # an IP-Adapter: a dictionary of dictionaries as published, flat as its trainer saves it
+        flat = (
+            "{k: v.contiguous().clone() for a, b in d.items() "
+            "for k, v in ({f'{a}.{c}': b[c] for c in b} if isinstance(b, dict) else {a: b}).items()}"
+        )
     return (
         "Pickled weights can run code when they are opened, so gafext does not read them. Convert once: "
         f"python -c \"import torch, safetensors.torch as s; d = torch.load('{pickle}', map_location='cpu', "

@@ -213,16 +213,20 @@ def open_clip_text_rule(config: CLIPTextConfig) -> KeyRule:
     return rule
 
 
-def ip_adapter_rule(block_names: Iterable[str]) -> KeyRule:
-    """Read IP-Adapter files, plain and Plus (`image_proj.*`, `ip_adapter.1.to_k_ip.weight`, ...).
+def ip_adapter_rule(block_names: Iterable[str], keys: Iterable[str]) -> KeyRule:
+    """Read IP-Adapter files, published (`image_proj.*`, `ip_adapter.1.to_k_ip.weight`) or as their trainer saves them.
 
-    Unknown keys are returned unchanged.
+    The trainer's checkpoints have `image_proj_model.*`, `adapter_modules.1.to_k_ip.weight` and the whole U-Net, which
+    is ignored. The U-Net shares the adapter's tensors: where the file has each tensor once, as safetensors written by
+    accelerate, they are `unet.*.attn2.processor.to_k_ip.weight` alone. Unknown keys are returned unchanged.
 
     Args:
         block_names: names of the U-Net's transformer blocks. The file numbers attention layers in diffusers' order
             (down blocks, up blocks, mid block): even numbers are attn1, which has no weights, odd numbers attn2.
+        keys: keys of the file.
 
-    Source: github.com/tencent-ailab/IP-Adapter: its ModuleList over diffusers' `unet.attn_processors`.
+    Source: github.com/tencent-ailab/IP-Adapter: its ModuleList over diffusers' `unet.attn_processors`;
+    tutorial_train.py.
     """
     ordered = sorted(block_names, key=lambda name: name.startswith("mid_block"))  # stable: down, up, middle
     names = {
@@ -230,11 +234,13 @@ def ip_adapter_rule(block_names: Iterable[str]) -> KeyRule:
         for index, block in enumerate(ordered)
         for which in ("to_k_ip", "to_v_ip")
     }
+    shared = not any(key.startswith(("adapter_modules.", "ip_adapter.")) for key in keys)
 
-    def rule(key: str) -> str:
-        if key.startswith("image_proj."):
-            return "image_projection." + key.removeprefix("image_proj.")
-        return names.get(key, key)
+    def rule(key: str) -> str | None:
+        if key.startswith("unet."):
+            return key.removeprefix("unet.").replace(".processor.", ".") if shared and "_ip." in key else None
+        key = re.sub(r"^adapter_modules\.", "ip_adapter.", key)
+        return names.get(key, re.sub(r"^image_proj(_model)?\.", "image_projection.", key))
 
     return rule
 

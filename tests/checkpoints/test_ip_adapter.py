@@ -1,4 +1,4 @@
-"""IP-Adapter files, plain and Plus, against diffusers on the same files; and the projections they bring."""
+"""IP-Adapter files, plain, Plus and full-face, against diffusers on the same files; and the projections they bring."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from gafext.checkpoints.ip_adapter import load_ip_adapter
 from gafext.config import UNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.models.blocks import MultiViewTransformerBlock
-from gafext.models.image_projection import PooledProjection, Resampler
+from gafext.models.image_projection import MLPProjection, PooledProjection, Resampler
 from gafext.models.unet import MultiViewUNet
 
 CONTEXT, CLIP = 40, 24
@@ -46,6 +46,10 @@ def adapter_tensors(kind, *, seed=0):
         put("image_proj.proj.bias", 4 * CONTEXT)
         put("image_proj.norm.weight", CONTEXT)
         put("image_proj.norm.bias", CONTEXT)
+    elif kind == "full":
+        for name, *shape in (("0", CLIP, CLIP), ("2", CONTEXT, CLIP), ("3", CONTEXT)):
+            put(f"image_proj.proj.{name}.weight", *shape)
+            put(f"image_proj.proj.{name}.bias", shape[0])
     else:
         width, inner = 48, 128
         put("image_proj.latents", 1, 16, width)
@@ -98,7 +102,7 @@ def with_adapter(unet, tensors, scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.6])
-@pytest.mark.parametrize("kind", ["plain", "plus"])
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
 @torch.no_grad()
 def test_against_diffusers(kind, scale, stock, tmp_path):
     tensors, (theirs, folder) = adapter_tensors(kind, seed=5), stock
@@ -106,7 +110,7 @@ def test_against_diffusers(kind, scale, stock, tmp_path):
     theirs = with_adapter(theirs, tensors, scale)
     ours = MultiViewUNet.from_pretrained(folder)
     load_ip_adapter(ours, tmp_path / "adapter.safetensors", scale=scale)
-    assert ours.image_projection.clip_output == {"plain": "image_embeds", "plus": "penultimate"}[kind]
+    assert ours.image_projection.clip_output == ("image_embeds" if kind == "plain" else "penultimate")
 
     features, sample, text = clip_features(kind, 2), torch.randn(6, 4, 8, 8), torch.randn(6, 5, CONTEXT)
     tokens = ours.image_projection(features)
@@ -137,7 +141,7 @@ def test_scale_zero_is_no_adapter(stock, tmp_path):
     assert max_abs_diff(ours(sample, 9, conditioning=ready, num_views=2), expected[0]) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["plain", "plus"])
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
 def test_saved_with_the_adapter_it_is_the_same(kind, stock, tmp_path):
     save_file(adapter_tensors(kind), tmp_path / "adapter.safetensors")
     unet = MultiViewUNet.from_pretrained(stock[1])
@@ -146,7 +150,7 @@ def test_saved_with_the_adapter_it_is_the_same(kind, stock, tmp_path):
     again = MultiViewUNet.from_pretrained(tmp_path / "unet")
     assert again.config == unet.config
     assert (again.config.image_attention, again.config.image_scale) == ("decoupled", 0.75)
-    assert again.config.image_unconditional == {"plain": "zero_features", "plus": "zero_image"}[kind]
+    assert again.config.image_unconditional == ("zero_features" if kind == "plain" else "zero_image")
     assert_equal_weights(again, unet)
 
 
@@ -163,6 +167,56 @@ def test_what_was_added_shows_by_its_keys(stock, tmp_path):
     edit_json(tmp_path / "unet" / "config.json", forget)
     config = MultiViewUNet.from_pretrained(tmp_path / "unet").config
     assert replace(config, image_unconditional="zero_image") == unet.config
+
+
+class TrainersProcessor(torch.nn.Module):
+    """What the trainer puts in the place of an attention's processor."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.to_k_ip, self.to_v_ip = (torch.nn.Linear(CONTEXT, channels, bias=False) for _ in range(2))
+
+
+def trainers_state(unet, projection, tensors):
+    """The state dict of the trainer's module: the U-Net, the projection, and a list of the U-Net's own processors."""
+    trained, channels = torch.nn.Module(), iter(CHANNELS)
+    trained.unet = copy.deepcopy(unet)
+    trained.unet.set_attn_processor(
+        {
+            name: torch.nn.Module() if ".attn1." in name else TrainersProcessor(next(channels))
+            for name in trained.unet.attn_processors
+        }
+    )
+    trained.image_proj_model = projection
+    trained.adapter_modules = torch.nn.ModuleList(trained.unet.attn_processors.values())
+    trained.adapter_modules.load_state_dict(
+        {k.removeprefix("ip_adapter."): v for k, v in tensors.items() if "_ip." in k}
+    )
+    trained.image_proj_model.load_state_dict(
+        {k.removeprefix("image_proj."): v for k, v in tensors.items() if k.startswith("image_proj.")}
+    )
+    return trained.state_dict()
+
+
+@pytest.mark.parametrize("form", ["accelerate's safetensors", "of several processes", "every tensor twice", "small"])
+@pytest.mark.parametrize("kind", ["plain", "full"])
+def test_the_trainers_checkpoint_equals_the_published_file(kind, form, stock, tmp_path):
+    tensors = adapter_tensors(kind)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    projection = PooledProjection(CLIP, CONTEXT, tokens=4) if kind == "plain" else MLPProjection(CLIP, CONTEXT)
+    state, path = trainers_state(stock[0], projection, tensors), tmp_path / "model.safetensors"
+    if form == "accelerate's safetensors":
+        pytest.importorskip("accelerate").utils.save(state, path, safe_serialization=True)
+        assert not any(key.startswith("adapter_modules.") for key in load_file(path))  # shared with the U-Net
+    else:
+        prefix, parts = ("module." if form == "of several processes" else ""), ("adapter_", "image_", "unet.")
+        parts = parts[:2] if form == "small" else parts
+        save_file({prefix + key: value.clone() for key, value in state.items() if key.startswith(parts)}, path)
+    ours, expected = (MultiViewUNet.from_pretrained(stock[1]) for _ in range(2))
+    load_ip_adapter(ours, path)
+    load_ip_adapter(expected, tmp_path / "adapter.safetensors")
+    assert ours.config == expected.config
+    assert_equal_weights(ours, expected)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +240,11 @@ def test_a_configuration_that_contradicts(change, word):
 
 @torch.no_grad()
 def test_another_adapter_takes_its_place(stock, tmp_path):
-    for kind, seed in (("plain", 1), ("plus", 2)):
+    kinds = ("plain", "full", "plus")
+    for seed, kind in enumerate(kinds):
         save_file(adapter_tensors(kind, seed=seed), tmp_path / f"{kind}.safetensors")
     twice, once = (MultiViewUNet.from_pretrained(stock[1]) for _ in range(2))
-    for unet, names in ((twice, ("plain", "plus")), (once, ("plus",))):
+    for unet, names in ((twice, kinds), (once, ("plus",))):
         for name in names:
             load_ip_adapter(unet, tmp_path / f"{name}.safetensors")
     assert twice.config == once.config
@@ -260,12 +315,13 @@ def test_files_that_are_none(stock, tmp_path):
         load_ip_adapter(unet, tmp_path / "other.safetensors", scale=math.nan)
 
 
-def test_the_conversion_command_that_is_shown_works(stock, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["published", "trainer's"])
+def test_the_conversion_command_that_is_shown_works(form, stock, tmp_path, monkeypatch):
     tensors, nested = adapter_tensors("plain"), {"image_proj": {}, "ip_adapter": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         nested[part][rest] = value
-    torch.save(nested, tmp_path / "adapter.bin")
+    torch.save(nested if form == "published" else tensors, tmp_path / "adapter.bin")
     unet = MultiViewUNet.from_pretrained(stock[1])
     with pytest.raises(CheckpointError) as error:
         load_ip_adapter(unet, tmp_path / "adapter.bin")
