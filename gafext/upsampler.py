@@ -137,6 +137,10 @@ class LatentUpsampler(nn.Module):
             CheckpointError: a file is missing or damaged, or the components do not fit together.
         """
         folder = Path(folder)
+
+        def variant_of(name: str) -> str | None:
+            return weights.available_variant(folder / name, variant, checkpoint=folder)
+
         scheduler = _read_scheduler(folder / "scheduler")
         empty_prompt = None
         if (folder / EMPTY_PROMPT_NAME).is_file():
@@ -145,8 +149,8 @@ class LatentUpsampler(nn.Module):
             weights.check_keys(file, {name: file.shapes.get(name, ()) for name in PromptEmbeds._fields})
             empty_prompt = PromptEmbeds(*(file.tensor(name) for name in PromptEmbeds._fields))
         elif (folder / "text_encoder").is_dir():
-            empty_prompt = encode_prompt(folder, device=device, variant=variant)
-        unet = KUNet.from_pretrained(folder / "unet", dtype=dtype, device=device, variant=variant)
+            empty_prompt = encode_prompt(folder, device=device, variant=variant_of("text_encoder"))
+        unet = KUNet.from_pretrained(folder / "unet", dtype=dtype, device=device, variant=variant_of("unet"))
         return cls(unet, scheduler, empty_prompt=empty_prompt).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def assemble(
         trained: state dict of a trained U-Net of this form, to load into the result.
         pose_dim: numbers per camera, 12 or 16.
         dtype: dtype of the weights; None: float32.
-        variant: variant in the names of the weight files, such as "fp16".
+        variant: variant in the names of the weight files, such as "fp16"; a folder without it is read without one, with
+            a warning.
 
     Returns:
         The pipeline, on the CPU.
@@ -73,10 +75,14 @@ def assemble(
     """
     if image_encoder is None and (mv_adapter is None or ip_adapter is not None):
         raise ValueError("image_encoder: expected a folder, because the image attention reads its output, got none")
-    parent, options = Path(parent), {"dtype": dtype, "variant": variant}
+    parent = Path(parent)
+
+    def options(folder: str | Path) -> dict[str, Any]:
+        return {"dtype": dtype, "variant": weights.available_variant(Path(folder), variant, checkpoint=parent)}
+
     if parent.is_dir():
-        unet = MultiViewUNet.from_pretrained(parent / "unet", **options)
-        vae = AutoencoderKL.from_pretrained(parent / "vae", **options)
+        unet = MultiViewUNet.from_pretrained(parent / "unet", **options(parent / "unet"))
+        vae = AutoencoderKL.from_pretrained(parent / "vae", **options(parent / "vae"))
         scheduler = scheduler_from_pretrained(parent / "scheduler")
     else:
         unet = MultiViewUNet.from_single_file(parent, dtype=dtype)
@@ -84,7 +90,9 @@ def assemble(
         scheduler = DDIMScheduler()
     if mv_adapter is not None:
         unet, scheduler = add_mv_adapter(unet, scheduler, mv_adapter)
-    encoder = None if image_encoder is None else CLIPVisionEncoder.from_pretrained(image_encoder, **options)
+    encoder = None
+    if image_encoder is not None:
+        encoder = CLIPVisionEncoder.from_pretrained(image_encoder, **options(image_encoder))
     width = None if encoder is None or ip_adapter is not None else encoder.config.hidden_size
     unet = assemble_unet(unet, image_embed_dim=width, pose_dim=pose_dim)
     if ip_adapter is not None:
@@ -96,7 +104,7 @@ def assemble(
         vae=vae,
         scheduler=scheduler,
         image_encoder=encoder,
-        upsampler=None if upsampler is None else LatentUpsampler.from_pretrained(upsampler, **options),
+        upsampler=None if upsampler is None else LatentUpsampler.from_pretrained(upsampler, **options(upsampler)),
         prompt_embeds=prompt_embeds(parent, unet, variant=variant),
         guidance_scale=family_of(unet.config).guidance_scale,
     )

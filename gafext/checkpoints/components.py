@@ -14,7 +14,7 @@ from gafext.checkpoints.folder import load_parts, save_parts
 from gafext.checkpoints.ip_adapter import IPAdapter
 from gafext.checkpoints.lora import merge_lora
 from gafext.config import UNetConfig
-from gafext.errors import CheckpointError
+from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
@@ -25,7 +25,7 @@ from gafext.models.vae import AutoencoderKL
 from gafext.ops.backend import check_backend, set_attention_backend
 from gafext.schedulers import Scheduler
 from gafext.upsampler import LatentUpsampler
-from gafext.weights.hub import checkpoint_folder
+from gafext.weights.hub import checkpoint_folder, missing_file_advice
 
 PipelineType = TypeVar("PipelineType", bound="PipelineComponents")
 
@@ -149,7 +149,11 @@ class PipelineComponents:
             folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant, subfolder=subfolder)
             origin = {"model": str(path_or_repo_id), "variant": variant, "revision": revision, "subfolder": subfolder}
         options = {"dtype": dtype, "device": device, "variant": variant}
-        parts = load_parts(folder, **options, scheduler=scheduler, mv_adapter=mv_adapter)
+        try:
+            parts = load_parts(folder, **options, scheduler=scheduler, mv_adapter=mv_adapter)
+        except CheckpointNotFoundError as error:
+            advice = "" if path_or_repo_id is None else missing_file_advice(path_or_repo_id, folder)
+            raise CheckpointNotFoundError(f"{error}{advice}") from None
         try:
             pipeline = cls(**parts)
             pipeline.origin = origin if mv_adapter is None else {**origin, "mv_adapter": str(mv_adapter)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +26,8 @@ from gafext.models.vae import AutoencoderKL
 from gafext.schedulers import DDIMScheduler, Scheduler, scheduler_from_pretrained
 from gafext.schedulers.schedule import shift_snr
 from gafext.upsampler import LatentUpsampler
+
+NetworkType = TypeVar("NetworkType", MultiViewUNet, AutoencoderKL, CLIPVisionEncoder, LatentUpsampler, ImageNormalizer)
 
 _LIBRARIES = {
     "unet": "gafext",
@@ -54,7 +56,8 @@ def load_parts(
         folder: local folder of the checkpoint.
         dtype: dtype of the weights; None: float32.
         device: device of the weights; None: CPU.
-        variant: variant in the names of the weight files, such as "fp16".
+        variant: variant in the names of the weight files, such as "fp16"; a component without it is read without a
+            variant, with a warning.
         scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
         mv_adapter: MV-Adapter file to add to a stock U-Net.
 
@@ -74,17 +77,19 @@ def load_parts(
     def has(name: str) -> bool:
         return (folder / name).is_dir() and not is_null(name)
 
-    def require(name: str, hint: str = "") -> Path:
+    def require(name: str, hint: str = "") -> None:
         if is_null(name):
             raise CheckpointError(f"{index_path}: expected a {name}, got null")
         if not has(name):
             raise CheckpointNotFoundError(f"{folder / name}: no such folder{hint}")
-        return folder / name
+
+    def load(network: type[NetworkType], name: str) -> NetworkType:
+        part = weights.available_variant(folder / name, variant, checkpoint=folder)
+        return network.from_pretrained(folder / name, dtype=dtype, device=device, variant=part)
 
     for name in ("unet", "vae", "scheduler"):
         require(name)
-    options = {"dtype": dtype, "device": device, "variant": variant}
-    unet = MultiViewUNet.from_pretrained(folder / "unet", **options)
+    unet = load(MultiViewUNet, "unet")
     solver = scheduler_from_pretrained(folder / "scheduler", name=scheduler)
     if mv_adapter is not None:
         unet, solver = add_mv_adapter(unet, solver, mv_adapter)
@@ -99,17 +104,17 @@ def load_parts(
         hint = (
             "; the U-Net's class labels need it: copy it from the published checkpoint or from its parent's, unCLIP's"
         )
-        labels["image_normalizer"] = ImageNormalizer.from_pretrained(require("image_normalizer", hint), **options)
-        labels["image_noising_scheduler"] = DDIMScheduler.from_pretrained(require("image_noising_scheduler", hint))
+        for name in ("image_normalizer", "image_noising_scheduler"):
+            require(name, hint)
+        labels["image_normalizer"] = load(ImageNormalizer, "image_normalizer")
+        labels["image_noising_scheduler"] = DDIMScheduler.from_pretrained(folder / "image_noising_scheduler")
     return {
         "unet": unet,
-        "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
+        "vae": load(AutoencoderKL, "vae"),
         "scheduler": solver,
         # Also loaded for a U-Net without image attention, so that save_pretrained writes all loaded components.
-        "image_encoder": CLIPVisionEncoder.from_pretrained(folder / "image_encoder", **options)
-        if has("image_encoder")
-        else None,
-        "upsampler": LatentUpsampler.from_pretrained(folder / "upsampler", **options) if has("upsampler") else None,
+        "image_encoder": load(CLIPVisionEncoder, "image_encoder") if has("image_encoder") else None,
+        "upsampler": load(LatentUpsampler, "upsampler") if has("upsampler") else None,
         "prompt_embeds": prompt_embeds(folder, unet, variant=variant),
         "guidance_scale": guidance_scale,
         **labels,
@@ -138,6 +143,7 @@ def prompt_embeds(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> 
         embeds = file.tensor("prompt_embeds")
     elif (folder / "text_encoder").is_dir():
         source = folder / "text_encoder"
+        variant = weights.available_variant(source, variant, checkpoint=folder)
         embeds = _encode_prompts(folder, prompts, required=bool(family.prompt_advice), variant=variant)
     elif family.prompt_advice:
         raise CheckpointNotFoundError(

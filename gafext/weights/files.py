@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,24 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     variants = sorted({v for p in folder.glob("*.safetensors*") for v in _variants(p.name, stem)})
     hint = f"; variants: {', '.join(variants)}" if variants else ""
     raise CheckpointNotFoundError(f"{folder / single}: no such file (safetensors files there: {present}{hint})")
+
+
+def available_variant(folder: Path, variant: str | None, *, checkpoint: Path) -> str | None:
+    """Return the variant, or None with a warning if only other folders of the checkpoint have weights of it.
+
+    Args:
+        folder: folder of one component, with its subfolders.
+        variant: variant in the names of the weight files, such as "fp16".
+        checkpoint: folder of all components.
+    """
+
+    def has(place: Path) -> bool:
+        return any(re.search(rf"\.{re.escape(variant or '')}[.-]", path.name) for path in place.rglob("*.safetensors*"))
+
+    if variant is None or has(folder) or not has(checkpoint) or not any(folder.rglob("*.safetensors")):
+        return variant
+    warnings.warn(f"{folder}: no weights of variant {variant!r}: those without a variant are read", stacklevel=2)
+    return None
 
 
 def _variants(name: str, stem: str) -> list[str]:

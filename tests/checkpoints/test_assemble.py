@@ -123,3 +123,13 @@ def test_copies_of_the_parents_attention_wait_behind_the_zeros(parents, tmp_path
     assert torch.equal(state[f"{block}.attn_ip.to_k.weight"], state[f"{block}.attn2.to_k.weight"])
     assert not state[f"{block}.attn_cv.to_out.0.weight"].any()
     assert json.loads((tmp_path / "unet" / "config.json").read_text())["in_channels"] == 8
+
+
+def test_a_variant_that_clip_lacks(parents, tmp_path):
+    sd, clip = parents
+    for part, network in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+        network.from_pretrained(sd / part).save_pretrained(tmp_path / part, variant="fp16")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.warns(UserWarning, match="clip: no weights of variant 'fp16'"):
+        pipe = assemble(tmp_path, image_encoder=clip, variant="fp16")
+    assert torch.equal(pipe.vae.quant_conv.bias, assemble(sd, image_encoder=clip).vae.quant_conv.bias)

@@ -1,7 +1,6 @@
 """Every layout of checkpoint files, and what loading costs."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -25,7 +24,6 @@ from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.clip_text import CLIPTextEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.weights import hub
 
 STEM = "diffusion_pytorch_model"
 
@@ -374,72 +372,3 @@ def test_empty_tensors_and_rows(tmp_path):
     assert [file.tensor(key).flatten().tolist() for key in "qkv"] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(CheckpointError, match=r"k: expected 4 tensors in one, got \[2, 1\]|qkv: expected 4 tensors"):
         weights.WeightFile(tmp_path / "x.safetensors", lambda key: tuple("abcd") if key == "qkv" else key)
-
-
-@pytest.mark.parametrize("variant", [None, "fp16"])
-def test_a_hub_id_offline(tmp_path, variant):
-    """A cache as huggingface_hub writes it; in a process of its own, because the hub reads its settings once."""
-    repo = tmp_path / "models--owner--name"
-    (repo / "refs").mkdir(parents=True)
-    for ref, commit, seed in (("main", "a" * 40, 0), ("v2", "b" * 40, 1)):
-        (repo / "refs" / ref).write_text(commit)
-        stock_vae(seed=seed).save_pretrained(repo / "snapshots" / commit / "vae", variant=variant)
-    code = f"""
-        import torch
-        from gafext.weights.hub import checkpoint_folder
-        from gafext.errors import CheckpointNotFoundError
-        from gafext.models.vae import AutoencoderKL
-        for revision in (None, "v2"):
-            folder = checkpoint_folder("owner/name", revision=revision, variant={variant!r})
-            print(AutoencoderKL.from_pretrained(folder / "vae", variant={variant!r}).quant_conv.bias.tolist())
-        for name, revision in (("owner/other", None), ("owner/name", "v3")):
-            try:
-                checkpoint_folder(name, revision=revision)
-            except CheckpointNotFoundError as error:
-                print(str(error).splitlines()[0])
-    """
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
-    assert [json.loads(line) for line in result[:2]] == [
-        stock_vae(seed=seed).quant_conv.bias.tolist() for seed in (0, 1)
-    ]
-    assert result[2].startswith("owner/other: no such folder, and the hub says:")
-    assert result[3].startswith("owner/name: no such folder, and the hub says:")
-
-
-def test_only_the_needed_files_are_asked_for():
-    from huggingface_hub.utils import filter_repo_objects
-
-    both = ["model_index.json", "unet/config.json", "tokenizer/merges.txt", "upsampler/empty_prompt.safetensors"]
-    both += [f"unet/{STEM}.safetensors.index.json", f"unet/{STEM}.safetensors.index.fp16.json"]
-    both += ["prompt_embeds.safetensors", "image_noising_scheduler/scheduler_config.json"]
-    plain = [f"unet/{STEM}.safetensors", f"unet/{STEM}-00001-of-00002.safetensors", "image_encoder/model.safetensors"]
-    plain += [f"upsampler/unet/{STEM}.safetensors", f"image_normalizer/{STEM}.safetensors"]
-    half = [f"vae/{STEM}.fp16.safetensors", f"unet/{STEM}.fp16-00001-of-00002.safetensors"]
-    half += ["upsampler/text_encoder/model.fp16.safetensors"]
-    never = ["README.md", "v2-1_768-ema-pruned.safetensors", "v2-1_768-ema-pruned.ckpt", f"unet/{STEM}.bin"]
-    never += ["safety_checker/model.safetensors", f"unet/{STEM}.non_ema.safetensors"]
-    for variant, expected in ((None, both + plain), ("fp16", both + half)):
-        wanted = filter_repo_objects(both + plain + half + never, allow_patterns=hub.wanted_files(variant))
-        assert list(wanted) == expected
-
-
-def test_a_repository_without_the_variant(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append(k) or str(tmp_path))
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"owner/name: expected safetensors weights of variant 'fp16' in vae"
-    ):
-        hub.checkpoint_folder("owner/name", variant="fp16", revision="v1", folders=("vae",))
-    assert calls == [{"revision": "v1", "allow_patterns": hub.wanted_files("fp16", ("vae",))}]
-
-
-def test_a_checkpoint_in_a_folder_of_a_repository(tmp_path, monkeypatch):
-    calls, folder = [], tmp_path / "some/checkpoint"
-    stock_vae().save_pretrained(folder / "vae")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append(k) or str(tmp_path))
-    assert hub.checkpoint_folder("owner/name", subfolder="some/checkpoint") == folder
-    assert calls[0]["allow_patterns"] == [f"some/checkpoint/{name}" for name in hub.wanted_files()]
-    with pytest.raises(CheckpointNotFoundError, match=r"some/other: no such folder"):
-        hub.checkpoint_folder("owner/name", subfolder="some/other")
