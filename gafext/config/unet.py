@@ -54,9 +54,7 @@ class UNetConfig(Config):
         "conv_out_kernel": (3,),
         "attention_type": ("default",),
     }
-    without_effect: ClassVar[frozenset[str]] = frozenset(
-        {"dropout", "upcast_attention", "addition_embed_type_num_heads"}
-    )
+    without_effect: ClassVar[frozenset[str]] = frozenset({"dropout", "addition_embed_type_num_heads"})
 
     sample_size: int | Ints | None = None
     in_channels: int = 4
@@ -69,6 +67,7 @@ class UNetConfig(Config):
     attention_head_dim: int | Ints = 8
     cross_attention_dim: int = 1280
     use_linear_projection: bool = False
+    upcast_attention: bool | None = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     class_embed_type: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,12 +31,17 @@ class KeyValue(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with diffusers' key names: to_q, to_k, to_v without bias, to_out.0 with bias."""
+    """Multi-head attention with diffusers' key names: to_q, to_k, to_v without bias, to_out.0 with bias.
+
+    With `upcast_attention` the scores of half-precision queries and keys are float32 in every backend. In most they
+    always are; those of the reference, and of PyTorch's operation on MPS, would overflow beyond 65504 in float16.
+    """
 
     def __init__(self, channels: int, heads: int, *, context_channels: int | None = None):
         super().__init__()
         self.heads = heads
         self.attention_backend = "auto"
+        self.upcast_attention = False
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
@@ -43,6 +49,14 @@ class Attention(nn.Module):
 
     def project(self, layer: nn.Module, x: Tensor) -> Tensor:
         return linear_layer(layer, x, backend=self.attention_backend)
+
+    def operate(self, operation: Callable[..., Tensor], query: Tensor, key_value: KeyValue, *args: int) -> Tensor:
+        """Run an attention operation on heads [.,H,L,D] with this layer's backend."""
+        options = {"backend": self.attention_backend}
+        if self.upcast_attention and (self.attention_backend == "reference" or query.device.type == "mps"):
+            wide = (tensor.float() for tensor in (query, *key_value))
+            return operation(*wide, *args, **options).to(query.dtype)
+        return operation(query, *key_value, *args, **options)
 
     def key_value(self, context: Tensor) -> KeyValue:
         """Compute the keys and values of a context [B,T,C'], for any number of calls."""
@@ -62,8 +76,7 @@ class Attention(nn.Module):
         repeated.
         """
         queries = split_heads(query.reshape(key_value.key.shape[0], -1, query.shape[-1]), self.heads)  # [R,H,N/R*L,D]
-        attended = flash_attention(queries, *key_value, backend=self.attention_backend)
-        return merge_heads(attended).view(query.shape)
+        return merge_heads(self.operate(flash_attention, queries, key_value)).view(query.shape)
 
     def forward(self, hidden_states: Tensor, key_value: KeyValue | None = None) -> Tensor:
         """Map [N,L,C] to [N,L,C] by self-attention, or by attention to precomputed keys and values."""
@@ -117,8 +130,7 @@ class CrossViewAttention(Attention):
 
     def forward(self, hidden_states: Tensor, num_views: int) -> Tensor:
         query = split_heads(self.project(self.to_q, hidden_states), self.heads)
-        key, value = self.key_value(hidden_states)
-        attended = cross_view_attention(query, key, value, num_views, backend=self.attention_backend)
+        attended = self.operate(cross_view_attention, query, self.key_value(hidden_states), num_views)
         return self.project(self.to_out[0], merge_heads(attended))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gafext import families, weights
 from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
-from gafext.models.attention import KeyValue
+from gafext.models.attention import Attention, KeyValue
 from gafext.models.base import PretrainedModel
 from gafext.models.blocks import (
     Conv3x3,
@@ -127,6 +127,9 @@ class MultiViewUNet(PretrainedModel):
         self.up_blocks = cast("Sequence[UNetBlock]", nn.ModuleList(map(self._up_block, range(len(channels))[::-1])))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, silu=True)
         self.conv_out = Conv3x3(channels[0], config.out_channels)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.upcast_attention = bool(config.upcast_attention)
 
     def _resnet(self, in_channels: int, out_channels: int) -> ResnetBlock2D:
         return ResnetBlock2D(
