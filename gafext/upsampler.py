@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gafext import weights
 from gafext.atomic import replace_whole
 from gafext.checkpoints.prompts import encode_text
-from gafext.config import SD_X2_SCHEDULE, EulerConfig, KUNetConfig
+from gafext.config import SD_X2_SCHEDULE, EulerConfig, KUNetConfig, VAEConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.guidance import check_guidance_scale, guide
 from gafext.models.k_unet import KUNet
@@ -65,6 +65,7 @@ class LatentUpsampler(nn.Module):
         scheduler: Euler's method over the noise levels; the network predicts the clean sample.
         empty_prompt: embeddings of the empty prompt, the default of a call's prompt and negative prompt; None: every
             call has to pass its own.
+        scaling_factor: that of the autoencoder whose latents it was trained on; None: unknown.
 
     Source: EDM (arXiv 2206.00364) eq. 7 and table 1; diffusers: pipeline_stable_diffusion_latent_upscale.py.
     """
@@ -78,8 +79,10 @@ class LatentUpsampler(nn.Module):
         scheduler: EulerDiscreteScheduler | None = None,
         *,
         empty_prompt: PromptEmbeds | None = None,
+        scaling_factor: float | None = None,
     ):
         super().__init__()
+        self.scaling_factor = scaling_factor
         with torch.device("cpu"):  # a scheduler's numbers are read, also where the network is on the meta device
             self.scheduler = scheduler or EulerDiscreteScheduler(SD_X2_SCHEDULE)
         self.unet = unet
@@ -125,7 +128,7 @@ class LatentUpsampler(nn.Module):
         Args:
             folder: folder with `unet/`, `scheduler/`, and either `empty_prompt.safetensors` or a `text_encoder/`
                 (and `tokenizer/`) to encode the empty prompt once. Without these, every call has to pass
-                prompt_embeds.
+                prompt_embeds. Of a `vae/`, only the scaling factor is read.
             dtype: dtype of the weights; None: float32.
             device: device of the weights; None: CPU.
             variant: variant in the names of the weight files, such as "fp16".
@@ -151,7 +154,10 @@ class LatentUpsampler(nn.Module):
         elif (folder / "text_encoder").is_dir():
             empty_prompt = encode_prompt(folder, device=device, variant=variant_of("text_encoder"))
         unet = KUNet.from_pretrained(folder / "unet", dtype=dtype, device=device, variant=variant_of("unet"))
-        return cls(unet, scheduler, empty_prompt=empty_prompt).eval()
+        vae, scaling_factor = folder / "vae" / "config.json", None
+        if vae.is_file():
+            scaling_factor = weights.read_json(vae).get("scaling_factor", VAEConfig.scaling_factor)
+        return cls(unet, scheduler, empty_prompt=empty_prompt, scaling_factor=scaling_factor).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `unet/` and `scheduler/` as diffusers reads them, and `empty_prompt.safetensors`."""

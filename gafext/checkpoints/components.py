@@ -70,6 +70,12 @@ class PipelineComponents:
             raise CheckpointError(f"upsampler: expected {latent} latents, got {self.upsampler.latent_channels}")
         if family_of(config).portrait_labels:
             self._check_labels(config)
+        factor, trained = self.vae.config.scaling_factor, getattr(self.upsampler, "scaling_factor", None)
+        if trained not in (None, factor):
+            raise CheckpointError(
+                f"upsampler: expected one for the scaling_factor {factor} of the VAE, got {trained} (its vae/config.json), "
+                "trained on other latents. Without it, views are upsampled bilinearly"
+            )
         if config.image_attention is None:
             return
         if self.image_encoder is None:

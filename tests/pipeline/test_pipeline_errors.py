@@ -1,10 +1,12 @@
 """Bad arguments and checkpoints whose parts do not fit: clear errors before any work, and nothing half-built."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from helpers import edit_json
-from small_checkpoints import count_rows, multi_view_config, multi_view_unet, run, save_upsampler
+from small_checkpoints import count_rows, multi_view_config, multi_view_unet, run, save_checkpoint, save_upsampler
 
 import gafext
 from gafext.errors import CameraError, CheckpointError, CheckpointNotFoundError, ImageError
@@ -126,3 +128,42 @@ def test_a_damaged_index_is_named(values, words, pipe, tmp_path):
     with pytest.raises(CheckpointError, match=words) as error:
         gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("values", [{}, {"scaling_factor": 0.13025}])
+def test_an_upsampler_of_other_latents_is_refused(tmp_path, values):
+    save_checkpoint(tmp_path)  # its autoencoder has 0.3
+    save_upsampler(tmp_path / "upsampler")
+    path = tmp_path / "upsampler" / "vae" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(values))
+    factor = values.get("scaling_factor", 0.18215)
+    with pytest.raises(CheckpointError, match=f"expected one for the scaling_factor 0.3 of the VAE, got {factor}"):
+        gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    path.write_text('{"scaling_factor": 0.3}')
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    assert pipe.upsampler.scaling_factor == 0.3
+
+
+def test_code_beside_the_weights_never_runs(tmp_path):
+    """Files with code in every place where diffusers or transformers would look for it."""
+    save_checkpoint(tmp_path)
+    save_upsampler(tmp_path / "upsampler")
+    marker = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Custom: pass\n"
+    for folder in ("", "unet", "vae", "image_encoder", "scheduler", "upsampler", "upsampler/unet"):
+        for name in ("pipeline", "custom", "unet", "modeling_custom", "__init__", "conftest"):
+            (tmp_path / folder / f"{name}.py").write_text(code)
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(
+            {"_class_name": ["pipeline", "Custom"], "unet": ["custom", "Custom"], "vae": ["diffusers", "Custom"]}
+        )
+    )
+    edit_json(tmp_path / "unet" / "config.json", _name_or_path="custom.Custom")
+    run(gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu"))
+    edit_json(tmp_path / "image_encoder" / "config.json", auto_map={"AutoModel": "modeling_custom.Custom"})
+    with pytest.raises(CheckpointError, match=r"image_encoder/config\.json: auto_map="):
+        gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    assert not marker.exists()
+    exec(code, {})
+    assert marker.exists()  # the code would have
