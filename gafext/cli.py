@@ -44,9 +44,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_bench(commands)
     info = commands.add_parser(
-        "info", help="print versions, devices, instruction set and compiled kernels", epilog=EXIT_CODES
+        "info",
+        help="print versions, devices, instruction set and compiled kernels; or with --model, what a checkpoint is",
+        epilog=EXIT_CODES,
     )
     info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument(
+        "--model",
+        metavar="PATH",
+        help="describe a folder, file or hub id: parts, dtypes, sizes, what is read and ignored, or why it is refused",
+    )
+    info.add_argument("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     return parser
 
 
@@ -352,6 +360,14 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.model is not None:
+        from gafext.checkpoints.describe import describe, lines
+
+        description = describe(args.model, variant=args.variant)
+        print(json.dumps(description, indent=2) if args.json else "\n".join(lines(description)))
+        if description["refused"] is not None:
+            raise ValueError(description["refused"])
+        return 0
     devices = ["cpu"] + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")

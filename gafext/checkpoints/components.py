@@ -73,7 +73,7 @@ class PipelineComponents:
         factor, trained = self.vae.config.scaling_factor, getattr(self.upsampler, "scaling_factor", None)
         if trained not in (None, factor):
             raise CheckpointError(
-                f"upsampler: expected one for the scaling_factor {factor} of the VAE, got {trained} (its vae/config.json), "
+                f"upsampler: expected the VAE's scaling_factor {factor}, got {trained} (its vae/config.json): it was "
                 "trained on other latents. Without it, views are upsampled bilinearly"
             )
         if config.image_attention is None:

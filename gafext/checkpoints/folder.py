@@ -55,7 +55,7 @@ def load_parts(
     Args:
         folder: local folder of the checkpoint.
         dtype: dtype of the weights; None: float32.
-        device: device of the weights; None: CPU.
+        device: device of the weights; None: CPU; "meta": everything is checked except the values, which are not read.
         variant: variant in the names of the weight files, such as "fp16"; a component without it is read without a
             variant, with a warning.
         scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
@@ -144,7 +144,8 @@ def prompt_embeds(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> 
     elif (folder / "text_encoder").is_dir():
         source = folder / "text_encoder"
         variant = weights.available_variant(source, variant, checkpoint=folder)
-        embeds = _encode_prompts(folder, prompts, required=bool(family.prompt_advice), variant=variant)
+        options = {"device": "meta" if unet.device.type == "meta" else None, "variant": variant}
+        embeds = _encode_prompts(folder, prompts, required=bool(family.prompt_advice), **options)
     elif family.prompt_advice:
         raise CheckpointNotFoundError(
             f"{source}: no such file, and no text_encoder to make it with: the texts of the views. "
@@ -159,16 +160,16 @@ def prompt_embeds(folder: Path, unet: MultiViewUNet, *, variant: str | None) -> 
     return embeds
 
 
-def _encode_prompts(folder: Path, prompts: tuple[str, ...], *, required: bool, variant: str | None) -> Tensor:
+def _encode_prompts(folder: Path, prompts: tuple[str, ...], *, required: bool, **options: Any) -> Tensor:
     """Encode the prompts [P,T,C], or the empty prompt [1,T,C] if they cannot be tokenized and are not required."""
     texts = prompts[0] if len(prompts) == 1 else list(prompts)
     try:
-        return encode_text(folder, texts, variant=variant).last_hidden_state
+        return encode_text(folder, texts, **options).last_hidden_state
     except CheckpointError as error:
         if required or texts == "":
             raise
         warnings.warn(f"{error}; the empty prompt takes the place of {prompts[-1]!r}", stacklevel=2)
-    return encode_text(folder, variant=variant).last_hidden_state
+    return encode_text(folder, **options).last_hidden_state
 
 
 def save_parts(components: Mapping[str, Any], folder: Path) -> None:

@@ -83,7 +83,7 @@ def encode_text(
     Args:
         folder: folder with `text_encoder/`, and `tokenizer/` for prompts other than "".
         prompt: one prompt or a list of B prompts; prompts other than "" need transformers.
-        device: device to encode on; None: CPU.
+        device: device to encode on; None: CPU; "meta": only the shapes, without reading the weights.
         variant: variant in the name of the weight file, such as "fp16".
 
     Returns:
@@ -101,6 +101,9 @@ def encode_text(
             f"{tokenizer}: expected token ids under the text encoder's vocab_size {encoder.config.vocab_size}, "
             f"got {int(ids.max())}"
         )
+    if encoder.device.type == "meta":
+        hidden = torch.empty(*ids.shape, encoder.config.hidden_size, device="meta")
+        return CLIPTextOutput(hidden, hidden, hidden, hidden[:, 0])
     return encoder(ids.to(encoder.device))
 
 

@@ -14,9 +14,9 @@ FOLDERS = (
     *("image_normalizer", "image_noising_scheduler"),
 )
 """Folders of a checkpoint that gafext reads; others, such as a safety checker, are not downloaded."""
-_STEMS = ("diffusion_pytorch_model", "model")
-_PROMPTS = ("empty_prompt.safetensors", "prompt_embeds.safetensors")
-_SMALL = ("*.json", "*.txt", *_PROMPTS)
+STEMS = ("diffusion_pytorch_model", "model")
+PROMPTS = ("empty_prompt.safetensors", "prompt_embeds.safetensors")
+_SMALL = ("*.json", "*.txt", *PROMPTS)
 
 
 _MIRRORS = {
@@ -38,10 +38,10 @@ def wanted_files(variant: str | None = None, folders: tuple[str, ...] = FOLDERS)
     """
     part = f".{variant}" if variant else ""
     # Shards, also in diffusers' older spelling with the variant after the shard's number.
-    names = [f"{stem}{part}{shard}.safetensors" for stem in _STEMS for shard in ("", "-*-of-?????")]
+    names = [f"{stem}{part}{shard}.safetensors" for stem in STEMS for shard in ("", "-*-of-?????")]
     if variant:
-        names += [f"{stem}-*-of-?????{part}.safetensors" for stem in _STEMS]
-    return ["model_index.json", *_PROMPTS] + [
+        names += [f"{stem}-*-of-?????{part}.safetensors" for stem in STEMS]
+    return ["model_index.json", *PROMPTS] + [
         f"{folder}/{place}{name}" for folder in folders for place in ("", "*/") for name in (*_SMALL, *names)
     ]
 

@@ -62,6 +62,11 @@ def lora_rule(modules: Iterable[str], config: UNetConfig) -> Callable[[str], tup
     return rule
 
 
+def is_factor(key: str) -> bool:
+    """Return whether a key names a factor of a LoRA."""
+    return _FACTOR.fullmatch(key) is not None
+
+
 def other_forms(keys: Iterable[str]) -> list[str]:
     """List the adapters other than LoRA that keys belong to, with one of the keys: "LoHa (x.hada_w1_a)"."""
     keys = sorted(keys)

@@ -114,6 +114,19 @@ class WeightFile:
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files that hold the tensors."""
+        return sorted({stored.shard for stored in self._stored.values()})
+
+    def count(self) -> dict[str, int]:
+        """Count the parameters of each stored type, such as {"F16": 865910724}, from the headers alone."""
+        counts: dict[str, int] = {}
+        for key, stored in self._stored.items():
+            kind = stored.file.get_slice(stored.name).get_dtype()
+            counts[kind] = counts.get(kind, 0) + math.prod(self.shapes[key])
+        return counts
+
     def tensor(self, key: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor in its stored dtype.
 
@@ -196,7 +209,7 @@ def load_into(
         module: a module on the meta device.
         file: weights with the module's names.
         dtype: dtype of the parameters; None: float32.
-        device: device of the parameters; None: CPU.
+        device: device of the parameters; None: CPU; "meta": names and shapes are checked, and no value is read.
 
     Raises:
         CheckpointError: names, shapes or values do not fit.
@@ -204,6 +217,9 @@ def load_into(
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     check_keys(file, expected)
     dtype = dtype or torch.float32
+    if device is not None and torch.device(device).type == "meta":
+        module.to(dtype)
+        return
     tensors = {
         key: file.tensor(key, dtype=dtype).view(expected[key]).to(device=device or "cpu", dtype=dtype) for key in file
     }

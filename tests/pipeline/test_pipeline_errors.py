@@ -138,7 +138,7 @@ def test_an_upsampler_of_other_latents_is_refused(tmp_path, values):
     path.parent.mkdir()
     path.write_text(json.dumps(values))
     factor = values.get("scaling_factor", 0.18215)
-    with pytest.raises(CheckpointError, match=f"expected one for the scaling_factor 0.3 of the VAE, got {factor}"):
+    with pytest.raises(CheckpointError, match=f"expected the VAE's scaling_factor 0.3, got {factor}"):
         gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
     path.write_text('{"scaling_factor": 0.3}')
     pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
