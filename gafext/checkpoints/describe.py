@@ -140,8 +140,9 @@ def _describe_files(result: dict[str, Any], folder: Path, variant: str | None) -
             network = weights.read_json(config)
         except CheckpointError:
             continue  # loading names the reason
-        title = network.get("_class_name") or ", ".join(network.get("architectures") or ["unknown"])
-        result["parts"][part.name if name == "." else name] = _part(file, str(title), folder)
+        title = network.get("_class_name") or network.get("architectures") or "unknown"
+        title = ", ".join(map(str, title)) if isinstance(title, list) else str(title)
+        result["parts"][part.name if name == "." else name] = _part(file, title, folder)
         reads |= {path, *file.files}
     patterns = [*wanted_files(), "config.json"]
     for path in sorted(folder.rglob("*")):

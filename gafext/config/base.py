@@ -79,15 +79,10 @@ class Config:
                     problems.append(f"{key}={_short.repr(value)}: expected one of {list(cls.only[key])}")
             elif not (key.startswith("_") or key in cls.without_effect or value is None or value is False):
                 problems.append(f"{key}={_short.repr(value)} is not known here")
-        empty = bool(values) and not cls.may_be_empty and all(value is None for value in known.values())
-        missing = [
-            field.name
-            for field in fields(cls)
-            if field.name not in known and (field.default is MISSING or (empty and field.default is not None))
-        ]
+        missing = cls._missing_fields(values, known)
         if missing:
-            got = ", ".join(values) if empty else "none of them"
-            problems.append(f"expected the fields {', '.join(missing)}, got {_short.repr(got)[1:-1]}")
+            got = _short.repr(", ".join(values))[1:-1]
+            problems.append(f"expected the fields {', '.join(missing)}, got {got or 'none'}")
         hints = get_type_hints(cls)
         problems += [
             f"{key}={_short.repr(value)}: expected {hints[key]}"
@@ -105,6 +100,16 @@ class Config:
             return cls(**known)
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from None
+
+    @classmethod
+    def _missing_fields(cls, values: dict[str, Any], known: dict[str, Any]) -> list[str]:
+        """List the fields without a default that are not known; all with a value, if the file has its class name alone."""
+        empty = bool(values) and not cls.may_be_empty and all(value is None for value in known.values())
+        return [
+            field.name
+            for field in fields(cls)
+            if field.name not in known and (field.default is MISSING or (empty and field.default is not None))
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that `from_dict` reads."""
