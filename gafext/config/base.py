@@ -103,7 +103,7 @@ class Config:
 
     @classmethod
     def _missing_fields(cls, values: dict[str, Any], known: dict[str, Any]) -> list[str]:
-        """List the fields without a default that are not known; all with a value, if the file has its class name alone."""
+        """List the unknown fields without a default; all that have a value, if the file holds its class name alone."""
         empty = bool(values) and not cls.may_be_empty and all(value is None for value in known.values())
         return [
             field.name
