@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="describe a folder, file or hub id: parts, dtypes, sizes, what is read and ignored, or why it is refused",
     )
     info.add_argument("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
+    info.add_argument("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
     return parser
 
 
@@ -363,7 +364,7 @@ def _info(args: argparse.Namespace) -> int:
     if args.model is not None:
         from gafext.checkpoints.describe import describe, lines
 
-        description = describe(args.model, variant=args.variant)
+        description = describe(args.model, variant=args.variant, subfolder=args.subfolder)
         print(json.dumps(description, indent=2) if args.json else "\n".join(lines(description)))
         if description["refused"] is not None:
             raise ValueError(description["refused"])

@@ -14,6 +14,7 @@ from gafext.families import families, family_of
 from gafext.models.base import PretrainedModel
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.clip_text import CLIPTextEncoder
+from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
@@ -26,10 +27,19 @@ from gafext.weights.lora_keys import is_factor, other_forms
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ADAPTERS = {"pooled": "IP-Adapter", "resampler": "IP-Adapter Plus", "mlp": "full-face IP-Adapter"}
-_TRANSFORMERS = {"clip": CLIPVisionEncoder, "clip_vision_model": CLIPVisionEncoder, "clip_text_model": CLIPTextEncoder}
+_NETWORKS: dict[str, type[PretrainedModel]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "StableUnCLIPImageNormalizer": ImageNormalizer,
+    "clip": CLIPVisionEncoder,
+    "clip_vision_model": CLIPVisionEncoder,
+    "clip_text_model": CLIPTextEncoder,
+}
+"""Class that loads a network, by `_class_name` or `model_type` of its `config.json`; the U-Nets are the families'."""
 
 
-def describe(path_or_repo_id: str | Path, *, variant: str | None = None) -> dict[str, Any]:
+def describe(
+    path_or_repo_id: str | Path, *, variant: str | None = None, subfolder: str | None = None
+) -> dict[str, Any]:
     """Describe a checkpoint without reading its weights.
 
     Everything that loading would check is checked, except the values of the weights.
@@ -37,6 +47,7 @@ def describe(path_or_repo_id: str | Path, *, variant: str | None = None) -> dict
     Args:
         path_or_repo_id: any folder or file, or a hub id, whose files are downloaded.
         variant: variant in the names of the weight files, such as "fp16".
+        subfolder: folder inside the path or repository that is the checkpoint.
 
     Returns:
         A JSON object: `path`; `kind`; `family`, or None; `parts`, by name: `network`, `dtype`, `parameters`, `bytes`,
@@ -51,7 +62,8 @@ def describe(path_or_repo_id: str | Path, *, variant: str | None = None) -> dict
             if Path(path_or_repo_id).is_file():
                 _describe_file(result, Path(path_or_repo_id))
             else:
-                _describe_folder(result, path_or_repo_id, variant)
+                folder = checkpoint_folder(path_or_repo_id, variant=variant, subfolder=subfolder)
+                _describe_folder(result, folder, variant)
         except (ValueError, OSError) as error:
             result["refused"] = str(error)
     result["notes"] += sorted({str(warning.message) for warning in caught})
@@ -79,18 +91,17 @@ def lines(description: dict[str, Any]) -> list[str]:
     return text
 
 
-def _describe_folder(result: dict[str, Any], source: str | Path, variant: str | None) -> None:
-    folder = checkpoint_folder(source, variant=variant)
-    load, where = MultiViewDiffusionPipeline.from_pretrained, source
+def _describe_folder(result: dict[str, Any], folder: Path, variant: str | None) -> None:
+    load = MultiViewDiffusionPipeline.from_pretrained
     if (folder / "model_index.json").is_file() or any((folder / name).is_dir() for name in ("unet", "vae")):
         result["kind"] = "checkpoint, for --model"
         if _is_upsampler(folder):
             result["kind"] = "latent upsampler, for upsampler/ in a checkpoint or `gafext assemble --upsampler`"
-            load, where = LatentUpsampler.from_pretrained, folder
+            load = LatentUpsampler.from_pretrained
     elif (folder / "config.json").is_file():
         network = _network(folder / "config.json")
         result["kind"] = f"one network, for {network.__name__}.from_pretrained"
-        load, where = network.from_pretrained, folder
+        load = network.from_pretrained
     else:
         names = sorted(path.name for path in folder.iterdir())
         raise CheckpointError(
@@ -99,7 +110,7 @@ def _describe_folder(result: dict[str, Any], source: str | Path, variant: str | 
             + (". Name one of the files to see what it is" if any(folder.glob("*.safetensors")) else "")
         )
     _describe_files(result, folder, variant)
-    loaded: Any = load(where, device="meta", variant=variant)
+    loaded: Any = load(folder, device="meta", variant=variant)
     unet = getattr(loaded, "unet", loaded)
     if isinstance(unet, MultiViewUNet):
         family = family_of(unet.config)
@@ -118,7 +129,7 @@ def _network(path: Path) -> type[PretrainedModel]:
     if "KCrossAttnDownBlock2D" in str(values.get("down_block_types")):
         return KUNet
     unets = {class_name for family in families().values() for class_name in family.unet_class_names}
-    known = {**dict.fromkeys(sorted(unets), MultiViewUNet), "AutoencoderKL": AutoencoderKL, **_TRANSFORMERS}
+    known = {**dict.fromkeys(sorted(unets), MultiViewUNet), **_NETWORKS}
     network = known.get(str(name if name is not None else kind))
     if network is None:
         raise CheckpointError(

@@ -2,6 +2,8 @@
 
 import json
 
+import plain_facelift
+import plain_imagedream
 import pytest
 import torch
 from helpers import UNET_WEIGHTS, edit_json, edit_weights
@@ -102,6 +104,22 @@ def test_a_family_with_a_text_encoder(tmp_path, capsys):
     assert (code, said["family"]) == (0, "imagedream")
     assert said["parts"]["text_encoder"]["files"] == ["text_encoder/model.fp16.safetensors"]
     assert len(said["notes"]) == 3 and all("no weights of variant 'fp16'" in note for note in said["notes"])
+
+
+def test_facelift_in_a_subfolder(tmp_path, capsys):
+    plain_facelift.write(tmp_path / "mvdiffusion" / "pipeckpts")
+    code, said, _ = info(capsys, tmp_path, "--subfolder", "mvdiffusion/pipeckpts")
+    assert (code, said["family"]) == (0, "facelift")
+    assert {"unet", "vae", "image_encoder", "image_normalizer"} <= said["parts"].keys()
+    assert {"prompt_embeds.safetensors", "image_noising_scheduler/scheduler_config.json"} <= set(said["reads"])
+    code, said, err = info(capsys, tmp_path)
+    assert code == 1 and "got mvdiffusion" in err
+
+
+def test_a_unet_of_latent_diffusions_keys(tmp_path, capsys):
+    plain_imagedream.write(tmp_path)
+    code, said, _ = info(capsys, tmp_path)
+    assert (code, said["family"]) == (0, "imagedream") and said["kind"].startswith("one network, for MultiViewUNet.")
 
 
 def test_a_refusal_is_that_of_loading_beside_what_is_there(tmp_path, capsys):
