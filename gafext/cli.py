@@ -369,6 +369,8 @@ def _info(args: argparse.Namespace) -> int:
         if description["refused"] is not None:
             raise ValueError(description["refused"])
         return 0
+    if not (args.variant is args.subfolder is None):
+        raise ValueError("--variant, --subfolder: expected --model with them")
     devices = ["cpu"] + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")

@@ -95,7 +95,7 @@ def _describe_folder(result: dict[str, Any], folder: Path, variant: str | None) 
     load = MultiViewDiffusionPipeline.from_pretrained
     if (folder / "model_index.json").is_file() or any((folder / name).is_dir() for name in ("unet", "vae")):
         result["kind"] = "checkpoint, for --model"
-        if _is_upsampler(folder):
+        if _has_k_blocks(folder / "unet" / "config.json"):
             result["kind"] = "latent upsampler, for upsampler/ in a checkpoint or `gafext assemble --upsampler`"
             load = LatentUpsampler.from_pretrained
     elif (folder / "config.json").is_file():
@@ -109,7 +109,9 @@ def _describe_folder(result: dict[str, Any], folder: Path, variant: str | None) 
             f"got {', '.join(names[:8]) or 'an empty folder'}"
             + (". Name one of the files to see what it is" if any(folder.glob("*.safetensors")) else "")
         )
-    _describe_files(result, folder, variant)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading warns of the same
+        _describe_files(result, folder, variant)
     loaded: Any = load(folder, device="meta", variant=variant)
     unet = getattr(loaded, "unet", loaded)
     if isinstance(unet, MultiViewUNet):
@@ -117,16 +119,15 @@ def _describe_folder(result: dict[str, Any], folder: Path, variant: str | None) 
         result["family"] = next(name for name, known in families().items() if known is family)
 
 
-def _is_upsampler(folder: Path) -> bool:
-    path = folder / "unet" / "config.json"
-    return path.is_file() and _network(path) is KUNet
+def _has_k_blocks(config: Path) -> bool:
+    return config.is_file() and "KCrossAttnDownBlock2D" in str(weights.read_json(config).get("down_block_types"))
 
 
 def _network(path: Path) -> type[PretrainedModel]:
     """Return the class that loads the network of a `config.json`."""
     values = weights.read_json(path)
     name, kind = values.get("_class_name"), values.get("model_type")
-    if "KCrossAttnDownBlock2D" in str(values.get("down_block_types")):
+    if _has_k_blocks(path):
         return KUNet
     unets = {class_name for family in families().values() for class_name in family.unet_class_names}
     known = {**dict.fromkeys(sorted(unets), MultiViewUNet), **_NETWORKS}

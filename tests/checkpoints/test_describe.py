@@ -116,6 +116,16 @@ def test_facelift_in_a_subfolder(tmp_path, capsys):
     assert code == 1 and "got mvdiffusion" in err
 
 
+def test_a_unet_of_another_class_is_described_as_it_loads(tmp_path, capsys):
+    save_checkpoint(tmp_path)
+    edit_json(tmp_path / "unet" / "config.json", _class_name="SomebodysUNet")
+    code, said, _ = info(capsys, tmp_path)
+    MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    assert code == 0 and said["parts"]["unet"]["network"] == "SomebodysUNet"
+    assert main(["info", "--variant", "fp16"]) == 1
+    assert "expected --model with them" in capsys.readouterr().err
+
+
 def test_a_unet_of_latent_diffusions_keys(tmp_path, capsys):
     plain_imagedream.write(tmp_path)
     code, said, _ = info(capsys, tmp_path)
