@@ -20,7 +20,7 @@ from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.upsampler import LatentUpsampler
-from gafext.weights.hub import FOLDERS, PROMPTS, STEMS, checkpoint_folder, wanted_files
+from gafext.weights.hub import FOLDERS, PROMPTS, STEMS, checkpoint_folder, missing_file_advice, wanted_files
 from gafext.weights.keys import ip_adapter_rule
 from gafext.weights.lora_keys import is_factor, other_forms
 
@@ -63,7 +63,11 @@ def describe(
                 _describe_file(result, Path(path_or_repo_id))
             else:
                 folder = checkpoint_folder(path_or_repo_id, variant=variant, subfolder=subfolder)
-                _describe_folder(result, folder, variant)
+                try:
+                    _describe_folder(result, folder, variant)
+                except CheckpointNotFoundError as error:
+                    advice = missing_file_advice(path_or_repo_id, folder)
+                    raise CheckpointNotFoundError(f"{error}{advice}") from None
         except (ValueError, OSError) as error:
             result["refused"] = str(error)
     result["notes"] += sorted({str(warning.message) for warning in caught})

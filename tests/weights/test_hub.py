@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import save_checkpoint, save_upsampler, stock_vae
 
 from gafext import MultiViewDiffusionPipeline
+from gafext.checkpoints.describe import describe
 from gafext.errors import CheckpointNotFoundError
 from gafext.weights import hub
 
@@ -75,6 +76,7 @@ def test_half_a_cache_names_the_file_and_what_to_do(remote, missing):
     with pytest.raises(CheckpointNotFoundError) as caught:
         MultiViewDiffusionPipeline.from_pretrained("owner/name", device="cpu")
     assert all(word in str(caught.value) for word in (missing, "HF_HUB_OFFLINE=1", "`hf download owner/name`"))
+    assert describe("owner/name")["refused"] == str(caught.value)
     with pytest.raises(CheckpointNotFoundError) as caught:
         MultiViewDiffusionPipeline.from_pretrained(remote, device="cpu")
     assert missing in str(caught.value) and "hub" not in str(caught.value)
