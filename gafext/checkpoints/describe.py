@@ -21,7 +21,7 @@ from gafext.models.vae import AutoencoderKL
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.upsampler import LatentUpsampler
 from gafext.weights.hub import FOLDERS, PROMPTS, STEMS, checkpoint_folder, missing_file_advice, wanted_files
-from gafext.weights.keys import ip_adapter_rule
+from gafext.weights.keys import ip_adapter_rule, mv_adapter_key
 from gafext.weights.lora_keys import is_factor, other_forms
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -215,6 +215,8 @@ def _describe_file(result: dict[str, Any], path: Path) -> None:
         result["kind"], part["network"] = "LoRA, for --lora", "LoRA"
         if others:
             raise CheckpointError(f"{path}: expected a LoRA, got {' and '.join(others)}, which gafext does not merge")
+    elif any(mv_adapter_key(key) != key for key in file):
+        result["kind"], part["network"] = "MV-Adapter, for --mv-adapter", "MV-Adapter"
     elif any(key.startswith(("image_proj.", "image_proj_model.")) for key in file):
         result["kind"] = "IP-Adapter, for --ip-adapter"
         file.rename(ip_adapter_rule((), file))
@@ -228,7 +230,7 @@ def _describe_file(result: dict[str, Any], path: Path) -> None:
             network.from_single_file(path, device="meta")
     else:
         raise CheckpointError(
-            f"{path}: expected a LoRA, an IP-Adapter or Stable Diffusion in one file, got the keys "
+            f"{path}: expected a LoRA, IP-Adapter, MV-Adapter or Stable Diffusion in one file, got the keys "
             f"{', '.join(sorted(file)[:4]) or 'of no tensor'}. For the weights of one network, name the folder with "
             "its config.json"
         )

@@ -177,6 +177,7 @@ def test_a_latent_upsampler(tmp_path, capsys):
     [
         (lambda path: save_lora(path), 0, "LoRA, for --lora"),
         (lambda path: save_ip_adapter(path), 0, "IP-Adapter, for --ip-adapter"),
+        ({"down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_mv.weight": 2}, 0, "MV-Adapter, for"),
         ({"lora_unet_x.lora_down.weight": 1, "lora_unet_x.dora_scale": 1}, 1, "got DoRA (lora_unet_x.dora_scale)"),
         ({"lora_unet_x.hada_w1_a": 1}, 1, "got LoHa"),
         ({"image_proj.proj.0.weight": 2, "image_proj.norm.weight": 1}, 1, "expected an IP-Adapter, plain, Plus or"),
