@@ -2,53 +2,112 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from gafext.errors import ImageError
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+Colour = tuple[int, int, int]
 
 MIN_SIDE = 1  # pixels
+WHITE: Colour = (255, 255, 255)
+MAX_BACKGROUND_SPREAD = 32  # an eighth of the range: above an even backdrop with a shadow, below a room or a street
 _FLOAT_SLACK = 1e-3  # resampling in floating point may overshoot [0, 1] by this much
 
 
-def load_image(image: ImageLike, *, name: str = "image") -> Image.Image:
-    """Load an upright RGB image: first frame, EXIF orientation applied, transparency composited over white.
+def read_image(image: ImageLike, *, name: str = "image") -> Image.Image:
+    """Read an upright image with its transparency: first frame, EXIF orientation applied, colours converted to sRGB.
 
     Args:
         image: a path; a PIL image of any mode; an array [H,W,C] or [H,W]; or a tensor [C,H,W] or
             [H,W], with 1, 3 or 4 channels (grey, RGB, RGBA) as uint8, uint16, bool, or float in [0,1].
-        name: name of an image without a path, for errors.
+        name: name of an image without a path, for messages.
 
     Returns:
-        PIL image, mode RGB, of any size.
+        PIL image of 8 bits per channel, of any size: mode RGBA if it has transparency, else RGB.
 
     Raises:
         ImageError: the image cannot be read, or its shape, dtype or range is not accepted.
     """
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image)
-        if not path.is_file():
-            got = "a folder" if path.is_dir() else "no such file"
-            raise ImageError(f"{path}: expected an image file, got {got}")
-        try:
-            with Image.open(path) as file:
-                return _to_rgb(file, str(path))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{path}: expected an image file, but it cannot be read ({error})") from None
+        return _read_file(Path(image))
     if isinstance(image, (np.ndarray, Tensor)):
         image = _from_array(image, name)
     if not isinstance(image, Image.Image):
         raise ImageError(f"{name}: expected a path, PIL image, array or tensor, got {type(image).__name__}")
-    return _to_rgb(image, name)
+    return _upright(image, name)
+
+
+def load_image(
+    image: ImageLike, *, name: str = "image", background: Colour = WHITE, matte: bool = False
+) -> Image.Image:
+    """Load an upright RGB image: that of `read_image`, with transparency composited over a background.
+
+    The full-size image is composited, so that no resampling mixes in the colours of transparent pixels.
+
+    Args:
+        image: anything that `read_image` accepts.
+        name: name of an image without a path, for messages.
+        background: colour behind transparent pixels, 0 to 255.
+        matte: remove the background of an image without transparency; see `remove_background`.
+
+    Returns:
+        PIL image, mode RGB, of any size.
+
+    Raises:
+        ImageError: the image cannot be read, its shape, dtype or range is not accepted, or rembg is not installed.
+    """
+    image = read_image(image, name=name)
+    if matte and image.mode == "RGB":
+        image = remove_background(image)
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+
+
+def remove_background(image: Image.Image) -> Image.Image:
+    """Remove the background of an RGB image with rembg, which downloads its network at the first call.
+
+    Returns:
+        The image in mode RGBA, transparent where the background was.
+
+    Raises:
+        ImageError: rembg is not installed.
+    """
+    try:
+        rembg = importlib.import_module("rembg")
+    except ImportError:
+        raise ImageError("matte: expected rembg, which is not installed: pip install gafext[matte]") from None
+    return rembg.remove(image).convert("RGBA")
+
+
+def background_spread(image: Image.Image) -> float:
+    """Measure how far a portrait's background is from one colour.
+
+    The background is taken to be the border of the central square, a sixteenth of its side wide: the top, and the
+    upper half of the left and the right, where no shoulders are.
+
+    Args:
+        image: RGB image of any size.
+
+    Returns:
+        Mean over the border's pixels of the largest difference of a channel from its median, 0 to 255; see
+        `MAX_BACKGROUND_SPREAD`.
+    """
+    pixels = np.asarray(_centre_square(image).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[2:16, [0, 1, -2, -1]].reshape(-1, 3)])
+    return float(np.abs(border - np.median(border, axis=0)).max(axis=1).mean())
 
 
 def load_images(
@@ -102,32 +161,87 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in (to_numpy(images) * 255).round().astype(np.uint8)]
 
 
+def _read_file(path: Path) -> Image.Image:
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no such file"
+        raise ImageError(f"{path}: expected an image file, got {got}")
+    try:
+        with _open(path) as file:
+            return _upright(file, str(path))
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # up to this number Pillow only warns
+        raise ImageError(f"{path}: expected at most {limit} pixels, cannot be read ({error}); scale it down") from None
+    except OSError as error:
+        raise ImageError(f"{path}: expected an image file, but it cannot be read ({error})") from None
+
+
+def _open(path: Path) -> Image.Image:
+    """Open a file with Pillow, or with pillow-heif if it is a HEIF container, such as a HEIC photo of a phone."""
+    try:
+        return Image.open(path)
+    except Image.UnidentifiedImageError:
+        with path.open("rb") as file:
+            if file.read(8)[4:] != b"ftyp":
+                raise
+    try:
+        pillow_heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        raise ImageError(
+            f"{path}: expected an image that Pillow reads, got HEIF (HEIC), which needs: pip install pillow-heif"
+        ) from None
+    try:
+        return pillow_heif.open_heif(path).to_pillow()  # upright: it applies the orientation itself
+    except Exception as error:  # of libheif: ValueError, EOFError, RuntimeError, ...
+        raise ImageError(f"{path}: expected an image, but it cannot be decoded ({error})") from None
+
+
 def _centre_square(image: Image.Image) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) < MIN_SIDE:
         raise ImageError(
             f"{name}: expected at least {MIN_SIDE} x {MIN_SIDE} pixels, got {image.width} x {image.height}"
         )
     try:
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photo with a depth map or a twin
+            warnings.warn(f"{name}: only the first of {getattr(image, 'n_frames', 2)} frames is used", stacklevel=2)
         image.load()
+        profile = image.info.get("icc_profile")
         image = ImageOps.exif_transpose(image)
         if image.mode == "La":  # premultiplied: Pillow converts it to nothing but LA
             image = image.convert("LA")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert() would clip these at 255
             image = _from_array(np.asarray(image), name)
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+        elif image.mode not in ("L", "CMYK"):  # the modes besides RGB that have colour profiles of their own
+            image = image.convert("RGB")
+        if profile:
+            image = _to_srgb(image, profile, name)
+        return image if image.mode == "RGBA" else image.convert("RGB")
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise ImageError(f"{name}: expected an image, but it cannot be decoded ({error})") from None
+
+
+def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """Convert an image of mode L, RGB, RGBA or CMYK from the colour space of its ICC profile to sRGB."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if ImageCms.getProfileDescription(source).startswith("sRGB"):  # a conversion would change some values by 1
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+        assert converted is not None  # None: converted in place, which was not asked for
+        return converted
+    except (ImageCms.PyCMSError, OSError, ImportError) as error:  # ImportError: Pillow without LittleCMS
+        warnings.warn(f"{name}: its colour profile cannot be used and is ignored ({error})", stacklevel=2)
+        return image
 
 
 def _from_array(image: np.ndarray | Tensor, name: str) -> Image.Image:

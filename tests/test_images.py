@@ -110,6 +110,7 @@ def test_one_bit():
         assert corners(load_image(given)) == [WHITE, (0, 0, 0), (0, 0, 0)]
 
 
+@pytest.mark.filterwarnings("ignore:.*only the first of 2 frames")
 def test_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])

@@ -32,6 +32,7 @@ class Family:
         prompt_file: file of a checkpoint with the embeddings of `negative_prompt` and `prompts`.
         prompt_advice: how to get that file, for a checkpoint that needs it; "": zeros or the empty prompt instead.
         snr_shift: divisor of the signal-to-noise ratio at the last timestep of the parent's schedule.
+        background: colour behind the portraits of training, 0 to 255, for portraits with transparency.
     """
 
     unet_class_names: ClassVar[frozenset[str]] = frozenset()
@@ -47,6 +48,7 @@ class Family:
     prompt_file: ClassVar[str] = "empty_prompt.safetensors"
     prompt_advice: ClassVar[str] = ""
     snr_shift: ClassVar[float] = 1.0
+    background: ClassVar[tuple[int, int, int]] = (255, 255, 255)
 
     def owns(self, config: UNetConfig) -> bool:
         """Return whether a configuration without a family name belongs to this family."""

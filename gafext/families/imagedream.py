@@ -105,6 +105,7 @@ class ImageDream(Family):
     unet_class_names = frozenset({LDMUNetConfig.class_name})
     guidance_scale = 5.0
     prompts = ("",)
+    background = (127, 127, 127)  # the mean of its random greys: extern/ImageDream/imagedream/ldm/util.py
 
     def owns(self, config: UNetConfig) -> bool:
         return config.cross_view == "dense"
