@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
 from gafext.guidance import check_guidance_scale
-from gafext.images import load_image, load_images
+from gafext.images import load_images, read_image, remove_background
 from gafext.noise import resolve_seed
 from gafext.ops.backend import BACKENDS
 from gafext.output import VIEW_FILES, MultiViewOutput
@@ -86,6 +87,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add = generate.add_argument
     _add_sampling(generate, steps=50)
     add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
+    add("--matte", action="store_true", help="remove the portrait's background, with rembg (pip install gafext[matte])")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
     add("--lora", metavar="FILE", help="LoRA file to merge into the U-Net")
@@ -287,32 +289,39 @@ def _check_early(args: argparse.Namespace) -> None:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
 
 
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"gafext: {message}", file=sys.stderr)
+        yield
+
+
 def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        pipeline = MultiViewDiffusionPipeline.from_pretrained(
-            args.model,
-            args.dtype if args.dtype == "int8" else getattr(torch, args.dtype),
-            _device(args.device),
-            args.variant,
-            subfolder=args.subfolder,
-            scheduler=args.scheduler,
-            lora=args.lora,
-            lora_scale=1.0 if args.lora_scale is None else args.lora_scale,
-            ip_adapter=args.ip_adapter,
-            ip_adapter_scale=1.0 if args.ip_adapter_scale is None else args.ip_adapter_scale,
-            mv_adapter=args.mv_adapter,
-        )
-    for warning in caught:
-        print(f"gafext: {warning.message}", file=sys.stderr)
+    pipeline = MultiViewDiffusionPipeline.from_pretrained(
+        args.model,
+        args.dtype,
+        _device(args.device),
+        args.variant,
+        subfolder=args.subfolder,
+        scheduler=args.scheduler,
+        lora=args.lora,
+        lora_scale=1.0 if args.lora_scale is None else args.lora_scale,
+        ip_adapter=args.ip_adapter,
+        ip_adapter_scale=1.0 if args.ip_adapter_scale is None else args.ip_adapter_scale,
+        mv_adapter=args.mv_adapter,
+    )
     pipeline.set_attention_backend(args.backend)
     return pipeline
 
 
+@_warnings_in_one_line()
 def _generate(args: argparse.Namespace) -> int:
     _check_early(args)
     views = _cameras(args)
-    portrait = load_image(args.portrait or PORTRAIT)
+    portrait = read_image(args.portrait or PORTRAIT)
+    if args.matte and portrait.mode == "RGB":
+        portrait = remove_background(portrait)
     count = args.views if views is None else len(views)
     normals = _pictures(args.normals, count=count, name="normal_maps")
     renders = _pictures(args.renders, count=count, name="renders")

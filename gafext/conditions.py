@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -10,8 +12,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from gafext.cameras import Cameras
-from gafext.families import family_of
+from gafext import images as imaging
+from gafext.cameras import Cameras, as_cameras
+from gafext.families import Family, family_of
 from gafext.guidance import guide
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.image_normalizer import ImageNormalizer
@@ -19,6 +22,7 @@ from gafext.models.unet import Conditioning, MultiViewUNet
 from gafext.noise import view_noise
 from gafext.schedulers import Scheduler
 
+DEFAULT_VIEWS = 4
 LABEL_STEP = 2**20 + 1
 """Argument `step` of `view_noise` for the noise of class labels; the upsampler's is one less."""
 
@@ -29,13 +33,15 @@ class RunOptions(TypedDict, total=False):
     num_views: int | None
     num_inference_steps: int
     guidance_scale: float | None
-    generator: torch.Generator | int | None
+    generator: torch.Generator | int | Sequence[torch.Generator | int] | None
+    num_images_per_prompt: int
     latents: Tensor | None
     renders: Any
     strength: float
     eta: float | None
     upsample: str
     output_type: str
+    matte: bool
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,12 @@ class Run:
         conditions: the U-Net's other inputs.
         cameras: V cameras.
         guidance_scale: 1.0 to 20.0.
-        seed: seed of all noise.
+        seed: seed of all noise, or one per portrait.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
         output_type: "pil", "np", "pt" or "latent".
-        is_batch: True if the call got a list of portraits; it then returns a list.
+        is_batch: True if the call got a list of portraits or asked for several results each; it then returns a list.
+        num_images_per_prompt: results per portrait; each counts as a portrait everywhere else.
         settings: other parameters for run.json.
     """
 
@@ -81,11 +88,12 @@ class Run:
     conditions: Conditions
     cameras: Cameras
     guidance_scale: float
-    seed: int
+    seed: int | tuple[int, ...]
     eta: float = 0.0
     upsample: str = "auto"
     output_type: str = "pil"
     is_batch: bool = False
+    num_images_per_prompt: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -249,3 +257,67 @@ def prepare_conditions(
         input_latents=input_latents,
         reference_latents=None if reference_latents is None else reference_latents.to(unet.dtype),
     )
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raise a ValueError unless a value is one of those known."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+
+
+def load_portraits(
+    image: Any, copies: int, *, background: imaging.Colour, matte: bool
+) -> tuple[bool, list[PIL.Image.Image]]:
+    """Load the portraits of a call, with a warning for each whose background is not plain.
+
+    Args:
+        image: a portrait, or a list or stack of portraits.
+        copies: how often to return each: the call's num_images_per_prompt.
+        background, matte: those of `load_image`.
+
+    Returns:
+        Whether the call returns a list, and the portraits.
+
+    Raises:
+        ImageError: a portrait cannot be read.
+        ValueError: there are no portraits, or `copies` is not a whole number above 0.
+    """
+    if isinstance(copies, bool) or not hasattr(copies, "__index__") or operator.index(copies) < 1:
+        raise ValueError(f"num_images_per_prompt: expected a whole number above 0, got {copies!r}")
+    several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+    items: Any = image if several else [image]
+    portraits = []
+    for index, item in enumerate(items):
+        name = f"image[{index}]" if several else "image"
+        read = imaging.read_image(item, name=name)
+        portrait = imaging.load_image(read, name=name, background=background, matte=matte)
+        if not matte and read.mode == "RGB" and imaging.background_spread(portrait) > imaging.MAX_BACKGROUND_SPREAD:
+            warnings.warn(
+                f"{name}: the background is not plain, and may appear in the views: remove it with matte=True "
+                "(--matte), or pass a cut-out with transparency",
+                stacklevel=4,
+            )
+        portraits += [portrait] * operator.index(copies)
+    if not portraits:
+        raise ValueError("image: expected at least one portrait, got an empty list")
+    return several or copies > 1, portraits
+
+
+def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Cameras:
+    """Return the cameras of a call: those given, the family's default, or an orbit.
+
+    The number of cameras must agree with num_views, unless that is None or 4.
+    """
+    default = family.default_cameras()
+    if family.fixed_cameras and default is not None:
+        if cameras is not None or num_views not in (None, DEFAULT_VIEWS, len(default)):
+            got = f"num_views={num_views}" if cameras is None else "cameras"
+            raise ValueError(f"{got}: expected neither, because this checkpoint makes its {len(default)} views alone")
+        return default
+    orbit = as_cameras(None, num_views=DEFAULT_VIEWS if num_views is None else num_views)
+    if cameras is None:
+        return default if default is not None and num_views in (None, len(default)) else orbit
+    cameras = as_cameras(cameras, num_views=len(orbit))
+    if num_views not in (None, DEFAULT_VIEWS, len(cameras)):
+        raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
+    return cameras

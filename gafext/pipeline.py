@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,25 +14,30 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gafext import images as imaging
-from gafext.cameras import Cameras, as_cameras
+from gafext.cameras import Cameras
 from gafext.checkpoints.components import PipelineComponents
 from gafext.conditions import (
+    DEFAULT_VIEWS,
     ImageTokens,
     Run,
     RunOptions,
+    check_choice,
     image_tokens,
+    load_portraits,
     portrait_labels,
     predict,
     prepare_conditions,
+    resolve_cameras,
 )
-from gafext.families import Family, family_of
+from gafext.families import family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
 from gafext.models.int8 import is_quantized
-from gafext.noise import resolve_seed, view_noise
+from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
 from gafext.schedulers import check_eta
+from gafext.schedulers.callbacks import StepCallback
 from gafext.upsampler import NOISE_STEP
 from gafext.versions import versions
 
@@ -42,7 +47,6 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
 DEFAULT_SAMPLE_SIZE = 32
-DEFAULT_VIEWS = 4
 
 
 class MultiViewDiffusionPipeline(PipelineComponents):
@@ -51,7 +55,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
     Args:
         unet: the multi-view denoiser.
         vae: the autoencoder between images and latents.
-        scheduler: the solver.
+        scheduler: the solver, or any scheduler of diffusers for diffusion models.
         image_encoder: CLIP; required if the U-Net attends to the portrait.
         upsampler: network that doubles the size of the latents; None: bilinear interpolation.
         prompt_embeds: text embeddings [1,T,C] for every view, or [V,T,C]; for a family with a negative prompt [2,T,C],
@@ -65,6 +69,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
     Source: GAF (arXiv 2412.10209) section 3; ImageDream (arXiv 2312.02201) for the dense family.
     """
 
+    _progress_bar_config: Mapping[str, Any] = {}
+
     @torch.no_grad()
     @memory.release_afterwards
     def __call__(
@@ -74,19 +80,26 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         normal_maps: Any = None,
         *,
         callback_on_step_end: Callable[..., dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress_bar: bool = True,
+        return_dict: bool = True,
         **options: Unpack[RunOptions],
-    ) -> MultiViewOutput | list[MultiViewOutput]:
+    ) -> MultiViewOutput | list[MultiViewOutput] | tuple[Any]:
         """Generate the views of one portrait, or of each portrait in a list.
 
         Args:
             image, cameras, normal_maps, options: those of `prepare`, such as num_views, guidance_scale and generator.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step; may return a
-                dict with latents that replace the current ones.
+            callback_on_step_end: called as (pipeline, step, timestep, {name: tensor}) after each step. It may return a
+                dict: `latents` in it replace the current ones; `pred_original_sample` replaces the prediction, and
+                the step is taken again from it.
+            callback_on_step_end_tensor_inputs: tensors for the callback: "latents" after the step and
+                "pred_original_sample", the clean latents predicted at it, for `decode`; [B*V,4,h,w] float32 each.
             progress_bar: show a progress bar.
+            return_dict: False: return a tuple of one entry, the `images` of the result, or their list.
 
         Returns:
-            The views of the portrait; a list with one entry per portrait if `image` is a list.
+            The views of the portrait; a list if `image` is a list or `num_images_per_prompt` is above 1, all of the
+            first portrait first.
 
         Raises:
             ImageError: an image cannot be read.
@@ -94,8 +107,16 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             ValueError: an argument is out of range, or counts do not agree.
         """
         run = self.prepare(image, cameras, normal_maps, **options)
-        latents = self.denoise(run, callback_on_step_end=callback_on_step_end, progress_bar=progress_bar)
-        return self.finish(run, latents)
+        latents = self.denoise(
+            run,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            progress_bar=progress_bar,
+        )
+        result = self.finish(run, latents)
+        if return_dict:
+            return result
+        return ([output.images for output in result] if isinstance(result, list) else result.images,)
 
     @torch.no_grad()
     def prepare(
@@ -107,13 +128,15 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         num_views: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
-        generator: torch.Generator | int | None = None,
+        generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
+        num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         renders: Any = None,
         strength: float = 1.0,
         eta: float | None = None,
         upsample: str = "auto",
         output_type: str = "pil",
+        matte: bool = False,
     ) -> Run:
         """Validate the arguments of a call and encode all inputs that are constant over its steps.
 
@@ -129,14 +152,16 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
             generator: an integer seed, or a torch.Generator, of which only the initial seed is used. Noise depends only
                 on the seed, the index of the portrait and the index of the view. None: a random seed, stored in `run`.
+                A list: one per portrait, which then gets the views that it gets alone with this generator.
+            num_images_per_prompt: results per portrait, which differ in their noise; B counts each as a portrait.
             latents: initial noise [B*V,4,h,w]; None: drawn from the seed.
             renders: B*V images to add noise to and start from, such as renders of an avatar that is being fitted.
             strength: fraction of the noise schedule that is run on `renders`, over 0 and up to 1.
-            eta: 0 is deterministic, 1 adds as much noise as DDPM. None: the checkpoint's, usually 0.
-            upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one, unless
+                upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one, unless
                 its U-Net has latents of the final size; "bilinear" doubles them by interpolation; "none" does not
                 resize them.
             output_type: "pil", "np", "pt" or "latent".
+            matte: remove the background of portraits without transparency, with rembg; the family's takes its place.
 
         Returns:
             The run, for `denoise`.
@@ -149,12 +174,12 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         eta = family.eta if eta is None else eta
         check_guidance_scale(guidance_scale)
         check_eta(eta)
-        _check_choice("output_type", output_type, OUTPUT_TYPES)
-        _check_choice("upsample", upsample, UPSAMPLE)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("upsample", upsample, UPSAMPLE)
         given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
-        cameras = _cameras(cameras, num_views, family)
-        is_batch, portraits = _portraits(image)
-        rows, seed = len(portraits) * len(cameras), resolve_seed(generator)
+        cameras, solver = resolve_cameras(cameras, num_views, family), self.solver
+        is_batch, portraits = load_portraits(image, num_images_per_prompt, background=family.background, matte=matte)
+        rows, seed = len(portraits) * len(cameras), resolve_seeds(generator, portraits=len(portraits))
         timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
         size = self._latent_size(latents, rows=rows)
         if upsample == "auto" and self.upsampler is not None:
@@ -182,9 +207,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             latents = self._noise(seed, portraits=len(portraits), views=len(cameras), size=size)
         latents = latents.to(self.device, torch.float32)
         if renders is None:
-            latents = latents * self.scheduler.init_noise_sigma
+            latents = latents * solver.init_noise_sigma
         else:
-            latents = self.scheduler.add_noise(self.encode(renders), latents, timesteps[:1].expand(rows))
+            latents = solver.add_noise(self.encode(renders), latents, timesteps[:1].expand(rows))
         return Run(
             latents=latents,
             timesteps=timesteps,
@@ -196,6 +221,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             upsample=upsample,
             output_type=output_type,
             is_batch=is_batch,
+            num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             settings={
                 "strength": strength,
@@ -209,24 +235,29 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         run: Run,
         *,
         callback_on_step_end: Callable[..., dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress_bar: bool = False,
     ) -> Tensor:
         """Run the denoising steps.
 
         Args:
             run: from `prepare`.
-            callback_on_step_end: as for `__call__`.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as for `__call__`.
             progress_bar: show a progress bar.
 
         Returns:
             The denoised latents [B*V,4,h,w] float32, for `finish`.
         """
-        latents, total = run.latents, len(run.timesteps)
-        bar = tqdm(self.steps(run), total=total, disable=not progress_bar, desc=f"{len(latents)} views")
-        for index, (timestep, latents) in enumerate(bar):
-            if callback_on_step_end is not None:
-                _replace(latents, callback_on_step_end(self, index, timestep, {"latents": latents}))
+        callback, latents = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs), run.latents
+        settings = {"desc": f"{len(latents)} views", "total": len(run.timesteps), **self._progress_bar_config}
+        settings["disable"] = settings.get("disable", False) or not progress_bar
+        for _, latents in tqdm(self._steps(run, callback), **settings):  # noqa: B007
+            pass
         return latents
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Set options of tqdm for the progress bars of all runs, such as disable=True or leave=False."""
+        self._progress_bar_config = settings
 
     @torch.no_grad()
     def steps(self, run: Run) -> Iterator[tuple[float, Tensor]]:
@@ -235,14 +266,20 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         Args:
             run: from `prepare`.
         """
-        self.scheduler.set_timesteps(run.num_inference_steps)  # another run may have been prepared meanwhile
-        latents = run.latents
+        yield from self._steps(run, StepCallback())
+
+    def _steps(self, run: Run, callback: StepCallback) -> Iterator[tuple[float, Tensor]]:
+        solver, latents = self.solver, run.latents
+        solver.set_timesteps(run.num_inference_steps)  # another run may have been prepared meanwhile
+        solver.set_begin_index(len(solver.timesteps) - len(run.timesteps))
+        rows = {"portraits": run.num_portraits, "views": run.num_views}
+        generator = view_generators(run.seed, **rows)
         for step, timestep in enumerate(run.timesteps.tolist()):
-            output, noise = predict(self.unet, self.scheduler, run, latents, timestep), None
+            output, noise = predict(self.unet, solver, run, latents, timestep), None
             if run.eta > 0:
-                shape = {"portraits": run.num_portraits, "views": run.num_views, "size": latents.shape[-1]}
-                noise = self._noise(run.seed, **shape, step=step + 1).to(latents.device)
-            latents = self.scheduler.step(output, timestep, latents, eta=run.eta, noise=noise)
+                noise = self._noise(run.seed, **rows, size=latents.shape[-1], step=step + 1).to(latents.device)
+            options = {"eta": run.eta, "noise": noise, "generator": generator}
+            latents = callback.step(self, solver, step, output, timestep, latents, **options)
             yield timestep, latents
 
     @torch.no_grad()
@@ -259,19 +296,19 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         Raises:
             ValueError: the decoded images are not finite.
         """
-        settings = self._settings(run)
         outputs = [
-            MultiViewOutput(self._pictures(part, run.output_type), run.cameras, {**settings, "portrait_index": index})
+            MultiViewOutput(self._pictures(part, run.output_type), run.cameras, self._settings(run, index))
             for index, part in enumerate(self.upsample(run, latents).split(run.num_views))
         ]
+        self.maybe_free_model_hooks()
         return outputs if run.is_batch else outputs[0]
 
-    def _settings(self, run: Run) -> dict[str, Any]:
-        """Collect the parameters for run.json: everything that the views depend on."""
+    def _settings(self, run: Run, index: int) -> dict[str, Any]:
+        """Collect the parameters of one result for run.json: everything that its views depend on."""
         learned = run.upsample == "auto" and self.upsampler is not None
         return {
             **self.origin,
-            "scheduler": self.scheduler.config.to_dict(),
+            "scheduler": dict(self.scheduler.config),
             "upsample": "upsampler" if learned else "none" if run.upsample == "none" else "bilinear",
             "attention_backend": self.attention_backend,
             "device": str(self.device),
@@ -280,13 +317,15 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             "num_views": run.num_views,
             "num_inference_steps": run.num_inference_steps,
             "guidance_scale": run.guidance_scale,
-            "seed": run.seed,
+            "seed": run.seed[index] if isinstance(run.seed, tuple) else run.seed,
             "eta": run.eta,
             "output_type": run.output_type,
             **run.settings,
+            "portrait_index": index // run.num_images_per_prompt,
+            "image_index": index % run.num_images_per_prompt,
         }
 
-    def _noise(self, seed: int, *, portraits: int, views: int, size: int, step: int = 0) -> Tensor:
+    def _noise(self, seed: int | tuple[int, ...], *, portraits: int, views: int, size: int, step: int = 0) -> Tensor:
         shape = (self.vae.config.latent_channels, size, size)
         return view_noise(seed, portraits=portraits, views=views, shape=shape, step=step)
 
@@ -296,11 +335,14 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             raise ValueError(f"strength: expected above 0 to 1, got {strength!r}")
         if strength < 1 and not noised:
             raise ValueError(f"strength: expected 1 without renders, got {strength}")
-        self.scheduler.set_timesteps(num_inference_steps)
+        solver = self.solver
+        solver.set_timesteps(num_inference_steps)
         steps = int(num_inference_steps * strength)
         if steps == 0:
             raise ValueError(f"strength: {strength} of num_inference_steps={num_inference_steps} leaves no step")
-        return self.scheduler.timesteps[num_inference_steps - steps :]
+        begin = (num_inference_steps - steps) * solver.order
+        solver.set_begin_index(begin)
+        return solver.timesteps[begin:]
 
     def _latent_size(self, latents: Tensor | None, *, rows: int) -> int:
         if latents is None:
@@ -369,7 +411,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         """Decode scaled latents [N,4,h,w] to images [N,3,H,W] float32, about in [0,1], not clamped."""
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return torch.cat([self.vae.decode(latent.to(self.dtype)).float() / 2 + 0.5 for latent in latents.split(1)])
+        parts = latents.split(1 if self.vae.use_slicing else max(len(latents), 1))
+        return torch.cat([self.vae.decode(part.to(self.dtype)).float() / 2 + 0.5 for part in parts])
 
     def upsample(self, run: Run, latents: Tensor) -> Tensor:
         """Double the size of latents [B*V,4,h,w] by the run's method; "none" returns them unchanged."""
@@ -391,53 +434,3 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         if output_type == "pt":
             return pictures.clamp(0, 1)
         return imaging.to_pil(pictures) if output_type == "pil" else imaging.to_numpy(pictures)
-
-
-def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-
-
-def _portraits(image: Any) -> tuple[bool, list[PIL.Image.Image]]:
-    """Load the portraits of a call; the first result is True if it got several."""
-    is_batch = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
-    items: Any = image if is_batch else [image]
-    portraits = [imaging.load_image(item) for item in items]
-    if not portraits:
-        raise ValueError("image: expected at least one portrait, got an empty list")
-    return is_batch, portraits
-
-
-def _cameras(cameras: Any, num_views: int | None, family: Family) -> Cameras:
-    """Resolve the cameras of a call: those given, the family's default, or an orbit.
-
-    The number of cameras must agree with num_views, unless that is None or 4.
-    """
-    default = family.default_cameras()
-    if family.fixed_cameras and default is not None:
-        if cameras is not None or num_views not in (None, DEFAULT_VIEWS, len(default)):
-            got = f"num_views={num_views}" if cameras is None else "cameras"
-            raise ValueError(f"{got}: expected neither, because this checkpoint makes its {len(default)} views alone")
-        return default
-    orbit = as_cameras(None, num_views=DEFAULT_VIEWS if num_views is None else num_views)
-    if cameras is None:
-        return default if default is not None and num_views in (None, len(default)) else orbit
-    cameras = as_cameras(cameras, num_views=len(orbit))
-    if num_views not in (None, DEFAULT_VIEWS, len(cameras)):
-        raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
-    return cameras
-
-
-def _replace(latents: Tensor, returned: Any) -> None:
-    """Copy the latents that a callback returned, if any, into the current ones."""
-    if returned is None:
-        return
-    if not isinstance(returned, dict):
-        raise ValueError(f"callback_on_step_end: expected a dict or None, got {type(returned).__name__}")
-    replaced = returned.get("latents")
-    if replaced is None:
-        return
-    if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
-        got = list(replaced.shape) if isinstance(replaced, Tensor) else type(replaced).__name__
-        raise ValueError(f"callback_on_step_end: expected latents of shape {list(latents.shape)}, got {got}")
-    latents.copy_(replaced)

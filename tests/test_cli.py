@@ -118,6 +118,7 @@ def test_a_folder_with_something_in_it_is_left_alone(checkpoint, portrait, tmp_p
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     (out / "thesis.txt").unlink()
     assert generate(*arguments) == 0
+    capsys.readouterr()
     assert "--overwrite" in fails(capsys, *arguments)
     assert generate(*arguments, "--overwrite", "--views", 2) == 0
     assert not (out / "view_002.png").exists()

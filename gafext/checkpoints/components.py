@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gafext.assets import MODEL, NOTICE, CartoonWarning
+from gafext.checkpoints.adapters import PipelineAdapters
 from gafext.checkpoints.folder import load_parts, save_parts
-from gafext.checkpoints.ip_adapter import IPAdapter
-from gafext.checkpoints.lora import merge_lora
+from gafext.checkpoints.memory import default_device
 from gafext.config import UNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.families import family_of
@@ -23,14 +23,15 @@ from gafext.models.int8 import check_move, quantize_transformers, require_suppor
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.ops.backend import check_backend, set_attention_backend
-from gafext.schedulers import Scheduler
+from gafext.schedulers import Scheduler, as_scheduler
 from gafext.upsampler import LatentUpsampler
 from gafext.weights.hub import checkpoint_folder, missing_file_advice
 
 PipelineType = TypeVar("PipelineType", bound="PipelineComponents")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class PipelineComponents:
+class PipelineComponents(PipelineAdapters):
     """Networks and solver of a pipeline; arguments and errors are those of `MultiViewDiffusionPipeline`."""
 
     def __init__(
@@ -38,7 +39,7 @@ class PipelineComponents:
         *,
         unet: MultiViewUNet,
         vae: AutoencoderKL,
-        scheduler: Scheduler,
+        scheduler: Any,
         image_encoder: CLIPVisionEncoder | None = None,
         upsampler: LatentUpsampler | None = None,
         prompt_embeds: Tensor | None = None,
@@ -55,6 +56,21 @@ class PipelineComponents:
         self.origin: dict[str, Any] = {"model": "memory"}
         """Source of the weights, for run.json: the arguments of `from_pretrained` and of the adapters."""
         self._check_parts()
+
+    @property
+    def scheduler(self) -> Any:
+        """The solver: one of gafext's, or any scheduler of diffusers for diffusion models; may be assigned."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        as_scheduler(scheduler)  # raises for what cannot be stepped
+        self._scheduler = scheduler
+
+    @property
+    def solver(self) -> Scheduler:
+        """The scheduler behind the interface of gafext's."""
+        return as_scheduler(self._scheduler)
 
     def _check_parts(self, config: UNetConfig | None = None) -> None:
         """Raise a CheckpointError unless the components fit together; `config` replaces the U-Net's configuration."""
@@ -113,13 +129,15 @@ class PipelineComponents:
         ip_adapter: str | Path | None = None,
         ip_adapter_scale: float = 1.0,
         mv_adapter: str | Path | None = None,
+        torch_dtype: torch.dtype | str | None = None,
     ) -> PipelineType:
         """Load a checkpoint folder: `unet/ vae/ scheduler/`, and optionally `image_encoder/ upsampler/ text_encoder/`.
 
         Args:
             path_or_repo_id: a folder, or a hub id such as "owner/name"; None: the small built-in model.
-            dtype: dtype of the weights; None: float32. "int8": float32 with the U-Net's linear layers in 8-bit
-                integers, faster on CPUs with VNNI, with an error of about 1 % per layer.
+            dtype: dtype of the weights, or its name: "float32", "float16", "bfloat16"; None: float32. "int8": float32
+                with the U-Net's linear layers in 8-bit integers, faster on CPUs with VNNI, with an error of about 1 %
+                per layer.
             device: device of the networks; None: CUDA if available, else MPS, else CPU.
             variant: variant in the names of the weight files, such as "fp16".
             revision: branch, tag or commit of a hub id.
@@ -130,6 +148,7 @@ class PipelineComponents:
             ip_adapter: IP-Adapter file, plain, Plus or full-face; see `load_ip_adapter`.
             ip_adapter_scale: weight of the IP-Adapter's attention.
             mv_adapter: MV-Adapter file (image to multi-view) to add to a stock folder of Stable Diffusion 2.1.
+            torch_dtype: older name of `dtype`, with a FutureWarning.
 
         Returns:
             The pipeline.
@@ -138,13 +157,19 @@ class PipelineComponents:
             CheckpointError: a file is missing or damaged, or the components do not fit together.
             ValueError: an argument is out of range, or this machine does not support the dtype.
         """
+        if torch_dtype is not None:
+            if dtype is not None:
+                raise ValueError("torch_dtype: expected None beside dtype, of which it is the older name")
+            warnings.warn("torch_dtype is an older name: use dtype", FutureWarning, stacklevel=2)
+            dtype = torch_dtype
         device = torch.device(device) if device is not None else default_device()
         quantize = dtype == "int8"
         if quantize:
             require_supported(device)
             dtype = torch.float32
+        dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
         if not isinstance(dtype, torch.dtype | None):
-            raise ValueError(f"dtype: expected a torch.dtype, 'int8' or None, got {dtype!r}")
+            raise ValueError(f"dtype: expected a torch.dtype, None or one of {[*_DTYPES, 'int8']}, got {dtype!r}")
         if path_or_repo_id is None:
             if not (lora is ip_adapter is mv_adapter is variant is revision is subfolder is None):
                 names = "lora, ip_adapter, mv_adapter, variant, revision, subfolder"
@@ -175,39 +200,9 @@ class PipelineComponents:
             quantize_transformers(pipeline.unet)
         return pipeline
 
-    def load_lora_weights(self, file: str | Path, *, scale: float = 1.0) -> None:
-        """Merge a LoRA file into the U-Net: W ← W + scale · alpha/r · up · down.
-
-        Args:
-            file: safetensors file of peft, diffusers or kohya.
-            scale: weight of the updates; -1 reverts a merge with 1, up to rounding.
-
-        Raises:
-            CheckpointError: the file is damaged or does not fit; the U-Net is unchanged.
-            ValueError: the scale is not finite, or the weights are 8-bit integers.
-        """
-        for note in merge_lora(self.unet, file, scale=scale):
-            warnings.warn(note, stacklevel=2)
-        self.origin |= {"lora": str(file), "lora_scale": scale}
-
-    def load_ip_adapter(self, file: str | Path, *, scale: float = 1.0) -> None:
-        """Add an IP-Adapter, plain, Plus or full-face, to a U-Net without attn_ip; it replaces an earlier IP-Adapter.
-
-        Args:
-            file: safetensors file.
-            scale: weight of the attention to the portrait; 0 removes its influence.
-
-        Raises:
-            CheckpointError: the file is damaged or does not fit the U-Net or image encoder; the pipeline is unchanged.
-            ValueError: the U-Net has attn_ip, or the scale is not finite.
-        """
-        adapter = IPAdapter.read(self.unet, file, scale=scale)
-        self._check_parts(adapter.config)
-        adapter.apply(self.unet)
-        self.origin |= {"ip_adapter": str(file), "ip_adapter_scale": scale}
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder that `from_pretrained` reads; `model_index.json` is written last."""
+        self.maybe_free_model_hooks()
         save_parts(self.components, Path(folder))
 
     @property
@@ -230,12 +225,13 @@ class PipelineComponents:
         return self.unet.dtype
 
     def to(self: PipelineType, *args: Any, **kwargs: Any) -> PipelineType:
-        """Move or convert all networks; the arguments are those of `torch.nn.Module.to`.
+        """Move or convert all networks; the arguments are those of `torch.nn.Module.to`. Ends offloading.
 
         Raises:
             ValueError: the weights are 8-bit integers, which support only the CPU and float32 activations.
         """
         check_move(self.unet, *args, **kwargs)
+        self.remove_all_hooks()
         for network in self._networks:
             network.to(*args, **kwargs)
         return self
@@ -250,10 +246,3 @@ class PipelineComponents:
         self.attention_backend = backend
         for network in self._networks:
             set_attention_backend(network, "auto" if network is self.vae and backend == "kernel" else backend)
-
-
-def default_device() -> torch.device:
-    """Return the first available device of CUDA, MPS and CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

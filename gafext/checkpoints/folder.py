@@ -195,7 +195,7 @@ def save_parts(components: Mapping[str, Any], folder: Path) -> None:
         part, index[name] = components[name], [None, None]
         if part is not None:
             part.save_pretrained(folder / name)
-            class_name = part.config.class_name if hasattr(part, "config") else type(part).__name__
+            class_name = getattr(getattr(part, "config", None), "class_name", type(part).__name__)
             index[name] = [library, "MultiViewUNet" if name == "unet" else class_name]
     with replace_whole(folder) as temporary:
         if components["prompt_embeds"] is not None:

@@ -15,10 +15,11 @@ _LEAST_BETA = 2.0**-23  # below it, 1 - beta rounds to 1 in float32: no noise
 
 
 @dataclass(frozen=True)
-class NoiseScheduleConfig(Config):
+class NoiseScheduleConfig(Config, dict[str, Any]):
     """Settings common to all of diffusers' schedulers: the noise schedule of training and the type of prediction.
 
-    From another solver's file only the noise schedule is read; settings specific to that solver are ignored.
+    From another solver's file only the noise schedule is read; settings specific to that solver are ignored. As a dict
+    it is the content of the file, so that `Scheduler.from_config(pipe.scheduler.config)` works with diffusers' classes.
     """
 
     may_be_empty = True
@@ -84,6 +85,7 @@ class NoiseScheduleConfig(Config):
         return cls.solver_defaults[solver] | {key: value for key, value in values.items() if key not in own}
 
     def __post_init__(self) -> None:
+        self.update(self.to_dict())
         for name, known in (
             ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2")),
             ("prediction_type", ("epsilon", "sample", "v_prediction")),

@@ -55,6 +55,7 @@ class PretrainedModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self._compute_device: torch.device | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,7 +63,13 @@ class PretrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """The device that the network computes on, also while its weights rest elsewhere."""
+        return self._compute_device or next(self.parameters()).device
+
+    def compute_on(self, device: torch.device | None) -> None:
+        """Set `device`, for weights that are moved there when they are used; None: where the weights are."""
+        self._compute_device = device
+        self._arrange_weights()
 
     def _apply(self, fn, recurse: bool = True):
         """Apply `fn` to all tensors, as `to`, `cuda` and `half` do, and restore the memory format."""

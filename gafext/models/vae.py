@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gafext.config import SD_VAE, VAEConfig
 from gafext.models.base import PretrainedModel
 from gafext.models.blocks import Conv3x3, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from gafext.models.tiling import tiled
 from gafext.ops import flash_attention
 from gafext.weights.keys import vae_key
 
@@ -147,10 +148,41 @@ class AutoencoderKL(PretrainedModel):
 
     def __init__(self, config: VAEConfig = SD_VAE):
         super().__init__(config)
+        self._tile: int | None = None  # in pixels of the latents
+        self.use_slicing = True
+        """Whether a pipeline decodes one view at a time."""
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.decoder = Decoder(config)
+
+    def enable_slicing(self) -> None:
+        """Let a pipeline decode one view at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Let a pipeline decode all views as one batch."""
+        self.use_slicing = False
+
+    def enable_tiling(self, tile_size: int = 512) -> None:
+        """Encode and decode larger images in tiles, whose overlaps of a quarter or more are blended.
+
+        Each tile is normalised by itself, so that the result differs from that of the whole image.
+
+        Args:
+            tile_size: side in pixels of the image, a multiple of 4 times `config.factor`: 32 in Stable Diffusion.
+
+        Raises:
+            ValueError: the size is not such a multiple.
+        """
+        multiple = 4 * self.config.factor
+        if tile_size <= 0 or tile_size % multiple:
+            raise ValueError(f"tile_size: expected a multiple of {multiple}, got {tile_size}")
+        self._tile = tile_size // self.config.factor
+
+    def disable_tiling(self) -> None:
+        """Encode and decode images as a whole."""
+        self._tile = None
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images to the Gaussian over their latents: q(z|x) = N(mean, exp(logvar)).
@@ -165,7 +197,12 @@ class AutoencoderKL(PretrainedModel):
             ValueError: the shape does not match.
         """
         _require_input("image", image, self.config.in_channels, self.config.factor)
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        factor = self.config.factor
+        if self._tile is None or max(image.shape[2:]) <= self._tile * factor:
+            moments = self.quant_conv(self.encoder(image))
+        else:
+            moments = tiled(lambda part: self.quant_conv(self.encoder(part)), image, tile=self._tile, in_scale=factor)
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -181,4 +218,11 @@ class AutoencoderKL(PretrainedModel):
             ValueError: the shape does not match.
         """
         _require_input("latents", latents, self.config.latent_channels)
-        return self.decoder(self.post_quant_conv(latents))
+        if self._tile is None or max(latents.shape[2:]) <= self._tile:
+            return self.decoder(self.post_quant_conv(latents))
+        return tiled(
+            lambda part: self.decoder(self.post_quant_conv(part)),
+            latents,
+            tile=self._tile,
+            out_scale=self.config.factor,
+        )

@@ -10,6 +10,7 @@ from gafext.schedulers.base import CONFIG_NAME, MAX_STEPS, Scheduler, check_eta
 from gafext.schedulers.ddim import DDIMScheduler
 from gafext.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from gafext.schedulers.euler import EulerDiscreteScheduler
+from gafext.schedulers.external import as_scheduler
 
 __all__ = [
     "CONFIG_NAME",
@@ -19,6 +20,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
     "Scheduler",
+    "as_scheduler",
     "check_eta",
     "scheduler_class",
     "scheduler_from_pretrained",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 import operator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,14 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta: expected 0.0 to 1.0, got {eta!r}")
 
 
+def check_steps(count: Any, most: int) -> int:
+    """Return a number of steps as an int; raise a ValueError unless it is a whole number from 1 to `most`."""
+    whole = hasattr(count, "__index__") and not isinstance(count, bool)
+    if not whole or not 1 <= operator.index(count) <= most:
+        raise ValueError(f"num_inference_steps: expected a whole number from 1 to {most}, got {count!r}")
+    return operator.index(count)
+
+
 def _require_shape(name: str, tensor: Tensor, sample: Tensor) -> None:
     if tensor.shape != sample.shape:
         raise ValueError(f"{name}: expected the sample's shape {list(sample.shape)}, got {list(tensor.shape)}")
@@ -43,6 +53,8 @@ class Scheduler:
     config_class: ClassVar[type[NoiseScheduleConfig]]
     init_noise_sigma: float = 1.0
     """Factor from standard normal noise to the first sample of a run; valid after `set_timesteps`."""
+    order: int = 1
+    """Entries of `timesteps` per step of a run."""
 
     def __init__(self, config: NoiseScheduleConfig):
         self.config = config
@@ -69,9 +81,9 @@ class Scheduler:
             raise CheckpointError(f"{path}: {error}") from None
 
     @classmethod
-    def from_config(cls: type[SchedulerType], config: NoiseScheduleConfig) -> SchedulerType:
-        """Create this solver over the noise schedule of another solver's configuration."""
-        return cls(cls.config_class.from_dict(config.to_dict()))
+    def from_config(cls: type[SchedulerType], config: Mapping[str, Any]) -> SchedulerType:
+        """Create this solver over the noise schedule of another solver's configuration, gafext's or diffusers'."""
+        return cls(cls.config_class.from_dict(dict(config)))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `scheduler_config.json` for diffusers' scheduler of the same name."""
@@ -93,16 +105,15 @@ class Scheduler:
             ValueError: the number is out of range, or the run would start at zero signal, where a prediction of
                 epsilon does not determine the sample.
         """
-        count, most = num_inference_steps, self._most_steps
-        whole = hasattr(count, "__index__") and not isinstance(count, bool)
-        if not whole or not 1 <= operator.index(count) <= most:
-            raise ValueError(f"num_inference_steps: expected a whole number from 1 to {most}, got {count!r}")
-        count = operator.index(count)
+        count = check_steps(num_inference_steps, self._most_steps)
         timesteps = self._plan(count)
         self.num_inference_steps = count
         self.timesteps = timesteps.to(device)
         self._times = timesteps.tolist()  # Python numbers, so that no step waits for a device
         self._indices = {t: index for index, t in reversed(list(enumerate(self._times)))}
+
+    def set_begin_index(self, begin_index: int) -> None:
+        """Start a run at a later entry of `timesteps`; gafext's own solvers find it by the first timestep."""
 
     def _plan(self, count: int) -> Tensor:
         """Return the timesteps [count] of a run, and prepare the solver's own state for it."""
@@ -137,6 +148,7 @@ class Scheduler:
         *,
         eta: float = 0.0,
         noise: Tensor | None = None,
+        generator: list[torch.Generator] | None = None,
     ) -> Tensor:
         """Compute the sample of the next, less noisy timestep from the sample at t.
 
@@ -146,6 +158,7 @@ class Scheduler:
             sample: x_t, any shape; 16-bit dtypes are computed in float32.
             eta: 0 is deterministic, 1 adds as much noise as DDPM.
             noise: standard normal noise, same shape; required if eta is over 0, otherwise ignored.
+            generator: one per row of the sample, for diffusers' schedulers, which draw their own noise; ignored here.
 
         Returns:
             The next sample, same shape and dtype.
@@ -167,6 +180,43 @@ class Scheduler:
     def _advance(self, index: int, model_output: Tensor, sample: Tensor, eta: float, noise: Tensor | None) -> Tensor:
         """Compute a step on validated tensors of one dtype; noise is None at eta 0."""
         raise NotImplementedError
+
+    def pred_original_sample(self, model_output: Tensor, t: int | float | Tensor, sample: Tensor) -> Tensor:
+        """Compute the clean sample x̂_0 that a prediction stands for; to be called before the step at t.
+
+        Args:
+            model_output: the network's prediction at t, same shape as the sample.
+            t: one of `timesteps`.
+            sample: x_t, any shape, floating-point.
+
+        Returns:
+            x̂_0, same shape and dtype.
+        """
+        unit, signal, level = self._unit(t, sample)
+        return schedule.predicted(self.config.prediction_type, model_output, unit, signal, level)[0]
+
+    def model_output_for(self, pred_original_sample: Tensor, t: int | float | Tensor, sample: Tensor) -> Tensor:
+        """Return the model output for which `pred_original_sample` would compute the given clean sample."""
+        unit, signal, level = self._unit(t, sample)
+        return schedule.prediction_of(self.config.prediction_type, pred_original_sample, unit, signal, level)
+
+    def _unit(self, t: int | float | Tensor, sample: Tensor) -> tuple[Tensor, float, float]:
+        """Return a sample scaled to signal² + noise² = 1, and these two factors."""
+        signal, level = (value.item() for value in self._levels(torch.as_tensor([t], device="cpu")))
+        norm = (signal**2 + level**2) ** 0.5
+        return sample / norm, signal / norm, level / norm
+
+    def state(self) -> dict[str, Any]:
+        """Return what a run has changed so far, for `restore`."""
+        return {name: copy.copy(value) for name, value in vars(self._stateful).items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state, to take a step again."""
+        vars(self._stateful).update(state)
+
+    @property
+    def _stateful(self) -> object:
+        return self
 
     def add_noise(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int | float) -> Tensor:
         """Add noise to a clean sample: √ᾱ_t x_0 + √(1 - ᾱ_t) noise; for Euler, x_0 + σ_t noise.

@@ -52,6 +52,11 @@ class DDIMScheduler(Scheduler):
         before = alpha_before.sqrt() * clean + direction * epsilon
         return before if noise is None else before + sigma * noise
 
+    def pred_original_sample(self, model_output: Tensor, t: int | float | Tensor, sample: Tensor) -> Tensor:
+        clean = super().pred_original_sample(model_output, t, sample)
+        limit = self.config.clip_sample_range
+        return clean.clamp(-limit, limit) if self.config.clip_sample else clean
+
     def _alphas(self, t: int) -> tuple[Tensor, Tensor]:
         """Return ᾱ at t and at the next step, as scalars on the CPU, which combine with tensors on any device."""
         assert self.num_inference_steps is not None  # _index requires it

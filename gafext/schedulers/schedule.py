@@ -121,3 +121,13 @@ def predicted(
     if prediction_type == "sample":
         return model_output, (sample - signal * model_output) / noise
     return signal * sample - noise * model_output, signal * model_output + noise * sample
+
+
+def prediction_of(
+    prediction_type: str, clean: Tensor, sample: Tensor, signal: Tensor | float, noise: Tensor | float
+) -> Tensor:
+    """Return the model output from which `predicted` makes x̂_0 = `clean`."""
+    epsilon = (sample - signal * clean) / noise
+    if prediction_type == "epsilon":
+        return epsilon
+    return clean if prediction_type == "sample" else signal * epsilon - noise * clean

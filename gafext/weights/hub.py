@@ -125,3 +125,30 @@ def missing_file_advice(path_or_repo_id: str | Path, folder: Path) -> str:
         f". {folder} is the hub's cache: if the hub was offline (HF_HUB_OFFLINE=1, or no connection), it has only a "
         f"part of {path_or_repo_id}; complete it online with `hf download {path_or_repo_id}`"
     )
+
+
+def checkpoint_file(path_or_repo_id: str | Path, name: str) -> Path:
+    """Return the local path of one file of a folder, or of a hub repository, from which it is downloaded.
+
+    Args:
+        path_or_repo_id: a folder, or "owner/name".
+        name: path of the file in it.
+
+    Raises:
+        CheckpointNotFoundError: the folder, repository or file does not exist, or huggingface_hub is not installed.
+    """
+    path = Path(path_or_repo_id) / name
+    if path.is_file():
+        return path
+    if Path(path_or_repo_id).exists() or not _REPO_ID.fullmatch(str(path_or_repo_id)):
+        raise CheckpointNotFoundError(f"{path}: no such file")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise CheckpointNotFoundError(
+            f"{path}: no such file; as a hub id it needs huggingface_hub (pip install 'gafext[hub]')"
+        ) from None
+    try:
+        return Path(hf_hub_download(str(path_or_repo_id), name))
+    except Exception as error:  # as in checkpoint_folder
+        raise CheckpointNotFoundError(f"{path}: no such file, and the hub says: {error}") from error
