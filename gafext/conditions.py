@@ -104,6 +104,20 @@ class Run:
     def num_portraits(self) -> int:
         return len(self.latents) // self.num_views
 
+    def describe(self, index: int) -> dict[str, Any]:
+        """Return the parameters of the result with this index, for run.json."""
+        return {
+            "num_views": self.num_views,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed[index] if isinstance(self.seed, tuple) else self.seed,
+            "eta": self.eta,
+            "output_type": self.output_type,
+            **self.settings,
+            "portrait_index": index // self.num_images_per_prompt,
+            "image_index": index % self.num_images_per_prompt,
+        }
+
 
 def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor, timestep: float) -> Tensor:
     """Predict the U-Net's output [B*V,4,h,w] float32 for latents of that shape, guided; both passes form one batch."""
@@ -170,7 +184,7 @@ def portrait_labels(
     portraits: Sequence[PIL.Image.Image],
     *,
     views: int,
-    seed: int,
+    seed: int | tuple[int, ...],
 ) -> Tensor:
     """Compute class labels of portraits; those of the V views of a portrait differ in their noise alone.
 
@@ -180,7 +194,7 @@ def portrait_labels(
         scheduler: noise schedule of its embeddings.
         portraits: B images.
         views: V.
-        seed: seed of the noise.
+        seed: seed of the noise, or one per portrait.
 
     Returns:
         [B*V,2D] float32, the view index fastest.

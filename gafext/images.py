@@ -210,8 +210,8 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photo with a depth map or a twin
             warnings.warn(f"{name}: only the first of {getattr(image, 'n_frames', 2)} frames is used", stacklevel=2)
         image.load()
-        profile = image.info.get("icc_profile")
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)  # a copy
+        profile = image.info.pop("icc_profile", None)  # so that it is applied once
         if image.mode == "La":  # premultiplied: Pillow converts it to nothing but LA
             image = image.convert("LA")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert() would clip these at 255

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,14 +32,12 @@ from gafext.conditions import (
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
-from gafext.models.int8 import is_quantized
 from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
 from gafext.schedulers import check_eta
 from gafext.schedulers.callbacks import StepCallback
 from gafext.upsampler import NOISE_STEP
-from gafext.versions import versions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,8 +66,6 @@ class MultiViewDiffusionPipeline(PipelineComponents):
 
     Source: GAF (arXiv 2412.10209) section 3; ImageDream (arXiv 2312.02201) for the dense family.
     """
-
-    _progress_bar_config: Mapping[str, Any] = {}
 
     @torch.no_grad()
     @memory.release_afterwards
@@ -157,7 +153,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             latents: initial noise [B*V,4,h,w]; None: drawn from the seed.
             renders: B*V images to add noise to and start from, such as renders of an avatar that is being fitted.
             strength: fraction of the noise schedule that is run on `renders`, over 0 and up to 1.
-                upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one, unless
+            eta: 0 is deterministic, 1 adds as much noise as DDPM; ignored by diffusers' schedulers without it. None:
+                the checkpoint's, usually 0.
+            upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one, unless
                 its U-Net has latents of the final size; "bilinear" doubles them by interpolation; "none" does not
                 resize them.
             output_type: "pil", "np", "pt" or "latent".
@@ -255,10 +253,6 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             pass
         return latents
 
-    def set_progress_bar_config(self, **settings: Any) -> None:
-        """Set options of tqdm for the progress bars of all runs, such as disable=True or leave=False."""
-        self._progress_bar_config = settings
-
     @torch.no_grad()
     def steps(self, run: Run) -> Iterator[tuple[float, Tensor]]:
         """Yield (timestep, latents [B*V,4,h,w] float32) after each denoising step; latents may be changed in place.
@@ -306,24 +300,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
     def _settings(self, run: Run, index: int) -> dict[str, Any]:
         """Collect the parameters of one result for run.json: everything that its views depend on."""
         learned = run.upsample == "auto" and self.upsampler is not None
-        return {
-            **self.origin,
-            "scheduler": dict(self.scheduler.config),
-            "upsample": "upsampler" if learned else "none" if run.upsample == "none" else "bilinear",
-            "attention_backend": self.attention_backend,
-            "device": str(self.device),
-            "dtype": "int8" if is_quantized(self.unet) else str(self.dtype).removeprefix("torch."),
-            "versions": versions(),
-            "num_views": run.num_views,
-            "num_inference_steps": run.num_inference_steps,
-            "guidance_scale": run.guidance_scale,
-            "seed": run.seed[index] if isinstance(run.seed, tuple) else run.seed,
-            "eta": run.eta,
-            "output_type": run.output_type,
-            **run.settings,
-            "portrait_index": index // run.num_images_per_prompt,
-            "image_index": index % run.num_images_per_prompt,
-        }
+        upsample = "upsampler" if learned else "none" if run.upsample == "none" else "bilinear"
+        return {**self.describe(), "upsample": upsample, **run.describe(index)}
 
     def _noise(self, seed: int | tuple[int, ...], *, portraits: int, views: int, size: int, step: int = 0) -> Tensor:
         shape = (self.vae.config.latent_channels, size, size)
@@ -377,7 +355,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             return None
         return self.encode(imaging.to_square_tensor(portraits, pixels))
 
-    def _portrait_labels(self, portraits: Sequence[PIL.Image.Image], *, views: int, seed: int) -> Tensor | None:
+    def _portrait_labels(
+        self, portraits: Sequence[PIL.Image.Image], *, views: int, seed: int | tuple[int, ...]
+    ) -> Tensor | None:
         """Compute class labels [B*V,pose_dim] of the portraits; None for a family whose labels are of the cameras."""
         if not family_of(self.unet.config).portrait_labels:
             return None

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,3 +224,22 @@ def test_a_fresh_process_with_the_embedded_default(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "a cartoon" in result.stderr and "Traceback" not in result.stderr
     assert Image.open(tmp_path / "views" / "view_001.png").size == (128, 128)
+
+
+def test_matte_and_warnings_about_the_portrait(checkpoint, portrait, tmp_path, capsys, monkeypatch):
+    """rembg is imported before the model is loaded; here it makes everything transparent."""
+    arguments = [portrait, "--model", checkpoint, "--steps", 1, "--views", 2]
+    monkeypatch.setitem(sys.modules, "rembg", None)
+    words = fails(capsys, *arguments[:1], "--model", tmp_path / "nowhere", "--matte", "--out", tmp_path / "none")
+    assert "pip install gafext[matte]" in words and not (tmp_path / "none").exists()
+    assert generate(*arguments, "--out", tmp_path / "busy") == 0
+    assert capsys.readouterr().err.startswith("gafext: image: the background is not plain")
+    cut_out = SimpleNamespace(remove=lambda image: Image.new("RGBA", image.size, (0, 0, 0, 0)))
+    monkeypatch.setitem(sys.modules, "rembg", cut_out)
+    assert generate(*arguments, "--matte", "--out", tmp_path / "matte") == 0
+    assert capsys.readouterr().err == ""
+    white = tmp_path / "white.png"
+    Image.new("RGB", (50, 60), "white").save(white)
+    assert generate(white, *arguments[1:], "--out", tmp_path / "white") == 0
+    first, second = ((tmp_path / name / "view_001.png").read_bytes() for name in ("matte", "white"))
+    assert first == second

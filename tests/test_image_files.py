@@ -80,8 +80,9 @@ def test_a_profile_that_says_srgb_changes_no_bit(tmp_path):
 def test_a_bad_profile_is_ignored_with_a_warning(tmp_path):
     for profile in (b"no profile", display_p3_profile()[:200]):
         Image.new("RGB", (16, 12), SKIN).save(tmp_path / "bad.png", icc_profile=profile)
-        with pytest.warns(UserWarning, match=r"bad.png: its colour profile cannot be used and is ignored"):
-            image = load_image(tmp_path / "bad.png")
+        with pytest.warns(UserWarning, match=r"bad.png: its colour profile cannot be used and is ignored") as caught:
+            image = load_image(read_image(tmp_path / "bad.png"))
+        assert len(caught) == 1
         assert image.getpixel((8, 6)) == SKIN
 
 

@@ -19,12 +19,13 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.image_normalizer import ImageNormalizer
-from gafext.models.int8 import check_move, quantize_transformers, require_supported
+from gafext.models.int8 import check_move, is_quantized, quantize_transformers, require_supported
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.ops.backend import check_backend, set_attention_backend
 from gafext.schedulers import Scheduler, as_scheduler
 from gafext.upsampler import LatentUpsampler
+from gafext.versions import versions
 from gafext.weights.hub import checkpoint_folder, missing_file_advice
 
 PipelineType = TypeVar("PipelineType", bound="PipelineComponents")
@@ -53,6 +54,7 @@ class PipelineComponents(PipelineAdapters):
         self.guidance_scale = guidance_scale
         self.image_normalizer, self.image_noising_scheduler = image_normalizer, image_noising_scheduler
         self.attention_backend = "auto"
+        self._progress_bar_config: dict[str, Any] = {}
         self.origin: dict[str, Any] = {"model": "memory"}
         """Source of the weights, for run.json: the arguments of `from_pretrained` and of the adapters."""
         self._check_parts()
@@ -123,7 +125,7 @@ class PipelineComponents(PipelineAdapters):
         *,
         revision: str | None = None,
         subfolder: str | None = None,
-        scheduler: str | None = None,
+        scheduler: Any = None,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
         ip_adapter: str | Path | None = None,
@@ -142,7 +144,7 @@ class PipelineComponents(PipelineAdapters):
             variant: variant in the names of the weight files, such as "fp16".
             revision: branch, tag or commit of a hub id.
             subfolder: folder inside the path or repository that is the checkpoint.
-            scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
+            scheduler: "ddim", "dpm++" or "euler"; or a scheduler, as the constructor takes; None: the checkpoint's.
             lora: LoRA file to merge; see `load_lora_weights`.
             lora_scale: weight of the LoRA.
             ip_adapter: IP-Adapter file, plain, Plus or full-face; see `load_ip_adapter`.
@@ -179,12 +181,15 @@ class PipelineComponents(PipelineAdapters):
         else:
             folder = checkpoint_folder(path_or_repo_id, revision=revision, variant=variant, subfolder=subfolder)
             origin = {"model": str(path_or_repo_id), "variant": variant, "revision": revision, "subfolder": subfolder}
+        name = scheduler if isinstance(scheduler, str) else None
         options = {"dtype": dtype, "device": device, "variant": variant}
         try:
-            parts = load_parts(folder, **options, scheduler=scheduler, mv_adapter=mv_adapter)
+            parts = load_parts(folder, **options, scheduler=name, mv_adapter=mv_adapter)
         except CheckpointNotFoundError as error:
             advice = "" if path_or_repo_id is None else missing_file_advice(path_or_repo_id, folder)
             raise CheckpointNotFoundError(f"{error}{advice}") from None
+        if scheduler is not None and name is None:
+            parts["scheduler"] = scheduler
         try:
             pipeline = cls(**parts)
             pipeline.origin = origin if mv_adapter is None else {**origin, "mv_adapter": str(mv_adapter)}
@@ -199,6 +204,21 @@ class PipelineComponents(PipelineAdapters):
         if quantize:
             quantize_transformers(pipeline.unet)
         return pipeline
+
+    def describe(self) -> dict[str, Any]:
+        """Return the parameters that every run of this pipeline has, for run.json."""
+        return {
+            **self.origin,
+            "scheduler": dict(self.scheduler.config),
+            "attention_backend": self.attention_backend,
+            "device": str(self.device),
+            "dtype": "int8" if is_quantized(self.unet) else str(self.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Set options of tqdm for the progress bars of all runs, such as disable=True or leave=False."""
+        self._progress_bar_config = settings
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder that `from_pretrained` reads; `model_index.json` is written last."""

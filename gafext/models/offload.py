@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -56,15 +57,15 @@ class Offload:
 
     def _guard(self, part: nn.Module, module: nn.Module, name: str) -> None:
         """Replace a method by one that loads the part first."""
-        method = getattr(module, name)
+        before, method = vars(module).get(name), getattr(type(module), name)
 
         @functools.wraps(method)
-        def guarded(*args, **kwargs):
+        def guarded(own: nn.Module, *args, **kwargs):
             self._load(part)
-            return method(*args, **kwargs)
+            return method(own, *args, **kwargs) if before is None else before(*args, **kwargs)
 
-        self._guarded.append((module, name, vars(module).get(name)))
-        setattr(module, name, guarded)
+        self._guarded.append((module, name, before))
+        setattr(module, name, types.MethodType(guarded, module))  # bound, so that a copy of the module has its own
 
     def _load(self, part: nn.Module) -> None:
         if part is self._loaded:

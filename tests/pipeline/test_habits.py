@@ -146,6 +146,13 @@ def test_any_scheduler_of_diffusers_steps(pipe, name):
     assert max_abs_diff(ours, expected) < 1e-4 * max(1.0, expected.abs().max().item())
 
 
+def test_a_scheduler_of_diffusers_is_an_argument_of_from_pretrained(checkpoint):
+    scheduler = diffusers.LCMScheduler(beta_schedule="scaled_linear")
+    pipe = load(checkpoint, scheduler=scheduler)
+    assert pipe.scheduler is scheduler and pipe.components["scheduler"] is scheduler
+    assert run(pipe).run["scheduler"]["original_inference_steps"] == 50
+
+
 def test_a_scheduler_that_cannot_step_is_refused_at_once(pipe):
     before = pipe.scheduler
     with pytest.raises(ValueError, match="scheduler: expected one of gafext's, or of diffusers'"):
