@@ -26,7 +26,8 @@ from gafext.images import load_images, read_image, remove_background
 from gafext.noise import resolve_seed
 from gafext.ops.backend import BACKENDS
 from gafext.output import VIEW_FILES, MultiViewOutput
-from gafext.pipeline import DEFAULT_VIEWS, UPSAMPLE, MultiViewDiffusionPipeline
+from gafext.conditions import DEFAULT_VIEWS
+from gafext.pipeline import UPSAMPLE, MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, SCHEDULERS, check_eta
 from gafext.versions import versions
 

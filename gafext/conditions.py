@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gafext import images as imaging
 from gafext.cameras import Cameras, as_cameras
+from gafext.config import UNetConfig
 from gafext.families import Family, family_of
 from gafext.guidance import guide
 from gafext.models.clip import CLIPVisionEncoder
@@ -22,6 +23,7 @@ from gafext.models.unet import Conditioning, MultiViewUNet
 from gafext.noise import view_noise
 from gafext.schedulers import Scheduler
 
+DEFAULT_SAMPLE_SIZE = 32
 DEFAULT_VIEWS = 4
 LABEL_STEP = 2**20 + 1
 """Argument `step` of `view_noise` for the noise of class labels; the upsampler's is one less."""
@@ -335,3 +337,17 @@ def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Came
     if num_views not in (None, DEFAULT_VIEWS, len(cameras)):
         raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
     return cameras
+
+
+def latent_size(latents: Tensor | None, *, rows: int, channels: int, config: UNetConfig) -> int:
+    """Return the side of the latents of a call, by default the U-Net's; latents have to be [rows,channels,s,s]."""
+    if latents is None:
+        size = config.sample_size or DEFAULT_SAMPLE_SIZE
+        assert isinstance(size, int)  # UNetConfig refuses a size that is not square
+        return size
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents: expected a tensor, got {type(latents).__name__}")
+    shape = list(latents.shape)
+    if len(shape) != 4 or shape[:2] != [rows, channels] or shape[2] != shape[3] or shape[2] == 0:
+        raise ValueError(f"latents: expected [{rows},{channels},s,s], got {shape}")
+    return shape[2]

@@ -17,12 +17,12 @@ from gafext import images as imaging
 from gafext.cameras import Cameras
 from gafext.checkpoints.components import PipelineComponents
 from gafext.conditions import (
-    DEFAULT_VIEWS,
     ImageTokens,
     Run,
     RunOptions,
     check_choice,
     image_tokens,
+    latent_size,
     load_portraits,
     portrait_labels,
     predict,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
-DEFAULT_SAMPLE_SIZE = 32
 
 
 class MultiViewDiffusionPipeline(PipelineComponents):
@@ -179,7 +178,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         is_batch, portraits = load_portraits(image, num_images_per_prompt, background=family.background, matte=matte)
         rows, seed = len(portraits) * len(cameras), resolve_seeds(generator, portraits=len(portraits))
         timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
-        size = self._latent_size(latents, rows=rows)
+        size = latent_size(latents, rows=rows, channels=self.vae.config.latent_channels, config=self.unet.config)
         if upsample == "auto" and self.upsampler is not None:
             self.upsampler.check_size(size, size)
         elif upsample == "auto" and not family.doubles_latents:
@@ -321,18 +320,6 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         begin = (num_inference_steps - steps) * solver.order
         solver.set_begin_index(begin)
         return solver.timesteps[begin:]
-
-    def _latent_size(self, latents: Tensor | None, *, rows: int) -> int:
-        if latents is None:
-            size = self.unet.config.sample_size or DEFAULT_SAMPLE_SIZE
-            assert isinstance(size, int)  # UNetConfig refuses a size that is not square
-            return size
-        if not isinstance(latents, Tensor):
-            raise ValueError(f"latents: expected a tensor, got {type(latents).__name__}")
-        channels, shape = self.vae.config.latent_channels, list(latents.shape)
-        if len(shape) != 4 or shape[:2] != [rows, channels] or shape[2] != shape[3] or shape[2] == 0:
-            raise ValueError(f"latents: expected [{rows},{channels},s,s], got {shape}")
-        return shape[2]
 
     def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
         """Load or render normal maps [V,3,s,s] in [0,1]; None for a U-Net without normal latents."""

@@ -20,7 +20,9 @@ from gafext.cli import main
 @pytest.fixture
 def portrait(tmp_path):
     path = tmp_path / "portrait.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)).save(path)
+    pixels = np.full((60, 50, 3), 255, np.uint8)
+    pixels[20:, 10:40] = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
     return path
 
 
@@ -119,7 +121,6 @@ def test_a_folder_with_something_in_it_is_left_alone(checkpoint, portrait, tmp_p
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     (out / "thesis.txt").unlink()
     assert generate(*arguments) == 0
-    capsys.readouterr()
     assert "--overwrite" in fails(capsys, *arguments)
     assert generate(*arguments, "--overwrite", "--views", 2) == 0
     assert not (out / "view_002.png").exists()
@@ -226,8 +227,10 @@ def test_a_fresh_process_with_the_embedded_default(tmp_path):
     assert Image.open(tmp_path / "views" / "view_001.png").size == (128, 128)
 
 
-def test_matte_and_warnings_about_the_portrait(checkpoint, portrait, tmp_path, capsys, monkeypatch):
+def test_matte_and_warnings_about_the_portrait(checkpoint, tmp_path, capsys, monkeypatch):
     """rembg is imported before the model is loaded; here it makes everything transparent."""
+    portrait = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)).save(portrait)
     arguments = [portrait, "--model", checkpoint, "--steps", 1, "--views", 2]
     monkeypatch.setitem(sys.modules, "rembg", None)
     words = fails(capsys, *arguments[:1], "--model", tmp_path / "nowhere", "--matte", "--out", tmp_path / "none")

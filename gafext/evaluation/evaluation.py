@@ -13,10 +13,11 @@ from torch import Tensor
 
 from gafext import heads, images
 from gafext.cameras import Cameras, orbit
+from gafext.conditions import DEFAULT_SAMPLE_SIZE
 from gafext.evaluation.measures import consistency, psnr, ssim
 from gafext.heads import Renders
 from gafext.output import MultiViewOutput
-from gafext.pipeline import DEFAULT_SAMPLE_SIZE, MultiViewDiffusionPipeline
+from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.schedulers import scheduler_class
 
 PORTRAIT_AZIMUTH, PORTRAIT_ELEVATION = 25.0, 8.0  # degrees: largest angles of the portraits of held-out heads
