@@ -293,7 +293,7 @@ def _check_early(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"gafext: {message}", file=sys.stderr)
         yield
 

@@ -245,15 +245,18 @@ class PipelineComponents(PipelineAdapters):
         return self.unet.dtype
 
     def to(self: PipelineType, *args: Any, **kwargs: Any) -> PipelineType:
-        """Move or convert all networks; the arguments are those of `torch.nn.Module.to`. Ends offloading.
+        """Move or convert all networks; the arguments are those of `torch.nn.Module.to`. A device ends offloading.
 
         Raises:
             ValueError: the weights are 8-bit integers, which support only the CPU and float32 activations.
         """
         check_move(self.unet, *args, **kwargs)
-        self.remove_all_hooks()
-        for network in self._networks:
-            network.to(*args, **kwargs)
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if device is not None:
+            self.remove_all_hooks()
+        with self._without_offload():
+            for network in self._networks:
+                network.to(*args, **kwargs)
         return self
 
     def set_attention_backend(self, backend: str) -> None:

@@ -1,5 +1,7 @@
 """Weights that rest in main memory: the numbers, where weights are during a run, and after it."""
 
+import copy
+
 import pytest
 import torch
 from helpers import HAS_CUDA, UNET_WEIGHTS
@@ -130,6 +132,32 @@ def test_every_kind_of_unet_block_is_moved_whole(linear, attention):
     assert not uses.seen
     offload.remove()
     assert "forward" not in vars(unet)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_network_runs_itself():
+    unet = MultiViewUNet(multi_view_config(in_channels=4)).eval()
+    given = {"pose": torch.randn(2, 12), "num_views": 2}
+    sample = torch.randn(2, 4, 8, 8)
+    expected = unet(sample, 7, **given)
+    Offload([unet], torch.device("cpu"))
+    twin = copy.deepcopy(unet)
+    twin.conv_out.bias += 1.0
+    assert torch.allclose(twin(sample, 7, **given), expected + 1.0, atol=1e-5)
+    assert torch.equal(unet(sample, 7, **given), expected)
+
+
+def test_another_dtype_goes_on_offloading_and_a_device_ends_it(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.to(torch.bfloat16)
+    assert pipe.dtype == torch.bfloat16
+    with Uses(list(pipe.unet.parameters())) as uses:
+        run(pipe)
+    assert not uses.seen
+    pipe.to("cpu")
+    with Uses(list(pipe.unet.parameters())) as uses:
+        run(pipe)
+    assert uses.seen
 
 
 @pytest.mark.parametrize("enable", ENABLE)
