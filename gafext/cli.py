@@ -21,12 +21,12 @@ from gafext import cameras, ops
 from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
+from gafext.conditions import DEFAULT_VIEWS
 from gafext.guidance import check_guidance_scale
 from gafext.images import load_images, read_image, remove_background
 from gafext.noise import resolve_seed
 from gafext.ops.backend import BACKENDS
 from gafext.output import VIEW_FILES, MultiViewOutput
-from gafext.conditions import DEFAULT_VIEWS
 from gafext.pipeline import UPSAMPLE, MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, SCHEDULERS, check_eta
 from gafext.versions import versions
