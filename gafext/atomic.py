@@ -45,7 +45,7 @@ def whole_folder(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | No
 
     Args:
         folder: an empty folder or one that does not exist yet; its parents are created.
-        replaceable: pattern of file names; a folder that holds only such files is replaced. None: never replace files.
+        replaceable: pattern of paths below the folder; one that holds only such files is replaced. None: never replace.
 
     Raises:
         OutputError: the folder cannot be written; it is unchanged.
@@ -87,13 +87,22 @@ def _check_target(target: Path, replaceable: re.Pattern[str] | None) -> None:
             f"{target}: expected a new or empty folder, got one that holds {_listing(entries)}; pass another "
             "folder, or overwrite (--overwrite)"
         )
-    foreign = [path for path in entries if not (path.is_file() and replaceable and replaceable.fullmatch(path.name))]
+    foreign = [
+        path for path in sorted(target.rglob("*")) if replaceable and not _is_replaceable(path, target, replaceable)
+    ]
     if foreign:
         raise OutputError(
             f"{target}: expected nothing but files that gafext wrote, got {_listing(foreign)}; pass another folder"
         )
     if not os.access(target, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: expected a writable folder, got one without write permission")
+
+
+def _is_replaceable(path: Path, target: Path, replaceable: re.Pattern[str]) -> bool:
+    """Return whether a path below `target` is a file that may be replaced, or a folder that holds something."""
+    if path.is_dir() and not path.is_symlink():
+        return any(path.iterdir())
+    return path.is_file() and replaceable.fullmatch(path.relative_to(target).as_posix()) is not None
 
 
 def _listing(paths: list[Path]) -> str:

@@ -26,7 +26,7 @@ from gafext.guidance import check_guidance_scale
 from gafext.images import load_images, read_image, remove_background
 from gafext.noise import resolve_seed
 from gafext.ops.backend import BACKENDS
-from gafext.output import VIEW_FILES, MultiViewOutput
+from gafext.output import FORMATS, VIEW_FILES, MultiViewOutput
 from gafext.pipeline import UPSAMPLE, MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, SCHEDULERS, check_eta
 from gafext.versions import versions
@@ -102,10 +102,13 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--mv-adapter", metavar="FILE", help="MV-Adapter file (image to multi-view) to add to Stable Diffusion 2.1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
+    add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
+    add("--alpha", action="store_true", help="make the plain background of the views transparent")
     add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4, or the checkpoint's")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
     add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")
-    add("--cameras", metavar="FILE", help="transforms_train.json with the cameras to use instead of an orbit")
+    add("--cameras", metavar="PATH", help="camera file or folder to use instead of an orbit; see the README, Cameras")
+    add("--convention", choices=cameras.CONVENTIONS, help="of --cameras that are bare matrices, with --fov")
     add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
     add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
     add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
@@ -268,9 +271,9 @@ def _cameras(args: argparse.Namespace) -> Cameras | None:
     if args.cameras is None:
         views = cameras.orbit(**{"num_views": DEFAULT_VIEWS, **given})
         return views if given.keys() - {"num_views"} else None
-    if given:
+    if given.keys() - ({"fov"} if args.convention else set()):
         raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")
-    return cameras.read_transforms(args.cameras)
+    return cameras.read_transforms(args.cameras, convention=args.convention, fov=args.fov)
 
 
 def _check_early(args: argparse.Namespace) -> None:
@@ -345,7 +348,7 @@ def _generate(args: argparse.Namespace) -> int:
     assert isinstance(output, MultiViewOutput)  # one portrait, not a list
     command = {**vars(args), "portrait": str(args.portrait or PORTRAIT.name)}
     output.run["command"] = {name: value for name, value in command.items() if value is not None}
-    output.save(args.out, overwrite=args.overwrite)
+    output.save(args.out, overwrite=args.overwrite, formats=args.format, alpha=args.alpha)
     if not args.quiet:
         print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
     return 0

@@ -220,7 +220,7 @@ class Evaluation:
             changes["attn_cv off"] = {"pipe": MultiViewDiffusionPipeline(**changed)}
         if self._takes_normals:
             changes["zero normals"] = {"normals": lambda subject: torch.full_like(subject.views.normals, 0.5)}
-        changes["wrong cameras"] = {"cameras": Cameras(self.cameras.w2c.roll(1, dims=0), self.cameras.fov)}
+        changes["wrong cameras"] = {"cameras": self.cameras.with_poses(self.cameras.w2c.roll(1, dims=0))}
         changes |= {f"{steps} steps": {"num_inference_steps": steps} for steps in STEPS}
         changes |= {f"guidance {scale:g}": {"guidance_scale": scale} for scale in GUIDANCE_SCALES}
         for solver in ("ddim", "dpm++"):

@@ -8,6 +8,7 @@ Only the nearest part of each pixel is shaded. The normal is the gradient g + t 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,15 @@ class Renders(NamedTuple):
 
 
 @torch.no_grad()
-def render(heads: Heads, w2c: Tensor, size: int, *, fov: float = DEFAULT_FOV, supersample: int = 2) -> Renders:
+def render(
+    heads: Heads,
+    w2c: Tensor,
+    size: int,
+    *,
+    fov: float = DEFAULT_FOV,
+    intrinsics: Tensor | None = None,
+    supersample: int = 2,
+) -> Renders:
     """Render heads.
 
     Args:
@@ -42,13 +51,16 @@ def render(heads: Heads, w2c: Tensor, size: int, *, fov: float = DEFAULT_FOV, su
         w2c: [N,V,4,4] world-to-camera matrices, OpenCV axes, or [V,4,4] for all heads.
         size: S, height and width in pixels.
         fov: field of view of all cameras, in degrees.
+        intrinsics: [3,3] of all cameras in pixels, in place of `fov`.
         supersample: rays per pixel along each axis; colour, normal and alpha are their means, depth their minimum.
 
     Returns:
         The images, float32 on the heads' device.
     """
     w2c = w2c.to(heads.centre.device).double().expand(len(heads), -1, 4, 4)
-    rays = _rays(size * supersample, fov, w2c.device)
+    focal, centre = Cameras(torch.eye(4)[None], fov).focal(size), size / 2
+    lens = (focal, focal, centre, centre) if intrinsics is None else intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
+    rays = _rays(size, supersample, lens, w2c.device)
     views = w2c.shape[1]
     at_once = _CPU_VIEWS if w2c.device.type == "cpu" else max(1, 2**30 // (len(PARTS) * rays.shape[1] * 4))
     owner = torch.arange(len(heads), device=w2c.device).repeat_interleave(views)
@@ -61,14 +73,22 @@ def render(heads: Heads, w2c: Tensor, size: int, *, fov: float = DEFAULT_FOV, su
 
 def head_normals(cameras: Cameras, size: int) -> Tensor:
     """Render normal maps of the neutral head, for portraits without normal maps: [V,3,size,size] in [0,1]."""
-    return render(neutral_head(), cameras.w2c, size, fov=cameras.fov).normals[0]
+    head = neutral_head()
+    if cameras.has_fov:
+        return render(head, cameras.w2c, size, fov=cameras.fov).normals[0]
+    views = zip(cameras.w2c, cameras.intrinsics(size), strict=True)
+    return torch.cat([render(head, w2c[None], size, intrinsics=lens).normals[0] for w2c, lens in views])
 
 
-def _rays(size: int, fov: float, device: torch.device) -> Tensor:
-    """Compute the monomials x^2, xy, y^2, x, y, 1 of the rays through the pixel centres: [6,size*size] float32."""
-    focal = Cameras(torch.eye(4)[None], fov).focal(size)
-    offsets = (torch.arange(size, dtype=torch.float64, device=device) + 0.5 - size / 2) / focal
-    y, x = (t.flatten() for t in torch.meshgrid(offsets, offsets, indexing="ij"))
+def _rays(size: int, supersample: int, lens: Sequence[float], device: torch.device) -> Tensor:
+    """Compute the monomials x^2, xy, y^2, x, y, 1 of the rays through the samples of all pixels: [6,samples] float32.
+
+    `lens`: fx, fy, cx, cy in pixels.
+    """
+    count = size * supersample
+    samples = (torch.arange(count, dtype=torch.float64, device=device) + 0.5) / supersample
+    fx, fy, cx, cy = lens
+    y, x = (t.flatten() for t in torch.meshgrid((samples - cy) / fy, (samples - cx) / fx, indexing="ij"))
     return torch.stack([x * x, x * y, y * y, x, y, torch.ones_like(x)]).float()
 
 

