@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import torch
 
@@ -24,6 +25,7 @@ from gafext.cameras import Cameras
 from gafext.conditions import DEFAULT_VIEWS
 from gafext.guidance import check_guidance_scale
 from gafext.images import load_images, read_image, remove_background
+from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
 from gafext.ops.backend import BACKENDS
 from gafext.output import FORMATS, VIEW_FILES, MultiViewOutput
@@ -113,6 +115,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
     add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
     add("--normals", metavar="DIR", help="folder with one normal map per view; default: a neutral head's")
+    add("--mesh", metavar="FILE", help="mesh of the head (.obj, .ply, .glb) to render the normal maps of")
+    add("--mesh-pose", metavar="FILE", help="text file with a 4 x 4 matrix from the mesh's coordinates to the world")
     add("--renders", metavar="DIR", help="folder with one image per view to start from; see --strength")
     add("--strength", type=float, default=1.0, metavar="S", help="fraction of the steps run on the renders; default: 1")
     add(
@@ -264,6 +268,11 @@ def _pictures(folder: str | None, *, count: int | None, name: str) -> list[PIL.I
     return load_images(paths, count=len(paths) if count is None else count, name=name)
 
 
+def _mesh(args: argparse.Namespace) -> Mesh:
+    pose = None if args.mesh_pose is None else np.loadtxt(args.mesh_pose)
+    return load_mesh(args.mesh, pose=pose)
+
+
 def _cameras(args: argparse.Namespace) -> Cameras | None:
     """Return the cameras that the options ask for; None if they leave all but their number to the checkpoint."""
     orbit = {"num_views": args.views, "elevation": args.elevation, "radius": args.radius, "fov": args.fov}
@@ -279,6 +288,9 @@ def _cameras(args: argparse.Namespace) -> Cameras | None:
 def _check_early(args: argparse.Namespace) -> None:
     """Validate the options before the model is loaded, which can take minutes."""
     pairs = {"lora_scale": "lora", "ip_adapter_scale": "ip_adapter", "variant": "model", "subfolder": "model"}
+    pairs["mesh_pose"] = "mesh"
+    if args.mesh is not None and args.normals is not None:
+        raise ValueError("--mesh: expected no --normals beside it, got both")
     for option, needs in pairs.items():
         if getattr(args, option) is not None and getattr(args, needs) is None:
             option, needs = (name.replace("_", "-") for name in (option, needs))
@@ -327,7 +339,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.matte and portrait.mode == "RGB":
         portrait = remove_background(portrait)
     count = args.views if views is None else len(views)
-    normals = _pictures(args.normals, count=count, name="normal_maps")
+    normals = _pictures(args.normals, count=count, name="normal_maps") if args.mesh is None else _mesh(args)
     renders = _pictures(args.renders, count=count, name="renders")
     pipeline = _load(args)
     start = time.monotonic()

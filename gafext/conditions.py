@@ -17,6 +17,7 @@ from gafext.cameras import Cameras, as_cameras
 from gafext.config import UNetConfig
 from gafext.families import Family, family_of
 from gafext.guidance import guide
+from gafext.mesh import Mesh
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.unet import Conditioning, MultiViewUNet
@@ -81,6 +82,7 @@ class Run:
         output_type: "pil", "np", "pt" or "latent".
         is_batch: True if the call got a list of portraits or asked for several results each; it then returns a list.
         num_images_per_prompt: results per portrait; each counts as a portrait everywhere else.
+        mesh: the mesh that the normal maps are of, or None.
         settings: other parameters for run.json.
     """
 
@@ -96,6 +98,7 @@ class Run:
     output_type: str = "pil"
     is_batch: bool = False
     num_images_per_prompt: int = 1
+    mesh: Mesh | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -17,5 +17,9 @@ class CameraError(ValueError):
     """A camera is not a rigid world-to-camera transform."""
 
 
+class MeshError(ValueError):
+    """A mesh cannot be read, has no triangles, or its pose is not a rotation, translation and scale."""
+
+
 class OutputError(OSError):
     """A result cannot be written; no part of it was written."""

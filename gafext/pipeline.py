@@ -33,6 +33,7 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
 from gafext.noise import resolve_seeds, view_generators, view_noise
+from gafext.mesh import Mesh
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
 from gafext.schedulers import check_eta
@@ -140,7 +141,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
                 mode; or a list of portraits.
             cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes and a field of view of 30
                 degrees; None: an orbit of `num_views`, or the cameras that the checkpoint was trained with.
-            normal_maps: V images of camera-space normals, n/2 + 1/2; None: the normals of a neutral head.
+            normal_maps: V images of camera-space normals, n/2 + 1/2; or a `gafext.mesh.Mesh` to render them of; None:
+                the normals of a neutral head.
             num_views: V, if no cameras are given; without the reference frame of ImageDream's family. None: 4, or the
                 views that the checkpoint was trained with.
             num_inference_steps: 1 to 1000.
@@ -219,6 +221,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             output_type=output_type,
             is_batch=is_batch,
             num_images_per_prompt=num_images_per_prompt,
+            mesh=normal_maps if isinstance(normal_maps, Mesh) else None,
             num_inference_steps=num_inference_steps,
             settings={
                 "strength": strength,
@@ -290,7 +293,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             ValueError: the decoded images are not finite.
         """
         outputs = [
-            MultiViewOutput(self._pictures(part, run.output_type), run.cameras, self._settings(run, index))
+            MultiViewOutput(self._pictures(part, run.output_type), run.cameras, self._settings(run, index), run.mesh)
             for index, part in enumerate(self.upsample(run, latents).split(run.num_views))
         ]
         self.maybe_free_model_hooks()
@@ -330,6 +333,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             return None
         if normal_maps is None:
             return head_normals(cameras, pixels)
+        if isinstance(normal_maps, Mesh):
+            return normal_maps.render(cameras, pixels).normals
         return imaging.to_square_tensor(
             imaging.load_images(normal_maps, count=len(cameras), name="normal_maps"), pixels
         )

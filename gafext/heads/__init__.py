@@ -2,4 +2,4 @@
 
 # ruff: noqa: F401  names of the package
 from gafext.heads.identity import TEST_IDENTITIES, TRAIN_IDENTITIES, Heads, make_heads, neutral_head
-from gafext.heads.render import Renders, head_normals, render
+from gafext.heads.render import Renders, head_normals, head_surface, render

@@ -73,11 +73,20 @@ def render(
 
 def head_normals(cameras: Cameras, size: int) -> Tensor:
     """Render normal maps of the neutral head, for portraits without normal maps: [V,3,size,size] in [0,1]."""
+    return head_surface(cameras, size, supersample=2).normals
+
+
+def head_surface(cameras: Cameras, size: int, *, supersample: int = 1) -> Renders:
+    """Render the neutral head from V cameras, which may have intrinsics of their own: [V,...] images."""
     head = neutral_head()
     if cameras.has_fov:
-        return render(head, cameras.w2c, size, fov=cameras.fov).normals[0]
-    views = zip(cameras.w2c, cameras.intrinsics(size), strict=True)
-    return torch.cat([render(head, w2c[None], size, intrinsics=lens).normals[0] for w2c, lens in views])
+        renders = render(head, cameras.w2c, size, fov=cameras.fov, supersample=supersample)
+        return Renders(*(images[0] for images in renders))
+    views = [
+        render(head, w2c[None], size, intrinsics=lens, supersample=supersample)
+        for w2c, lens in zip(cameras.w2c, cameras.intrinsics(size), strict=True)
+    ]
+    return Renders(*(torch.cat(images, dim=1)[0] for images in zip(*views, strict=True)))
 
 
 def _rays(size: int, supersample: int, lens: Sequence[float], device: torch.device) -> Tensor:

@@ -18,9 +18,10 @@ from torch import Tensor
 from gafext.atomic import whole_folder
 from gafext.cameras import Cameras
 from gafext.images import to_pil, to_square_tensor
+from gafext.mesh import Mesh
 from gafext.output.alpha import with_alpha
 from gafext.output.formats import FORMATS, Scene, choose
-from gafext.output.points import neutral_points
+from gafext.output.points import surface_points
 from gafext.weights import write_json
 
 VIEW_FILES = re.compile(
@@ -40,11 +41,13 @@ class MultiViewOutput:
         images: V PIL images; or a [V,H,W,3] float32 array or [V,3,H,W] tensor in [0,1]; or scaled latents [V,4,h,w].
         cameras: V cameras.
         run: all parameters of the run, the seed and the versions.
+        mesh: the mesh that the normal maps are of; None: the neutral head.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
     cameras: Cameras
     run: dict[str, Any] = field(default_factory=dict)
+    mesh: Mesh | None = None
 
     def save(
         self, folder: str | Path, *, overwrite: bool = False, formats: Iterable[str] | None = None, alpha: bool = False
@@ -72,7 +75,7 @@ class MultiViewOutput:
             pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         if isinstance(pictures, Tensor):
             pictures = to_pil(pictures)
-        options = {"overwrite": overwrite, "formats": formats, "alpha": alpha}
+        options = {"overwrite": overwrite, "formats": formats, "alpha": alpha, "mesh": self.mesh}
         return write_views(folder, pictures, self.cameras, self.run, **options)
 
 
@@ -85,6 +88,7 @@ def write_views(
     overwrite: bool = False,
     formats: Iterable[str] | None = None,
     alpha: bool = False,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Write view_000.png ..., contact_sheet.png, run.json and camera files, all or none.
 
@@ -96,6 +100,7 @@ def write_views(
         overwrite: replace a folder that holds only an earlier result.
         formats: as for `MultiViewOutput.save`.
         alpha: as for `MultiViewOutput.save`.
+        mesh: surface of the points; None: the neutral head.
 
     Returns:
         The folder's absolute path.
@@ -123,7 +128,7 @@ def write_views(
                 picture.getchannel("A").save(new / "masks" / name)
         contact_sheet(images).save(new / "contact_sheet.png")
         write_json(new / "run.json", _json_clean(run))
-        scene = Scene(names, cameras, sizes[0][0], neutral_points(pixels, cameras), masks)
+        scene = Scene(names, cameras, sizes[0][0], surface_points(pixels, cameras, mesh), masks)
         for name in chosen:
             FORMATS[name](new, scene)
     return Path(os.path.realpath(folder))

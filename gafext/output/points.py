@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gafext.cameras import Cameras
-from gafext.heads.identity import neutral_head
-from gafext.heads.render import render
+from gafext.heads import head_surface
+from gafext.mesh import Mesh
 
 COUNT = 20_000  # at most; 3DGS itself begins with 100,000 random ones
 _SIZE = 256  # of the depth maps
@@ -25,36 +25,33 @@ class Points(NamedTuple):
     colours: np.ndarray  # [N,3] uint8
 
 
-def neutral_points(images: Tensor, cameras: Cameras, *, count: int = COUNT) -> Points:
-    """Sample the neutral head where the cameras see it, with the colours of the views there.
+def surface_points(images: Tensor, cameras: Cameras, mesh: Mesh | None = None, *, count: int = COUNT) -> Points:
+    """Sample a surface where the cameras see it, with the colours of the views there.
 
     Each point is the surface behind a pixel of one view, so that the view sees it by construction.
 
     Args:
         images: views [V,3,S,S] in [0,1].
         cameras: V cameras.
+        mesh: the surface; None: the neutral head.
         count: number of points, divided evenly over the views.
 
     Returns:
         At most `count` points.
     """
-    lenses = cameras.intrinsics(_SIZE)
+    seen = head_surface(cameras, _SIZE) if mesh is None else mesh.render(cameras, _SIZE, samples=1)
     found = []
-    for view, image in enumerate(images):
-        seen = render(neutral_head(), cameras.w2c[view][None], _SIZE, intrinsics=lenses[view], supersample=1)
-        hit = seen.depth[0, 0, 0].isfinite()
-        rows, columns = hit.nonzero(as_tuple=True)
+    for view, (lens, w2c) in enumerate(zip(cameras.intrinsics(_SIZE), cameras.w2c, strict=True)):
+        rows, columns = seen.depth[view, 0].isfinite().nonzero(as_tuple=True)
         kept = torch.linspace(0, max(0, len(rows) - 1), min(len(rows), count // len(images))).long()
-        pixels = torch.stack([columns[kept], rows[kept]], dim=-1) + 0.5  # [n,2]
-        (fx, _, cx), (_, fy, cy), _ = lenses[view].tolist()
-        rays = torch.cat([(pixels - torch.tensor([cx, cy])) / torch.tensor([fx, fy]), torch.ones(len(kept), 1)], dim=1)
-        depth = seen.depth[0, 0, 0, rows[kept], columns[kept]]
-        rotation, translation = cameras.w2c[view, :3, :3], cameras.w2c[view, :3, 3]
-        positions = (rays * depth[:, None] - translation) @ rotation
-        encoded = seen.normals[0, 0, :, rows[kept], columns[kept]].T * 2 - 1  # axes of the viewer
-        normals = encoded * torch.tensor([1.0, -1.0, -1.0]) @ rotation
-        grid = pixels / _SIZE * 2 - 1
-        colours = torch.nn.functional.grid_sample(image[None], grid[None, None], align_corners=False)[0, :, 0].T
+        rows, columns = rows[kept], columns[kept]
+        pixels = torch.stack([columns, rows], dim=-1) + 0.5  # [n,2]
+        rays = torch.cat([pixels, torch.ones(len(kept), 1)], dim=1) @ torch.linalg.inv(lens).T
+        positions = (rays * seen.depth[view, 0, rows, columns, None] - w2c[:3, 3]) @ w2c[:3, :3]
+        encoded = torch.nn.functional.normalize(seen.normals[view, :, rows, columns].T * 2 - 1, dim=1)
+        normals = encoded * torch.tensor([1.0, -1.0, -1.0]) @ w2c[:3, :3]  # from the viewer's axes
+        grid = (pixels / _SIZE * 2 - 1)[None, None]
+        colours = torch.nn.functional.grid_sample(images[view][None], grid, align_corners=False)[0, :, 0].T
         found.append((positions, normals, colours))
     positions, normals, colours = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return Points(positions.numpy(), normals.numpy(), (colours * 255).round().clamp(0, 255).byte().numpy())

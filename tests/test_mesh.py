@@ -1,0 +1,159 @@
+"""Normal maps of meshes against formulas."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from helpers import max_abs_diff
+from PIL import Image
+
+from gafext.cameras import Cameras, orbit
+from gafext.cli import main
+from gafext.errors import MeshError
+from gafext.mesh import Mesh, load_mesh
+
+CAMERAS = orbit(3, elevation=25, radius=4)
+SIZE = 96
+
+
+def rays(cameras, view, size):
+    """Directions [S,S,3] through the pixels' centres, in camera axes with z = 1."""
+    (fx, _, cx), (_, fy, cy), _ = cameras.intrinsics(size)[view].double()
+    pixels = torch.arange(size).double() + 0.5
+    y, x = torch.meshgrid((pixels - cy) / fy, (pixels - cx) / fx, indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)], dim=-1)
+
+
+def sphere(cameras, view, size, radius=1.0):
+    """The formula: normals [S,S,3] in the viewer's axes, depth [S,S], and where there is a sphere."""
+    directions, centre = rays(cameras, view, size), cameras.w2c[view, :3, 3].double()
+    a, b = directions.square().sum(-1), directions @ centre
+    square = b**2 - a * (centre.square().sum() - radius**2)
+    depth = (b - square.clamp(min=0).sqrt()) / a
+    normals = (directions * depth[..., None] - centre) / radius
+    return normals * torch.tensor([1, -1, -1]), depth, square > 0
+
+
+def angles(encoded, normals):
+    """Degrees between the encoded normals [3,S,S] and the formula's [S,S,3]."""
+    ours = torch.nn.functional.normalize(encoded.double().permute(1, 2, 0) * 2 - 1, dim=-1)
+    return torch.rad2deg((ours * normals).sum(-1).clamp(-1, 1).acos())
+
+
+def assert_within_a_degree(surface, view, normals):
+    covered = surface.alpha[view, 0] == 1
+    assert covered.float().mean() > 0.1
+    assert (angles(surface.normals[view], normals)[covered] < 1).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("name", ["head.obj", "head.ply", "head.glb"])
+def test_a_sphere(tmp_path, name):
+    trimesh.creation.icosphere(subdivisions=4).export(tmp_path / name)
+    surface = load_mesh(tmp_path / name).render(CAMERAS, SIZE)
+    for view in range(3):
+        normals, depth, inside = sphere(CAMERAS, view, SIZE)
+        assert_within_a_degree(surface, view, normals)
+        covered = surface.alpha[view, 0] == 1
+        assert (surface.depth[view, 0][covered] - depth[covered]).abs().median() < 0.01
+        assert (covered != inside).float().mean() < 0.03
+    outside = surface.alpha[:, 0] == 0
+    assert (surface.normals.permute(0, 2, 3, 1)[outside] == 0.5).all() and surface.depth[:, 0][outside].isinf().all()
+
+
+def test_a_cube_has_sharp_edges(tmp_path):
+    trimesh.creation.box((1, 1, 1)).export(tmp_path / "cube.ply")
+    surface = load_mesh(tmp_path / "cube.ply").render(CAMERAS, SIZE)
+    for view in range(3):
+        points = rays(CAMERAS, view, SIZE) * surface.depth[view, 0].double()[..., None]
+        w2c = CAMERAS.w2c[view].double()
+        world = (points - w2c[:3, 3]) @ w2c[:3, :3]
+        face = world.abs().nan_to_num(0).argmax(-1)
+        normals = torch.nn.functional.one_hot(face, 3) * world.gather(-1, face[..., None]).sign()
+        assert_within_a_degree(surface, view, normals.double() @ w2c[:3, :3].T * torch.tensor([1, -1, -1]))
+
+
+def test_the_nearest_surface_is_seen():
+    near, far = trimesh.creation.icosphere(radius=0.3), trimesh.creation.box((2, 2, 0.1))
+    near.apply_translation([0, 0, 1])
+    both = trimesh.util.concatenate([far, near])
+    depth = Mesh(both.vertices, both.faces).render(orbit(1), 33, samples=1).depth[0, 0]
+    assert abs(depth[16, 16] - (4 - 1.3)) < 0.01 and abs(depth[16, 4] - 3.95) < 0.01
+
+
+def test_edges_are_antialiased_and_intrinsics_count():
+    mesh = trimesh.creation.icosphere(subdivisions=3)
+    mesh = Mesh(mesh.vertices, mesh.faces)
+    surface = mesh.render(orbit(1), 64)
+    assert len(surface.alpha.unique()) == 10
+    with pytest.raises(ValueError, match="samples: expected an odd number, .*got 2"):
+        mesh.render(orbit(1), 64, samples=2)
+    focal = orbit(1).focal(64)
+    moved = Cameras(orbit(1).w2c, intrinsics=[[focal, 0, 36], [0, focal, 30], [0, 0, 1]], size=64)
+    assert max_abs_diff(mesh.render(moved, 64).alpha[..., :62, 4:], surface.alpha[..., 2:, :60]) == 0
+
+
+def test_a_pose_moves_turns_and_scales(tmp_path):
+    trimesh.creation.icosphere(subdivisions=4).export(tmp_path / "a.ply")
+    pose = np.diag([0.5, 0.5, 0.5, 1.0])
+    pose[:3, :3] = 0.5 * np.array([[0, 1, 0], [0, 0, 1], [1, 0, 0]])
+    moved = load_mesh(tmp_path / "a.ply", pose=pose).render(orbit(1), SIZE)
+    normals, _, _ = sphere(orbit(1), 0, SIZE, radius=0.5)
+    assert_within_a_degree(moved, 0, normals)
+    shifted = np.eye(4)
+    shifted[0, 3] = 0.5
+    alpha = load_mesh(tmp_path / "a.ply", pose=shifted).render(orbit(1, radius=8), SIZE).alpha[0, 0]
+    assert alpha[:, SIZE // 2 :].sum() > 1.5 * alpha[:, : SIZE // 2].sum()
+
+
+@pytest.mark.parametrize(
+    ("pose", "words"),
+    [
+        (np.eye(3), "pose: expected a 4 x 4 matrix with the last row"),
+        (np.diag([1.0, 2, 1, 1]), "pose: expected a rotation with one scale"),
+        (np.diag([-1.0, 1, 1, 1]), "pose: expected a rotation with one scale"),
+        ("front", "pose: expected a 4 x 4 matrix of numbers"),
+    ],
+)
+def test_poses_that_are_refused(tmp_path, pose, words):
+    trimesh.creation.box().export(tmp_path / "a.ply")
+    with pytest.raises(MeshError, match=words):
+        load_mesh(tmp_path / "a.ply", pose=pose)
+
+
+def test_files_that_are_refused(tmp_path):
+    (tmp_path / "a.obj").write_text("v 0 0 0\n")
+    (tmp_path / "b.ply").write_text("not a mesh")
+    (tmp_path / "c.txt").write_text("")
+    for name in ("a.obj", "b.ply", "c.txt", "missing.obj"):
+        with pytest.raises(MeshError, match=name):
+            load_mesh(tmp_path / name)
+    with pytest.raises(MeshError, match="expected indices of 3 vertices, got 3"):
+        Mesh(np.eye(3), [[0, 1, 3]])
+    with pytest.raises(MeshError, match="finite"):
+        Mesh(np.eye(3) * np.inf, [[0, 1, 2]])
+
+
+def test_without_trimesh_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trimesh", None)
+    with pytest.raises(ImportError, match=r'pip install "gafext\[mesh\]"'):
+        load_mesh(tmp_path / "a.ply")
+
+
+def test_generate_with_a_mesh(checkpoint, tmp_path):
+    """The normal maps are the mesh's, and so are the points."""
+    trimesh.creation.icosphere(subdivisions=3, radius=0.8).export(tmp_path / "head.obj")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "portrait.png")
+    np.savetxt(tmp_path / "pose.txt", np.diag([0.5, 0.5, 0.5, 1]))
+    base = ["generate", tmp_path / "portrait.png", "--model", checkpoint, "--steps", 1, "--views", 2]
+    mesh = ["--mesh", tmp_path / "head.obj", "--mesh-pose", tmp_path / "pose.txt"]
+    for name, options in (("plain", []), ("mesh", mesh)):
+        assert main([str(a) for a in (*base, *options, "--out", tmp_path / name)]) == 0
+    pictures = [(tmp_path / name / "view_000.png").read_bytes() for name in ("plain", "mesh")]
+    assert pictures[0] != pictures[1]
+    points = trimesh.load(tmp_path / "mesh" / "points3d.ply").vertices
+    assert len(points) > 500 and np.abs(np.linalg.norm(points, axis=1) - 0.4).max() < 0.01
+    for options in (["--mesh-pose", tmp_path / "pose.txt"], [*mesh, "--normals", tmp_path]):
+        assert main([str(a) for a in (*base, *options, "--out", tmp_path / "refused")]) == 1
+        assert not (tmp_path / "refused").exists()
