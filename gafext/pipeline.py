@@ -32,8 +32,8 @@ from gafext.conditions import (
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
-from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.mesh import Mesh
+from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
 from gafext.schedulers import check_eta

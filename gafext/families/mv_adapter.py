@@ -23,6 +23,7 @@ class MVAdapter(Family):
     Source: MV-Adapter (arXiv 2412.03632); github.com/huanngzh/MV-Adapter: scripts/inference_i2mv_sd.py.
     """
 
+    background = (127, 127, 127)
     guidance_scale = 3.0
     prompts = ("high quality",)
     negative_prompt = "watermark, ugly, deformed, noisy, blurry, low contrast"

@@ -13,8 +13,8 @@ from gafext.images import to_pil
 from gafext.output import write_views
 
 sys.path.insert(0, str(ROOT / "examples" / "splat"))
-import fit  # noqa: E402
-from gaussians import Gaussians  # noqa: E402
+import fit
+from gaussians import Gaussians
 
 SIZE = 48
 
