@@ -84,7 +84,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
         help="generate views of the head in a portrait",
-        description="Write view_000.png ..., contact_sheet.png, transforms_train.json and run.json into a folder.",
+        description="Write view_000.png ..., contact_sheet.png, run.json and camera files into a folder.",
         epilog=EXIT_CODES,
     )
     add = generate.add_argument
