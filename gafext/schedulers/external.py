@@ -77,25 +77,17 @@ class ExternalScheduler(Scheduler):
     def step(
         self,
         model_output: Tensor,
-        t: int | float | Tensor,
+        t: Any,
         sample: Tensor,
         *,
         eta: float = 0.0,
-        noise: Tensor | None = None,
-        generator: list[torch.Generator] | None = None,
+        noise: Any = None,
+        generator: Any = None,
     ) -> Tensor:
-        """Compute the sample of the next timestep; eta and generator reach the schedulers that have these arguments.
+        """Compute the sample of the next timestep; the arguments are those of `Scheduler.step`.
 
-        Args:
-            model_output: the network's prediction at t, same shape as the sample.
-            t: the next one of `timesteps`.
-            sample: x_t.
-            eta: 0 is deterministic, 1 adds as much noise as DDPM; ignored by schedulers without it, as in diffusers.
-            noise: ignored: the scheduler draws its own.
-            generator: one per row of the sample; None: PyTorch's default generator.
-
-        Returns:
-            The next sample, same shape and dtype.
+        `eta` and `generator` reach the schedulers that have them, as in diffusers. `noise` is ignored: the scheduler
+        draws its own.
         """
         check_eta(eta)
         given = {"eta": eta, "generator": generator}
