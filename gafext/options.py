@@ -1,0 +1,187 @@
+"""Options of the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from gafext import cameras, ops
+from gafext.ops.backend import BACKENDS
+from gafext.output import FORMATS
+from gafext.pipeline import UPSAMPLE
+from gafext.schedulers import SCHEDULERS
+
+EXIT_CODES = "exit codes: 0 success, 1 unusable input, 2 invalid command line, 130 interrupted"
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="gafext", description="Generate several consistent views of a head from one portrait.", epilog=EXIT_CODES
+    )
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_assemble(commands)
+    _add_eval(commands)
+    _add_bench(commands)
+    info = commands.add_parser(
+        "info",
+        help="print versions, devices, instruction set and compiled kernels; or with --model, what a checkpoint is",
+        epilog=EXIT_CODES,
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument(
+        "--model",
+        metavar="PATH",
+        help="describe a folder, file or hub id: parts, dtypes, sizes, what is read and ignored, or why it is refused",
+    )
+    info.add_argument("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
+    info.add_argument("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
+    return result
+
+
+def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
+    """Add the options of every command that runs a pipeline."""
+    add = command.add_argument
+    add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
+    add("--steps", type=int, default=steps, metavar="N", help=f"denoising steps, 1 to 1000; default: {steps}")
+    add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
+    add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
+    add(
+        "--upsample",
+        choices=UPSAMPLE,
+        default="auto",
+        help="double the size of the latents before decoding; default: auto, with the checkpoint's upsampler",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="generate views of the head in a portrait",
+        description="Write view_000.png ..., contact_sheet.png, run.json and camera files into a folder.",
+        epilog=EXIT_CODES,
+    )
+    add = generate.add_argument
+    _add_sampling(generate, steps=50)
+    add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
+    add("--matte", action="store_true", help="remove the portrait's background, with rembg (pip install gafext[matte])")
+    add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
+    add("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
+    add("--lora", metavar="FILE", help="LoRA file to merge into the U-Net")
+    add("--lora-scale", type=float, metavar="S", help="weight of the LoRA; default: 1")
+    add(
+        "--ip-adapter",
+        metavar="FILE",
+        help="IP-Adapter file, plain, Plus or full-face, for a U-Net without image attention",
+    )
+    add("--ip-adapter-scale", type=float, metavar="S", help="weight of the IP-Adapter; default: 1")
+    add("--mv-adapter", metavar="FILE", help="MV-Adapter file (image to multi-view) to add to Stable Diffusion 2.1")
+    add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
+    add("--overwrite", action="store_true", help="replace the result of an earlier run")
+    add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
+    add("--alpha", action="store_true", help="make the plain background of the views transparent")
+    add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4, or the checkpoint's")
+    add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
+    add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")
+    add("--cameras", metavar="PATH", help="camera file or folder to use instead of an orbit; see the README, Cameras")
+    add("--convention", choices=cameras.CONVENTIONS, help="of --cameras that are bare matrices, with --fov")
+    add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
+    add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
+    add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
+    add("--normals", metavar="DIR", help="folder with one normal map per view; default: a neutral head's")
+    add("--mesh", metavar="FILE", help="mesh of the head (.obj, .ply, .glb) to render the normal maps of")
+    add("--mesh-pose", metavar="FILE", help="text file with a 4 x 4 matrix from the mesh's coordinates to the world")
+    add("--renders", metavar="DIR", help="folder with one image per view to start from; see --strength")
+    add("--strength", type=float, default=1.0, metavar="S", help="fraction of the steps run on the renders; default: 1")
+    add(
+        "--dtype",
+        choices=(*_DTYPES, "int8"),
+        default="float32",
+        help="dtype of weights and activations; int8: only the U-Net's linear layers, on a CPU; default: float32",
+    )
+    add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
+
+
+def _add_assemble(commands: argparse._SubParsersAction) -> None:
+    assemble = commands.add_parser(
+        "assemble",
+        help="build a multi-view checkpoint from Stable Diffusion, CLIP and the latent upscaler",
+        description="Write a checkpoint whose new layers (attention across views and to the portrait, camera pose, "
+        "normal latents) have no effect until they are trained: until then, every view is the parent's output.",
+        epilog=EXIT_CODES,
+    )
+    add = assemble.add_argument
+    add(
+        "--parent", required=True, metavar="DIR", help="Stable Diffusion: unet/ vae/ scheduler/, or a .safetensors file"
+    )
+    add("--image-encoder", metavar="DIR", help="CLIP ViT-H/14 as saved by transformers; optional with --mv-adapter")
+    add("--upsampler", metavar="DIR", help="checkpoint folder of the latent upscaler")
+    add("--ip-adapter", metavar="FILE", help="IP-Adapter file to use for image attention instead of new layers")
+    add("--mv-adapter", metavar="FILE", help="MV-Adapter file that belongs to the parent")
+    add("--trained", metavar="FILE", help="state dict of a trained GAF-style U-Net to load into the result")
+    add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers per camera; default: 12")
+    add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
+    add("--dtype", choices=_DTYPES, default="float32", help="dtype of the weights written; default: float32")
+    add("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="compare the speed of gafext's operations and PyTorch's on this machine",
+        description="Time every operation at the shapes of the published networks; implementations take turns. "
+        "Columns: median and quartiles of a call, speed-up of gafext, and the fraction of the rate of a matrix product "
+        "or a copy in the same run.",
+        epilog=EXIT_CODES,
+    )
+    add = bench.add_argument
+    add("--op", choices=ops.__all__, action="append", help="only this operation; may be repeated")
+    add("--shape", metavar="TEXT", action="append", help="only shapes that contain this text; may be repeated")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--dtype", choices=_DTYPES, default="float32", help="default: float32")
+    add("--rounds", type=int, default=11, metavar="N", help="timed rounds per implementation, at least 7; default: 11")
+    add("--threads", type=int, metavar="N", help="threads of PyTorch and gafext; default: PyTorch's setting")
+    add("--quick", action="store_true", help="3 rounds of one call, to check that everything runs and agrees")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time forms with torch.compile, which need a C++ compiler; default: yes",
+    )
+    add("--cold", action="store_true", help="also measure with inputs that are not in a cache")
+    add(
+        "--allocator",
+        choices=("default", "keep", "both"),
+        default="default",
+        help="keep: glibc's malloc keeps large blocks instead of returning them to the kernel; default: default",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="repeat disturbed measurements of a shape for up to S seconds and keep the least disturbed one",
+    )
+    add("--seconds", type=float, metavar="S", help="skip the shapes that have not started after S seconds")
+    add("--compile-seconds", type=float, metavar="S", help="skip torch.compile after it has taken S seconds in total")
+    add("--json", metavar="FILE", help="write the environment and all times to this file")
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure the quality of views of held-out procedural heads",
+        description="Measure PSNR, SSIM and cross-view consistency on heads that the built-in model was not trained "
+        "on, with baselines and ablations.",
+        epilog=EXIT_CODES,
+    )
+    add = evaluate.add_argument
+    _add_sampling(evaluate, steps=25)
+    add("--heads", type=int, default=8, metavar="N", help="number of heads; default: 8")
+    add("--views", type=int, default=4, metavar="V", help="number of views on an orbit; default: 4")
+    add("--ablations", action="store_true", help="also measure with inputs or parts of the network removed or changed")
+    add("--json", metavar="FILE", help="write the numbers to this file")
+    add("--figure", metavar="FILE", help="write an image of portraits, normal maps, generated views and ground truth")
