@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from helpers import ROOT
 
-from gafext.config import SD21_MULTIVIEW_UNET
+from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
 from gafext.models.unet import MultiViewUNet
 
 
@@ -186,3 +187,22 @@ def test_every_kernel_is_sanitized():
     assert sanitize.main("cpu") == 0
     ran = {name.split()[0] for name, _, _ in sanitize.results("cpu", torch.float32)}
     assert ran == {"flash_attention", "cross_view_attention", "geglu_gate", "group_norm_silu"}
+
+
+def test_the_drop_in_race_compares_networks_that_agree(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    race = script("drop_in")
+    sizes = {"block_out_channels": (32, 64), "attention_head_dim": (2, 4), "cross_attention_dim": 1024}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    small = {**sizes, **blocks, "layers_per_block": 1, "use_linear_projection": True}
+    monkeypatch.setattr(race, "diffusers_sd21", lambda _: UNet2DConditionModel(**small))
+    monkeypatch.setattr(race, "SD21_UNET", UNetConfig(**small))
+    arguments = ["drop_in.py", "--batch", "1", "--rounds", "2", "--no-compile", "--json", str(tmp_path / "a.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    race.main()
+    found = json.loads((tmp_path / "a.json").read_text())["unet"]
+    assert list(found) == ["stock", "accelerated", "gafext"]
+    assert all(row["largest_difference"] <= 1e-4 and len(row["seconds"]) == 2 for row in found.values())
