@@ -251,8 +251,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         callback, latents = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs), run.latents
         settings = {"desc": f"{len(latents)} views", "total": len(run.timesteps), **self._progress_bar_config}
         settings["disable"] = settings.get("disable", False) or not progress_bar
-        for _, latents in tqdm(self._steps(run, callback), **settings):  # noqa: B007
-            pass
+        for _, stepped in tqdm(self._steps(run, callback), **settings):
+            latents = stepped
         return latents
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 import trimesh
 from helpers import max_abs_diff
 from PIL import Image
+from plyfile import PlyData
 
 from gafext.cameras import Cameras, orbit
 from gafext.cli import main
@@ -152,7 +153,9 @@ def test_generate_with_a_mesh(checkpoint, tmp_path):
         assert main([str(a) for a in (*base, *options, "--out", tmp_path / name)]) == 0
     pictures = [(tmp_path / name / "view_000.png").read_bytes() for name in ("plain", "mesh")]
     assert pictures[0] != pictures[1]
-    points = trimesh.load(tmp_path / "mesh" / "points3d.ply").vertices
+    vertex = PlyData.read(tmp_path / "mesh" / "points3d.ply")["vertex"]
+    points, normals = (np.stack([vertex[p + axis] for axis in "xyz"], axis=1) for p in ("", "n"))
+    assert ((points * normals).sum(1) / 0.4 > 0.99).mean() > 0.99  # outward
     assert len(points) > 500 and np.abs(np.linalg.norm(points, axis=1) - 0.4).max() < 0.01
     for options in (["--mesh-pose", tmp_path / "pose.txt"], [*mesh, "--normals", tmp_path]):
         assert main([str(a) for a in (*base, *options, "--out", tmp_path / "refused")]) == 1

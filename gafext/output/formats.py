@@ -41,7 +41,7 @@ def _write_3dgs(folder: Path, scene: Scene) -> None:
     # Without evaluation 3DGS trains on the test views too: with all of them there, every view counts alike.
     for split in ("train", "test", "val"):
         write_json(folder / f"transforms_{split}.json", content)
-    write_ply(folder / POINTS, scene.points)
+    _write_points(folder, scene)
 
 
 def splatting_transforms(cameras: Cameras, size: int, names: list[str]) -> dict[str, Any]:
@@ -76,7 +76,12 @@ def _write_nerfstudio(folder: Path, scene: Scene) -> None:
     # No camera_model: Brush does not know "PINHOLE", and nerfstudio's default is one without distortion here.
     content = {**_lens(scene.cameras, scene.size, 0), "ply_file_path": POINTS, "frames": frames}
     write_json(folder / "transforms.json", content)
-    write_ply(folder / POINTS, scene.points)
+    _write_points(folder, scene)
+
+
+def _write_points(folder: Path, scene: Scene) -> None:
+    if not (folder / POINTS).exists():  # two formats share the file
+        write_ply(folder / POINTS, scene.points)
 
 
 def _write_colmap(folder: Path, scene: Scene) -> None:

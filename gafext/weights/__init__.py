@@ -1,6 +1,5 @@
 """Weight files: finding, validating, reading and writing them."""
 
-# ruff: noqa: F401  names of the package
 from gafext.weights.files import (
     available_variant,
     find_weights,
@@ -11,3 +10,20 @@ from gafext.weights.files import (
 )
 from gafext.weights.keys import KeyRule, same_key, unwrapped_rule
 from gafext.weights.store import WeightFile, check_keys, listing, load_into, save_weights
+
+__all__ = [
+    "KeyRule",
+    "WeightFile",
+    "available_variant",
+    "check_keys",
+    "find_weights",
+    "listing",
+    "load_into",
+    "parse_json",
+    "read_json",
+    "require_safetensors",
+    "same_key",
+    "save_weights",
+    "unwrapped_rule",
+    "write_json",
+]

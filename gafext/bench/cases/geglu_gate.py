@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from gafext.bench.cases import geglu
 from gafext.bench.cases.base import Case, Contestant, compiled_form
-from gafext.bench.cases.geglu import shapes  # noqa: F401  the same
 from gafext.ops import geglu_gate
 from gafext.ops.geglu import reference_geglu_gate
+
+shapes = geglu.shapes
 
 
 def case(rows: int, channels: int, where: str, *, compiled: bool, **options: Any) -> Case:
