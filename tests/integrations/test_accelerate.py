@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from helpers import called, max_abs_diff, normal, randomized
 from small_checkpoints import PIPELINES, stock_clip, stock_pipeline, stock_vae, wide_unet
 from torch import nn
@@ -75,6 +76,17 @@ def test_results_have_the_stock_memory_format():
     assert forward(unet).is_contiguous()
     with torch.no_grad():
         assert vae(normal(1, 3, 64, 64)).sample.is_contiguous()
+
+
+@torch.no_grad()
+def test_a_residual_block_keeps_its_settings():
+    """At published values, a wrong eps or a wrong scale of the output would be lost in rounding."""
+    settings = {"eps": 0.5, "output_scale_factor": 2.0, "groups": 4}
+    block = randomized(ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=16, **settings), seed=0).eval()
+    inputs = normal(2, 32, 8, 8), normal(2, 16)
+    stock = block(*inputs)
+    assert gafext.accelerate(block).swapped["ResnetBlock2D"] == 1
+    assert max_abs_diff(block(*inputs), stock) <= 1e-5
 
 
 def test_its_kernels_run():
