@@ -28,7 +28,7 @@ from gafext.images import load_images, read_image, remove_background
 from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
 from gafext.options import parser
-from gafext.output import VIEW_FILES, MultiViewOutput
+from gafext.output import VIEW_FILES, MultiViewOutput, choose_formats
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, check_eta
 from gafext.versions import versions
@@ -106,6 +106,11 @@ def _cameras(args: argparse.Namespace) -> Cameras | None:
     if args.cameras is None:
         views = cameras.orbit(**{"num_views": DEFAULT_VIEWS, **given})
         return views if given.keys() - {"num_views"} else None
+    if args.cameras in cameras.PRESETS:
+        path, known = cameras.PRESETS[args.cameras]
+        if unknown := given.keys() - known or ({"convention"} if args.convention else set()):
+            raise ValueError(f"--cameras {args.cameras}: expected no {', '.join(sorted(unknown))} beside it")
+        return path(**({"num_views": DEFAULT_VIEWS} if "num_views" in known else {}) | given)
     if given.keys() - ({"fov"} if args.convention else set()):
         raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")
     return cameras.read_transforms(args.cameras, convention=args.convention, fov=args.fov)
@@ -161,6 +166,8 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
 def _generate(args: argparse.Namespace) -> int:
     _check_early(args)
     views = _cameras(args)
+    if views is not None:
+        choose_formats(args.format, views)
     portrait = read_image(args.portrait or PORTRAIT)
     if args.matte and portrait.mode == "RGB":
         portrait = remove_background(portrait)

@@ -83,14 +83,19 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
     add("--alpha", action="store_true", help="make the plain background of the views transparent")
-    add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4, or the checkpoint's")
+    add("--views", type=int, metavar="V", help="number of views on the path; default: 4, or the checkpoint's")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
     add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")
-    add("--cameras", metavar="PATH", help="camera file or folder to use instead of an orbit; see the README, Cameras")
+    add(
+        "--cameras",
+        metavar="NAME_OR_PATH",
+        help=f"{', '.join(cameras.PRESETS)}, or a camera file or folder; see docs/cameras.md; default: the "
+        "checkpoint's, usually an orbit",
+    )
     add("--convention", choices=cameras.CONVENTIONS, help="of --cameras that are bare matrices, with --fov")
-    add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
-    add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
-    add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
+    add("--elevation", type=float, metavar="DEG", help="elevation of the path; default: 0")
+    add("--radius", type=float, metavar="R", help="radius of the path; default: 4")
+    add("--fov", type=float, metavar="DEG", help="field of view of the path's cameras; default: 30")
     add("--normals", metavar="DIR", help="folder with one normal map per view; default: a neutral head's")
     add("--mesh", metavar="FILE", help="mesh of the head (.obj, .ply, .glb) to render the normal maps of")
     add("--mesh-pose", metavar="FILE", help="text file with a 4 x 4 matrix from the mesh's coordinates to the world")

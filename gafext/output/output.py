@@ -20,13 +20,14 @@ from gafext.cameras import Cameras
 from gafext.images import to_pil, to_square_tensor
 from gafext.mesh import Mesh
 from gafext.output.alpha import with_alpha
-from gafext.output.formats import FORMATS, Scene, choose
+from gafext.output.formats import FORMATS, Scene, choose_formats
 from gafext.output.points import surface_points
 from gafext.weights import write_json
 
 VIEW_FILES = re.compile(
     r"((images|masks)/)?view_\d{3,}\.png|contact_sheet\.png|run\.json|transforms(_train|_test|_val)?\.json|"
-    r"opencv_cameras\.json|points3d\.ply|sparse/0/(cameras|images|points3D)\.txt"
+    r"opencv_cameras\.json|points3d\.ply|sparse/0/(cameras|images|points3D)\.txt|"
+    r"canonical_flame_param\.npz|flame_param/[^/]+\.npz"
 )
 """Paths of the files that gafext writes into an output folder and may replace."""
 
@@ -115,7 +116,7 @@ def write_views(
         raise ValueError(f"images: expected {len(cameras)}, one per camera, got {len(images)}")
     if len(sizes) != 1 or sizes[0][0] != sizes[0][1]:
         raise ValueError(f"images: expected square images of one size, got {sizes}")
-    chosen = choose(formats, cameras)
+    chosen = choose_formats(formats, cameras)
     pixels = to_square_tensor(images, sizes[0][0])  # [V,3,S,S]
     pictures = [with_alpha(view) for view in pixels] if alpha else images
     names = [f"view_{view:03d}.png" for view in range(len(images))]
