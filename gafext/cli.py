@@ -108,8 +108,10 @@ def _cameras(args: argparse.Namespace) -> Cameras | None:
         return views if given.keys() - {"num_views"} else None
     if args.cameras in cameras.PRESETS:
         path, known = cameras.PRESETS[args.cameras]
-        if unknown := given.keys() - known or ({"convention"} if args.convention else set()):
-            raise ValueError(f"--cameras {args.cameras}: expected no {', '.join(sorted(unknown))} beside it")
+        flags = {*(given.keys() - known), *(["convention"] if args.convention else [])}
+        if flags:
+            names = ", ".join(sorted(f"--{name.removeprefix('num_')}" for name in flags))
+            raise ValueError(f"--cameras {args.cameras}: expected no {names} beside it")
         return path(**({"num_views": DEFAULT_VIEWS} if "num_views" in known else {}) | given)
     if given.keys() - ({"fov"} if args.convention else set()):
         raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")

@@ -147,14 +147,6 @@ def lenses(tmp_path):
     return cameras, write_views(tmp_path / "views", pictures, cameras, {})
 
 
-@pytest.mark.parametrize("source", ["transforms.json", "opencv_cameras.json", "sparse/0"])
-def test_intrinsics_per_view(tmp_path, source):
-    cameras, folder = lenses(tmp_path)
-    again = read_transforms(folder / source)
-    assert max_abs_diff(again.w2c, cameras.w2c) < 1e-6
-    assert max_abs_diff(again.intrinsics(64), cameras.intrinsics(64)) < 1e-4
-
-
 def test_a_format_that_cannot_hold_the_cameras_is_left_out_or_refused(tmp_path):
     cameras, folder = lenses(tmp_path)
     assert not (folder / "transforms_train.json").exists()
