@@ -19,7 +19,7 @@ from gafext.errors import MeshError
 _CREASE = 45.0  # degrees between faces beyond which an edge stays sharp, as in the smooth shading of modelling programs
 _FACES_AT_ONCE = 2**16
 _LITTLE, _ALL = 0.03, 0.97  # shares of a picture that no head has; the neutral head on the default orbit has 0.37
-HEAD_HEIGHT = 1.8  # of the neutral head with its neck, in world units
+HEAD_HEIGHT = 1.6  # of the neutral head with its neck, in world units; from chin to crown it is 1.3
 
 
 class Surface(NamedTuple):

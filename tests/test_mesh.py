@@ -170,8 +170,8 @@ def ellipsoid(height, place=(0, 0, 0)):
 @pytest.mark.parametrize(
     ("height", "words"),
     [
-        (0.28, r"mesh: expected 3% to 97% of each picture covered, got 1.*% of view 0. It is 0.28 units .*about 6.4\)"),
-        (280, r"got 100.0% of view 0. It is 280 units .*\(--mesh-pose, pose=; a scale of about 0.0064\)"),
+        (0.28, r"mesh: expected 3% to 97% of each picture covered, got 1.*% of view 0. It is 0.28 units .*about 5.7\)"),
+        (280, r"got 100.0% of view 0. It is 280 units .*\(--mesh-pose, pose=; a scale of about 0.0057\)"),
     ],
 )
 def test_a_head_in_metres_or_millimetres_is_named(height, words):
