@@ -98,7 +98,8 @@ def main() -> None:
         with torch.no_grad():
             renders = [gaussians.render(w2c, lens, size) for w2c, lens in zip(cameras.w2c, lenses, strict=True)]
         rows = torch.cat([torch.cat(list(row), dim=2) for row in (views, torch.stack(renders).clamp(0, 1))], dim=1)
-        Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy()).save(args.figure)
+        picture = Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy())
+        picture.quantize(128).save(args.figure, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":
