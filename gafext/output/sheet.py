@@ -38,10 +38,11 @@ def contact_sheet(images: Sequence[Image.Image], cameras: Cameras | None = None)
 def _labels(cameras: Cameras, width: int) -> list[Image.Image]:
     """Draw one line of text per camera, in short form if `width` is too small for the long one."""
     font, labels = ImageFont.load_default(_FONT), []
-    for view, (azimuth, elevation) in enumerate(angles(cameras)):
-        text = f"view {view}: azimuth {azimuth:.0f}°, elevation {elevation + 0.0:.0f}°"
+    for view, degrees in enumerate(angles(cameras)):
+        azimuth, elevation = map(round, degrees)
+        text = f"view {view}: azimuth {azimuth}°, elevation {elevation}°"
         if font.getlength(text) > width:
-            text = f"{view}: {azimuth:.0f}°, {elevation:.0f}°"
+            text = f"{view}: {azimuth}°, {elevation}°"
         label = Image.new("RGB", (width, _LABEL), "white")
         ImageDraw.Draw(label).text((width / 2, _LABEL / 2), text, fill="black", font=font, anchor="mm")
         labels.append(label)
