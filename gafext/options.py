@@ -87,7 +87,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--turntable",
         choices=TURNTABLES,
         default="webp",
-        help="film of the views; mp4 needs ffmpeg (pip install imageio-ffmpeg); default: webp",
+        help="film of the views; mp4 needs ffmpeg (pip install gafext[mp4]); default: webp",
     )
     add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4, or the checkpoint's")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")

@@ -15,7 +15,7 @@ _OPTIONS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftsha
 def chromium() -> Iterator:
     """Start the Chromium that is installed; skip the test with the reason where there is none."""
     api = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install playwright)")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     if found is None:
         pytest.skip("no Chromium on PATH (apt-get install chromium)")
     with api.sync_playwright() as playwright:

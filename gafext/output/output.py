@@ -72,7 +72,7 @@ class MultiViewOutput:
             formats: programs to write camera files for, of `gafext.output.FORMATS`; None: all that can describe the
                 cameras.
             alpha: make the plain background of the views transparent, and write masks.
-            turntable: kind of film of the views: "webp"; "mp4", which needs imageio-ffmpeg or ffmpeg; or "none".
+            turntable: kind of film of the views: "webp"; "mp4", which needs ffmpeg; or "none".
 
         Returns:
             The folder's absolute path.

@@ -29,8 +29,7 @@ def check_turntable(kind: str) -> None:
         raise ValueError(f"turntable: expected one of {', '.join(TURNTABLES)}, got {kind!r}")
     if kind == "mp4" and _encoder() is None:
         raise ValueError(
-            "turntable: expected an encoder for mp4, got none; pip install imageio-ffmpeg, put ffmpeg on PATH, or "
-            "choose webp"
+            "turntable: expected an encoder for mp4, got none: pip install gafext[mp4], put ffmpeg on PATH, or choose webp"
         )
 
 

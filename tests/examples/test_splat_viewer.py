@@ -16,6 +16,7 @@ from gafext.images import to_pil
 from gafext.output import write_viewer, write_views
 
 sys.path.insert(0, str(ROOT / "examples" / "splat"))
+import fit
 from gaussians import Gaussians, read_points
 
 SIZE = 256
@@ -78,3 +79,15 @@ def test_every_view_has_its_own_lens(page, views, tmp_path):
     assert_shows(page, gaussians, cameras, 0, slice(0, -8), slice(16, None))  # the rest is beyond the canvas
     page.keyboard.press("ArrowRight")
     assert_shows(page, gaussians, cameras, 1)
+
+
+def test_the_example_adds_what_it_fitted_unless_cameras_are_swapped(page, views, tmp_path, monkeypatch):
+    small = [view.resize((32, 32)) for view in views]
+    folder = write_views(tmp_path / "views", small, orbit(3, elevation=25, azimuth_start=30), {})
+    for options in (["--swap"], []):
+        arguments = [folder, tmp_path / "head.ply", "--steps", 1, "--gaussians", 50, *options]
+        monkeypatch.setattr(sys, "argv", ["fit.py", *map(str, arguments)])
+        fit.main()
+        page.goto((folder / "index.html").as_uri())
+        assert page.is_visible("#splat") == (not options)
+    page.wait_for_selector("#splat[data-state=drawn]", timeout=60_000)
