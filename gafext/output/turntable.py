@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ def check_turntable(kind: str) -> None:
         raise ValueError(f"turntable: expected one of {', '.join(TURNTABLES)}, got {kind!r}")
     if kind == "mp4" and _encoder() is None:
         raise ValueError(
-            "turntable: expected an encoder for mp4, got none: pip install gafext[mp4], put ffmpeg on PATH, or choose webp"
+            "turntable: expected an encoder for mp4, got none: pip install gafext[mp4], put ffmpeg on PATH, or "
+            "choose webp"
         )
 
 
@@ -66,11 +67,10 @@ def write_turntable(folder: Path, images: Sequence[Image.Image], cameras: Camera
 
 def _encoder() -> str | None:
     """Return the path of ffmpeg: imageio-ffmpeg's, or the one on PATH."""
-    if importlib.util.find_spec("imageio_ffmpeg"):
-        import imageio_ffmpeg
-
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    return shutil.which("ffmpeg")
+    try:
+        return importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    except ImportError:
+        return shutil.which("ffmpeg")
 
 
 def _write_mp4(path: Path, frames: list[Image.Image], seconds: float) -> None:

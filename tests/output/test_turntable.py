@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -67,8 +68,13 @@ def no_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
 
 
-def test_mp4_is_encoded_by_ffmpeg(tmp_path, monkeypatch, no_package):
-    monkeypatch.setenv("PATH", encoder(tmp_path / "bin", KEEP), prepend=os.pathsep)
+@pytest.mark.parametrize("found", ["on PATH", "in a package"])
+def test_mp4_is_encoded_by_ffmpeg(tmp_path, monkeypatch, found):
+    path = encoder(tmp_path / "bin", KEEP)
+    package = types.SimpleNamespace(get_ffmpeg_exe=lambda: f"{path}/ffmpeg") if found == "in a package" else None
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", package)
+    if package is None:
+        monkeypatch.setenv("PATH", path, prepend=os.pathsep)
     folder = write(tmp_path / "views", arc(3), size=33, turntable="mp4")
     arguments, _, pixels = (folder / "turntable.mp4").read_bytes().partition(b"|")
     assert b"'-s', '32x32', '-r', '2.0000'" in arguments and b"yuv420p" in arguments  # no odd sizes
