@@ -1,4 +1,4 @@
-"""The output folder: views, contact sheet, parameters and camera files, written completely or not at all."""
+"""The output folder: views, a page to look at them, parameters and camera files, written completely or not at all."""
 
 from __future__ import annotations
 
