@@ -28,7 +28,7 @@ from gafext.images import load_images, read_image, remove_background
 from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
 from gafext.options import parser
-from gafext.output import VIEW_FILES, MultiViewOutput, choose_formats
+from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_formats
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, check_eta
 from gafext.versions import versions
@@ -134,6 +134,7 @@ def _check_early(args: argparse.Namespace) -> None:
     if args.eta is not None:
         check_eta(args.eta)
     resolve_seed(args.seed)
+    check_turntable(args.turntable)
     if not 1 <= args.steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
 
@@ -195,7 +196,8 @@ def _generate(args: argparse.Namespace) -> int:
     assert isinstance(output, MultiViewOutput)  # one portrait, not a list
     command = {**vars(args), "portrait": str(args.portrait or PORTRAIT.name)}
     output.run["command"] = {name: value for name, value in command.items() if value is not None}
-    output.save(args.out, overwrite=args.overwrite, formats=args.format, alpha=args.alpha)
+    options = {"overwrite": args.overwrite, "formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
+    output.save(args.out, **options)
     if not args.quiet:
         print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
     return 0

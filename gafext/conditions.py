@@ -77,11 +77,13 @@ class Run:
         cameras: V cameras.
         guidance_scale: 1.0 to 20.0.
         seed: seed of all noise, or one per portrait.
+        portraits: B portraits, RGB of any size.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
         output_type: "pil", "np", "pt" or "latent".
         is_batch: True if the call got a list of portraits or asked for several results each; it then returns a list.
         num_images_per_prompt: results per portrait; each counts as a portrait everywhere else.
+        normal_maps: V pictures of the normal maps, or None for a U-Net without them.
         mesh: the mesh that the normal maps are of, or None.
         settings: other parameters for run.json.
     """
@@ -93,11 +95,13 @@ class Run:
     cameras: Cameras
     guidance_scale: float
     seed: int | tuple[int, ...]
+    portraits: Sequence[PIL.Image.Image]
     eta: float = 0.0
     upsample: str = "auto"
     output_type: str = "pil"
     is_batch: bool = False
     num_images_per_prompt: int = 1
+    normal_maps: list[PIL.Image.Image] | None = None
     mesh: Mesh | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ import argparse
 
 from gafext import cameras, ops
 from gafext.ops.backend import BACKENDS
-from gafext.output import FORMATS
+from gafext.output import FORMATS, TURNTABLES
 from gafext.pipeline import UPSAMPLE
 from gafext.schedulers import SCHEDULERS
 
@@ -61,7 +61,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
         help="generate views of the head in a portrait",
-        description="Write view_000.png ..., contact_sheet.png, run.json and camera files into a folder.",
+        description="Write view_000.png ..., index.html to look at them, run.json and camera files into a folder.",
         epilog=EXIT_CODES,
     )
     add = generate.add_argument
@@ -83,6 +83,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
     add("--alpha", action="store_true", help="make the plain background of the views transparent")
+    add(
+        "--turntable",
+        choices=TURNTABLES,
+        default="webp",
+        help="film of the views; mp4 needs ffmpeg (pip install gafext[mp4]); default: webp",
+    )
     add("--views", type=int, metavar="V", help="number of views on the path; default: 4, or the checkpoint's")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
     add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")

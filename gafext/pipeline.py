@@ -217,11 +217,13 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             cameras=cameras,
             guidance_scale=guidance_scale,
             seed=seed,
+            portraits=portraits,
             eta=eta,
             upsample=upsample,
             output_type=output_type,
             is_batch=is_batch,
             num_images_per_prompt=num_images_per_prompt,
+            normal_maps=None if normals is None else imaging.to_pil(normals),
             mesh=normal_maps if isinstance(normal_maps, Mesh) else None,
             num_inference_steps=num_inference_steps,
             settings={
@@ -294,7 +296,14 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             ValueError: the decoded images are not finite.
         """
         outputs = [
-            MultiViewOutput(self._pictures(part, run.output_type), run.cameras, self._settings(run, index), run.mesh)
+            MultiViewOutput(
+                self._pictures(part, run.output_type),
+                run.cameras,
+                self._settings(run, index),
+                mesh=run.mesh,
+                portrait=run.portraits[index],
+                normal_maps=run.normal_maps,
+            )
             for index, part in enumerate(self.upsample(run, latents).split(run.num_views))
         ]
         self.maybe_free_model_hooks()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gafext.cameras import Cameras, read_transforms
 from gafext.images import load_image, to_square_tensor
+from gafext.output import write_viewer
 
 
 def read_views(folder: Path, size: int | None) -> tuple[Tensor, Cameras]:
@@ -93,6 +94,8 @@ def main() -> None:
     gaussians, score = fit(views, cameras, points, **options)
     print(f"PSNR of {'held-out' if args.hold_out else 'all'} views: {score:.2f} dB")
     gaussians.save(args.ply)
+    if not args.swap:
+        write_viewer(args.views, splat=args.ply)
     if args.figure:
         lenses, size = cameras.intrinsics(views.shape[-1]), views.shape[-1]
         with torch.no_grad():
