@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-import importlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -41,16 +41,10 @@ class Frame(NamedTuple):
     archive: Path | None = None
 
 
-def require_gradio() -> Any:
-    """Import and return gradio.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module("gradio")
-    except ImportError:
-        raise ValueError('demo: expected gradio, which is not installed: pip install "gafext[demo]"') from None
+def require_gradio() -> None:
+    """Raise a ValueError unless gradio is installed; it is imported later, once `serve` has set its folder."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError('demo: expected gradio, which is not installed: pip install "gafext[demo]"')
 
 
 def frames(
@@ -94,7 +88,7 @@ def page(pipelines: Mapping[str, Any]) -> Any:
     Returns:
         A `gradio.Blocks`, with a queue that runs one call at a time.
     """
-    gradio, names = require_gradio(), list(pipelines)
+    gradio, names = importlib.import_module("gradio"), list(pipelines)
     running = threading.Lock()  # Gradio starts the next call while a cancelled one is still within a step
 
     def show(portrait: str | None) -> Any:
@@ -124,19 +118,19 @@ def page(pipelines: Mapping[str, Any]) -> Any:
         gradio.Markdown("# gafext\nOne portrait in, several consistent views of the same head out.")
         with gradio.Row():
             with gradio.Column(scale=1):
-                portrait = gradio.File(label="Portrait", height=120)
-                preview = gradio.Image(str(PORTRAIT), show_label=False, interactive=False, height=256, buttons=[])
+                portrait = gradio.File(label="Portrait", height=100)
+                preview = gradio.Image(str(PORTRAIT), show_label=False, interactive=False, height=180, buttons=[])
                 model = gradio.Dropdown(names, value=names[0], label="Model")
                 views = gradio.Slider(1, _MAX_VIEWS, value=4, step=1, precision=0, label="Views")
                 steps = gradio.Slider(1, _MAX_STEPS, value=50, step=1, precision=0, label="Steps")
                 guidance = gradio.Slider(1, 20, value=default_guidance(names[0]), step=0.1, label="Guidance")
                 seed = gradio.Number(0, precision=0, minimum=0, label="Seed")
                 random = gradio.Checkbox(label="Random seed")
+                with gradio.Row():  # on this side messages do not cover them
+                    start = gradio.Button("Generate", variant="primary", min_width=80)
+                    stop = gradio.Button("Stop", min_width=80)
+                download = gradio.DownloadButton("Download .zip", interactive=False)
             with gradio.Column(scale=3):
-                with gradio.Row():
-                    start = gradio.Button("Generate", variant="primary")
-                    stop = gradio.Button("Stop")
-                    download = gradio.DownloadButton("Download .zip", interactive=False)
                 bar = gradio.HTML()
                 gallery = gradio.Gallery(show_label=False, format="jpeg", columns=4, buttons=["fullscreen"])
         portrait.change(show, portrait, preview, api_visibility="private")
@@ -170,7 +164,10 @@ def serve(pipelines: Mapping[str, Any], *, host: str, port: int, max_upload: flo
         options = {"share": False, "run_history": False, "enable_monitoring": False, "mcp_server": False}
         options |= {"ssr_mode": False, "inline": False, "prevent_thread_lock": True, "quiet": True, "footer_links": []}
         try:
-            blocks.launch(server_name=host, server_port=port, max_file_size=int(max_upload * 2**20), **options)
+            try:
+                blocks.launch(server_name=host, server_port=port, max_file_size=int(max_upload * 2**20), **options)
+            except OSError:
+                raise OSError(f"{host}:{port}: cannot be listened on; pass another --host or --port") from None
             print(f"gafext demo: {blocks.local_url} (Ctrl+C ends it)", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
