@@ -1,4 +1,4 @@
-"""The command line: `gafext generate`, `assemble`, `eval`, `bench` and `info`."""
+"""The command line: `gafext generate`, `demo`, `assemble`, `eval`, `bench` and `info`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
 from gafext.conditions import DEFAULT_VIEWS
+from gafext.families import family_name
 from gafext.guidance import check_guidance_scale
 from gafext.images import load_images, read_image, remove_background
 from gafext.mesh import Mesh, load_mesh
@@ -203,6 +204,23 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+@_warnings_in_one_line()
+def _demo(args: argparse.Namespace) -> int:
+    from gafext.integrations.demo import require_gradio, serve
+
+    require_gradio()
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port: expected 1 to 65535, got {args.port}")
+    if not args.max_upload > 0:
+        raise ValueError(f"--max-upload: expected a number of megabytes above 0, got {args.max_upload}")
+    pipelines = {}
+    for model in args.model or [None]:
+        pipeline = MultiViewDiffusionPipeline.from_pretrained(model, args.dtype, _device(args.device))
+        pipelines[f"{family_name(pipeline.unet.config)}: {model or 'built-in'}"] = pipeline
+    serve(pipelines, host=args.host, port=args.port, max_upload=args.max_upload)
+    return 0
+
+
 def _device(name: str | None) -> torch.device | None:
     if name is None:
         return None
@@ -250,6 +268,16 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+_COMMANDS = {
+    "generate": _generate,
+    "demo": _demo,
+    "assemble": _assemble,
+    "eval": _eval,
+    "bench": _bench,
+    "info": _info,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors in the input print one line on stderr, not a traceback.
 
@@ -258,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        commands = {"generate": _generate, "assemble": _assemble, "eval": _eval, "bench": _bench, "info": _info}
-        return commands[args.command](args)
+        return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print("gafext: interrupted; nothing was written", file=sys.stderr)
         return 130

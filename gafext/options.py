@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_demo(commands)
     _add_assemble(commands)
     _add_eval(commands)
     _add_bench(commands)
@@ -114,6 +115,28 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="dtype of weights and activations; int8: only the U-Net's linear layers, on a CPU; default: float32",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="serve a web page to upload a portrait to and download the views from",
+        description="Serve a web page on this machine: upload a portrait, watch the views being denoised, download the "
+        "folder that generate writes. One run at a time; others wait. Needs gradio (pip install gafext[demo]).",
+        epilog=EXIT_CODES,
+    )
+    add = demo.add_argument
+    add(
+        "--model",
+        action="append",
+        metavar="DIR",
+        help="checkpoint folder or hub id to choose from; may be repeated; default: the small built-in model",
+    )
+    add("--host", default="127.0.0.1", metavar="NAME", help="address to listen on; default: 127.0.0.1, this machine")
+    add("--port", type=int, default=7860, metavar="N", help="port to listen on; default: 7860")
+    add("--max-upload", type=float, default=10, metavar="MB", help="largest portrait file, in megabytes; default: 10")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add("--dtype", choices=(*_DTYPES, "int8"), default="float32", help="as of generate; default: float32")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
