@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +143,9 @@ def choose_formats(names: Iterable[str] | None, cameras: Cameras) -> list[str]:
     flame = cameras.tracking is not None and cameras.tracking.has_flame
     if names is None:
         names = [name for name in FORMATS if not unsupported_reason(name, cameras) and not (flame and name == "colmap")]
+        if flame and "3dgs" not in names:
+            reason = unsupported_reason("3dgs", cameras)
+            warnings.warn(f"format {reason}: FLAME's parameters are not handed on", stacklevel=1)
     names = list(dict.fromkeys(names))
     for name in names:
         if name not in FORMATS:

@@ -99,6 +99,15 @@ def test_save_hands_flame_on(export, tmp_path):
     assert (named / "sparse" / "0").is_dir() and not (named / "flame_param").exists()
 
 
+def test_a_lens_that_3dgs_cannot_describe_loses_flame_with_a_warning(export, tmp_path):
+    shutil.copytree(export, tmp_path / "export")
+    edit_json(tmp_path / "export" / "transforms.json", lambda v: [frame.update(cx=60.0) for frame in v["frames"]])
+    cameras = read_transforms(tmp_path / "export")
+    with pytest.warns(UserWarning, match="3dgs: expected .* in the middle, .*FLAME's parameters are not handed on"):
+        folder = write_views(tmp_path / "views", [Image.new("RGB", (32, 32))] * 4, cameras, {})
+    assert (folder / "transforms.json").is_file() and not (folder / "flame_param").exists()
+
+
 def test_without_flame_the_indices_are_kept(export, tmp_path):
     shutil.copy(export / "transforms.json", tmp_path)
     edit_json(tmp_path / "transforms.json", lambda v: [frame.pop("flame_param_path") for frame in v["frames"]])
