@@ -118,7 +118,7 @@ def page(pipelines: Mapping[str, Any]) -> Any:
         gradio.Markdown("# gafext\nOne portrait in, several consistent views of the same head out.")
         with gradio.Row():
             with gradio.Column(scale=1):
-                portrait = gradio.File(label="Portrait", height=100)
+                portrait = gradio.File(label="Portrait", height=140)
                 preview = gradio.Image(str(PORTRAIT), show_label=False, interactive=False, height=180, buttons=[])
                 model = gradio.Dropdown(names, value=names[0], label="Model")
                 views = gradio.Slider(1, _MAX_VIEWS, value=4, step=1, precision=0, label="Views")
