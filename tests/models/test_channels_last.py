@@ -1,6 +1,7 @@
-"""Channels-last memory, which the networks work in on CUDA: it must reach every GroupNorm, or its kernel cannot serve.
+"""Channels-last memory, which the networks work in on CUDA and on the CPU: it must reach every GroupNorm, or its kernel cannot serve.
 
-The layout alone is tested here, on the CPU, where convolutions follow the format of their weights, too.
+The layout alone is tested here, on the CPU, where convolutions follow the format of their weights, too, and where the
+3×3 ones make channels-last of any.
 """
 
 import pytest
@@ -69,7 +70,7 @@ def test_channels_last_reaches_every_norm(make, config, run, monkeypatch):
     assert max_abs_diff(run(network), expected) < 1e-4 * expected.abs().max()
     norms = sum(isinstance(module, GroupNorm) for module in network.modules())
     assert len(reasons) == norms >= 8
-    assert {tuple(why) for why in reasons.values()} == {("the kernel is for CUDA, got cpu tensors",)}
+    assert {tuple(why) for why in reasons.values()} == {()}
 
     monkeypatch.undo()
     network.to("cpu")
