@@ -4,9 +4,8 @@
 //           the squared distances from it, which are added to the moments of each channel (Chan, Golub and LeVeque,
 //           "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"). So a large mean costs no
 //           digits of the variance.
-// Chunks    of positions, of 64 KB or 8 positions. Each folds the moments of its channels into those of its groups; the
-//           image's are added up in float64. Chunks depend on sizes alone: the bits are the same on any number of
-//           threads.
+// Chunks    of 16384 elements, or 8 positions, fold the moments of their channels into those of their groups. An image
+//           adds them up in float64. Chunks depend on sizes alone: the bits are the same on any number of threads.
 // Threads   take whole images where those are enough, the last chunk written first, because the caches still hold it;
 //           otherwise chunks of all images, for the moments and then for the result.
 #include "../ops/group_norm_silu.h"
@@ -16,14 +15,17 @@
 namespace gafext::GAFEXT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 8;  // positions
-constexpr int64_t kChunkBytes = 65536;
-constexpr int64_t kAhead = 128;  // elements
+constexpr int64_t kBlock = 8;      // positions
+constexpr int64_t kChunk = 16384;  // elements
+
+// Elements ahead that are prefetched for the result: 1.1 to 1.3 times as fast without SiLU where x exceeds the L2 cache.
+constexpr int64_t kAhead = 128;
 
 // Of positions and channels: the mean, and the sum of the squared distances from it.
 struct Moments {
   double mean, square;
 };
+constexpr int64_t kMomentsFloats = sizeof(Moments) / sizeof(float);
 
 // The sum of a power of two of vectors, which it overwrites.
 template <int kCount>
@@ -69,6 +71,7 @@ GAFEXT_INLINE float sum_of(const float* from, int64_t count, const Value& value)
   return sum_in(sum) + rest;
 }
 
+// y / (1 + exp(-y))
 GAFEXT_INLINE Vec silu_of(Vec y) {
   const Vec exponent = y * -kLog2E;
   return y / (1.0f + exp2_of(exponent > 128.0f ? broadcast(128.0f) : exponent));
@@ -79,12 +82,12 @@ class Norm {
  public:
   explicit Norm(const GroupNormSiluArgs& args) : args_(args) {
     padded_ = round_up(args.channels, kLanes) + kLanes;
-    positions_ = max_of(kBlock, kChunkBytes / static_cast<int64_t>(sizeof(float)) / args.channels / kBlock * kBlock);
+    positions_ = max_of(kBlock, kChunk / args.channels / kBlock * kBlock);
     chunks_ = ceil_div(args.positions, positions_);
-    const int64_t moments = 2 * args.batch * chunks_ * args.groups * static_cast<int64_t>(sizeof(double) / sizeof(float));
-    of_threads_ = scratch(moments + 2 * padded_ * (max_threads() + args.batch + 1));
+    const int64_t moments = args.batch * chunks_ * args.groups;
+    of_threads_ = scratch(moments * kMomentsFloats + padded_ * (2 * max_threads() + 3 * args.batch + 2));
     of_images_ = of_threads_ + 2 * padded_ * max_threads();
-    weight_ = of_images_ + 2 * padded_ * args.batch;
+    weight_ = of_images_ + 3 * padded_ * args.batch;
     moments_ = reinterpret_cast<Moments*>(weight_ + 2 * padded_);
     const auto widen = [&](const void* from, float* to, float otherwise) {
       if (from != nullptr) return copy_row(to, static_cast<const T*>(from), args.channels);
@@ -118,10 +121,11 @@ class Norm {
     }
   }
 
-  // The factor and the summand of every channel. A group's last vector reaches into the next group, which comes after.
+  // Of every channel: the mean as a float32, the factor, and the summand with what the mean has beyond float32. A
+  // group's last vector reaches into the next group, which comes after.
   void take_scales(int64_t image) const {
     const int64_t width = args_.channels / args_.groups;
-    float *scales = of_images_ + image * 2 * padded_, *shifts = scales + padded_;
+    float *means = of_images_ + image * 3 * padded_, *scales = means + padded_, *shifts = scales + padded_;
     for (int64_t g = 0; g < args_.groups; ++g) {
       const Moments all = moments_of(image, g);
       const double variance = all.square / static_cast<double>(args_.positions * width);
@@ -129,8 +133,9 @@ class Norm {
       const auto mean = static_cast<float>(all.mean), rest = static_cast<float>(all.mean - mean);
       for (int64_t c = g * width; c < (g + 1) * width; c += kLanes) {
         const Vec scale = load(weight_ + c) * rstd;
+        store(means + c, broadcast(mean));
         store(scales + c, scale);
-        store(shifts + c, load(weight_ + padded_ + c) - mean * scale - rest * scale);
+        store(shifts + c, load(weight_ + padded_ + c) - rest * scale);
       }
     }
   }
@@ -162,7 +167,10 @@ class Norm {
   template <typename Activation>
   GAFEXT_INLINE void write_as(int64_t image, int64_t chunk, const Activation& activation) const {
     const int64_t channels = args_.channels, first = chunk * positions_;
-    const float *scale = of_images_ + image * 2 * padded_, *shift = scale + padded_;
+    const float *mean = of_images_ + image * 3 * padded_, *scale = mean + padded_, *shift = scale + padded_;
+    const auto normalized = [&](Vec values, int64_t c) {
+      return activation((values - load(mean + c)) * load(scale + c) + load(shift + c));
+    };
     for (int64_t p = first; p < first + count_of(chunk); ++p) {
       const T* x = position(image, p);
       T* out = static_cast<T*>(args_.out) + (image * args_.positions + p) * channels;
@@ -170,17 +178,18 @@ class Norm {
       for (; c + kLanes <= channels; c += kLanes) {
         __builtin_prefetch(x + c + kAhead);
         prefetch_to_write(out + c + kAhead);
-        store(out + c, activation(load(x + c) * load(scale + c) + load(shift + c)));
+        store(out + c, normalized(load(x + c), c));
       }
       if (const int64_t rest = channels - c; rest > 0) {
-        store_first(out + c, activation(load_first(x + c, rest) * load(scale + c) + load(shift + c)), rest);
+        store_first(out + c, normalized(load_first(x + c, rest), c), rest);
       }
     }
   }
 
   const GroupNormSiluArgs& args_;
   int64_t padded_, positions_, chunks_;  // channels, and more than a vector; positions of a chunk
-  float *of_threads_, *of_images_;       // [2, padded_] each: moments of channels; factors and summands
+  float* of_threads_;                    // [2, padded_] each: moments of channels
+  float* of_images_;                     // [3, padded_] each: means, factors, summands of channels
   float* weight_;                        // [2, padded_]: weight, bias
   Moments* moments_;                     // [batch, chunks_, groups]
 };
@@ -199,9 +208,8 @@ void group_norm_silu(const GroupNormSiluArgs& args) {
         for (int64_t chunk = chunks; chunk-- > 0;) norm.write(image, chunk);
       });
     } else {
-      parallel_for(args.batch * chunks, [&](int64_t thread, int64_t unit) {
-        norm.take_moments(thread, unit / chunks, unit % chunks);
-      });
+      parallel_for(args.batch * chunks,
+                   [&](int64_t thread, int64_t unit) { norm.take_moments(thread, unit / chunks, unit % chunks); });
       parallel_for(args.batch, [&](int64_t, int64_t image) { norm.take_scales(image); });
       parallel_for(args.batch * chunks, [&](int64_t, int64_t unit) { norm.write(unit / chunks, unit % chunks); });
     }

@@ -1,7 +1,6 @@
-"""Channels-last memory, which the networks work in on CUDA and on the CPU: it must reach every GroupNorm, or its kernel cannot serve.
+"""Channels-last memory must reach every GroupNorm, or its kernel cannot serve: on CUDA the networks work in it.
 
-The layout alone is tested here, on the CPU, where convolutions follow the format of their weights, too, and where the
-3×3 ones make channels-last of any.
+The layout alone is tested here, on the CPU, where convolutions follow the format of their weights, too.
 """
 
 import pytest
