@@ -1,4 +1,4 @@
-"""The command line: `gafext generate`, `assemble`, `eval`, `bench` and `info`."""
+"""The command line: `gafext generate`, `demo`, `assemble`, `eval`, `bench` and `info`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
 from gafext.conditions import DEFAULT_VIEWS
+from gafext.families import family_name
 from gafext.guidance import check_guidance_scale
 from gafext.images import load_images, read_image, remove_background
 from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
 from gafext.options import parser
-from gafext.output import VIEW_FILES, MultiViewOutput
+from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_formats
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, check_eta
 from gafext.versions import versions
@@ -106,6 +107,13 @@ def _cameras(args: argparse.Namespace) -> Cameras | None:
     if args.cameras is None:
         views = cameras.orbit(**{"num_views": DEFAULT_VIEWS, **given})
         return views if given.keys() - {"num_views"} else None
+    if args.cameras in cameras.PRESETS:
+        path, known = cameras.PRESETS[args.cameras]
+        flags = {*(given.keys() - known), *(["convention"] if args.convention else [])}
+        if flags:
+            names = ", ".join(sorted(f"--{name.removeprefix('num_')}" for name in flags))
+            raise ValueError(f"--cameras {args.cameras}: expected no {names} beside it")
+        return path(**({"num_views": DEFAULT_VIEWS} if "num_views" in known else {}) | given)
     if given.keys() - ({"fov"} if args.convention else set()):
         raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")
     return cameras.read_transforms(args.cameras, convention=args.convention, fov=args.fov)
@@ -127,6 +135,7 @@ def _check_early(args: argparse.Namespace) -> None:
     if args.eta is not None:
         check_eta(args.eta)
     resolve_seed(args.seed)
+    check_turntable(args.turntable)
     if not 1 <= args.steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
 
@@ -161,6 +170,8 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
 def _generate(args: argparse.Namespace) -> int:
     _check_early(args)
     views = _cameras(args)
+    if views is not None:
+        choose_formats(args.format, views)
     portrait = read_image(args.portrait or PORTRAIT)
     if args.matte and portrait.mode == "RGB":
         portrait = remove_background(portrait)
@@ -186,9 +197,27 @@ def _generate(args: argparse.Namespace) -> int:
     assert isinstance(output, MultiViewOutput)  # one portrait, not a list
     command = {**vars(args), "portrait": str(args.portrait or PORTRAIT.name)}
     output.run["command"] = {name: value for name, value in command.items() if value is not None}
-    output.save(args.out, overwrite=args.overwrite, formats=args.format, alpha=args.alpha)
+    options = {"overwrite": args.overwrite, "formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
+    output.save(args.out, **options)
     if not args.quiet:
         print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
+    return 0
+
+
+@_warnings_in_one_line()
+def _demo(args: argparse.Namespace) -> int:
+    from gafext.integrations.demo import require_gradio, serve
+
+    require_gradio()
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port: expected 1 to 65535, got {args.port}")
+    if not args.max_upload > 0:
+        raise ValueError(f"--max-upload: expected a number of megabytes above 0, got {args.max_upload}")
+    pipelines = {}
+    for model in args.model or [None]:
+        pipeline = MultiViewDiffusionPipeline.from_pretrained(model, args.dtype, _device(args.device))
+        pipelines[f"{family_name(pipeline.unet.config)}: {model or 'built-in'}"] = pipeline
+    serve(pipelines, host=args.host, port=args.port, max_upload=args.max_upload)
     return 0
 
 
@@ -239,6 +268,16 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+_COMMANDS = {
+    "generate": _generate,
+    "demo": _demo,
+    "assemble": _assemble,
+    "eval": _eval,
+    "bench": _bench,
+    "info": _info,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors in the input print one line on stderr, not a traceback.
 
@@ -247,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        commands = {"generate": _generate, "assemble": _assemble, "eval": _eval, "bench": _bench, "info": _info}
-        return commands[args.command](args)
+        return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print("gafext: interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -77,11 +77,13 @@ class Run:
         cameras: V cameras.
         guidance_scale: 1.0 to 20.0.
         seed: seed of all noise, or one per portrait.
+        portraits: B portraits, RGB of any size.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
         output_type: "pil", "np", "pt" or "latent".
         is_batch: True if the call got a list of portraits or asked for several results each; it then returns a list.
         num_images_per_prompt: results per portrait; each counts as a portrait everywhere else.
+        normal_maps: V pictures of the normal maps, or None for a U-Net without them.
         mesh: the mesh that the normal maps are of, or None.
         settings: other parameters for run.json.
     """
@@ -93,11 +95,13 @@ class Run:
     cameras: Cameras
     guidance_scale: float
     seed: int | tuple[int, ...]
+    portraits: Sequence[PIL.Image.Image]
     eta: float = 0.0
     upsample: str = "auto"
     output_type: str = "pil"
     is_batch: bool = False
     num_images_per_prompt: int = 1
+    normal_maps: list[PIL.Image.Image] | None = None
     mesh: Mesh | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -329,8 +333,9 @@ def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Came
     """
     default = family.default_cameras()
     if family.fixed_cameras and default is not None:
-        if cameras is not None or num_views not in (None, DEFAULT_VIEWS, len(default)):
-            got = f"num_views={num_views}" if cameras is None else "cameras"
+        others = cameras is not None and not _see_alike(as_cameras(cameras, num_views=len(default)), default)
+        if others or num_views not in (None, DEFAULT_VIEWS, len(default)):
+            got = "other cameras" if others else f"num_views={num_views}"
             raise ValueError(f"{got}: expected neither, because this checkpoint makes its {len(default)} views alone")
         return default
     orbit = as_cameras(None, num_views=DEFAULT_VIEWS if num_views is None else num_views)
@@ -340,6 +345,11 @@ def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Came
     if num_views not in (None, DEFAULT_VIEWS, len(cameras)):
         raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
     return cameras
+
+
+def _see_alike(left: Cameras, right: Cameras) -> bool:
+    pairs = ((left.w2c, right.w2c), (left.intrinsics(1), right.intrinsics(1)))
+    return len(left) == len(right) and all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
 def latent_size(latents: Tensor | None, *, rows: int, channels: int, config: UNetConfig) -> int:

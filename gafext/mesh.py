@@ -5,6 +5,7 @@ trimesh reads the file, and Intel's Embree, through embreex, casts the rays: `pi
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from gafext.errors import MeshError
 
 _CREASE = 45.0  # degrees between faces beyond which an edge stays sharp, as in the smooth shading of modelling programs
 _FACES_AT_ONCE = 2**16
+_LITTLE, _ALL = 0.03, 0.97  # shares of a picture that no head has; the neutral head on the default orbit has 0.37
+HEAD_HEIGHT = 1.6  # of the neutral head with its neck, in world units; from chin to crown it is 1.3
 
 
 class Surface(NamedTuple):
@@ -97,6 +100,31 @@ class Mesh:
             *(torch.from_numpy(np.stack(image)).float().permute(0, 3, 1, 2) for image in zip(*views, strict=True))
         )
 
+    def normal_maps(self, cameras: Cameras, size: int) -> Tensor:
+        """Render normal maps [V,3,size,size] as `render` does, of views that see the mesh.
+
+        Raises:
+            MeshError: a view sees nothing of the mesh.
+            ImportError: trimesh or embreex is not installed.
+
+        Warns:
+            UserWarning: a view sees the mesh very small, or nothing else.
+        """
+        normals = self.render(cameras, size).normals
+        if reason := unusual_coverage(normals):
+            corners = self.vertices[self.faces].reshape(-1, 3)
+            low, high = corners.min(0), corners.max(0)
+            middle, extent = ((low + high) / 2).round(3).tolist(), (high - low).max()
+            advice = (
+                f"mesh: {reason}. It is {extent:.3g} units across with its middle at {middle}; the neutral head is "
+                f"{HEAD_HEIGHT} high, its middle near the origin. Scale and move the mesh (--mesh-pose, pose=; a scale "
+                f"of about {HEAD_HEIGHT / extent:.2g}), or choose other cameras (--cameras, --radius)"
+            )
+            if (normals == 0.5).flatten(1).all(1).any():
+                raise MeshError(advice)
+            warnings.warn(advice, stacklevel=2)
+        return normals
+
     def _trace(self, caster: Any, w2c: np.ndarray, lens: np.ndarray, size: int, samples: int):
         """Cast n² rays per pixel of one view: unit normals [S,S,n²,3] of the viewer, hits and depths [S,S,n²]."""
         (fx, _, cx), (_, fy, cy), _ = lens
@@ -127,6 +155,14 @@ class Mesh:
         u, v = (from_first * p).sum(1) * scale, (rays * q).sum(1) * scale
         weights = np.stack([1 - u - v, u, v], axis=1).clip(0, 1)  # Embree decides in float32
         return weights, (across * q).sum(1) * scale
+
+
+def unusual_coverage(normals: Tensor) -> str:
+    """Say which of the normal maps [V,3,S,S] shows almost nothing of a head, or nothing else; empty if none does."""
+    for view, share in enumerate((normals != 0.5).any(1).float().mean((1, 2)).tolist()):
+        if not _LITTLE <= share <= _ALL:
+            return f"expected {_LITTLE:.0%} to {_ALL:.0%} of each picture covered, got {share:.1%} of view {view}"
+    return ""
 
 
 def load_mesh(path: str | Path, *, pose: Any = None) -> Mesh:

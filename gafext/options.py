@@ -6,7 +6,7 @@ import argparse
 
 from gafext import cameras, ops
 from gafext.ops.backend import BACKENDS
-from gafext.output import FORMATS
+from gafext.output import FORMATS, TURNTABLES
 from gafext.pipeline import UPSAMPLE
 from gafext.schedulers import SCHEDULERS
 
@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_demo(commands)
     _add_assemble(commands)
     _add_eval(commands)
     _add_bench(commands)
@@ -61,7 +62,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
         help="generate views of the head in a portrait",
-        description="Write view_000.png ..., contact_sheet.png, run.json and camera files into a folder.",
+        description="Write view_000.png ..., index.html to look at them, run.json and camera files into a folder.",
         epilog=EXIT_CODES,
     )
     add = generate.add_argument
@@ -83,14 +84,25 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
     add("--alpha", action="store_true", help="make the plain background of the views transparent")
-    add("--views", type=int, metavar="V", help="number of views on the orbit; default: 4, or the checkpoint's")
+    add(
+        "--turntable",
+        choices=TURNTABLES,
+        default="webp",
+        help="film of the views; mp4 needs ffmpeg (pip install gafext[mp4]); default: webp",
+    )
+    add("--views", type=int, metavar="V", help="number of views on the path; default: 4, or the checkpoint's")
     add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
     add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")
-    add("--cameras", metavar="PATH", help="camera file or folder to use instead of an orbit; see the README, Cameras")
+    add(
+        "--cameras",
+        metavar="NAME_OR_PATH",
+        help=f"{', '.join(cameras.PRESETS)}, or a camera file or folder; see docs/cameras.md; default: the "
+        "checkpoint's, usually an orbit",
+    )
     add("--convention", choices=cameras.CONVENTIONS, help="of --cameras that are bare matrices, with --fov")
-    add("--elevation", type=float, metavar="DEG", help="elevation of the orbit; default: 0")
-    add("--radius", type=float, metavar="R", help="radius of the orbit; default: 4")
-    add("--fov", type=float, metavar="DEG", help="field of view of the orbit's cameras; default: 30")
+    add("--elevation", type=float, metavar="DEG", help="elevation of the path; default: 0")
+    add("--radius", type=float, metavar="R", help="radius of the path; default: 4")
+    add("--fov", type=float, metavar="DEG", help="field of view of the path's cameras; default: 30")
     add("--normals", metavar="DIR", help="folder with one normal map per view; default: a neutral head's")
     add("--mesh", metavar="FILE", help="mesh of the head (.obj, .ply, .glb) to render the normal maps of")
     add("--mesh-pose", metavar="FILE", help="text file with a 4 x 4 matrix from the mesh's coordinates to the world")
@@ -103,6 +115,28 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="dtype of weights and activations; int8: only the U-Net's linear layers, on a CPU; default: float32",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="serve a web page to upload a portrait to and download the views from",
+        description="Serve a web page on this machine: upload a portrait, watch the views being denoised, download the "
+        "folder that generate writes. One run at a time; others wait. Needs gradio (pip install gafext[demo]).",
+        epilog=EXIT_CODES,
+    )
+    add = demo.add_argument
+    add(
+        "--model",
+        action="append",
+        metavar="DIR",
+        help="checkpoint folder or hub id to choose from; may be repeated; default: the small built-in model",
+    )
+    add("--host", default="127.0.0.1", metavar="NAME", help="address to listen on; default: 127.0.0.1, this machine")
+    add("--port", type=int, default=7860, metavar="N", help="port to listen on; default: 7860")
+    add("--max-upload", type=float, default=10, metavar="MB", help="largest portrait file, in megabytes; default: 10")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
+    add("--dtype", choices=(*_DTYPES, "int8"), default="float32", help="as of generate; default: float32")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from gafext.conditions import (
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
-from gafext.mesh import Mesh
+from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
 from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
@@ -216,11 +217,13 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             cameras=cameras,
             guidance_scale=guidance_scale,
             seed=seed,
+            portraits=portraits,
             eta=eta,
             upsample=upsample,
             output_type=output_type,
             is_batch=is_batch,
             num_images_per_prompt=num_images_per_prompt,
+            normal_maps=None if normals is None else imaging.to_pil(normals),
             mesh=normal_maps if isinstance(normal_maps, Mesh) else None,
             num_inference_steps=num_inference_steps,
             settings={
@@ -293,7 +296,14 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             ValueError: the decoded images are not finite.
         """
         outputs = [
-            MultiViewOutput(self._pictures(part, run.output_type), run.cameras, self._settings(run, index), run.mesh)
+            MultiViewOutput(
+                self._pictures(part, run.output_type),
+                run.cameras,
+                self._settings(run, index),
+                mesh=run.mesh,
+                portrait=run.portraits[index],
+                normal_maps=run.normal_maps,
+            )
             for index, part in enumerate(self.upsample(run, latents).split(run.num_views))
         ]
         self.maybe_free_model_hooks()
@@ -332,9 +342,16 @@ class MultiViewDiffusionPipeline(PipelineComponents):
                 raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
             return None
         if normal_maps is None:
-            return head_normals(cameras, pixels)
+            normals = head_normals(cameras, pixels)
+            if reason := unusual_coverage(normals):
+                warnings.warn(
+                    f"normal_maps: {reason} by the neutral head, which is {HEAD_HEIGHT} units high: pass the mesh that "
+                    "the cameras belong to (--mesh), or scale the cameras",
+                    stacklevel=4,
+                )
+            return normals
         if isinstance(normal_maps, Mesh):
-            return normal_maps.render(cameras, pixels).normals
+            return normal_maps.normal_maps(cameras, pixels)
         return imaging.to_square_tensor(
             imaging.load_images(normal_maps, count=len(cameras), name="normal_maps"), pixels
         )

@@ -44,3 +44,21 @@ def pipe(checkpoint):
     from gafext import MultiViewDiffusionPipeline
 
     return MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; its driver keeps an event loop in this thread, hence not for the whole session."""
+    from browser import chromium
+
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser):
+    """A page without network; an error on its console fails the test."""
+    from browser import open_page
+
+    with open_page(browser) as opened:
+        yield opened

@@ -42,7 +42,8 @@ def test_generate_writes_the_folder(checkpoint, portrait, tmp_path):
     out = tmp_path / "deep" / "views"
     assert generate(portrait, "--model", checkpoint, "--views", 3, "--steps", 2, "--seed", 5, "--out", out) == 0
     pictures = ["view_000.png", "view_001.png", "view_002.png"]
-    assert {*pictures, "contact_sheet.png", "run.json"} <= {path.name for path in out.iterdir()}
+    others = {"contact_sheet.png", "turntable.webp", "index.html", "portrait.png", "normals", "run.json"}
+    assert {*pictures, *others} <= {path.name for path in out.iterdir()}
     record = json.loads((out / "run.json").read_text())
     expected = {
         "num_views": 3,

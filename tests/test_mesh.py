@@ -160,3 +160,39 @@ def test_generate_with_a_mesh(checkpoint, tmp_path):
     for options in (["--mesh-pose", tmp_path / "pose.txt"], [*mesh, "--normals", tmp_path]):
         assert main([str(a) for a in (*base, *options, "--out", tmp_path / "refused")]) == 1
         assert not (tmp_path / "refused").exists()
+
+
+def ellipsoid(height, place=(0, 0, 0)):
+    head = trimesh.creation.icosphere(subdivisions=3, radius=height / 2)
+    return Mesh(head.vertices * [0.75, 1, 0.9] + place, head.faces)
+
+
+@pytest.mark.parametrize(
+    ("height", "words"),
+    [
+        (0.28, r"mesh: expected 3% to 97% of each picture covered, got 1.*% of view 0. It is 0.28 units .*about 5.7\)"),
+        (280, r"got 100.0% of view 0. It is 280 units .*\(--mesh-pose, pose=; a scale of about 0.0057\)"),
+    ],
+)
+def test_a_head_in_metres_or_millimetres_is_named(height, words):
+    with pytest.warns(UserWarning, match=words):
+        ellipsoid(height).normal_maps(CAMERAS, 64)
+
+
+def test_a_head_of_the_right_size_is_not(recwarn):
+    for mesh, cameras in ((ellipsoid(1.8), CAMERAS), (ellipsoid(0.28), orbit(3, radius=0.7))):
+        assert torch.equal(mesh.normal_maps(cameras, 64), mesh.render(cameras, 64).normals)
+    assert not recwarn.list
+
+
+def test_generate_says_what_the_views_do_not_see(checkpoint, tmp_path, capsys):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "portrait.png")
+    base = ["generate", tmp_path / "portrait.png", "--model", checkpoint, "--steps", 1, "--views", 2]
+    away = ellipsoid(1, place=(0, 9, 0))
+    trimesh.Trimesh(away.vertices, away.faces).export(tmp_path / "away.ply")
+    assert main([str(a) for a in (*base, "--mesh", tmp_path / "away.ply", "--out", tmp_path / "views")]) == 1
+    text = capsys.readouterr().err
+    assert "got 0.0% of view 0. It is 1 units across with its middle at [0.0, 9.0, 0.0]" in text
+    assert not (tmp_path / "views").exists()
+    assert main([str(a) for a in (*base, "--radius", 1, "--out", tmp_path / "views")]) == 0
+    assert "normal_maps: expected 3% to 97% of each picture covered, got 100.0% of view 0" in capsys.readouterr().err

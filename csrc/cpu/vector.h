@@ -85,6 +85,8 @@ GAFEXT_INLINE Vec load(const float* from) { return load_bits<Vec>(from); }
 GAFEXT_INLINE Vec load(const BFloat16* from) {
 #if defined(__AVX512F__)
   return bit_cast<Vec>(bit_cast<BitVec>(_mm512_cvtepu16_epi32(load_bits<__m256i>(from))) << 16);  // GCC 12: 2 halves
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(bit_cast<BitVec>(_mm256_cvtepu16_epi32(load_bits<__m128i>(from))) << 16);
 #else
   return bit_cast<Vec>(__builtin_convertvector(load_bits<HalfBits>(from), BitVec) << 16);
 #endif
@@ -168,8 +170,9 @@ GAFEXT_INLINE void copy_row(float* to, const T* from, int64_t count, float facto
 
 GAFEXT_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
 
-// 2^x for x <= 0: a polynomial over the fraction (minimax with 2^0 = 1 exactly, relative error 1.4e-7), the whole part
-// into the exponent. Below -126 it is subnormal with AVX-512 and 0 without, at -infinity 0; NaN stays NaN.
+// 2^x for x <= 128: a polynomial over the fraction (minimax with 2^0 = 1 exactly, relative error 1.4e-7), the whole part
+// into the exponent. Below -126 it is subnormal with AVX-512 and 0 without, at -infinity 0, at 128 infinity; NaN stays
+// NaN.
 GAFEXT_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512F__)
   const Vec fraction = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), 0x01));  // x - floor(x)

@@ -2,9 +2,13 @@
 
 #include <utility>
 
+#include "../cpu/dispatch.h"
 #include "../tensors.h"
 
 namespace gafext {
+
+GAFEXT_CPU_KERNEL(void, group_norm_silu, const GroupNormSiluArgs& args)
+
 namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
@@ -51,24 +55,10 @@ Tensor empty_channels_last(const Tensor& x) {
   return empty_strided(x, {x.size(0), channels, height, width}, {at_least_one(height) * row, 1, row, column}, x.dim());
 }
 
-Tensor group_norm_silu_on_cpu(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
-                              const std::optional<Tensor>& bias, double eps, bool silu) {
-  check_group_norm_silu(x, num_groups, weight, bias, eps, silu);
-  Tensor normalized = call_aten("aten::group_norm", x, num_groups, weight, bias, eps, false);
-  if (silu) normalized = call_aten("aten::silu_", normalized);
-  Tensor out = empty_channels_last(x);
-  torch::stable::copy_(out, normalized);
-  return out;
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cpu)); }
-
-#ifdef GAFEXT_WITH_CUDA
-
-Tensor group_norm_silu_on_cuda(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight,
-                               std::optional<Tensor> bias, double eps, bool silu) {
-  GroupNormSiluArgs args = check_group_norm_silu(x, num_groups, weight, bias, eps, silu);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+// Calls kernel(args) with the tensors' memory.
+template <typename Kernel>
+Tensor normalize(GroupNormSiluArgs args, const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                 const Kernel& kernel) {
   if (weight) weight = torch::stable::contiguous(*weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   Tensor out = empty_channels_last(x);
@@ -76,11 +66,30 @@ Tensor group_norm_silu_on_cuda(const Tensor& x, int64_t num_groups, std::optiona
   args.weight = weight ? weight->const_data_ptr() : nullptr;
   args.bias = bias ? bias->const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
-  const int64_t elements = (group_norm_silu_scratch(args) + 1) / 2;  // of 2 bytes at least
-  const Tensor scratch = torch::stable::new_empty(x, {elements});
-  args.scratch = scratch.mutable_data_ptr();
-  check_launch(group_norm_silu_cuda(args, current_stream(x)), "group_norm_silu", "x", x);
+  kernel(args);
   return out;
+}
+
+Tensor group_norm_silu_on_cpu(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+                              const std::optional<Tensor>& bias, double eps, bool silu) {
+  return normalize(check_group_norm_silu(x, num_groups, weight, bias, eps, silu), x, weight, bias,
+                   cpu::group_norm_silu);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cpu)); }
+
+#ifdef GAFEXT_WITH_CUDA
+
+Tensor group_norm_silu_on_cuda(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias, double eps, bool silu) {
+  const GroupNormSiluArgs checked = check_group_norm_silu(x, num_groups, weight, bias, eps, silu);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return normalize(checked, x, weight, bias, [&](GroupNormSiluArgs args) {
+    const int64_t elements = (group_norm_silu_scratch(args) + 1) / 2;  // of 2 bytes at least
+    const Tensor scratch = torch::stable::new_empty(x, {elements});
+    args.scratch = scratch.mutable_data_ptr();
+    check_launch(group_norm_silu_cuda(args, current_stream(x)), "group_norm_silu", "x", x);
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_on_cuda)); }

@@ -1,4 +1,4 @@
-"""Fit 3D Gaussians to the views of `gafext generate` on the CPU, and measure them on views that the fit did not see.
+"""Fit 3D Gaussians to the views of `gafext generate`, and measure them on views that the fit did not see.
 
     gafext generate --views 16 --steps 25 --out views
     python examples/splat/fit.py views head.ply [--steps 400] [--gaussians 2000] [--hold-out 4] [--swap]
@@ -10,6 +10,7 @@ get worse. For a fit worth keeping, use 3DGS or gsplat, which read the same fold
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from gafext.cameras import Cameras, read_transforms
 from gafext.images import load_image, to_square_tensor
+from gafext.output import write_viewer
 
 
 def read_views(folder: Path, size: int | None) -> tuple[Tensor, Cameras]:
@@ -34,8 +36,13 @@ def psnr(left: Tensor, right: Tensor) -> float:
     return -10 * math.log10((left.clamp(0, 1) - right).square().mean().item())
 
 
+def has_gsplat() -> bool:
+    """gsplat is installed, and has a CUDA device to run on."""
+    return torch.cuda.is_available() and importlib.util.find_spec("gsplat") is not None
+
+
 def fit(views: Tensor, cameras: Cameras, points: tuple[Tensor, Tensor], *, steps: int, count: int, hold_out: int):
-    """Fit Gaussians to all views but each `hold_out`-th.
+    """Fit Gaussians to all views but each `hold_out`-th, with gsplat where it runs.
 
     Returns:
         The Gaussians, and the PSNR in dB on the held-out views.
@@ -44,15 +51,18 @@ def fit(views: Tensor, cameras: Cameras, points: tuple[Tensor, Tensor], *, steps
     positions, colours = points
     kept = torch.randperm(len(positions))[:count]
     spacing = math.sqrt(4 * math.pi * positions.norm(dim=1).mean().item() ** 2 / len(kept))
-    gaussians = Gaussians(positions[kept], colours[kept], scale=0.6 * spacing)
-    lenses, size = cameras.intrinsics(views.shape[-1]), views.shape[-1]
+    device = "cuda" if has_gsplat() else "cpu"
+    gaussians = Gaussians(positions[kept], colours[kept], scale=0.6 * spacing).to(device)
+    render = gaussians.render_with_gsplat if has_gsplat() else gaussians.render
+    size = views.shape[-1]
+    views, w2c, lenses = (tensor.to(device) for tensor in (views, cameras.w2c, cameras.intrinsics(size)))
     rates = {"positions": 2e-3, "f_dc": 2e-2, "opacity": 5e-2, "scale": 1e-2, "rotation": 5e-3}
     optimizer = torch.optim.Adam([{"params": [getattr(gaussians, name)], "lr": rate} for name, rate in rates.items()])
     test = list(range(hold_out // 2, len(views), hold_out)) if hold_out else []
     train = [view for view in range(len(views)) if view not in test]
     for step in range(steps):
         view = train[torch.randint(len(train), ()).item()]
-        picture = gaussians.render(cameras.w2c[view], lenses[view], size)
+        picture = render(w2c[view], lenses[view], size)
         loss = F.l1_loss(picture, views[view]) + 0.01 * gaussians.scale.exp().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -60,8 +70,8 @@ def fit(views: Tensor, cameras: Cameras, points: tuple[Tensor, Tensor], *, steps
         if step % 100 == 0:
             print(f"step {step}: L1 {loss.item():.4f}", flush=True)
     with torch.no_grad():
-        scores = [psnr(gaussians.render(cameras.w2c[v], lenses[v], size), views[v]) for v in test or train]
-    return gaussians, sum(scores) / len(scores)
+        scores = [psnr(render(w2c[v], lenses[v], size), views[v]) for v in test or train]
+    return gaussians.cpu(), sum(scores) / len(scores)
 
 
 def main() -> None:
@@ -84,12 +94,15 @@ def main() -> None:
     gaussians, score = fit(views, cameras, points, **options)
     print(f"PSNR of {'held-out' if args.hold_out else 'all'} views: {score:.2f} dB")
     gaussians.save(args.ply)
+    if not args.swap:
+        write_viewer(args.views, splat=args.ply)
     if args.figure:
         lenses, size = cameras.intrinsics(views.shape[-1]), views.shape[-1]
         with torch.no_grad():
             renders = [gaussians.render(w2c, lens, size) for w2c, lens in zip(cameras.w2c, lenses, strict=True)]
         rows = torch.cat([torch.cat(list(row), dim=2) for row in (views, torch.stack(renders).clamp(0, 1))], dim=1)
-        Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy()).save(args.figure)
+        picture = Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy())
+        picture.quantize(128).save(args.figure, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":

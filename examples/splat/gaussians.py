@@ -79,6 +79,24 @@ class Gaussians(nn.Module):
         across = size // TILE
         return colour.view(across, across, TILE, TILE, 3).permute(4, 0, 2, 1, 3).reshape(3, size, size)
 
+    def render_with_gsplat(self, w2c: Tensor, intrinsics: Tensor, size: int, background: float = 1.0) -> Tensor:
+        """Render one view [3,size,size] with gsplat's kernels, on CUDA."""
+        from gsplat import rasterization
+
+        pictures, _, _ = rasterization(
+            self.positions,
+            F.normalize(self.rotation, dim=-1),
+            self.scale.exp(),
+            self.opacity.sigmoid(),
+            0.5 + _SH * self.f_dc,
+            w2c[None],
+            intrinsics[None],
+            size,
+            size,
+            backgrounds=torch.full((1, 3), background, device=w2c.device),
+        )
+        return pictures[0].permute(2, 0, 1)
+
     @torch.no_grad()
     def save(self, path) -> None:
         """Write the .ply file that viewers of 3DGS read."""
@@ -90,7 +108,7 @@ class Gaussians(nn.Module):
         columns |= {f"rot_{part}": F.normalize(self.rotation, dim=-1)[:, part] for part in range(4)}
         rows = np.empty(len(self.positions), [(name, "<f4") for name in columns])
         for name, column in columns.items():
-            rows[name] = column.numpy()
+            rows[name] = column.cpu().numpy()
         PlyData([PlyElement.describe(rows, "vertex")]).write(str(path))
 
 

@@ -12,6 +12,9 @@ MODEL = _ASSETS / "model"
 PORTRAIT = _ASSETS / "portrait.png"
 """Image of a procedural head, identity 1,000,034 of `gafext.heads`, which is not in the training data."""
 
+VIEWER = _ASSETS / "viewer"
+"""Template of the output folder's index.html, and the renderer of Gaussians that it loads."""
+
 NOTICE = (
     "The built-in model is small and was trained on drawn heads alone: of a photograph it makes a cartoon. "
     "For pictures of people, pass a checkpoint."

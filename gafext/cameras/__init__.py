@@ -4,15 +4,29 @@ World: y up, the face looks along +z. Matrices inside are world-to-camera with O
 """
 
 from gafext.cameras.cameras import DEFAULT_FOV, Cameras
-from gafext.cameras.presets import arc, as_cameras, look_at_origin, on_sphere, orbit, spiral, turntable
+from gafext.cameras.presets import (
+    PRESETS,
+    arc,
+    as_cameras,
+    facelift,
+    imagedream,
+    look_at_origin,
+    on_sphere,
+    orbit,
+    spiral,
+    turntable,
+)
 from gafext.cameras.readers import CONVENTIONS, read_transforms
 
 __all__ = [
     "CONVENTIONS",
     "DEFAULT_FOV",
+    "PRESETS",
     "Cameras",
     "arc",
     "as_cameras",
+    "facelift",
+    "imagedream",
     "look_at_origin",
     "on_sphere",
     "orbit",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gafext.cameras.checks import between, pinhole, rigid
+from gafext.cameras.tracking import Tracking
 from gafext.errors import CameraError
 
 DEFAULT_FOV = 30.0
@@ -29,6 +30,7 @@ class Cameras:
         intrinsics: in place of `fov`, [3,3] or [V,3,3] in pixels, without skew; pixel (i, j) has its centre at
             (i + 0.5, j + 0.5).
         size: side in pixels of the pictures that `intrinsics` are for.
+        tracking: what `read_transforms` found beside the cameras, for `MultiViewOutput.save`.
 
     Raises:
         CameraError: a matrix is not a rigid transform, or one of intrinsics is not a pinhole camera's; the message
@@ -38,6 +40,7 @@ class Cameras:
 
     w2c: Tensor
     _fov: float | None
+    tracking: Tracking | None
     _lenses: Tensor | None  # intrinsics of pictures of side 1, [V,3,3] float64; None with a common field of view
 
     def __init__(
@@ -47,8 +50,10 @@ class Cameras:
         *,
         intrinsics: Tensor | np.ndarray | Sequence | None = None,
         size: float | None = None,
+        tracking: Tracking | None = None,
     ):
         object.__setattr__(self, "w2c", rigid(w2c))
+        object.__setattr__(self, "tracking", tracking)
         lenses = None
         if fov is not None and intrinsics is None and size is None:
             fov = between("fov", fov, 0, 180)
@@ -69,9 +74,10 @@ class Cameras:
 
     def with_poses(self, w2c: Tensor, views: slice = slice(None)) -> Cameras:
         """Return cameras at other poses [V,4,4] with the intrinsics of `views`."""
+        tracking = None if self.tracking is None else self.tracking[views]
         if self._lenses is None:
-            return Cameras(w2c, self._fov)
-        return Cameras(w2c, intrinsics=self._lenses[views], size=1)
+            return Cameras(w2c, self._fov, tracking=tracking)
+        return Cameras(w2c, intrinsics=self._lenses[views], size=1, tracking=tracking)
 
     @property
     def c2w(self) -> Tensor:

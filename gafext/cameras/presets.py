@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -132,6 +132,40 @@ def spiral(
     low, high = (between("elevation", value, -90, 90) for value in elevation)
     azimuth = torch.arange(num_views, dtype=torch.float64, device="cpu") * (360 * turns / num_views)
     return on_sphere(azimuth, torch.linspace(low, high, num_views, dtype=torch.float64, device="cpu"), radius, fov)
+
+
+def facelift() -> Cameras:
+    """Create FaceLift's six cameras, in the order of its views: front, front right, right, back, left, front left.
+
+    Distance 2.7, field of view 50 degrees, elevation 0.
+
+    Source: github.com/weijielyu/FaceLift: inference.py, utils_folder/opencv_cameras.json, which counts azimuths towards
+    the subject's right.
+    """
+    return on_sphere(torch.tensor([0.0, 315, 270, 180, 90, 45], dtype=torch.float64, device="cpu"), 0.0, 2.7, 50.0)
+
+
+def imagedream() -> Cameras:
+    """Create the four cameras of ImageDream's own script, a quarter of a turn apart at elevation 5.
+
+    Its poses have distance 1 whatever it is here, and no field of view. Both are the middle of what its splat stage
+    draws: field of view 45 to 50 degrees, distance 0.6 to 0.75 / tan(fov / 2) for an object that is 1 high, here 2.
+
+    Source: github.com/bytedance/ImageDream: extern/ImageDream/scripts/demo.py, configs/imagedream-sd21-shading.yaml.
+    """
+    fov = 47.5
+    return orbit(4, elevation=5.0, radius=2 * 0.675 / math.tan(math.radians(fov / 2)), fov=fov)
+
+
+PRESETS: dict[str, tuple[Callable[..., Cameras], frozenset[str]]] = {
+    "orbit": (orbit, frozenset({"num_views", "elevation", "radius", "fov"})),
+    "turntable": (turntable, frozenset({"num_views", "elevation", "radius", "fov"})),
+    "arc": (arc, frozenset({"num_views", "elevation", "radius", "fov"})),
+    "spiral": (spiral, frozenset({"num_views", "radius", "fov"})),
+    "facelift": (facelift, frozenset()),
+    "imagedream": (imagedream, frozenset()),
+}
+"""Paths by the names that the command line gives them, each with the numbers that its options set."""
 
 
 def as_cameras(

@@ -12,6 +12,7 @@ import numpy as np
 
 from gafext.cameras.cameras import Cameras
 from gafext.cameras.colmap import read_colmap
+from gafext.cameras.tracking import Tracking
 from gafext.errors import CameraError
 
 _AXES = {"opencv": (1, 1, 1, 1), "opengl": (1, -1, -1, 1), "blender": (1, -1, -1, 1)}
@@ -42,7 +43,8 @@ def read_transforms(path: str | Path, *, convention: str | None = None, fov: flo
 
     - JSON with `frames` of camera-to-world matrices `transform_matrix`, OpenGL axes: nerfstudio's transforms.json
       (`fl_x`, `cx`, `w`, ... of all frames or per frame; `applied_transform` is undone), Blender's and 3DGS's
-      transforms_train.json (`camera_angle_x`), VHAP's and `MultiViewOutput.save`'s.
+      transforms_train.json (`camera_angle_x`), VHAP's and `MultiViewOutput.save`'s. `Cameras.tracking` keeps VHAP's
+      `flame_param_path`, timesteps and names of cameras.
     - JSON with `frames` of `w2c` and `fx`, `fy`, `cx`, `cy`, `w`, `h`: FaceLift's opencv_cameras.json.
     - A folder with COLMAP's cameras.txt and images.txt, or that has them in sparse/0: views in the order of their
       pictures' names. A folder with one of the JSON files above.
@@ -68,14 +70,14 @@ def read_transforms(path: str | Path, *, convention: str | None = None, fov: flo
         if path.suffix in (".npz", ".npy"):
             return _read_matrices(path, convention, fov)
         values = json.loads(path.read_text(encoding="utf-8"))
-        return _read_bare(values, convention, fov) if isinstance(values, list) else _read_frames(values)
+        return _read_bare(values, convention, fov) if isinstance(values, list) else _read_frames(values, path.parent)
     except CameraError as error:
         raise CameraError(f"{path}: {error}") from None
     except _UNREADABLE as error:
         raise CameraError(f"{path}: not readable as cameras ({type(error).__name__}: {error})") from None
 
 
-def _read_frames(values: Mapping[str, Any]) -> Cameras:
+def _read_frames(values: Mapping[str, Any], folder: Path) -> Cameras:
     frames = values["frames"]
     if not frames:
         raise CameraError("frames: expected at least one, got none")
@@ -86,7 +88,7 @@ def _read_frames(values: Mapping[str, Any]) -> Cameras:
     if values.get("applied_transform") is not None:
         applied = np.vstack([np.array(values["applied_transform"], dtype=np.float64)[:3], [0, 0, 0, 1]])
         c2w = np.linalg.inv(applied) @ c2w
-    return _cameras(c2w, "opengl-c2w", lenses)
+    return _cameras(c2w, "opengl-c2w", lenses, Tracking.of(folder, frames))
 
 
 def _lens(values: Mapping[str, Any], view: int) -> Lens:
@@ -116,9 +118,9 @@ def _lens(values: Mapping[str, Any], view: int) -> Lens:
     return Lens((focal, focal if focal_y is None else focal_y), centre, size)
 
 
-def _cameras(matrices: np.ndarray, convention: str, lenses: list[Lens]) -> Cameras:
+def _cameras(matrices: np.ndarray, convention: str, lenses: list[Lens], tracking: Tracking | None = None) -> Cameras:
     intrinsics = [lens.matrix() for lens in lenses]
-    return Cameras(to_opencv(matrices, convention), intrinsics=intrinsics, size=1)
+    return Cameras(to_opencv(matrices, convention), intrinsics=intrinsics, size=1, tracking=tracking)
 
 
 def to_opencv(matrices: np.ndarray, convention: str) -> np.ndarray:
@@ -148,7 +150,7 @@ def _read_folder(folder: Path) -> Cameras:
             )
     for name in _FILES:
         if (folder / name).is_file():
-            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")))
+            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")), folder)
     raise CameraError(f"expected {', '.join(_FILES)} or COLMAP's images.txt in it, got none")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from gafext import weights
 from gafext.config.unet import image_projection_fields
 from gafext.errors import CheckpointError, CheckpointNotFoundError
-from gafext.families import families, family_of
+from gafext.families import families, family_name
 from gafext.models.base import PretrainedModel
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.clip_text import CLIPTextEncoder
@@ -119,8 +119,7 @@ def _describe_folder(result: dict[str, Any], folder: Path, variant: str | None) 
     loaded: Any = load(folder, device="meta", variant=variant)
     unet = getattr(loaded, "unet", loaded)
     if isinstance(unet, MultiViewUNet):
-        family = family_of(unet.config)
-        result["family"] = next(name for name, known in families().items() if known is family)
+        result["family"] = family_name(unet.config)
 
 
 def _has_k_blocks(config: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from gafext.config import UNetConfig
 from gafext.families.base import Family
 
-__all__ = ["Family", "families", "family_of", "family_of_file"]
+__all__ = ["Family", "families", "family_name", "family_of", "family_of_file"]
 
 _DEFAULT = "gaf"
 
@@ -34,6 +34,12 @@ def family_of(config: UNetConfig) -> Family:
             raise ValueError(f"family: expected one of {sorted(known)}, got {config.family!r}")
         return known[config.family]
     return next((family for family in known.values() if family.owns(config)), known[_DEFAULT])
+
+
+def family_name(config: UNetConfig) -> str:
+    """Return the name of a U-Net's family."""
+    family = family_of(config)
+    return next(name for name, known in families().items() if known is family)
 
 
 def family_of_file(values: dict[str, Any]) -> Family:

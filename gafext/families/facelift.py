@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from gafext.cameras import Cameras, orbit
+from gafext.cameras import Cameras, facelift
 from gafext.config import UNetConfig
 from gafext.families.base import Family, Shapes
 
-AZIMUTHS = (0.0, 315.0, 270.0, 180.0, 90.0, 45.0)
-"""Degrees towards the subject's left, in the order of the views; FaceLift counts towards the subject's right."""
-RADIUS, FOV = 2.7, 50.0
 VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
 
 
@@ -73,8 +68,7 @@ class FaceLift(Family):
         return UNetConfig(**{**config, "cross_view": "front", "family": "facelift"})
 
     def default_cameras(self) -> Cameras:
-        w2c = [orbit(1, radius=RADIUS, azimuth_start=azimuth).w2c for azimuth in AZIMUTHS]
-        return Cameras(torch.cat(w2c), FOV)
+        return facelift()
 
 
 FAMILY = FaceLift()

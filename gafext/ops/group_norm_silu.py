@@ -1,4 +1,4 @@
-"""Group normalisation followed by SiLU, as in residual networks; fused on CUDA."""
+"""Group normalisation followed by SiLU, as in residual networks."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def unsupported_reasons(
 ) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
     reasons = _kernel_reasons(x, num_groups) + _common.place_reasons(x, weight, bias)
-    if x.device.type not in ("cuda", "meta"):
-        reasons.append(f"the kernel is for CUDA, got {x.device.type} tensors")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        reasons.append(f"the kernel is for CPUs and CUDA, got {x.device.type} tensors")
     elif _common.is_autocast(x):
         reasons.append("torch.autocast is on, under which PyTorch normalises in float32")
     return reasons

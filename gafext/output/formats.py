@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,16 +43,20 @@ def _write_3dgs(folder: Path, scene: Scene) -> None:
     for split in ("train", "test", "val"):
         write_json(folder / f"transforms_{split}.json", content)
     _write_points(folder, scene)
+    if scene.cameras.tracking is not None:
+        scene.cameras.tracking.copy_flame_files(folder)
 
 
 def splatting_transforms(cameras: Cameras, size: int, names: list[str]) -> dict[str, Any]:
     """Return the content of transforms_train.json: names without extension, as 3DGS adds ".png" to every name.
 
     Args:
-        cameras: V cameras with a common field of view, written as OpenGL camera-to-world matrices.
+        cameras: V cameras with a common field of view, written as OpenGL camera-to-world matrices; their `tracking`
+            replaces the timestep 0 and the number of the camera.
         size: side of the pictures in pixels.
         names: file names of the pictures.
     """
+    known = ({},) * len(cameras) if cameras.tracking is None else cameras.tracking.frames
     frames = [
         {
             "file_path": Path(name).stem,
@@ -61,8 +66,9 @@ def splatting_transforms(cameras: Cameras, size: int, names: list[str]) -> dict[
             "w": size,  # without a size per frame, GaussianAvatars opens every image file
             "h": size,
             "transform_matrix": matrix,
+            **fields,
         }
-        for view, (name, matrix) in enumerate(zip(names, cameras.opengl_c2w.tolist(), strict=True))
+        for view, (name, matrix, fields) in enumerate(zip(names, cameras.opengl_c2w.tolist(), known, strict=True))
     ]
     return {"camera_angle_x": cameras.camera_angle_x, **_lens(cameras, size, 0), "frames": frames}
 
@@ -125,20 +131,29 @@ def unsupported_reason(name: str, cameras: Cameras) -> str:
     return ""
 
 
-def choose(names: Iterable[str] | None, cameras: Cameras) -> list[str]:
+def choose_formats(names: Iterable[str] | None, cameras: Cameras) -> list[str]:
     """Return the formats to write: those named, or all that can describe the cameras.
 
+    With FLAME's parameters "colmap" has to be named: in a folder with sparse/, GaussianAvatars does not look for them.
+
     Raises:
-        ValueError: a name is unknown, or its format cannot describe the cameras.
+        ValueError: a name is unknown, its format cannot describe the cameras, or a file of FLAME's parameters is
+            missing.
     """
+    flame = cameras.tracking is not None and cameras.tracking.has_flame
     if names is None:
-        return [name for name in FORMATS if not unsupported_reason(name, cameras)]
+        names = [name for name in FORMATS if not unsupported_reason(name, cameras) and not (flame and name == "colmap")]
+        if flame and "3dgs" not in names:
+            reason = unsupported_reason("3dgs", cameras)
+            warnings.warn(f"format {reason}: FLAME's parameters are not handed on", stacklevel=1)
     names = list(dict.fromkeys(names))
     for name in names:
         if name not in FORMATS:
             raise ValueError(f"format: expected some of {', '.join(FORMATS)}, got {name!r}")
         if reason := unsupported_reason(name, cameras):
             raise ValueError(f"format {reason}")
+    if cameras.tracking is not None and "3dgs" in names:
+        cameras.tracking.flame_files()
     return names
 
 

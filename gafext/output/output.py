@@ -1,4 +1,4 @@
-"""The output folder: views, contact sheet, parameters and camera files, written completely or not at all."""
+"""The output folder: views, a page to look at them, parameters and camera files, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from gafext.cameras import Cameras
 from gafext.images import to_pil, to_square_tensor
 from gafext.mesh import Mesh
 from gafext.output.alpha import with_alpha
-from gafext.output.formats import FORMATS, Scene, choose
+from gafext.output.formats import FORMATS, Scene, choose_formats
 from gafext.output.points import surface_points
+from gafext.output.sheet import contact_sheet
+from gafext.output.turntable import check_turntable, write_turntable
+from gafext.output.viewer import write_viewer
 from gafext.weights import write_json
 
 VIEW_FILES = re.compile(
-    r"((images|masks)/)?view_\d{3,}\.png|contact_sheet\.png|run\.json|transforms(_train|_test|_val)?\.json|"
-    r"opencv_cameras\.json|points3d\.ply|sparse/0/(cameras|images|points3D)\.txt"
+    r"((images|masks|normals)/)?view_\d{3,}\.png|(contact_sheet|portrait)\.png|turntable\.(webp|mp4)|run\.json|"
+    r"transforms(_train|_test|_val)?\.json|opencv_cameras\.json|points3d\.ply|sparse/0/(cameras|images|points3D)\.txt|"
+    r"index\.html|viewer/(gsplat\.min|splat)\.js|"
+    r"canonical_flame_param\.npz|flame_param/[^/]+\.npz"
 )
 """Paths of the files that gafext writes into an output folder and may replace."""
-
-_TILE, _GAP = 256, 8  # pixels of the contact sheet
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,27 @@ class MultiViewOutput:
         cameras: V cameras.
         run: all parameters of the run, the seed and the versions.
         mesh: the mesh that the normal maps are of; None: the neutral head.
+        portrait: the portrait as the networks saw it, or None.
+        normal_maps: V pictures of the normal maps, or None.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
     cameras: Cameras
     run: dict[str, Any] = field(default_factory=dict)
     mesh: Mesh | None = None
+    portrait: Image.Image | None = None
+    normal_maps: list[Image.Image] | None = None
 
     def save(
-        self, folder: str | Path, *, overwrite: bool = False, formats: Iterable[str] | None = None, alpha: bool = False
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        formats: Iterable[str] | None = None,
+        alpha: bool = False,
+        turntable: str = "webp",
     ) -> Path:
-        """Write view_000.png ..., contact_sheet.png, run.json and camera files, all or none.
+        """Write view_000.png ..., index.html to look at them, run.json and camera files, all or none.
 
         Args:
             folder: folder to create; an existing one must be empty.
@@ -60,13 +73,15 @@ class MultiViewOutput:
             formats: programs to write camera files for, of `gafext.output.FORMATS`; None: all that can describe the
                 cameras.
             alpha: make the plain background of the views transparent, and write masks.
+            turntable: kind of film of the views: "webp"; "mp4", which needs ffmpeg; or "none".
 
         Returns:
             The folder's absolute path.
 
         Raises:
             OutputError: the folder cannot be written, or holds other files.
-            ValueError: the images are latents, or a format is unknown or cannot describe the cameras.
+            ValueError: the images are latents, a format is unknown or cannot describe the cameras, or the film is of
+                an unknown kind or has no encoder.
         """
         if self.run.get("output_type") == "latent":
             raise ValueError("save: expected pictures, got latents (output_type='latent')")
@@ -75,7 +90,8 @@ class MultiViewOutput:
             pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         if isinstance(pictures, Tensor):
             pictures = to_pil(pictures)
-        options = {"overwrite": overwrite, "formats": formats, "alpha": alpha, "mesh": self.mesh}
+        options = {"overwrite": overwrite, "formats": formats, "alpha": alpha, "turntable": turntable}
+        options |= {"mesh": self.mesh, "portrait": self.portrait, "normal_maps": self.normal_maps}
         return write_views(folder, pictures, self.cameras, self.run, **options)
 
 
@@ -88,9 +104,12 @@ def write_views(
     overwrite: bool = False,
     formats: Iterable[str] | None = None,
     alpha: bool = False,
+    turntable: str = "webp",
     mesh: Mesh | None = None,
+    portrait: Image.Image | None = None,
+    normal_maps: Sequence[Image.Image] | None = None,
 ) -> Path:
-    """Write view_000.png ..., contact_sheet.png, run.json and camera files, all or none.
+    """Write view_000.png ..., index.html to look at them, run.json and camera files, all or none.
 
     Args:
         folder: an empty folder or one that does not exist yet; its parents are created.
@@ -99,23 +118,27 @@ def write_views(
         run: parameters for run.json; values without a JSON type are written as strings, NaN and infinity as null.
         overwrite: replace a folder that holds only an earlier result.
         formats: as for `MultiViewOutput.save`.
-        alpha: as for `MultiViewOutput.save`.
+        alpha, turntable: as for `MultiViewOutput.save`.
         mesh: surface of the points; None: the neutral head.
+        portrait: picture to show beside the views; portrait.png is at most as large as a view.
+        normal_maps: V pictures to show beside the views, as normals/view_000.png ...
 
     Returns:
         The folder's absolute path.
 
     Raises:
         OutputError: the folder cannot be written; it is unchanged.
-        ValueError: the images are not one per camera, square and of one size, or a format is unknown or cannot describe
-            the cameras.
+        ValueError: the images are not one per camera, square and of one size, a format is unknown or cannot describe
+            the cameras, or the film is of an unknown kind or has no encoder.
     """
     sizes = sorted({image.size for image in images})
-    if len(images) != len(cameras):
-        raise ValueError(f"images: expected {len(cameras)}, one per camera, got {len(images)}")
+    for name, pictures in (("images", images), ("normal_maps", normal_maps)):
+        if pictures is not None and len(pictures) != len(cameras):
+            raise ValueError(f"{name}: expected {len(cameras)}, one per camera, got {len(pictures)}")
     if len(sizes) != 1 or sizes[0][0] != sizes[0][1]:
         raise ValueError(f"images: expected square images of one size, got {sizes}")
-    chosen = choose(formats, cameras)
+    chosen = choose_formats(formats, cameras)
+    check_turntable(turntable)
     pixels = to_square_tensor(images, sizes[0][0])  # [V,3,S,S]
     pictures = [with_alpha(view) for view in pixels] if alpha else images
     names = [f"view_{view:03d}.png" for view in range(len(images))]
@@ -126,26 +149,28 @@ def write_views(
             if alpha:
                 (new / "masks").mkdir(exist_ok=True)
                 picture.getchannel("A").save(new / "masks" / name)
-        contact_sheet(images).save(new / "contact_sheet.png")
+        contact_sheet(images, cameras).save(new / "contact_sheet.png")
+        write_turntable(new, images, cameras, turntable)
+        _write_inputs(new, sizes[0], portrait, normal_maps or ())
         write_json(new / "run.json", _json_clean(run))
         scene = Scene(names, cameras, sizes[0][0], surface_points(pixels, cameras, mesh), masks)
         for name in chosen:
             FORMATS[name](new, scene)
+        write_viewer(new, cameras=cameras)
     return Path(os.path.realpath(folder))
 
 
-def contact_sheet(images: Sequence[Image.Image]) -> Image.Image:
-    """Arrange images row by row on one nearly square sheet, each at most 256 pixels wide."""
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    tile = min(_TILE, images[0].width)
-    step = tile + _GAP
-    sheet = Image.new("RGB", (columns * step + _GAP, rows * step + _GAP), "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        small = image.resize((tile, tile), Image.Resampling.LANCZOS)
-        sheet.paste(small, (column * step + _GAP, row * step + _GAP))
-    return sheet
+def _write_inputs(
+    folder: Path, size: tuple[int, int], portrait: Image.Image | None, normal_maps: Sequence[Image.Image]
+) -> None:
+    """Write portrait.png, at most as large as a view, and normals/view_000.png ..."""
+    if portrait is not None:
+        small = portrait.copy()
+        small.thumbnail(size)
+        small.save(folder / "portrait.png")
+    for view, picture in enumerate(normal_maps):
+        (folder / "normals").mkdir(exist_ok=True)
+        picture.save(folder / "normals" / f"view_{view:03d}.png")
 
 
 def _json_clean(value: Any) -> Any:

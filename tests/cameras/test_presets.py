@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 from helpers import max_abs_diff
+from PIL import Image
 
-from gafext.cameras import Cameras, arc, orbit, spiral, turntable
+from gafext.cameras import PRESETS, Cameras, arc, facelift, imagedream, orbit, read_transforms, spiral, turntable
+from gafext.cli import main
+from gafext.families.facelift import FAMILY
 from gafext.heads import head_normals
 
 
@@ -47,6 +50,55 @@ def test_a_spiral_rises_evenly():
 
 def test_a_turntable_is_a_full_circle():
     assert max_abs_diff(turntable(6, 5.0, 3.0, 40.0).w2c, orbit(6, 5.0, 3.0, 40.0).w2c) == 0
+
+
+def test_facelift():
+    """utils_folder/opencv_cameras.json, in the order of inference.py; its world is z up, the face along -y."""
+    w = 2.7 / math.sqrt(2)
+    theirs = torch.tensor([[0, -2.7, 0], [-w, -w, 0], [-2.7, 0, 0], [0, 2.7, 0], [2.7, 0, 0], [w, -w, 0]])
+    x, y, z = theirs.T
+    assert max_abs_diff(positions(facelift()), torch.stack([x, z, -y], dim=1)) < 1e-6
+    assert_looks_at_origin(facelift(), 2.7)
+    assert abs(facelift().focal(512) - 548.9937744140625) < 1e-3
+    assert torch.equal(FAMILY.default_cameras().w2c, facelift().w2c)
+
+
+def test_imagedream():
+    """extern/ImageDream/scripts/demo.py and camera_utils.py, create_camera_to_world_matrix: elevation 5, four views."""
+    up, flat = math.sin(math.radians(5)), math.cos(math.radians(5))
+    theirs = torch.tensor([[0, up, flat], [flat, up, 0], [0, up, -flat], [-flat, up, 0]])
+    distance = positions(imagedream()).norm(dim=1, keepdim=True)
+    assert max_abs_diff(positions(imagedream()) / distance, theirs) < 1e-6
+    first = torch.tensor([[1.0, 0, 0], [0, flat, up], [0, -up, flat]])  # columns: right, up, backward
+    assert max_abs_diff(imagedream().opengl_c2w[0, :3, :3], first) < 1e-6
+    # configs/imagedream-sd21-shading.yaml, with relative_radius: of objects in a cube of side 1, here of side 2.
+    assert 45 <= imagedream().fov <= 50
+    assert 0.6 <= distance[0].item() / 2 * math.tan(math.radians(imagedream().fov / 2)) <= 0.75
+
+
+OPTIONS = {"num_views": 3, "elevation": 12.0, "radius": 3.5, "fov": 35.0}
+
+
+def generate(checkpoint, folder, name, options, *more):
+    Image.new("RGB", (64, 64), "white").save(folder / "portrait.png")
+    flags = [word for key, value in options.items() for word in (f"--{key.removeprefix('num_')}", value)]
+    command = ["generate", folder / "portrait.png", "--model", checkpoint, "--steps", 1, "--cameras", name, *flags]
+    return main([str(word) for word in (*command, "--out", folder / "views", *more)])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_paths_by_name(checkpoint, tmp_path, name, capsys):
+    path, known = PRESETS[name]
+    options = {key: OPTIONS[key] for key in sorted(known)}
+    assert generate(checkpoint, tmp_path, name, options) == 0
+    expected, again = path(**options), read_transforms(tmp_path / "views")
+    assert max_abs_diff(again.w2c, expected.w2c) < 1e-6 and abs(again.fov - expected.fov) < 1e-5
+    capsys.readouterr()
+    for unknown in OPTIONS.keys() - known:
+        assert generate(checkpoint, tmp_path, name, {unknown: OPTIONS[unknown]}, "--overwrite") == 1
+        assert f"--cameras {name}: expected no --{unknown.removeprefix('num_')} beside it" in capsys.readouterr().err
+    assert generate(checkpoint, tmp_path, name, {}, "--convention", "opencv-w2c", "--overwrite") == 1
+    assert f"--cameras {name}: expected no --convention beside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -155,5 +155,12 @@ def test_folders_that_are_refused(tmp_path):
     (tmp_path / "cameras.txt").write_text("1 OPENCV 64 64 55 56 30 33 0.2 0 0 0\n")
     with pytest.raises(CameraError, match=r"expected no distortion, got k1=0.2"):
         read_transforms(tmp_path)
+    (tmp_path / "cameras.txt").write_text("1 PINHOLE 80 64 55 56 40 32\n")
+    with pytest.raises(CameraError, match="frame 0: expected square pictures, got 80 x 64"):
+        read_transforms(tmp_path)
+    frame = {"w": 64, "h": 80, "fx": 55, "fy": 55, "cx": 32, "cy": 40, "w2c": CAMERAS.w2c[0].tolist()}
+    (tmp_path / "opencv_cameras.json").write_text(json.dumps({"frames": [frame]}))
+    with pytest.raises(CameraError, match="frame 0: expected square pictures, got 64 x 80"):
+        read_transforms(tmp_path / "opencv_cameras.json")
     with pytest.raises(CameraError, match="not readable as cameras"):
         read_transforms(tmp_path / "missing.json")

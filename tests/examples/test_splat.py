@@ -1,6 +1,7 @@
 """The example that fits Gaussians to views."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -40,6 +41,35 @@ def test_held_out_views_agree_unless_cameras_are_swapped(folder, tmp_path, monke
     assert score > 18 and score > swapped + 3
     vertex = PlyData.read(tmp_path / "head.ply")["vertex"]
     assert {"f_dc_0", "opacity", "scale_2", "rot_3"} <= set(vertex.data.dtype.names) and len(vertex) == 400
+
+
+def test_gsplat_is_given_what_it_documents(monkeypatch):
+    """gsplat 1.6, gsplat/rendering.py, rasterization: scales, opacities and colours after their activations."""
+
+    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, *, backgrounds):
+        assert (viewmats.shape, Ks.shape, backgrounds.shape) == ((1, 4, 4), (1, 3, 3), (1, 3))
+        again = Gaussians(means, colors, scale=1.0)
+        with torch.no_grad():
+            again.rotation.copy_(quats)
+            again.scale.copy_(scales.log())
+            again.opacity.copy_(opacities.logit())
+        picture = again.render(viewmats[0], Ks[0], width, float(backgrounds[0, 0]))
+        assert picture.shape == (3, height, width)
+        return picture.permute(1, 2, 0)[None], None, {}
+
+    monkeypatch.setitem(sys.modules, "gsplat", types.SimpleNamespace(rasterization=rasterization))
+    cameras, gaussians = orbit(1), Gaussians(torch.rand(20, 3) - 0.5, torch.rand(20, 3), scale=0.1)
+    with torch.no_grad():
+        gaussians.scale.add_(torch.rand(20, 3))
+        gaussians.rotation.copy_(torch.randn(20, 4))
+        gaussians.opacity.copy_(torch.randn(20))
+        views = [
+            render(cameras.w2c[0], cameras.intrinsics(32)[0], 32, 0.5)
+            for render in (gaussians.render, gaussians.render_with_gsplat)
+        ]
+    assert max_abs_diff(*views) < 1e-5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not fit.has_gsplat()
 
 
 def test_one_gaussian_is_where_its_camera_puts_it():

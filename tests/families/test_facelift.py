@@ -205,13 +205,18 @@ def test_other_networks_of_this_class_are_refused(tmp_path, change):
     "given,words",
     [
         ({"num_views": 5}, "num_views=5: expected neither, because this checkpoint makes its 6 views alone"),
-        ({"cameras": gafext.cameras.orbit(6)}, "cameras: expected neither"),
+        ({"cameras": gafext.cameras.orbit(6)}, "other cameras: expected neither"),
         ({"normal_maps": [portrait()] * 6}, "normal_maps: expected None"),
     ],
 )
 def test_what_its_views_do_not_depend_on_is_refused(facelift, given, words):
     with pytest.raises(ValueError, match=words):
         run(load(facelift[0]), **given)
+
+
+def test_its_own_cameras_may_be_named(facelift):
+    own = run(load(facelift[0]), cameras=gafext.cameras.facelift())
+    assert torch.equal(torch.as_tensor(own.images), torch.as_tensor(run(load(facelift[0])).images))
 
 
 def test_on_the_command_line_in_a_subfolder(facelift, tmp_path, capsys):
@@ -229,6 +234,6 @@ def test_on_the_command_line_in_a_subfolder(facelift, tmp_path, capsys):
 
     capsys.readouterr()
     assert main(["generate", str(picture), *place, "--elevation", "10", "--out", str(tmp_path / "other")]) == 1
-    assert "cameras: expected neither" in capsys.readouterr().err
+    assert "other cameras: expected neither" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"mvdiffusion/pipe: no such folder"):
         load(root, subfolder="mvdiffusion/pipe")

@@ -1,4 +1,4 @@
-"""Channels-last memory, which the networks work in on CUDA: it must reach every GroupNorm, or its kernel cannot serve.
+"""Channels-last memory must reach every GroupNorm, or its kernel cannot serve: on CUDA the networks work in it.
 
 The layout alone is tested here, on the CPU, where convolutions follow the format of their weights, too.
 """
@@ -69,7 +69,7 @@ def test_channels_last_reaches_every_norm(make, config, run, monkeypatch):
     assert max_abs_diff(run(network), expected) < 1e-4 * expected.abs().max()
     norms = sum(isinstance(module, GroupNorm) for module in network.modules())
     assert len(reasons) == norms >= 8
-    assert {tuple(why) for why in reasons.values()} == {("the kernel is for CUDA, got cpu tensors",)}
+    assert {tuple(why) for why in reasons.values()} == {()}
 
     monkeypatch.undo()
     network.to("cpu")

@@ -1,6 +1,6 @@
 """group_norm_silu against float64, against PyTorch's group_norm and silu, and against misuse.
 
-On CPUs the operation is PyTorch's; the CUDA kernel runs here under the emulator, and on a GPU where there is one.
+The CUDA kernel runs here under the emulator, and on a GPU where there is one.
 """
 
 import pytest
@@ -13,6 +13,7 @@ from helpers import (
     assert_as_exact_as_torch,
     assert_gradients,
     assert_refused,
+    assert_same_bits_on_any_number_of_threads,
     assert_same_words,
     called,
     channels_last,
@@ -41,6 +42,7 @@ def emulated(**machine):
     return lambda *args, **options: emulate("group_norm_silu", *args, **options, **machine)
 
 
+kernels = pytest.mark.parametrize("kernel", [OP, emulated()], ids=["cpu", "cuda under the emulator"])
 SIZES = [  # (shape, groups)
     ((1, 1, 2), 1),
     ((2, 6, 5), 3),
@@ -51,6 +53,10 @@ SIZES = [  # (shape, groups)
     ((2, 96, 13, 1), 8),
     ((1, 520, 2, 2), 2),
     ((2, 12, 4, 4), 12),
+    ((1, 63, 65), 63),
+    ((1, 257, 63), 257),
+    ((2, 65, 257), 13),
+    ((1, 320, 29, 37), 32),
 ]
 
 
@@ -86,26 +92,57 @@ def test_the_cuda_kernel_under_the_emulator(shape, groups, where):
     assert_exact(emulated(orders={"reverse": ORDERS["reverse"]}), x, groups, None, bias, 0.1, silu=False)
 
 
+@kernels
 @pytest.mark.parametrize("first, gap", [(0, 8), (8, 8), (1, 7), (0, 3)])
-def test_strides_of_the_cuda_kernel(first, gap):
+def test_strides(first, gap, kernel):
     for dtype in DTYPES:
         x = torch.randn(2, 50, first + 24 + gap).to(dtype)[:, ::2, first : first + 24].transpose(1, 2)
         weight = torch.randn(27).to(dtype)[3:]
-        assert_exact(emulated(), x, 4, weight)
+        assert_exact(kernel, x, 4, weight)
+        assert_exact(kernel, x[:1].expand(3, -1, -1), 4)
 
 
-def test_the_cuda_kernel_spreads_nan_as_pytorch():
+def test_strides_of_weight_and_bias():
+    x, weight, bias = problem((2, 24, 25))
+    assert_exact(OP, x, 4, torch.stack([weight, bias], dim=1)[:, 0], weight[:1].expand(24))
+
+
+@kernels
+def test_nan_spreads_as_in_pytorch(kernel):
     x, weight, bias = problem((2, 40, 30))
     x[0, 3, 7], x[1, 39, 0] = float("nan"), float("inf")
-    out = emulate("group_norm_silu", x, 4, weight, bias)
+    out = kernel(x, 4, weight, bias)
     torch.testing.assert_close(out, reference_group_norm_silu(x, 4, weight, bias), equal_nan=True)
     assert out[0, :10].isnan().all() and out[0, 10:20].isfinite().all() and out[1, :20].isfinite().all()
 
 
-def test_large_means_lose_no_digits():
+@kernels
+def test_large_means_lose_no_digits(kernel):
     x, weight, bias = problem((2, 64, 500))
-    x = x + 100
-    assert_exact(emulated(), x, 2, weight, bias)
+    assert_exact(kernel, x + 100, 2, weight, bias)
+
+
+def test_outliers_and_drifts_lose_no_digits():
+    x, weight, bias = problem((2, 64, 500))
+    x[:, :, 0] = 3e4  # the first position is nowhere near the mean
+    assert_exact(OP, x, 2, weight, bias)
+    assert_exact(OP, x.sort(dim=2).values.movedim(1, -1).contiguous().movedim(-1, 1) + 1e3, 2, weight, bias)
+
+
+@pytest.mark.parametrize("value", [-1e38, -200.0, -89.0, 0.0, 89.0, 200.0, 3e38, float("inf"), -float("inf")])
+def test_silu_of_large_values(value):
+    x, weight, _ = problem((2, 9, 5))
+    bias = torch.full((9,), value)
+    out, expected = (function(x, 3, weight, bias) for function in (OP, reference_group_norm_silu))
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 40, 40), (3, 320, 15, 15), (9, 33, 700)], ids=str)
+def test_same_bits_on_any_number_of_threads(shape):
+    for dtype in DTYPES:
+        x, *rest = problem(shape, dtype)
+        groups = 32 if shape[1] % 32 == 0 else 3
+        assert_same_bits_on_any_number_of_threads(lambda x, *rest, g=groups: OP(x, g, *rest), x, *rest)
 
 
 @on_devices
@@ -115,16 +152,23 @@ def test_empty_inputs(shape, device):
     assert OP(x, 4).shape == shape and group_norm_silu(x, 4).shape == shape
 
 
-def test_the_function_takes_pytorchs_operations_on_cpus():
+def test_the_function_takes_the_kernel():
     x, weight, bias = problem((2, 8, 5, 6))
-    assert unsupported_reasons(x, 4, weight, bias) == ["the kernel is for CUDA, got cpu tensors"]
-    expected = reference_group_norm_silu(x, 4, weight, bias)
-    assert torch.equal(group_norm_silu(x, 4, weight, bias), expected)
+    assert unsupported_reasons(x, 4, weight, bias) == []
+    expected = {True: OP(x, 4, weight, bias), False: reference_group_norm_silu(x, 4, weight, bias)}
     for backend in BACKENDS:
-        if backend != "kernel":
-            assert torch.equal(group_norm_silu(x, 4, weight, bias, backend=backend), expected)
-    with pytest.raises(ValueError, match="attention backend: expected one of"):
-        group_norm_silu(x, 4, weight, bias, backend="cuda")
+        kernel = backend in ("auto", "kernel")
+        assert ("gafext::group_norm_silu" in called(group_norm_silu, x, 4, weight, bias, backend=backend)) == kernel
+        assert torch.equal(group_norm_silu(x, 4, weight, bias, backend=backend), expected[kernel])
+
+
+def test_autocast_and_gradients_go_to_pytorch():
+    x, weight, bias = problem((2, 8, 5, 6))
+    weight.requires_grad_()
+    assert "gradient" in " ".join(unsupported_reasons(x, 4, weight, bias))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in " ".join(unsupported_reasons(x, 4, weight, bias))
+        assert "gafext::group_norm_silu" not in called(group_norm_silu, x, 4, weight, bias)
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")

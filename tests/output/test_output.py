@@ -15,8 +15,9 @@ from gafext.errors import OutputError
 from gafext.output import VIEW_FILES, contact_sheet, write_views
 
 NAMES = [
-    *("contact_sheet.png", "images", "opencv_cameras.json", "points3d.ply", "run.json", "sparse", "transforms.json"),
-    *("transforms_test.json", "transforms_train.json", "transforms_val.json", "view_000.png", "view_001.png"),
+    *("contact_sheet.png", "images", "index.html", "opencv_cameras.json", "points3d.ply", "run.json", "sparse"),
+    *("transforms.json", "transforms_test.json", "transforms_train.json", "transforms_val.json", "turntable.webp"),
+    *("view_000.png", "view_001.png"),
 ]
 REPLACEABLE = {"replaceable": VIEW_FILES}
 
@@ -101,6 +102,34 @@ def test_contact_sheet_is_near_square(count, columns, rows):
         row, column = divmod(index, columns)
         assert sheet.getpixel((column * 40 + 24, row * 40 + 24)) == (0, 25 * index, 200)
     assert contact_sheet(views(4, 512)).size == (536, 536)
+
+
+@pytest.mark.parametrize("size", [256, 128])
+def test_contact_sheet_names_the_cameras(size):
+    """Each label is dark text on white within its tile; another camera has another label, an equal one the same."""
+
+    def label(cameras, view):
+        pixels = np.asarray(contact_sheet(views(2, size), cameras).convert("L"))
+        assert pixels.shape == (size + 36, 2 * size + 24)
+        strip = pixels[size + 8 : size + 28, 8 + view * (size + 8) :][:, :size]
+        assert strip.min() < 80 and (strip[:, [0, -1]] == 255).all() and (strip[[0, -1]] == 255).all()
+        return strip.tobytes()
+
+    cameras = orbit(2, elevation=10)
+    assert label(cameras, 0) == label(orbit(2, elevation=10, radius=3), 0)
+    others = [(orbit(2, elevation=11), 0), (orbit(2, elevation=10, azimuth_start=1), 0), (cameras, 1)]
+    assert len({label(cameras, 0), *(label(*other) for other in others)}) == 4
+
+
+def test_an_earlier_result_with_all_that_there_can_be_is_replaced(tmp_path):
+    pictures = {"portrait": views(1)[0], "normal_maps": views(), "alpha": True}
+    folder = write_views(tmp_path / "out", views(), orbit(2), {}, **pictures)
+    (folder / "viewer").mkdir()
+    for name in ("gsplat.min.js", "splat.js"):
+        (folder / "viewer" / name).touch()
+    assert sorted({*NAMES, "masks", "normals", "portrait.png", "viewer"}) == names(folder)
+    write(folder, overwrite=True)
+    assert names(folder) == NAMES
 
 
 def test_an_empty_folder_is_filled(tmp_path):
@@ -251,4 +280,6 @@ def test_images_are_checked_before_anything_is_written(tmp_path):
         write_views(tmp_path / "out", views(2), orbit(3), {})
     with pytest.raises(ValueError, match=r"square images of one size, got \[\(32, 32\), \(64, 64\)\]"):
         write_views(tmp_path / "out", [*views(1), *views(1, 64)], orbit(2), {})
+    with pytest.raises(ValueError, match="normal_maps: expected 2, one per camera, got 3"):
+        write_views(tmp_path / "out", views(2), orbit(2), {}, normal_maps=views(3))
     assert names(tmp_path) == []

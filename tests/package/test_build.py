@@ -88,6 +88,7 @@ import gafext.ops
 from gafext.ops.cross_view_attention import cross_view_attention, reference_cross_view_attention
 from gafext.ops.flash_attention import flash_attention, reference_flash_attention
 from gafext.ops.geglu import geglu, reference_geglu
+from gafext.ops.group_norm_silu import group_norm_silu, reference_group_norm_silu
 
 torch.manual_seed(0)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -110,6 +111,10 @@ for dtype in TOLERANCE:
     for rows, columns, inner in ((1, 1, 1), (65, 257, 63), (7, 640, 100)):
         inputs = torch.randn(rows, columns), torch.randn(2 * inner, columns) / columns**0.5, torch.randn(2 * inner)
         check(geglu, reference_geglu, *(t.to(dtype) for t in inputs))
+    for batch, positions, channels, groups in ((1, 2, 1, 1), (3, 65, 63, 7), (2, 300, 257, 1)):
+        x, weight, bias = torch.randn(batch, positions, channels) + 1, torch.randn(channels), torch.randn(channels)
+        inputs = x.to(dtype).transpose(1, 2), groups, weight.to(dtype), bias.to(dtype)
+        check(group_norm_silu, reference_group_norm_silu, *inputs)
 
 # Every bit pattern of a half through load and store: V = 1 returns its values, times a weight of exactly 1.
 every = torch.arange(-32768, 32768).to(torch.int16)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BACKENDS, max_abs_diff
+from PIL import Image
 from small_checkpoints import (
     SIZE,
     count_rows,
@@ -227,6 +228,14 @@ def test_save_from_every_output_type(pipe, tmp_path):
     assert record["seed"] == 0 and record["num_inference_steps"] == 2 and record["guidance_scale"] == 7.5
     with pytest.raises(ValueError, match="latents"):
         run(pipe, output_type="latent").save(tmp_path / "latent")
+
+
+def test_each_portrait_and_the_normal_maps_are_saved_with_the_views(pipe, tmp_path):
+    portraits, normals = [portrait(1), portrait(2)], [portrait(3, (32, 32)), portrait(4, (32, 32))]
+    for index, output in enumerate(run(pipe, image=portraits, normal_maps=normals, num_views=2, output_type="pil")):
+        folder = output.save(tmp_path / str(index))
+        for name, picture in (("portrait", portraits[index]), ("normals/view_001", normals[1])):
+            assert np.array_equal(np.asarray(Image.open(folder / f"{name}.png")), np.asarray(picture))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Cases of GroupNorm and SiLU, against PyTorch's two operations in both layouts; on CPUs gafext runs PyTorch's."""
+"""Cases of GroupNorm and SiLU, against PyTorch's two operations in both layouts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GROUP_NORM_SHAPES = [
 
 
 def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
-    return GROUP_NORM_SHAPES if device == "cuda" else GROUP_NORM_SHAPES[:1]
+    return GROUP_NORM_SHAPES if device == "cuda" else [shape for shape in GROUP_NORM_SHAPES if shape[2] <= 64]
 
 
 def case(batch: int, channels: int, side: int, where: str, *, compiled: bool, **options: Any) -> Case:
