@@ -16,6 +16,11 @@ from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
 from gafext.models.unet import MultiViewUNet
 
 
+@pytest.fixture(autouse=True)
+def scripts_import_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -117,7 +122,7 @@ def tiny_unet():
     config = replace(
         SD21_MULTIVIEW_UNET, block_out_channels=(32, 32, 32, 32), attention_head_dim=(2, 2, 2, 2), norm_num_groups=8
     )
-    return script("full_size").random_network(MultiViewUNet, config, torch.device("cpu"), torch.float32)
+    return script("race").random_network(MultiViewUNet, config, torch.device("cpu"), torch.float32)
 
 
 def test_the_race_of_the_unet():
@@ -175,7 +180,7 @@ def test_a_pass_in_a_graph_is_warmed_up_before_and_replayed_after(monkeypatch):
 def test_diffusers_network_is_that_of_stable_diffusion_2():
     pytest.importorskip("diffusers")
     with torch.device("meta"):
-        network = script("full_size").diffusers_sd21(None)
+        network = script("race").diffusers_sd21(None)
         out = network(torch.randn(8, 4, 32, 32), torch.tensor([500]), encoder_hidden_states=torch.randn(8, 77, 1024))
     assert out.sample.shape == (8, 4, 32, 32)
     assert 865e6 < sum(weight.numel() for weight in network.parameters()) < 867e6  # 865.9 million are published
@@ -190,7 +195,6 @@ def test_every_kernel_is_sanitized():
 
 
 def test_the_drop_in_race_compares_networks_that_agree(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     race = script("drop_in")
     sizes = {"block_out_channels": (32, 64), "attention_head_dim": (2, 4), "cross_attention_dim": 1024}
     blocks = {
