@@ -94,8 +94,10 @@ def race(makers: dict[str, Callable[[], Contestant]], rounds: int, device: torch
     """
     entrants, failed = [], {}
     for name, make in makers.items():
+        start = time.perf_counter()
         try:
             entrants.append(make())
+            print(f"U-Net, {name}: built and run once in {time.perf_counter() - start:.0f} s", flush=True)
         except (RuntimeError, ValueError) as error:
             failed[name] = {"failed": str(error).partition("\n")[0]}
             print(f"U-Net, {name}: {failed[name]}", flush=True)
