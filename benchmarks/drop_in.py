@@ -9,10 +9,9 @@ malloc keeps freed memory for all of them, which gafext sets for the process.
 import argparse
 import copy
 import json
-import time
 
 import torch
-from full_size import Contestant, compared, diffusers_sd21, random_network, write
+from race import Contestant, diffusers_sd21, race, random_network, write
 
 import gafext
 from gafext.bench.environment import environment
@@ -55,18 +54,11 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    entrants = [contestant.warmed_up() for contestant in contestants(args.batch, not args.no_compile)]
-    seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
-    for _ in range(args.rounds):
-        for entrant in entrants:
-            start = time.perf_counter()
-            entrant.run()
-            seconds[entrant.name].append(time.perf_counter() - start)
-    first = entrants[0]
+    makers = {contestant.name: contestant.warmed_up for contestant in contestants(args.batch, not args.no_compile)}
     result = {
         "environment": environment("cpu"),
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
-        "unet": {e.name: compared(e, seconds[e.name], first, seconds[first.name]) for e in entrants},
+        "unet": race(makers, args.rounds, torch.device("cpu")),
     }
     write(result, args.json)
     print(json.dumps(result, indent=2))

@@ -2,12 +2,17 @@
 
     python benchmarks/full_size.py [--backend auto sdpa reference] [--views 4] [--steps 2] [--json FILE]
     python benchmarks/full_size.py --backend auto sdpa --rounds 0 [--json FILE]     only the U-Net
+    python benchmarks/full_size.py --whole --backend auto sdpa --unet-rounds 0 [--dtype int8] [--json FILE]
+    python benchmarks/full_size.py --peers openvino,diffusers,compile [--precisions float32,int8] [--json FILE]
 
 SD 2.1's U-Net with attn_cv and attn_ip, ViT-H/14 and the SD autoencoder. The backends take turns in one process; peak
 memory is the process's high-water mark after the runs of the pipeline, so it is valid only with one backend per run.
 The U-Net's passes are timed last. On CPUs, 8-bit transformers are timed as well. On GPUs, each backend is timed both
 directly and as a CUDA graph, and so is diffusers' U-Net of SD 2.1, if installed, which has neither attn_cv nor attn_ip
 and computes less.
+
+--whole adds sd-x2-latent-upscaler, which makes the views 512x512, and takes 50 steps. --peers times a stock U-Net of
+SD 2.1 on the CPU instead, in gafext and its peers (peers.py); all precisions together need about 25 GiB at batch 8.
 """
 
 import argparse
@@ -17,74 +22,25 @@ import importlib.util
 import itertools
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from peers import PEERS, PRECISIONS, missing_packages, race_peers
+from race import Contestant, diffusers_sd21, peak_gib, race, random_network, synchronize, write
+from torch import Tensor
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
-from gafext.config import CLIP_VIT_H_14, SD21_MULTIVIEW_UNET, SD_SCHEDULE, SD_VAE
+from gafext.config import CLIP_VIT_H_14, SD21_MULTIVIEW_UNET, SD_SCHEDULE, SD_VAE, SD_X2_UNET
 from gafext.models import int8
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
-from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import DDIMScheduler
+from gafext.upsampler import LatentUpsampler, PromptEmbeds
 from gafext.versions import versions
-
-
-def random_network(network_class, config, device, dtype):
-    """Build a network with small random weights; torch's initialisation would take a minute at this size."""
-    with torch.device("meta"):
-        network = network_class(config)
-    network = network.to_empty(device=device).to(dtype)
-    generator = torch.Generator(device=device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim > 1:
-                parameter.uniform_(-(parameter[0].numel() ** -0.5), parameter[0].numel() ** -0.5, generator=generator)
-            else:
-                parameter.fill_(float(name.endswith("weight")))  # normalisations: 1 and 0
-    return network.eval()
-
-
-def peak_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-@dataclass
-class Contestant:
-    name: str
-    run: Callable[[], Tensor]
-    network: nn.Module | None = None  # its backend is set before each timing
-    backend: str = "auto"
-    comparable: bool = True  # computes the same function as the first contestant
-    result: Tensor | None = None  # set by warmed_up, with peak_gib
-    peak_gib: float | None = None
-
-    def prepare(self) -> None:
-        if self.network is not None:
-            set_attention_backend(self.network, self.backend)
-
-    def warmed_up(self) -> "Contestant":
-        self.prepare()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.result = self.run().float()
-        if self.result.is_cuda:
-            self.peak_gib = peak_gib(self.result.device)
-        return self
 
 
 def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> list[Contestant]:
@@ -104,7 +60,7 @@ def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> li
         return Contestant(name, run, network, backend)
 
     contestants = [contestant(backend, unet, backend) for backend in backends]
-    if dtype == torch.float32 and not int8.unsupported_reasons(device):
+    if dtype == torch.float32 and not (int8.is_quantized(unet) or int8.unsupported_reasons(device)):
         # Copy modules but not weights, so that unquantized weights are in memory only once.
         quantized = copy.deepcopy(unet, memo={id(weight): weight for weight in unet.parameters()})
         int8.quantize_transformers(quantized)
@@ -115,19 +71,6 @@ def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> li
         run = lambda: plain(latents[:, :4], timestep, encoder_hidden_states=text).sample  # noqa: E731
         contestants.append(Contestant("diffusers, single view", run, comparable=False))
     return contestants
-
-
-def diffusers_sd21(_: None) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    widths, heads = (320, 640, 1280, 1280), (5, 10, 20, 20)
-    return UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=widths,
-        attention_head_dim=heads,  # the number of heads, despite the name
-        cross_attention_dim=1024,
-        use_linear_projection=True,
-    )
 
 
 def graphed(contestant: Contestant) -> Contestant:
@@ -153,107 +96,145 @@ def graphed(contestant: Contestant) -> Contestant:
 
 @torch.inference_mode()
 def race_unet(unet: MultiViewUNet, backends: list[str], views: int, rounds: int) -> dict:
-    """Time all contestants in turn, round by round.
-
-    Returns:
-        Per contestant: seconds of each pass and their median; relative to the first contestant, the ratio of times
-        (median and quartiles over the rounds), the largest difference and the relative norm of the differences; on a
-        GPU the peak memory. Contestants that cannot run have a message in `failed`.
-    """
+    """Time all contestants in turn; the result is that of `race.race`."""
     contestants = unet_contestants(unet, backends, views)
-    makers = [(contestant.name, contestant.warmed_up) for contestant in contestants]
+    makers: dict[str, Callable[[], Contestant]] = {c.name: c.warmed_up for c in contestants}
     if unet.device.type == "cuda":
-        makers += [(f"{c.name}, CUDA graph", functools.partial(graphed, c)) for c in contestants]
-    entrants, failed = [], {}
-    for name, make in makers:
-        try:
-            entrants.append(make())
-        except (RuntimeError, ValueError) as error:
-            failed[name] = {"failed": str(error).partition("\n")[0]}
-            print(f"U-Net, {name}: {failed[name]}", flush=True)
-    if backends[0] in failed:
-        raise RuntimeError(f"{backends[0]}: {failed[backends[0]]}")
-    seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
-    for _ in range(rounds):
-        for entrant in entrants:
-            entrant.prepare()
-            synchronize(unet.device)
-            start = time.perf_counter()
-            entrant.run()
-            synchronize(unet.device)
-            seconds[entrant.name].append(time.perf_counter() - start)
-    first = entrants[0]
-    return failed | {e.name: compared(e, seconds[e.name], first, seconds[first.name]) for e in entrants}
+        makers |= {f"{c.name}, CUDA graph": functools.partial(graphed, c) for c in contestants}
+    return race(makers, rounds, unet.device)
 
 
-def compared(entrant: Contestant, times: list[float], first: Contestant, firsts_times: list[float]) -> dict:
-    ratios = [a / b for a, b in zip(times, firsts_times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    print(f"U-Net, {entrant.name}: {middle:.3f} ({low:.3f} .. {high:.3f}) times as long as {first.name}", flush=True)
-    found = {"seconds": times, "median": statistics.median(times), f"times_{first.name}": middle}
-    found["quartiles"] = [low, high]
-    if entrant.comparable:
-        difference = entrant.result - first.result
-        found["largest_difference"] = difference.abs().max().item()
-        found["relative_difference"] = (difference.norm() / first.result.norm()).item()
-    return found | ({"peak_gib": entrant.peak_gib} if entrant.peak_gib else {})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", nargs="+", default=["auto", "sdpa", "reference"])
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=1, help="runs of the whole pipeline per backend, in turn")
-    parser.add_argument("--unet-rounds", type=int, default=7, help="timed passes of the U-Net, 0 or at least 7")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
-    if 0 < args.unet_rounds < 7:
-        parser.error("--unet-rounds: expected at least 7: a median of fewer says little")
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+def random_pipeline(device: torch.device, dtype: str, *, upsampler: bool) -> MultiViewDiffusionPipeline:
+    """Build a pipeline of published sizes; `dtype` is float32, float16, bfloat16, or int8 for 8-bit transformers."""
+    if dtype == "int8":
+        int8.require_supported(device)
+    torch_dtype = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    network = functools.partial(random_network, device=device, dtype=torch_dtype)
+    doubling = None
+    if upsampler:
+        width = SD_X2_UNET.cross_attention_dim
+        prompt = PromptEmbeds(torch.zeros(1, 77, width), torch.zeros(1, width))
+        doubling = LatentUpsampler(network(KUNet, SD_X2_UNET), empty_prompt=prompt)
     pipe = MultiViewDiffusionPipeline(
-        unet=random_network(MultiViewUNet, SD21_MULTIVIEW_UNET, device, dtype),
-        vae=random_network(AutoencoderKL, SD_VAE, device, dtype),
-        image_encoder=random_network(CLIPVisionEncoder, CLIP_VIT_H_14, device, dtype),
+        unet=network(MultiViewUNet, SD21_MULTIVIEW_UNET),
+        vae=network(AutoencoderKL, SD_VAE),
+        image_encoder=network(CLIPVisionEncoder, CLIP_VIT_H_14),
         scheduler=DDIMScheduler(SD_SCHEDULE),
+        upsampler=doubling,
     )
-    print(f"weights loaded: {peak_gib(device):.1f} GiB")
+    if dtype == "int8":
+        int8.quantize_transformers(pipe.unet)
+    return pipe
 
+
+def time_stages(pipe: MultiViewDiffusionPipeline, args: argparse.Namespace) -> tuple[dict[str, float], list[float]]:
+    """Run the pipeline once: seconds of its stages, and of each step but the first."""
+    device, marks = pipe.unet.device, []
+
+    def mark(*_) -> None:
+        synchronize(device)
+        marks.append(time.perf_counter())
+
+    options = {"num_views": args.views, "num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    start = time.perf_counter()
+    run = pipe.prepare(PORTRAIT, generator=0, **options)
+    synchronize(device)
+    prepared = time.perf_counter()
+    latents = pipe.denoise(run, callback_on_step_end=mark)
+    synchronize(device)
+    denoised = time.perf_counter()
+    pipe.finish(run, latents)
+    end = time.perf_counter()
+    stages = {"prepare": prepared - start, "denoise": denoised - prepared, "finish": end - denoised}
+    # The start of the first step is not marked, so only intervals between marks are used.
+    return stages, [b - a for a, b in itertools.pairwise(marks)]
+
+
+def time_pipeline(pipe: MultiViewDiffusionPipeline, args: argparse.Namespace) -> dict:
+    """Run the pipeline with each backend in turn, `args.rounds` times."""
     steps: dict[str, list[float]] = {backend: [] for backend in args.backend}
-    totals: dict[str, list[float]] = {backend: [] for backend in args.backend}
+    stages: dict[str, list[dict[str, float]]] = {backend: [] for backend in args.backend}
     for _ in range(args.rounds):
         for backend in args.backend:
             pipe.set_attention_backend(backend)
-            marks = []
+            seconds, seconds_of_steps = time_stages(pipe, args)
+            stages[backend].append(seconds)
+            steps[backend] += seconds_of_steps
+            total, peak = sum(seconds.values()), peak_gib(pipe.unet.device)
+            print(f"{backend}: {total:.1f} s in all, peak {peak:.1f} GiB", flush=True)
+    median = statistics.median
+    return {
+        "peak_gib": peak_gib(pipe.unet.device),
+        "seconds_a_step": {backend: median(values) for backend, values in steps.items() if values},
+        "seconds_in_all": {backend: median(sum(s.values()) for s in runs) for backend, runs in stages.items() if runs},
+        "seconds_of_stages": {
+            backend: {stage: median(s[stage] for s in runs) for stage in runs[0]}
+            for backend, runs in stages.items()
+            if runs
+        },
+    }
 
-            def mark(pipe, step, timestep, kwargs, marks=marks):
-                synchronize(device)
-                marks.append(time.perf_counter())
 
-            start = time.perf_counter()
-            pipe(
-                PORTRAIT,
-                num_views=args.views,
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance,
-                generator=0,
-                callback_on_step_end=mark,
-                progress_bar=False,
-            )
-            totals[backend].append(time.perf_counter() - start)
-            # The start of the first step is not marked, so only intervals between marks are used.
-            steps[backend] += [b - a for a, b in itertools.pairwise(marks)]
-            print(f"{backend}: {totals[backend][-1]:.1f} s in all, peak {peak_gib(device):.1f} GiB", flush=True)
+def words(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Return a parser of words separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        given = text.split(",")
+        if unknown := [word for word in given if word not in known]:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {','.join(unknown)}")
+        return given
+
+    return parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", nargs="+", default=["auto", "sdpa", "reference"])
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="default: 2, with --whole 50")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument(
+        "--rounds", type=int, help="runs of the whole pipeline per backend, in turn (1); with --peers passes (7)"
+    )
+    parser.add_argument("--unet-rounds", type=int, default=7, help="timed passes of the U-Net, 0 or at least 7")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="float32, float16, bfloat16, or int8 (transformers, CPU)")
+    parser.add_argument("--whole", action="store_true", help="with the upsampler: views of 512x512")
+    parser.add_argument("--json", metavar="FILE")
+    peers = parser.add_argument_group("with --peers")
+    peers.add_argument("--peers", type=words(tuple(PEERS)), metavar=",".join(PEERS))
+    peers.add_argument("--precisions", type=words(PRECISIONS), default=list(PRECISIONS), metavar=",".join(PRECISIONS))
+    peers.add_argument("--batch", type=int, default=8)
+    peers.add_argument("--size", type=int, default=32, help="of the latents")
+    args = parser.parse_args()
+    if 0 < args.unet_rounds < 7:
+        parser.error("--unet-rounds: expected at least 7: a median of fewer says little")
+    if args.peers and (missing := missing_packages(args.peers)):
+        parser.error(f"--peers: expected {' and '.join(missing)} to be installed: pip install {' '.join(missing)}")
+    if args.dtype == "int8" and (reasons := int8.unsupported_reasons(torch.device(args.device))):
+        parser.error("--dtype: " + "; ".join(reasons))
+    args.steps = args.steps or (50 if args.whole else 2)
+    args.rounds = args.rounds if args.rounds is not None else (7 if args.peers else 1)
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    given = {name: value for name, value in vars(args).items() if name != "json"}
+    if args.peers:
+        size = {"batch": args.batch, "size": args.size, "rounds": args.rounds}
+        result = {"arguments": given, **race_peers(args.peers, args.precisions, **size)}
+        write(result, args.json)
+        print(json.dumps(result, indent=2))
+        return
+    device = torch.device(args.device)
+    pipe = random_pipeline(device, args.dtype, upsampler=args.whole)
+    print(f"weights loaded: {peak_gib(device):.1f} GiB")
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "arguments": {name: value for name, value in vars(args).items() if name != "json"},
-        "peak_gib": peak_gib(device),
-        "seconds_a_step": {backend: statistics.median(values) for backend, values in steps.items() if values},
-        "seconds_in_all": {backend: statistics.median(values) for backend, values in totals.items() if values},
+        "arguments": given,
+        **time_pipeline(pipe, args),
         "unet": {},
         "versions": versions(),
     }
@@ -262,12 +243,6 @@ def main() -> None:
         result["unet"] = race_unet(pipe.unet, args.backend, args.views, args.unet_rounds)
         write(result, args.json)
     print(json.dumps(result, indent=2))
-
-
-def write(result: dict, path: str | None) -> None:
-    if path:
-        with open(path, "w") as file:
-            json.dump(result, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from helpers import ROOT, doubling
 
 from gafext import ops
-from gafext.bench.cases import Case, Contestant, cases
+from gafext.bench.cases import Case, Contestant, cases, cross_view_attention
 from gafext.bench.measure import race
 from gafext.bench.report import rows, summary
 from gafext.cli import main
@@ -78,6 +78,11 @@ def test_flops_and_bytes(tmp_path):
     assert attention["bytes"] == 4 * (4 * 20) * (64 + 77 + 77 + 64) * 64
     assert geglu["flops"] == 2 * 256 * 1280 * (2 * 5120)
     assert geglu["bytes"] == 4 * (256 * 1280 + 10240 * 1280 + 10240 + 256 * 5120)
+
+
+def test_the_forms_of_attention_across_views_agree_for_two_portraits():
+    measured = quick_race(cross_view_attention.case(3, 16, 2, "", 2, compiled=False))  # raises if one differs
+    assert {"gafext", "sdpa", "elementwise", "matmul"} <= set(measured.times) and not measured.skipped
 
 
 def test_the_environment_and_the_command(tmp_path):

@@ -12,8 +12,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import ROOT
 
+from gafext import MultiViewDiffusionPipeline
 from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
 from gafext.models.unet import MultiViewUNet
+
+
+@pytest.fixture(autouse=True)
+def scripts_import_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run
 
 
 def script(name):
@@ -117,7 +123,7 @@ def tiny_unet():
     config = replace(
         SD21_MULTIVIEW_UNET, block_out_channels=(32, 32, 32, 32), attention_head_dim=(2, 2, 2, 2), norm_num_groups=8
     )
-    return script("full_size").random_network(MultiViewUNet, config, torch.device("cpu"), torch.float32)
+    return script("race").random_network(MultiViewUNet, config, torch.device("cpu"), torch.float32)
 
 
 def test_the_race_of_the_unet():
@@ -175,7 +181,7 @@ def test_a_pass_in_a_graph_is_warmed_up_before_and_replayed_after(monkeypatch):
 def test_diffusers_network_is_that_of_stable_diffusion_2():
     pytest.importorskip("diffusers")
     with torch.device("meta"):
-        network = script("full_size").diffusers_sd21(None)
+        network = script("race").diffusers_sd21(None)
         out = network(torch.randn(8, 4, 32, 32), torch.tensor([500]), encoder_hidden_states=torch.randn(8, 77, 1024))
     assert out.sample.shape == (8, 4, 32, 32)
     assert 865e6 < sum(weight.numel() for weight in network.parameters()) < 867e6  # 865.9 million are published
@@ -189,20 +195,125 @@ def test_every_kernel_is_sanitized():
     assert ran == {"flash_attention", "cross_view_attention", "geglu_gate", "group_norm_silu"}
 
 
+SIZES = {"block_out_channels": (32, 64), "attention_head_dim": (2, 4), "cross_attention_dim": 1024}
+BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SMALL = {**SIZES, **BLOCKS, "layers_per_block": 1, "use_linear_projection": True}
+
+
+def with_small_networks(module, monkeypatch):
+    monkeypatch.setattr(module, "diffusers_sd21", lambda _: UNet2DConditionModel(**SMALL))
+    monkeypatch.setattr(module, "SD21_UNET", UNetConfig(**SMALL))
+    return module
+
+
 def test_the_drop_in_race_compares_networks_that_agree(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    race = script("drop_in")
-    sizes = {"block_out_channels": (32, 64), "attention_head_dim": (2, 4), "cross_attention_dim": 1024}
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    small = {**sizes, **blocks, "layers_per_block": 1, "use_linear_projection": True}
-    monkeypatch.setattr(race, "diffusers_sd21", lambda _: UNet2DConditionModel(**small))
-    monkeypatch.setattr(race, "SD21_UNET", UNetConfig(**small))
+    race = with_small_networks(script("drop_in"), monkeypatch)
     arguments = ["drop_in.py", "--batch", "1", "--rounds", "2", "--no-compile", "--json", str(tmp_path / "a.json")]
     monkeypatch.setattr(sys, "argv", arguments)
     race.main()
     found = json.loads((tmp_path / "a.json").read_text())["unet"]
     assert list(found) == ["stock", "accelerated", "gafext"]
     assert all(row["largest_difference"] <= 1e-4 and len(row["seconds"]) == 2 for row in found.values())
+
+
+def test_the_race_of_peers_compares_networks_that_agree(monkeypatch):
+    peers = with_small_networks(script("peers"), monkeypatch)
+    monkeypatch.setattr(peers.int8, "unsupported_reasons", lambda device: ["made up"])
+    found = peers.race_peers(["diffusers"], ["float32", "bfloat16", "int8"], batch=2, size=16, rounds=2)
+    rows = found["unet"]
+    precisions = ["float32", "bfloat16"]
+    assert set(rows) == {f"{name} {p}" for name in ("gafext", "diffusers") for p in precisions} | {"gafext int8"}
+    assert rows["gafext float32"]["times_gafext float32"] == 1
+    assert 0 < rows["diffusers float32"]["relative_difference"] < 1e-5
+    assert 1e-4 < rows["gafext bfloat16"]["relative_difference"] < 0.1
+    assert "made up" in rows["gafext int8"]["failed"]
+    assert found["environment"]["build"]["instruction_set"] and "diffusers" in found["peers"]
+
+
+def test_openvino_has_the_same_weights(monkeypatch):
+    pytest.importorskip("nncf", reason="pip install openvino nncf")
+    peers = with_small_networks(script("peers"), monkeypatch)
+    rows = peers.race_peers(["openvino"], ["float32", "int8"], batch=2, size=16, rounds=2)["unet"]
+    assert 0 < rows["openvino float32"]["relative_difference"] < 1e-5
+    assert 1e-3 < rows["openvino int8"]["relative_difference"] < 0.5
+
+
+def test_openvino_without_bfloat16_loses_its_row(monkeypatch):
+    peers = with_small_networks(script("peers"), monkeypatch)
+    core = SimpleNamespace(get_property=lambda *_: ["FP32", "INT8"])
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    with pytest.raises(ValueError, match="no bfloat16 on this processor, only FP32, INT8"):
+        peers.Field(batch=2, size=16).openvino("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--peers", "openvino"], "pip install openvino nncf"),
+        (["--peers", "tensorrt"], "expected some of openvino,diffusers,compile, got tensorrt"),
+        (["--peers", "diffusers", "--precisions", "float16"], "got float16"),
+        (["--unet-rounds", "3"], "a median of fewer says little"),
+    ],
+)
+def test_a_race_that_cannot_be_says_why(given, message, monkeypatch, capsys):
+    full_size = script("full_size")
+    monkeypatch.setattr(sys, "argv", ["full_size.py", *given])
+    find_spec = importlib.util.find_spec
+    missing = ("openvino", "nncf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
+    with pytest.raises(SystemExit):
+        full_size.arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_the_whole_pipeline_by_stages(monkeypatch):
+    full_size = script("full_size")
+    given = ["full_size.py", "--views", "1", "--steps", "2", "--backend", "auto", "sdpa"]
+    monkeypatch.setattr(sys, "argv", given)
+    found = full_size.time_pipeline(MultiViewDiffusionPipeline.from_pretrained(), full_size.arguments())
+    for backend in ("auto", "sdpa"):
+        stages = found["seconds_of_stages"][backend]
+        assert list(stages) == ["prepare", "denoise", "finish"] and min(stages.values()) > 0
+        assert found["seconds_in_all"][backend] == pytest.approx(sum(stages.values()))
+        assert 0 < found["seconds_a_step"][backend] < stages["denoise"]
+
+
+def test_the_shares_of_a_profile_are_the_whole_pass(monkeypatch, tmp_path, capsys):
+    profile = script("profile_pass")
+    sizes = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": (2, 2, 2, 2), "norm_num_groups": 8}
+    monkeypatch.setattr(profile, "SD21_MULTIVIEW_UNET", replace(SD21_MULTIVIEW_UNET, **sizes))
+    file = tmp_path / "profile.json"
+    given = ["--network", "multiview", "--size", "16", "--rounds", "3", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["profile_pass.py", *given])
+    profile.main()
+    found = json.loads(file.read_text())
+    kinds = {row["kind"]: row for row in found["kinds"]}
+    attentions = {"self-attention", "attention to image", "attention across views"}
+    assert {"conv3x3", "conv1x1", "linear", "linear, GEGLU", "norms, SiLU", "Python", *attentions} <= set(kinds)
+    assert sum(row["share"] for row in kinds.values()) == pytest.approx(1)
+    assert sum(row["seconds"] for row in kinds.values()) == pytest.approx(found["seconds"])
+    assert sorted(found["seconds_of_rounds"])[1] == found["seconds"]
+    assert sum(row["calls"] for row in found["shapes"]) == sum(row["calls"] for row in kinds.values())
+    first = next(row for row in found["shapes"] if row["shape"] == "8,8->32,16x16")  # conv_in
+    assert first["flops"] == 2 * 8 * 32 * 16 * 16 * 8 * 9 and first["kind"] == "conv3x3"
+    limit = found["limits"]["float32 product"]
+    assert first["of_limit"] == pytest.approx(first["flops"] / first["seconds"] / limit)
+    printed = capsys.readouterr().out
+    assert "attention across views" in printed and "Python" in printed
+
+
+def test_a_profile_knows_what_limits_an_operation():
+    classify = script("profile_pass").classify
+    x = torch.empty(2, 7, 16)
+    kind, shape, flops = classify("linear", [x, torch.empty(5, 16)], torch.empty(2, 7, 5), ())
+    assert (kind, shape, flops) == ("linear", "14,16->5", 2 * 14 * 16 * 5)
+    assert classify("geglu", [x], torch.empty(2, 7, 5), ())[1:] == ("14,16->10", 2 * 14 * 16 * 10)
+    query, key = torch.empty(1, 3, 9, 8), torch.empty(1, 3, 77, 8)
+    assert classify("flash_attention", [query, key], query, ())[::2] == ("attention to text", 4 * 3 * 9 * 77 * 8)
+    rows = [torch.empty(4, 3, 9, 8)] * 3
+    assert classify("cross_view_attention", rows, rows[0], (*rows, 4))[2] == 4 * 4 * 3 * 9 * 8 * 4
+    for name, kind in {"add_": "sums", "silu_": "norms, SiLU", "cat": "copies", "round_": "rounding to 8 bits"}.items():
+        assert classify(name, [x], x, ()) == (kind, "2x7x16", 0)
