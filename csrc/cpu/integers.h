@@ -23,6 +23,18 @@ constexpr int64_t per_word(Products products) { return is_quads(products) ? 4 : 
 typedef int16_t PairVec __attribute__((vector_size(4 * kLanes)));
 typedef int8_t QuadVec __attribute__((vector_size(4 * kLanes)));
 
+// The numbers of the left operand, and kLanes of them.
+template <bool quads>
+struct Left {
+  using Number = int16_t;
+  typedef int16_t Vector __attribute__((vector_size(2 * kLanes)));
+};
+template <>
+struct Left<true> {
+  using Number = uint8_t;
+  typedef uint8_t Vector __attribute__((vector_size(kLanes)));
+};
+
 GAFEXT_INLINE IntVec broadcast_word(const uint32_t* word) {
 #if defined(__AVX512F__)
   return bit_cast<IntVec>(_mm512_set1_epi32(static_cast<int>(*word)));

@@ -92,6 +92,20 @@ bool multiplies_bfloat16() {
 #endif
 }
 
+bool has_vnni() {
+#ifdef GAFEXT_X86
+  return instruction_set() >= InstructionSet::kAvx512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+const char* int8_products() {
+  if (has_vnni()) return "AVX512_VNNI";
+  if (instruction_set() >= InstructionSet::kAvx512) return "AVX-512, as 16 bits";
+  return instruction_set() == InstructionSet::kAvx2 ? "AVX2, as 16 bits" : "plain C++";
+}
+
 const char* name_of(InstructionSet set) {
   switch (set) {
     case InstructionSet::kAmx:

@@ -19,6 +19,12 @@ InstructionSet instruction_set();
 // several times as fast as geglu's kernels, which multiply float32 or its three bfloat16 terms.
 bool multiplies_bfloat16();
 
+// Whether the processor multiplies and adds 8-bit integers in one instruction, AVX512_VNNI, and may use it.
+bool has_vnni();
+
+// What multiplies 8-bit integers, in words.
+const char* int8_products();
+
 const char* name_of(InstructionSet set);
 
 // The threads that a parallel region gets: as set by torch.set_num_threads.

@@ -1,4 +1,4 @@
-"""Operations of gafext: flash attention, cross-view attention, GEGLU, GroupNorm and SiLU, 3×3 convolution, linear.
+"""Operations of gafext: flash attention, cross-view attention, GEGLU, GroupNorm and SiLU, 3×3 convolution, linear layers.
 
 Each is a function here and an operation of the same name in `torch.ops.gafext`. The functions validate their arguments
 and fall back to PyTorch's operations for inputs that the kernels do not support; `torch.ops.gafext` raises instead.
@@ -13,5 +13,15 @@ from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu, geglu_gate
 from gafext.ops.group_norm_silu import group_norm_silu
 from gafext.ops.linear import linear
+from gafext.ops.linear_int8 import linear_int8
 
-__all__ = ["conv3x3", "cross_view_attention", "flash_attention", "geglu", "geglu_gate", "group_norm_silu", "linear"]
+__all__ = [
+    "conv3x3",
+    "cross_view_attention",
+    "flash_attention",
+    "geglu",
+    "geglu_gate",
+    "group_norm_silu",
+    "linear",
+    "linear_int8",
+]

@@ -1,0 +1,121 @@
+"""Linear layer with 8-bit weights and inputs, on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gafext.ops import _common
+from gafext.ops.backend import use_kernel
+
+_OP = "linear_int8"
+MAX_FEATURES = 65536  # kMaxInt8Features of csrc/ops/linear_int8.h
+_TINY = 2.0**-126
+
+
+def linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Apply a linear layer whose weights are 8-bit integers, rounding the inputs to 8 bits row by row.
+
+    out = s_x scale (q weight^T) + bias,  q = round(x / s_x),  s_x = max |x| / 127 of each row
+
+    The products are added up exactly, in 32-bit integers: the result is the same on every processor and any number of
+    threads, up to the rounding of x / s_x and of the scales in float32. The whole row of an infinity or a NaN is NaN.
+
+    Args:
+        x: [..., in_features], float32, on the CPU.
+        weight: [out_features, in_features], int8, at most 65536 in_features.
+        scale: [out_features], like x: what a unit of `weight` stands for, per output feature.
+        bias: [out_features], like x, or None.
+        backend: "auto" or "kernel"; "sdpa" and "reference" are both the formula in plain PyTorch.
+
+    Returns:
+        [..., out_features], contiguous if the kernel ran.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
+
+    Inputs that the kernel does not support (`unsupported_reasons`) fall back to the formula in plain PyTorch.
+    """
+    check_linear_int8(x, weight, scale, bias)
+    if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, scale, bias)):
+        return torch.ops.gafext.linear_int8(x, weight, scale, bias)
+    return reference_linear_int8(x, weight, scale, bias)
+
+
+def reference_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute the formula in plain PyTorch, products in float64: exact, on any device that has it."""
+    largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    of_row = (largest / 127).clamp_min(_TINY)
+    of_row = torch.where(largest.isfinite(), of_row, torch.nan)
+    rounded = (x * (1 / of_row)).round()
+    sums = (rounded.double() @ weight.double().mT).to(x.dtype)
+    out = sums * (of_row * scale)
+    return out if bias is None else out + bias
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to 8 bits per output feature.
+
+    weight ~ scale q,  q = round(weight / scale),  scale = max |weight| / 127 of each output feature
+
+    Args:
+        weight: [out_features, ...], floating point.
+
+    Returns:
+        q like weight, int8, and scale [out_features], float32.
+    """
+    rows = weight.detach().float().flatten(1)
+    scale = (rows.abs().amax(dim=1) / 127).clamp_min(_TINY)
+    return (rows / scale[:, None]).round().to(torch.int8).view(weight.shape), scale
+
+
+def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[str]:
+    """List why the kernel does not support tensors of matching shapes; empty when it does."""
+    reasons = _common.place_reasons(x, scale, bias)
+    if x.device.type not in ("cpu", "meta"):
+        reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
+    return reasons + _kernel_reasons(x, weight)
+
+
+def _kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:
+    reasons = [] if x.dtype == torch.float32 else [f"dtype must be float32, got {_common.dtype_name(x)}"]
+    features = int(weight.shape[1])
+    if features > MAX_FEATURES:
+        reasons.append(f"in_features must be at most {MAX_FEATURES}, got {features}")
+    return reasons
+
+
+def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
+    shape = tuple(weight.shape)
+    _common.require(weight.dim() == 2, _OP, lambda: f"weight must have shape (out_features, in_features), got {shape}")
+    _common.require(
+        weight.dtype == torch.int8, _OP, lambda: f"weight must have dtype int8, got {_common.dtype_name(weight)}"
+    )
+    _common.require(weight.device == x.device, _OP, lambda: "weight must be on the device of x")
+    _common.require(
+        x.dim() >= 1 and x.shape[-1] == shape[1],
+        _OP,
+        lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
+    )
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None:
+            _check_of_columns(name, vector, x, shape)
+
+
+def _check_of_columns(name: str, vector: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    _common.require(
+        vector.dim() == 1 and vector.shape[0] == shape[0],
+        _OP,
+        lambda: f"{name} must have shape ({shape[0]},) to go with weight {shape}, got {tuple(vector.shape)}",
+    )
+    _common.check_same_kind(_OP, "x", x, name, vector)
+
+
+@torch.library.register_fake("gafext::linear_int8")
+def _fake(x, weight, scale, bias=None):
+    check_linear_int8(x, weight, scale, bias)
+    _common.require_supported(_OP, _kernel_reasons(x, weight))
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
