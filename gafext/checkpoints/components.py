@@ -138,8 +138,8 @@ class PipelineComponents(PipelineAdapters):
         Args:
             path_or_repo_id: a folder, or a hub id such as "owner/name"; None: the small built-in model.
             dtype: dtype of the weights, or its name: "float32", "float16", "bfloat16"; None: float32. "int8": float32
-                with the U-Net's linear layers in 8-bit integers, on CPUs: faster, a quarter of their memory, and an error
-                of about 1 % per layer.
+                with the U-Net's linear layers in 8-bit integers, on CPUs: faster, in a quarter of their memory, at an
+                error of about 1 % per layer.
             device: device of the networks; None: CUDA if available, else MPS, else CPU.
             variant: variant in the names of the weight files, such as "fp16".
             revision: branch, tag or commit of a hub id.

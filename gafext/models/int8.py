@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gafext import _C
 from gafext.models.blocks import MultiViewSpatialTransformer
-from gafext.ops.linear_int8 import linear_int8, quantize_weight
+from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
 
 
 class Int8Linear(nn.Module):
@@ -47,9 +46,7 @@ def unsupported_reasons(device: torch.device) -> list[str]:
     """List why linear layers should not be in 8-bit integers; empty when they can."""
     if device.type != "cpu":
         return [f"8-bit linear layers are for CPUs, got {device.type}"]
-    if _C.build_info()["instruction_set"] == "portable":
-        return ["without AVX2 there are no fast products of small integers: float32 is faster"]
-    return []
+    return slower_than_float32()
 
 
 def require_supported(device: torch.device) -> None:

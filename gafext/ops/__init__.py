@@ -1,4 +1,4 @@
-"""Operations of gafext: flash attention, cross-view attention, GEGLU, GroupNorm and SiLU, 3×3 convolution, linear layers.
+"""Operations of gafext: attention, attention across views, GEGLU, GroupNorm and SiLU, 3×3 convolution, linear layers.
 
 Each is a function here and an operation of the same name in `torch.ops.gafext`. The functions validate their arguments
 and fall back to PyTorch's operations for inputs that the kernels do not support; `torch.ops.gafext` raises instead.

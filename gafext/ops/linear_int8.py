@@ -46,13 +46,12 @@ def linear_int8(
 
 def reference_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute the formula in plain PyTorch, products in float64: exact, on any device that has it."""
-    largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    of_row = (largest / 127).clamp_min(_TINY)
-    of_row = torch.where(largest.isfinite(), of_row, torch.nan)
-    rounded = (x * (1 / of_row)).round()
-    sums = (rounded.double() @ weight.double().mT).to(x.dtype)
-    out = sums * (of_row * scale)
-    return out if bias is None else out + bias
+    wide = x if x.dtype == torch.float64 else x.float()
+    largest = wide.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else wide.new_zeros(*x.shape[:-1], 1)
+    of_row = torch.where(largest.isfinite(), (largest / 127).clamp_min(_TINY), torch.nan)
+    sums = (wide * (1 / of_row)).round().double() @ weight.double().mT
+    out = sums.to(wide.dtype) * (of_row * scale)
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +76,12 @@ def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
     return reasons + _kernel_reasons(x, weight)
+
+
+def slower_than_float32() -> list[str]:
+    """List why a linear layer in float32 is faster on this processor; empty when it is not."""
+    portable = _common.INSTRUCTION_SET == "portable"
+    return ["without AVX2 there are no fast products of small integers: float32 is faster"] if portable else []
 
 
 def _kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:

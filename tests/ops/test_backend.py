@@ -42,7 +42,12 @@ INPUTS = {  # that the kernel of the CPU serves, with "auto" too
     "geglu_gate": (torch.randn(5, 8),),
     "group_norm_silu": (channels_last(2, 64, 5, 6), 4),
     "linear": (torch.randn(256, 640), torch.randn(640, 640)),
+    "linear_int8": (torch.randn(5, 8), torch.ones(6, 8, dtype=torch.int8), torch.ones(6)),
 }
+
+
+def converted(inputs, dtype):
+    return [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
 
 
 def test_every_operation_has_inputs_here():
@@ -60,7 +65,7 @@ def test_the_kernel_is_taken_where_there_is_no_reason_against_it(op, pretend_cpu
 @pytest.mark.parametrize("op", INPUTS)
 def test_kernel_is_a_demand_and_a_wrong_name_an_error(op):
     function = getattr(ops, op)
-    wide = [value.double() if isinstance(value, torch.Tensor) else value for value in INPUTS[op]]
+    wide = converted(INPUTS[op], torch.float64)
     with pytest.raises(ValueError, match=f"^backend='kernel' cannot serve this {op}: .*dtype must be float32.*float64"):
         function(*wide, backend="kernel")
     assert function(*wide).dtype == torch.float64
@@ -86,7 +91,7 @@ def test_reasons_are_looked_for_once(op, dtype, backend, monkeypatch, pretend_cp
     for name in ("unsupported_reasons", "slower_reasons"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    inputs = [value.to(dtype) if isinstance(value, torch.Tensor) else value for value in INPUTS[op]]
+    inputs = converted(INPUTS[op], dtype)
     try:
         getattr(ops, op)(*inputs, backend=backend)
     except ValueError as error:

@@ -1,0 +1,39 @@
+"""Cases of linear layers in 8 bits, against PyTorch's linear in float32: what one would call without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gafext.bench.cases.base import Case, Contestant
+from gafext.bench.cases.linear import LINEAR_SHAPES
+from gafext.ops import linear_int8
+from gafext.ops.linear_int8 import quantize_weight
+
+
+def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
+    return LINEAR_SHAPES[:8] if device == "cpu" and dtype == torch.float32 else []  # those of the U-Net
+
+
+def case(rows: int, in_features: int, out_features: int, where: str, **options: Any) -> Case:
+    """Build a case; the contestants' results are about 1 % apart."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        weight = torch.randn(out_features, in_features) * in_features**-0.5
+        return torch.randn(rows, in_features), weight, *quantize_weight(weight), torch.randn(out_features)
+
+    return Case(
+        op="linear_int8",
+        shape=f"{rows},{in_features}->{out_features}",
+        where=where,
+        bound="compute",
+        flops=2 * rows * in_features * out_features,
+        inputs=inputs,
+        contestants=[
+            Contestant("gafext", lambda x, weight, q, scale, bias: linear_int8(x, q, scale, bias)),
+            Contestant("eager, float32", lambda x, weight, q, scale, bias: F.linear(x, weight, bias)),
+        ],
+    )
