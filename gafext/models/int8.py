@@ -22,6 +22,10 @@ class Int8Linear(nn.Module):
         linear: float32, on the CPU; its weights are not kept.
     """
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
