@@ -1,0 +1,23 @@
+#pragma once
+
+#include "../types.h"
+
+namespace gafext {
+
+// out = s_x scale (q_x weight^T) + bias, q_x = round(x / s_x), s_x = max |x| / 127 of each row
+//
+//   x (rows, in_features)   weight (out_features, in_features), 8-bit   scale (out_features)
+//   bias (out_features) or null   out (rows, out_features), contiguous
+//
+// The sums of products are exact 32-bit integers for in_features up to kMaxInt8Features.
+struct LinearInt8Args {
+  const float *x, *scale, *bias;
+  const int8_t* weight;
+  float* out;
+  int64_t rows, in_features, out_features;
+  int64_t x_stride, weight_stride;  // from row to row
+};
+
+constexpr int64_t kMaxInt8Features = int64_t{1} << 16;  // 2^16 * 255 * 127 < 2^31, where inputs are shifted to 0..255
+
+}  // namespace gafext
