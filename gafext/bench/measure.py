@@ -166,7 +166,7 @@ def _cannot_run(case: Case, entrant: Entrant, expected: Tensor) -> str:
         return _reason(entrant, error)
     same_shape = result.shape == expected.shape
     difference = (result.double() - expected.double()).abs().max().item() if same_shape else math.inf
-    allowed = TOLERANCE[expected.dtype] * max(1.0, expected.abs().max().item())
+    allowed = (case.tolerance or TOLERANCE[expected.dtype]) * max(1.0, expected.abs().max().item())
     if not difference <= allowed:  # true for NaN too
         first = case.contestants[0].name
         raise RuntimeError(f"{case.op} {case.shape}: {name} differs from {first} by {difference:.3g}")

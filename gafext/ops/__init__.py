@@ -8,10 +8,20 @@ import torch  # noqa: F401  must come first: the module below links to its libra
 
 from gafext import _C  # noqa: F401  registers torch.ops.gafext
 from gafext.ops.conv3x3 import conv3x3
+from gafext.ops.conv3x3_int8 import conv3x3_int8
 from gafext.ops.cross_view_attention import cross_view_attention
 from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu, geglu_gate
 from gafext.ops.group_norm_silu import group_norm_silu
 from gafext.ops.linear import linear
 
-__all__ = ["conv3x3", "cross_view_attention", "flash_attention", "geglu", "geglu_gate", "group_norm_silu", "linear"]
+__all__ = [
+    "conv3x3",
+    "conv3x3_int8",
+    "cross_view_attention",
+    "flash_attention",
+    "geglu",
+    "geglu_gate",
+    "group_norm_silu",
+    "linear",
+]

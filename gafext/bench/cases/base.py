@@ -37,6 +37,7 @@ class Case:
     inputs: Callable[[], tuple[Tensor, ...]]
     contestants: list[Contestant]  # gafext's first
     ours: str = "gafext"  # the contestant that the others are compared with
+    tolerance: float | None = None  # of the others' results; None: that of the dtype
 
 
 def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
