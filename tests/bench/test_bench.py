@@ -41,6 +41,7 @@ def test_the_json_follows_from_its_times(tmp_path, capsys):
         "geglu": "256x1280",
         "geglu_gate": "256,10240->5120",
         "conv3x3": "8,1280->1280,4x4",
+        "conv3x3_int8": "8,1280->1280,4x4",
         "linear": "128,1280->1280",
     }
     written = measured(tmp_path, *(word for shape in shapes.values() for word in ("--shape", shape)))
