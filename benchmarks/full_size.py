@@ -63,7 +63,7 @@ def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> li
     if dtype == torch.float32 and not (int8.is_quantized(unet) or int8.unsupported_reasons(device)):
         # Copy modules but not weights, so that unquantized weights are in memory only once.
         quantized = copy.deepcopy(unet, memo={id(weight): weight for weight in unet.parameters()})
-        int8.quantize_transformers(quantized)
+        int8.quantize(quantized)
         contestants.append(contestant("int8", quantized, "auto"))
     if device.type == "cuda" and importlib.util.find_spec("diffusers"):
         plain = random_network(diffusers_sd21, None, device, dtype)
@@ -123,7 +123,7 @@ def random_pipeline(device: torch.device, dtype: str, *, upsampler: bool) -> Mul
         upsampler=doubling,
     )
     if dtype == "int8":
-        int8.quantize_transformers(pipe.unet)
+        int8.quantize(pipe.unet)
     return pipe
 
 

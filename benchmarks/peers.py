@@ -98,7 +98,7 @@ class Field:
             network = MultiViewUNet(SD21_UNET).eval()
         network.load_state_dict(stock.unet.state_dict(), assign=True)
         if precision == "int8":
-            int8.quantize_transformers(network)
+            int8.quantize(network)
         return lambda: network(*inputs)
 
     def diffusers(self, precision: str) -> Callable[[], Tensor]:

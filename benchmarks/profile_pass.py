@@ -113,7 +113,7 @@ def unet_pass(network: str, dtype: str, batch: int, size: int) -> Callable[[], T
     float_dtype = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     unet = random_network(MultiViewUNet, config, torch.device("cpu"), float_dtype)
     if dtype == "int8":
-        int8.quantize_transformers(unet)
+        int8.quantize(unet)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

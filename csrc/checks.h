@@ -42,7 +42,7 @@ inline const char* dtype_name(const Tensor& tensor) {
   using enum ScalarType;
   constexpr std::pair<ScalarType, const char*> kNames[] = {
       {Float, "float32"}, {Half, "float16"}, {BFloat16, "bfloat16"}, {Double, "float64"},
-      {Int, "int32"},     {Long, "int64"},   {Bool, "bool"}};
+      {Char, "int8"},     {Int, "int32"},    {Long, "int64"},        {Bool, "bool"}};
   for (const auto& [type, name] : kNames) {
     if (tensor.scalar_type() == type) return name;
   }

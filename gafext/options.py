@@ -112,7 +112,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--dtype",
         choices=(*_DTYPES, "int8"),
         default="float32",
-        help="dtype of weights and activations; int8: only the U-Net's linear layers, on a CPU; default: float32",
+        help="dtype of weights and activations; int8: only the U-Net's wide layers, on a CPU; default: float32",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
 

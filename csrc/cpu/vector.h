@@ -106,6 +106,16 @@ GAFEXT_INLINE Vec load(const Float16* from) {
 #endif
 }
 
+GAFEXT_INLINE Vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(from))));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from))));
+#else
+  return Vec{float(from[0]), float(from[1]), float(from[2]), float(from[3])};
+#endif
+}
+
 // Fetches a line of memory for writing: after a prefetch for reading, the store would have to request it again. In
 // attention that is 1 to 5% of the time with 77 keys.
 GAFEXT_INLINE void prefetch_to_write(const void* line) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gafext.models.blocks import MultiViewSpatialTransformer
+from gafext.models.int8_conv import Int8Conv3x3, quantize_convolutions
 from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
 
 
@@ -60,6 +61,24 @@ def require_supported(device: torch.device) -> None:
         raise ValueError("dtype: expected one that this machine has, got int8: " + "; ".join(reasons))
 
 
+def quantize(network: nn.Module) -> int:
+    """Put a U-Net's linear layers and 3×3 convolutions in 8-bit integers, in place.
+
+    They are the linear layers of the transformers (`quantize_transformers`) and the convolutions of at least 128
+    channels on both sides (`quantize_convolutions`); the rest stays float32.
+
+    Args:
+        network: float32, on the CPU.
+
+    Returns:
+        Number of replaced layers.
+
+    Raises:
+        ValueError: as for `quantize_transformers`.
+    """
+    return quantize_transformers(network) + quantize_convolutions(network)
+
+
 def quantize_transformers(network: nn.Module) -> int:
     """Replace the linear layers of every transformer of a U-Net by `Int8Linear`, in place.
 
@@ -90,8 +109,8 @@ def quantize_transformers(network: nn.Module) -> int:
 
 
 def is_quantized(network: nn.Module) -> bool:
-    """Return whether a network has linear layers in 8-bit integers, and so can be neither moved nor saved."""
-    return any(isinstance(module, Int8Linear) for module in network.modules())
+    """Return whether a network has layers in 8-bit integers, and so can be neither moved nor saved."""
+    return any(isinstance(module, (Int8Linear, Int8Conv3x3)) for module in network.modules())
 
 
 def check_move(network: nn.Module, *args: Any, **kwargs: Any) -> None:

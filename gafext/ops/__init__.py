@@ -8,6 +8,7 @@ import torch  # noqa: F401  must come first: the module below links to its libra
 
 from gafext import _C  # noqa: F401  registers torch.ops.gafext
 from gafext.ops.conv3x3 import conv3x3
+from gafext.ops.conv3x3_int8 import conv3x3_int8
 from gafext.ops.cross_view_attention import cross_view_attention
 from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu, geglu_gate
@@ -17,6 +18,7 @@ from gafext.ops.linear_int8 import linear_int8
 
 __all__ = [
     "conv3x3",
+    "conv3x3_int8",
     "cross_view_attention",
     "flash_attention",
     "geglu",

@@ -89,25 +89,35 @@ def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
 
 def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
+    check_shapes(_OP, x, weight)
+    _common.check_weight_and_bias(_OP, x, weight, bias)
+
+
+def check_shapes(op: str, x: Tensor, weight: Tensor) -> None:
+    """Raise a ValueError that begins with `op` unless x is an image and weight a 3×3 kernel for its channels."""
     shape = tuple(weight.shape)
     _common.require(
-        x.dim() == 4, _OP, lambda: f"x must have shape (batch, channels, height, width), got {tuple(x.shape)}"
+        x.dim() == 4, op, lambda: f"x must have shape (batch, channels, height, width), got {tuple(x.shape)}"
     )
     _common.require(
         weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 3, 3),
-        _OP,
+        op,
         lambda: f"weight must have shape (out_channels, {x.shape[1]}, 3, 3) to go with x {tuple(x.shape)}, got {shape}",
     )
-    _common.check_weight_and_bias(_OP, x, weight, bias)
 
 
 @torch.library.register_fake("gafext::conv3x3")
 def _fake(x, weight, bias=None):
     check_conv3x3(x, weight, bias)
-    _common.require_supported(_OP, _kernel_reasons(x))
+    return fake_result(_OP, x, weight)
+
+
+def fake_result(op: str, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what the kernel `op` gives for tensors of matching shapes, without values; raise its errors."""
+    _common.require_supported(op, _kernel_reasons(x))
     _common.require(
         x.shape[1] == 1 or x.stride(1) == 1,
-        _OP,
+        op,
         lambda: f"x must be channels-last, got a stride of {x.stride(1)} from channel to channel",
     )
     batch, _, height, width = x.shape

@@ -41,7 +41,9 @@ def test_the_json_follows_from_its_times(tmp_path, capsys):
         "geglu": "256x1280",
         "geglu_gate": "256,10240->5120",
         "conv3x3": "8,1280->1280,4x4",
+        "conv3x3_int8": "8,1280->1280,4x4",
         "linear": "128,1280->1280",
+        "linear_int8": "128,1280->1280",
     }
     written = measured(tmp_path, *(word for shape in shapes.values() for word in ("--shape", shape)))
     assert {race["op"]: race["shape"] for race in written["races"]} == shapes
@@ -120,7 +122,7 @@ def test_half_precision_agrees(tmp_path):
     assert len(measured(tmp_path, "--dtype", "bfloat16", *shapes)["races"]) == 4
 
 
-@pytest.mark.parametrize("device, count", [("cpu", 66), ("cuda", 83)])
+@pytest.mark.parametrize("device, count", [("cpu", 74), ("cuda", 83)])
 def test_every_shape_once(device, count):
     listed = list(cases(device, torch.float32, compiled=False))
     assert len({(case.op, case.shape) for case in listed}) == len(listed) == count

@@ -36,6 +36,7 @@ def test_what_no_kernel_serves_goes_to_pytorch_with_its_reason(case):
 
 INPUTS = {  # that the kernel of the CPU serves, with "auto" too
     "conv3x3": (channels_last(1, 128, 8, 8), torch.randn(128, 128, 3, 3)),
+    "conv3x3_int8": (channels_last(1, 128, 8, 8), torch.ones(128, 128, 3, 3, dtype=torch.int8), torch.rand(128)),
     "cross_view_attention": (*three(2, 4, 64, 64), 2),
     "flash_attention": three(2, 4, 64, 64),
     "geglu": (torch.randn(5, 8), torch.randn(6, 8)),
@@ -46,8 +47,9 @@ INPUTS = {  # that the kernel of the CPU serves, with "auto" too
 }
 
 
-def converted(inputs, dtype):
-    return [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+def inputs_in(dtype, op):
+    """INPUTS[op] with the floating-point tensors in a dtype."""
+    return [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in INPUTS[op]]
 
 
 def test_every_operation_has_inputs_here():
@@ -65,7 +67,7 @@ def test_the_kernel_is_taken_where_there_is_no_reason_against_it(op, pretend_cpu
 @pytest.mark.parametrize("op", INPUTS)
 def test_kernel_is_a_demand_and_a_wrong_name_an_error(op):
     function = getattr(ops, op)
-    wide = converted(INPUTS[op], torch.float64)
+    wide = inputs_in(torch.float64, op)
     with pytest.raises(ValueError, match=f"^backend='kernel' cannot serve this {op}: .*dtype must be float32.*float64"):
         function(*wide, backend="kernel")
     assert function(*wide).dtype == torch.float64
@@ -91,9 +93,8 @@ def test_reasons_are_looked_for_once(op, dtype, backend, monkeypatch, pretend_cp
     for name in ("unsupported_reasons", "slower_reasons"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    inputs = converted(INPUTS[op], dtype)
     try:
-        getattr(ops, op)(*inputs, backend=backend)
+        getattr(ops, op)(*inputs_in(dtype, op), backend=backend)
     except ValueError as error:
         assert backend == "kernel" and "cannot serve" in str(error)
     assert all(count == 1 for count in counts.values())

@@ -85,6 +85,7 @@ CHECK_ALL_OPS = """
 import torch
 from gafext import _C
 import gafext.ops
+from gafext.ops.conv3x3_int8 import reference_conv3x3_int8
 from gafext.ops.cross_view_attention import cross_view_attention, reference_cross_view_attention
 from gafext.ops.flash_attention import flash_attention, reference_flash_attention
 from gafext.ops.geglu import geglu, reference_geglu
@@ -115,6 +116,14 @@ for dtype in TOLERANCE:
         x, weight, bias = torch.randn(batch, positions, channels) + 1, torch.randn(channels), torch.randn(channels)
         inputs = x.to(dtype).transpose(1, 2), groups, weight.to(dtype), bias.to(dtype)
         check(group_norm_silu, reference_group_norm_silu, *inputs)
+
+for sizes in ((2, 33, 65, 5, 3), (1, 257, 63, 13, 9), (1, 1, 1, 1, 1)):
+    batch, inner, outer, height, width = sizes
+    x = torch.randn(batch, inner, height, width).contiguous(memory_format=torch.channels_last)
+    weight, scale = torch.randint(-127, 128, (outer, inner, 3, 3)).to(torch.int8), torch.rand(outer)
+    exact = reference_conv3x3_int8(x.double(), weight, scale.double(), scale.double())
+    error = (torch.ops.gafext.conv3x3_int8(x, weight, scale, scale) - exact).norm() / exact.norm()
+    assert error < 0.01, f"conv3x3_int8 {sizes}: {error}"
 
 # Every bit pattern of a half through load and store: V = 1 returns its values, times a weight of exactly 1.
 every = torch.arange(-32768, 32768).to(torch.int16)

@@ -1,0 +1,227 @@
+"""conv3x3_int8 against float64, against the weights that it rounds, and against misuse."""
+
+import pytest
+import torch
+from helpers import (
+    assert_refused,
+    assert_same_bits_on_any_number_of_threads,
+    assert_same_when_compiled,
+    assert_same_words,
+    called,
+    channels_last,
+)
+
+from gafext import ops
+from gafext.ops.conv3x3_int8 import quantize_conv3x3, reference_conv3x3_int8, slower_reasons, unsupported_reasons
+
+OP = torch.ops.gafext.conv3x3_int8
+
+
+def conv3x3_int8(x, weight, scale, bias=None):
+    """The kernel, also where PyTorch is faster."""
+    return OP(x.contiguous(memory_format=torch.channels_last), weight, scale, bias)
+
+
+def problem(batch, in_channels, out_channels, height, width):
+    """Output channels whose scales differ a thousandfold."""
+    weight = torch.randint(-127, 128, (out_channels, in_channels, 3, 3)).to(torch.int8)
+    scale = torch.logspace(-3, 0, out_channels) / 73 * (9 * in_channels) ** -0.5
+    return channels_last(batch, in_channels, height, width), weight, scale, torch.randn(out_channels)
+
+
+def relative_error(x, weight, scale, bias=None):
+    """Of every output channel by itself; the largest, and without the bias, which would hide it."""
+    out = conv3x3_int8(x, weight, scale, bias)
+    exact = reference_conv3x3_int8(x.double(), weight, scale.double(), None if bias is None else bias.double())
+    assert out.shape == exact.shape and out.dtype == x.dtype and out.is_contiguous(memory_format=torch.channels_last)
+    terms = exact if bias is None else exact - bias.double()[:, None, None]
+    error, size = ((t * t).sum(dim=(0, 2, 3)).sqrt() for t in (out.double() - exact, terms))
+    return (error / size).max().item()
+
+
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (1, 3, 5, 4, 4),
+    (2, 33, 65, 5, 3),
+    (3, 70, 100, 13, 17),
+    (1, 257, 63, 1, 9),
+    (9, 16, 64, 16, 16),
+    (1, 65, 16, 63, 65),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_odd_sizes(sizes):
+    x, weight, scale, bias = problem(*sizes)
+    assert relative_error(x, weight, scale, bias) < 0.015
+    assert relative_error(x, weight, scale) < 0.015
+
+
+def test_more_tiles_than_fit_the_scratch_memory():
+    assert relative_error(*problem(3, 2048, 16, 32, 32)) < 0.01  # 192 tiles of 36 x 2048 numbers, 24 MB at a time
+
+
+def test_the_largest_numbers_do_not_overflow():
+    """Every number at its limit, with the signs that add up at the point of the largest sums."""
+    x = torch.where(torch.arange(8)[:, None] // 2 % 2 == torch.arange(8) // 2 % 2, 1.0, -1.0).expand(1, 256, 8, 8)
+    weight = torch.full((64, 256, 3, 3), 127, dtype=torch.int8)
+    for sign in (weight, -weight):
+        assert relative_error(x * 1e30, sign, torch.ones(64) * 1e-30) < 0.02
+    ones = torch.ones(1, 256, 8, 8)
+    assert relative_error(ones, weight, torch.ones(64)) < 0.02
+
+
+def test_tiles_do_not_depend_on_each_other():
+    x, weight, scale, bias = problem(3, 40, 20, 12, 12)
+    x[1] *= 1e4
+    out = conv3x3_int8(x, weight, scale, bias)
+    for image in range(3):
+        assert torch.equal(conv3x3_int8(x[image : image + 1], weight, scale, bias)[0], out[image])
+    x[0, :, 9:, 9:] = 1e5
+    assert torch.equal(conv3x3_int8(x, weight, scale, bias)[0, :, :4, :4], out[0, :, :4, :4])
+
+
+def test_zeros_give_the_bias():
+    x, weight, scale, bias = problem(2, 8, 4, 5, 6)
+    for tiny in (0.0, 1e-40):
+        assert torch.equal(
+            conv3x3_int8(torch.full_like(x, tiny), weight, scale, bias), bias[:, None, None].expand(2, 4, 5, 6)
+        )
+
+
+def test_strides():
+    x, weight, scale, bias = problem(2, 40, 20, 9, 7)
+    wide = channels_last(4, 50, 12, 8)
+    views = (wide[::2, 3:43, 1:10, :7], wide[:2, 10:, ::2, ::3], x[:1].expand(3, -1, -1, -1), x.contiguous())
+    parameters = weight.permute(0, 1, 3, 2), scale.repeat_interleave(2)[::2], bias.repeat_interleave(2)[::2]
+    for strided in views:
+        expected = conv3x3_int8(strided.clone(), *(t.contiguous() for t in parameters))
+        assert torch.equal(conv3x3_int8(strided, *parameters), expected)
+
+
+def test_empty_inputs():
+    x, weight, scale, bias = problem(2, 8, 4, 5, 6)
+    assert conv3x3_int8(x[:0], weight, scale, bias).shape == (0, 4, 5, 6)
+    assert conv3x3_int8(x[:, :, :0], weight, scale, bias).shape == (2, 4, 0, 6)
+    assert conv3x3_int8(x, weight[:0], scale[:0], bias[:0]).shape == (2, 0, 5, 6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e37])
+def test_what_is_not_finite_makes_nan_of_its_tiles(value):
+    x, weight, scale, bias = problem(1, 37, 4, 16, 16)
+    expected = conv3x3_int8(x, weight, scale, bias)
+    x[0, 36, 9, 9] = value
+    out = conv3x3_int8(x, weight, scale, bias)
+    assert out[:, :, 8:12, 8:12].isnan().all()
+    out[:, :, 8:12, 8:12] = expected[:, :, 8:12, 8:12]
+    assert torch.equal(out, expected)
+
+
+def test_same_bits_on_any_number_of_threads():
+    assert_same_bits_on_any_number_of_threads(conv3x3_int8, *problem(3, 70, 100, 13, 17))
+
+
+def test_weights_are_rounded_per_channel():
+    weight = torch.randn(5, 3, 3, 3) * torch.logspace(-3, 3, 5)[:, None, None, None]
+    weight[2] = 0.0
+    rounded, scale = quantize_conv3x3(weight)
+    assert rounded.dtype == torch.int8 and scale.shape == (5,)
+    assert rounded.abs().amax(dim=(1, 2, 3)).tolist() == [127, 127, 0, 127, 127]
+    error = (rounded * scale[:, None, None, None] - weight).abs().amax(dim=(1, 2, 3))
+    assert (error <= 0.5001 * scale).all()
+
+
+BAD_INPUTS = {
+    "flat x": (
+        lambda t: (t(3, 8), t(5, 8, 3, 3).char(), t(5)),
+        "x must have shape (batch, channels, height, width), got (3, 8)",
+    ),
+    "weight": (
+        lambda t: (t(1, 8, 4, 4), t(5, 9, 3, 3).char(), t(5)),
+        "weight must have shape (out_channels, 8, 3, 3) to go with x (1, 8, 4, 4), got (5, 9, 3, 3)",
+    ),
+    "weight dtype": (lambda t: (t(1, 8, 4, 4), t(5, 8, 3, 3), t(5)), "weight must be int8, got float32"),
+    "scale": (
+        lambda t: (t(1, 8, 4, 4), t(5, 8, 3, 3).char(), t(8)),
+        "scale must have shape (5,) to go with weight (5, 8, 3, 3), got (8,)",
+    ),
+    "bias": (
+        lambda t: (t(1, 8, 4, 4), t(5, 8, 3, 3).char(), t(5), t(5, 1)),
+        "bias must have shape (5,) to go with weight (5, 8, 3, 3), got (5, 1)",
+    ),
+    "scale dtype": (
+        lambda t: (t(1, 8, 4, 4), t(5, 8, 3, 3).char(), t(5).char()),
+        "scale must have the dtype of x, float32, got int8",
+    ),
+    "bias dtype": (
+        lambda t: (t(1, 8, 4, 4), t(5, 8, 3, 3).char(), t(5), t(5).half()),
+        "bias must have the dtype of x, float32, got float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_has_one_message_everywhere(make, words):
+    assert_same_words(ops.conv3x3_int8, OP, make, f"conv3x3_int8: {words}")
+
+
+UNSUPPORTED = {
+    "dtype": (lambda x: x.half(), "dtype must be float32, got float16"),
+    "layout": (lambda x: x.contiguous(), "x must be channels-last, got a stride of 30 from channel to channel"),
+    "channels": (lambda x: x[:, :0], "channels must be at least 1, got (2, 0, 5, 6)"),
+}
+
+
+@pytest.mark.parametrize("change, words", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_the_bare_operation_says_what_it_cannot_do(change, words):
+    x, weight, scale, _ = problem(2, 8, 4, 5, 6)
+    x = change(x)
+    assert_refused(OP, f"conv3x3_int8: {words}", x, weight[:, : x.shape[1]], scale.to(x.dtype))
+
+
+def test_opcheck():
+    inputs = problem(2, 8, 4, 5, 6)
+    torch.library.opcheck(OP.default, inputs)
+    torch.library.opcheck(OP.default, inputs[:3])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_in_one_graph_with_dynamic_shapes(backend):
+    sizes = ((2, 5), (3, 9), (5, 8))
+    inputs = (problem(batch, 8, 4, size, size + 1) for batch, size in sizes)
+    assert_same_when_compiled(conv3x3_int8, inputs, backend=backend)
+
+
+def test_wide_convolutions_run_the_kernel(pretend_cpu):
+    pretend_cpu("avx2")
+    wide, narrow = problem(1, 128, 128, 8, 8), problem(1, 64, 128, 8, 8)
+    for backend, inputs, used in (
+        ("auto", wide, True),
+        ("kernel", wide, True),
+        ("sdpa", wide, False),
+        ("auto", narrow, False),
+        ("kernel", narrow, True),
+    ):
+        assert ("gafext::conv3x3_int8" in called(ops.conv3x3_int8, *inputs, backend=backend)) == used
+        exact = reference_conv3x3_int8(*inputs)
+        assert (ops.conv3x3_int8(*inputs, backend=backend) - exact).norm() < 0.01 * exact.norm()
+    pretend_cpu("portable")
+    assert slower_reasons(*wide[:2]) == ["the portable kernels have no products of 16-bit integers"]
+    assert torch.equal(ops.conv3x3_int8(*wide), reference_conv3x3_int8(*wide))
+
+
+def test_gradients_are_pytorchs():
+    x, weight, scale, bias = problem(2, 128, 128, 5, 6)
+    x.requires_grad_()
+    (reason,) = unsupported_reasons(x, weight, scale, bias)
+    assert reason == "inputs need a gradient, and PyTorch's operation has the faster backward pass"
+    ops.conv3x3_int8(x, weight, scale, bias).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_unsupported_goes_to_pytorch_with_the_reason(dtype):
+    x, weight, scale, bias = problem(2, 8, 4, 5, 6)
+    inputs = x.to(dtype), weight, scale.to(dtype), bias.to(dtype)
+    assert unsupported_reasons(*inputs) == [f"dtype must be float32, got {str(dtype).removeprefix('torch.')}"]
+    assert torch.equal(ops.conv3x3_int8(*inputs), reference_conv3x3_int8(*inputs))
