@@ -4,7 +4,6 @@
 // over, and one instruction multiplies a word of the left with a vector of words of the right:
 //
 //   kPairs       two signed 16-bit numbers; vpmaddwd and vpaddd, with AVX2 on: 1.5 times float32's multiply-adds
-//   kPairsVnni   the same, as one vpdpwssd
 //   kQuadsVnni   four numbers, unsigned 8-bit by signed 8-bit; one vpdpbusd, with AVX512_VNNI: 4 times float32's
 //   kQuads       the same without the instruction, for the portable copy
 //
@@ -15,7 +14,7 @@
 
 namespace gafext::GAFEXT_ISA {
 
-enum class Products { kPairs, kPairsVnni, kQuads, kQuadsVnni };
+enum class Products { kPairs, kQuads, kQuadsVnni };
 
 constexpr bool is_quads(Products products) { return products == Products::kQuads || products == Products::kQuadsVnni; }
 constexpr int64_t per_word(Products products) { return is_quads(products) ? 4 : 2; }
@@ -49,10 +48,6 @@ GAFEXT_INLINE IntVec broadcast_word(const uint32_t* word) {
 template <Products kind>
 GAFEXT_INLINE void add_products(IntVec& sum, IntVec a, IntVec b) {
 #if defined(__AVX512F__)
-  if constexpr (kind == Products::kPairsVnni) {
-    __asm__("vpdpwssd %[b], %[a], %[sum]" : [sum] "+v"(sum) : [a] "v"(a), [b] "v"(b));
-    return;
-  }
   if constexpr (kind == Products::kQuadsVnni) {
     __asm__("vpdpbusd %[b], %[a], %[sum]" : [sum] "+v"(sum) : [a] "v"(a), [b] "v"(b));
     return;

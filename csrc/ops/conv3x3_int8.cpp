@@ -13,19 +13,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
   m.def("conv3x3_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
 }
 
-void check_per_channel(const char* op, const char* name, const Tensor& tensor, const Tensor& x, const Tensor& weight) {
-  require(tensor.dim() == 1 && tensor.size(0) == weight.size(0), op, ": ", name, " must have shape (", weight.size(0),
-          ",) to go with weight ", shape_of(weight), ", got ", shape_of(tensor));
-  check_same_kind(op, {"x", x}, {name, tensor});
-}
-
 Tensor conv3x3_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& scale, std::optional<Tensor> bias) {
   const char* op = "conv3x3_int8";
   check_convolution(op, x, weight);
   require(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, got ", dtype_name(weight));
   require(weight.device() == x.device(), op, ": weight must be on the device of x");
-  check_per_channel(op, "scale", scale, x, weight);
-  if (bias) check_per_channel(op, "bias", *bias, x, weight);
+  check_per_channel(op, x, weight, scale, bias);
   const Tensor scales = torch::stable::contiguous(scale);
   Conv3x3Int8Args args{};
   args.scale = static_cast<const float*>(scales.const_data_ptr());

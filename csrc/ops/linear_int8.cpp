@@ -13,13 +13,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
 }
 
-void check_of_columns(const char* op, const Named& vector, const Tensor& x, const Tensor& weight) {
-  require(vector.tensor.dim() == 1 && vector.tensor.size(0) == weight.size(0), op, ": ", vector.name,
-          " must have shape (", weight.size(0), ",) to go with weight ", shape_of(weight), ", got ",
-          shape_of(vector.tensor));
-  check_same_kind(op, {"x", x}, vector);
-}
-
 void check_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias) {
   const char* op = "linear_int8";
   require(weight.dim() == 2, op, ": weight must have shape (out_features, in_features), got ", shape_of(weight));
@@ -27,8 +20,7 @@ void check_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scal
   require(weight.device() == x.device(), op, ": weight must be on the device of x");
   require(x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), op, ": x must have shape (..., ", weight.size(1),
           ") to go with weight ", shape_of(weight), ", got ", shape_of(x));
-  check_of_columns(op, {"scale", scale}, x, weight);
-  if (bias) check_of_columns(op, {"bias", *bias}, x, weight);
+  check_per_channel(op, x, weight, scale, bias);
   check_float32(op, x);
   require(weight.size(1) <= kMaxInt8Features, op, ": in_features must be at most ", kMaxInt8Features, ", got ",
           weight.size(1));

@@ -8,7 +8,7 @@ from gafext.models.blocks import Conv3x3
 from gafext.ops import conv3x3_int8
 from gafext.ops.backend import prefer
 from gafext.ops.conv3x3 import FEW_CHANNELS
-from gafext.ops.conv3x3_int8 import quantize_conv3x3
+from gafext.ops.linear_int8 import quantize_weight
 
 
 class Int8Conv3x3(nn.Module):
@@ -25,7 +25,7 @@ class Int8Conv3x3(nn.Module):
 
     def __init__(self, conv: Conv3x3):
         super().__init__()
-        weight, scale = quantize_conv3x3(conv.weight.detach())
+        weight, scale = quantize_weight(conv.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = conv.bias

@@ -69,6 +69,19 @@ def check_weight_and_bias(op: str, x: Tensor, weight: Tensor, bias: Tensor | Non
         check_same_kind(op, "x", x, "bias", bias)
 
 
+def check_per_channel(op: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    channels, shape = weight.shape[0], tuple(weight.shape)
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None:
+            got = tuple(vector.shape)
+            require(
+                got == (channels,),
+                op,
+                lambda name=name, got=got: f"{name} must have shape ({channels},) to go with weight {shape}, got {got}",
+            )
+            check_same_kind(op, "x", x, name, vector)
+
+
 def dtype_reasons(tensor: Tensor) -> list[str]:
     if tensor.dtype in KERNEL_DTYPES:
         return []

@@ -12,22 +12,6 @@ from gafext.ops.conv3x3 import slower_reasons as slower_in_float32
 from gafext.ops.conv3x3 import unsupported_reasons as unsupported_in_float32
 
 _OP = "conv3x3_int8"
-_TINY = torch.finfo(torch.float32).tiny
-
-
-def quantize_conv3x3(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round weights to 8 bits, with a scale per output channel.
-
-    scale[o] = max |weight[o]| / 127,  rounded = round(weight / scale)
-
-    Args:
-        weight: [out_channels, in_channels, 3, 3], float32.
-
-    Returns:
-        `weight` and `scale` of `conv3x3_int8`.
-    """
-    scale = (weight.abs().amax(dim=(1, 2, 3)) / 127).clamp_min(_TINY)
-    return (weight / scale[:, None, None, None]).round().to(torch.int8), scale
 
 
 def conv3x3_int8(
@@ -38,12 +22,12 @@ def conv3x3_int8(
     out[n, o, y, x] = bias[o] + scale[o] (sum over i, j, c of weight[o, c, i, j] x[n, c, y + i - 1, x + j - 1])
 
     Winograd's F(4×4, 3×3), whose products are of 16-bit integers: transformed inputs are rounded with a scale per tile
-    of 6×6 pixels. That error is 0.3 to 0.5 % of the result's norm, a third of what `quantize_conv3x3` adds. A tile with
-    a NaN, an infinity or a magnitude above 1e36 gives NaN in its 4×4 outputs.
+    of 6×6 pixels. That error is 0.3 to 0.5 % of the result's norm, a third of what rounding the weights adds. A tile
+    with a NaN, an infinity or a magnitude above 1e36 gives NaN in its 4×4 outputs.
 
     Args:
         x: [batch, in_channels, height, width], float32; copied unless its memory format is channels-last.
-        weight: [out_channels, in_channels, 3, 3], int8, as `quantize_conv3x3` gives them.
+        weight: [out_channels, in_channels, 3, 3], int8, as `quantize_weight` of `gafext.ops.linear_int8`.
         scale: [out_channels], like x.
         bias: [out_channels], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's conv2d with weights in float32.
@@ -92,19 +76,7 @@ def check_conv3x3_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     check_shapes(_OP, x, weight)
     _common.require(weight.dtype == torch.int8, _OP, lambda: f"weight must be int8, got {_common.dtype_name(weight)}")
     _common.require(weight.device == x.device, _OP, lambda: "weight must be on the device of x")
-    _check_per_channel("scale", scale, x, weight)
-    if bias is not None:
-        _check_per_channel("bias", bias, x, weight)
-
-
-def _check_per_channel(name: str, tensor: Tensor, x: Tensor, weight: Tensor) -> None:
-    channels, shape = weight.shape[0], tuple(weight.shape)
-    _common.require(
-        tensor.dim() == 1 and tensor.shape[0] == channels,
-        _OP,
-        lambda: f"{name} must have shape ({channels},) to go with weight {shape}, got {tuple(tensor.shape)}",
-    )
-    _common.check_same_kind(_OP, "x", x, name, tensor)
+    _common.check_per_channel(_OP, x, weight, scale, bias)
 
 
 @torch.library.register_fake("gafext::conv3x3_int8")

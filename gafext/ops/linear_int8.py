@@ -105,18 +105,7 @@ def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         _OP,
         lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
     )
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if vector is not None:
-            _check_of_columns(name, vector, x, shape)
-
-
-def _check_of_columns(name: str, vector: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    _common.require(
-        vector.dim() == 1 and vector.shape[0] == shape[0],
-        _OP,
-        lambda: f"{name} must have shape ({shape[0]},) to go with weight {shape}, got {tuple(vector.shape)}",
-    )
-    _common.check_same_kind(_OP, "x", x, name, vector)
+    _common.check_per_channel(_OP, x, weight, scale, bias)
 
 
 @torch.library.register_fake("gafext::linear_int8")

@@ -12,7 +12,8 @@ from helpers import (
 )
 
 from gafext import ops
-from gafext.ops.conv3x3_int8 import quantize_conv3x3, reference_conv3x3_int8, slower_reasons, unsupported_reasons
+from gafext.ops.conv3x3_int8 import reference_conv3x3_int8, slower_reasons, unsupported_reasons
+from gafext.ops.linear_int8 import quantize_weight
 
 OP = torch.ops.gafext.conv3x3_int8
 
@@ -124,7 +125,7 @@ def test_same_bits_on_any_number_of_threads():
 def test_weights_are_rounded_per_channel():
     weight = torch.randn(5, 3, 3, 3) * torch.logspace(-3, 3, 5)[:, None, None, None]
     weight[2] = 0.0
-    rounded, scale = quantize_conv3x3(weight)
+    rounded, scale = quantize_weight(weight)
     assert rounded.dtype == torch.int8 and scale.shape == (5,)
     assert rounded.abs().amax(dim=(1, 2, 3)).tolist() == [127, 127, 0, 127, 127]
     error = (rounded * scale[:, None, None, None] - weight).abs().amax(dim=(1, 2, 3))

@@ -11,7 +11,7 @@ from gafext.bench.cases.base import Case, Contestant, channels_last
 from gafext.bench.cases.conv3x3 import CONV_SHAPES
 from gafext.ops import conv3x3, conv3x3_int8
 from gafext.ops.conv3x3 import reference_conv3x3
-from gafext.ops.conv3x3_int8 import quantize_conv3x3
+from gafext.ops.linear_int8 import quantize_weight
 
 
 def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
@@ -24,7 +24,7 @@ def case(batch: int, in_channels: int, out_channels: int, side: int, where: str,
     def inputs() -> tuple[Tensor, ...]:
         weight = torch.randn(out_channels, in_channels, 3, 3) * (9 * in_channels) ** -0.5
         x = torch.randn(batch, in_channels, side, side)
-        return *channels_last(x), *quantize_conv3x3(weight), torch.randn(out_channels)
+        return *channels_last(x), *quantize_weight(weight), torch.randn(out_channels)
 
     def in_float32(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return channels_last(x, weight * scale[:, None, None, None], bias)
