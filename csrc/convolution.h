@@ -16,7 +16,6 @@ inline void check_convolution(const char* op, const Tensor& x, const Tensor& wei
 template <typename Args, typename Kernel>
 Tensor convolve(const char* op, Args args, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                 const Kernel& kernel) {
-  check_float32(op, x);
   require(x.size(1) >= 1, op, ": channels must be at least 1, got ", shape_of(x));
   check_channels_last(op, x);
   const Tensor taps = torch::stable::contiguous(weight);

@@ -13,12 +13,13 @@ struct PixelStrides {
 //   x (batch, in_channels, height, width), channels contiguous   weight (out_channels, in_channels, 3, 3), contiguous
 //   bias (out_channels) or null   out (batch, out_channels, height, width), channels-last contiguous
 //
-// Outside of the picture x is zero. float32 only.
+// Outside of the picture x is zero.
 struct Conv3x3Args {
-  const float *x, *weight, *bias;
-  float* out;
+  const void *x, *weight, *bias;
+  void* out;
   int64_t batch, height, width, in_channels, out_channels;
   PixelStrides x_stride;
+  DType dtype;
 };
 
 }  // namespace gafext
