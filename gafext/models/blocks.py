@@ -13,6 +13,7 @@ from gafext.models.attention import Attention, CrossViewAttention, DecoupledAtte
 from gafext.models.mv_adapter import MultiViewAdapter
 from gafext.ops import conv3x3, group_norm_silu
 from gafext.ops.backend import prefer
+from gafext.ops.conv2d import conv2d_layer
 from gafext.ops.linear import linear_layer
 
 
@@ -199,7 +200,7 @@ class MultiViewSpatialTransformer(nn.Module):
         height = hidden_states.shape[-2]
         x = self.norm(hidden_states)
         if not self.linear_projection:
-            x = self.proj_in(x)
+            x = conv2d_layer(self.proj_in, x)
         x = x.flatten(2).transpose(1, 2)  # [B*V,L,C]
         if self.linear_projection:
             x = linear_layer(self.proj_in, x, backend=self.attention_backend)
@@ -211,7 +212,7 @@ class MultiViewSpatialTransformer(nn.Module):
             x = linear_layer(self.proj_out, x, backend=self.attention_backend)
         x = x.transpose(1, 2).unflatten(2, (height, -1))
         if not self.linear_projection:
-            x = self.proj_out(x)
+            x = conv2d_layer(self.proj_out, x)
         return hidden_states + x  # in this order, the sum has the memory format of hidden_states
 
 
@@ -266,9 +267,9 @@ class ResnetBlock2D(nn.Module):
         x = self.conv1(self.norm1(hidden_states))
         if self.time_emb_proj is not None:
             assert time_embedding is not None
-            x = x + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
+            x = x + linear_layer(self.time_emb_proj, F.silu(time_embedding))[:, :, None, None]
         x = self.conv2(self.norm2(x))
-        shortcut = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
+        shortcut = hidden_states if self.conv_shortcut is None else conv2d_layer(self.conv_shortcut, hidden_states)
         return shortcut + x
 
 
@@ -281,7 +282,7 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.conv(hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1)))
+        return conv2d_layer(self.conv, hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1)))
 
 
 class Upsample2D(nn.Module):

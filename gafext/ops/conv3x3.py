@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
+from gafext.ops.conv2d import conv2d
 
 _OP = "conv3x3"
 # Measured on two cores of a Sapphire Rapids, as gafext's speed over PyTorch's: 1.26 with 128 channels, 0.2 to 0.6 with
@@ -25,7 +26,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
     conv2d: at most 1e-5 for results of unit scale. An infinity or a NaN affects up to 4×4 outputs beyond the formula's.
 
     Args:
-        x: [batch, in_channels, height, width], float32; copied unless its memory format is channels-last.
+        x: [batch, in_channels, height, width], float32, float16 or bfloat16; copied unless its memory format is
+            channels-last. Sums and transforms are in float32.
         weight: [out_channels, in_channels, 3, 3], like x.
         bias: [out_channels], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's conv2d.
@@ -54,7 +56,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
     # needs channels-last inputs.
     if kernel or (slower and max(weight.shape[:2]) >= FEW_CHANNELS):
         x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.gafext.conv3x3(x, weight, bias) if kernel else reference_conv3x3(x, weight, bias)
+    if kernel:
+        return torch.ops.gafext.conv3x3(x, weight, bias)
+    return conv2d(x, weight, bias, padding=1) if backend == "auto" else reference_conv3x3(x, weight, bias)
 
 
 def reference_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,20 +68,27 @@ def reference_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
-    reasons = _common.place_reasons(x, weight, bias)
+    return place_reasons(x, weight, bias) + _common.dtype_reasons(x) + channel_reasons(x)
+
+
+def place_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
+    """List why the kernels do not support the tensors' device or their need of a gradient."""
+    reasons = _common.place_reasons(x, *others)
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
-    return reasons + _kernel_reasons(x)
+    return reasons
 
 
-def _kernel_reasons(x: Tensor) -> list[str]:
-    reasons = [] if x.dtype == torch.float32 else [f"dtype must be float32, got {_common.dtype_name(x)}"]
-    return reasons if x.shape[1] else [*reasons, f"channels must be at least 1, got {tuple(x.shape)}"]
+def channel_reasons(x: Tensor) -> list[str]:
+    """List why the kernels do not support the number of channels."""
+    return [] if x.shape[1] else [f"channels must be at least 1, got {tuple(x.shape)}"]
 
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     reasons = []
+    if x.dtype == torch.bfloat16 and _common.INSTRUCTION_SET == "amx":
+        reasons.append("AMX multiplies bfloat16, and PyTorch makes use of it")
     if min(weight.shape[:2]) < FEW_CHANNELS:
         reasons.append(f"fewer than {FEW_CHANNELS} channels: the transforms outweigh the products")
     batch, _, height, width = x.shape
@@ -109,12 +120,12 @@ def check_shapes(op: str, x: Tensor, weight: Tensor) -> None:
 @torch.library.register_fake("gafext::conv3x3")
 def _fake(x, weight, bias=None):
     check_conv3x3(x, weight, bias)
-    return fake_result(_OP, x, weight)
+    return fake_result(_OP, x, weight, _common.dtype_reasons(x))
 
 
-def fake_result(op: str, x: Tensor, weight: Tensor) -> Tensor:
+def fake_result(op: str, x: Tensor, weight: Tensor, dtype_reasons: list[str]) -> Tensor:
     """Return what the kernel `op` gives for tensors of matching shapes, without values; raise its errors."""
-    _common.require_supported(op, _kernel_reasons(x))
+    _common.require_supported(op, dtype_reasons + channel_reasons(x))
     _common.require(
         x.shape[1] == 1 or x.stride(1) == 1,
         op,
