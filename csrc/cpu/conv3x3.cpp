@@ -7,7 +7,7 @@
 //   for each unit (a block of tiles, kColumns output channels), kDepth input channels at a time:
 //     weights  transposed, U = G g G^T                                    [36, kDepth, kColumns], in the L2 cache
 //     product  M += V U in register tiles                                 [36, tiles, kColumns], in the L2 cache
-//   outputs  Y = A^T M A, plus the bias
+//   outputs  Y = A^T M A, plus the bias and what there is to add
 //
 // Weights are read in their plain layout, and transformed once per tile block: 20 operations per weight, where a block
 // of 96 tiles spends 96 * 4 on it. So nothing is packed at load, and the only memory is scratch.
@@ -118,7 +118,10 @@ void write_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, int64_t
   const int64_t y = tile / plan.tiles_x % plan.tiles_y * kOut, x = tile % plan.tiles_x * kOut;
   const int64_t rows = min_of(kOut, args.height - y), columns = min_of(kOut, args.width - x);
   T* out = static_cast<T*>(args.out) + ((image * args.height + y) * args.width + x) * args.out_channels + column;
-  const T* biases = static_cast<const T*>(args.bias);
+  const T* biases = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + image * args.bias_stride;
+  const PixelStrides& stride = args.residual_stride;
+  const T* residual = static_cast<const T*>(args.residual);
+  if (residual != nullptr) residual += image * stride.image + y * stride.row + x * stride.column + column;
   for (int64_t c = 0; c < count; c += kLanes) {
     const int64_t lanes = min_of(kLanes, count - c);
     const Vec bias = biases != nullptr ? load_first(biases + column + c, lanes) : Vec{};
@@ -138,7 +141,12 @@ void write_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, int64_t
       transform_output(half[i], pixels);
       for (int64_t j = 0; j < columns; ++j) {
         T* to = out + (i * args.width + j) * args.out_channels + c;
-        lanes == kLanes ? store(to, pixels[j] + bias) : store_first(to, pixels[j] + bias, lanes);
+        Vec sum = pixels[j] + bias;
+        if (residual != nullptr) {
+          const T* from = residual + i * stride.row + j * stride.column + c;
+          sum += lanes == kLanes ? load(from) : load_first(from, lanes);
+        }
+        lanes == kLanes ? store(to, sum) : store_first(to, sum, lanes);
       }
     }
   }

@@ -223,8 +223,11 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.attention_backend = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return conv3x3(x, self.weight, self.bias, backend=prefer(self.attention_backend))
+    def forward(self, x: Tensor, *, addend: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Convolve [B,Cin,h,w] to [B,Cout,h,w], and add `addend` [B,Cout] and `residual` [B,Cout,h,w]."""
+        assert self.bias is not None
+        bias = self.bias if addend is None else self.bias + addend
+        return conv3x3(x, self.weight, bias, residual, backend=prefer(self.attention_backend))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -264,13 +267,13 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """Map [B,Cin,h,w] and the time embedding [B,time_channels] to [B,Cout,h,w]."""
-        x = self.conv1(self.norm1(hidden_states))
+        time = None
         if self.time_emb_proj is not None:
             assert time_embedding is not None
-            x = x + linear_layer(self.time_emb_proj, F.silu(time_embedding))[:, :, None, None]
-        x = self.conv2(self.norm2(x))
+            time = linear_layer(self.time_emb_proj, F.silu(time_embedding))
+        x = self.conv1(self.norm1(hidden_states), addend=time)
         shortcut = hidden_states if self.conv_shortcut is None else conv2d_layer(self.conv_shortcut, hidden_states)
-        return shortcut + x
+        return self.conv2(self.norm2(x), residual=shortcut)
 
 
 class Downsample2D(nn.Module):
