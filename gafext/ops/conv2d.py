@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     stride: int | tuple[int, ...] = 1,
-    padding: int | tuple[int, ...] = 0,
+    padding: Any = 0,
 ) -> Tensor:
     """Convolve as torch's conv2d does, in half precision on any CPU.
 
@@ -29,7 +29,7 @@ def conv2d(
         weight: [out_channels, in_channels, kernel_height, kernel_width], like x.
         bias: [out_channels], like x, or None.
         stride: as for torch's conv2d.
-        padding: as for torch's conv2d.
+        padding: as for torch's conv2d: a number, one per dimension, or "same".
 
     Returns:
         [batch, out_channels, out_height, out_width].
@@ -39,8 +39,8 @@ def conv2d(
         return F.conv2d(x, weight, bias, stride=stride, padding=padding)
     if weight.shape[1:] == (x.shape[1], 1, 1) and stride in (1, (1, 1)) and padding in (0, (0, 0)):
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    wide = (t if t is None else t.float() for t in (x, weight, bias))
-    return F.conv2d(*wide, stride=stride, padding=padding).to(x.dtype)
+    wide_bias = None if bias is None else bias.float()
+    return F.conv2d(x.float(), weight.float(), wide_bias, stride=stride, padding=padding).to(x.dtype)
 
 
 def conv2d_layer(layer: nn.Module, x: Tensor) -> Tensor:
@@ -60,8 +60,5 @@ def conv2d_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _is_simple(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
-        is_plain(layer, nn.Conv2d)
-        and isinstance(layer.padding, tuple)
-        and layer.padding_mode == "zeros"
-        and (layer.groups, layer.dilation) == (1, (1, 1))
+        is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros" and (layer.groups, layer.dilation) == (1, (1, 1))
     )

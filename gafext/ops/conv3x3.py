@@ -82,9 +82,10 @@ def reference_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, res
 
 
 def _with_conv2d(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias, residual) -> Tensor:
-    per_image = bias is not None and bias.dim() == 2
-    out = convolve(x, weight, None if per_image else bias, padding=1)
-    out = out + bias[:, :, None, None] if per_image else out
+    if bias is not None and bias.dim() == 2:
+        out = convolve(x, weight, padding=1) + bias[:, :, None, None]
+    else:
+        out = convolve(x, weight, bias, padding=1)
     return out if residual is None else residual + out  # in this order, the sum has the memory format of the residual
 
 

@@ -106,7 +106,7 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def slower_reasons(x: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
-    if x.dtype != torch.float32:
+    if x.dtype in (torch.float16, torch.bfloat16):
         return [] if _common.is_slow_half(x) else _FAST_HALF
     if not _HAS_AMX:
         return _WITHOUT_AMX
