@@ -121,10 +121,10 @@ class KAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Map x [B,L,C] to [B,L,C]; context is [1 or B,T,C'], or None for self-attention."""
-        context = x if context is None else self.norm_cross(context)
+        tokens = x if context is None else self.norm_cross(context)
         query, key, value = (
             split_heads(linear_layer(project, source), self.heads).expand(len(x), -1, -1, -1)
-            for project, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+            for project, source in ((self.to_q, x), (self.to_k, tokens), (self.to_v, tokens))
         )
         x = flash_attention(query, key, value, backend=self.attention_backend)
         return linear_layer(self.to_out[0], merge_heads(x))
