@@ -102,9 +102,9 @@ inline void check_equal_shape(const char* op, const Named& first, const Named& o
           shape_of(other.tensor));
 }
 
-inline void check_channels_last(const char* op, const Tensor& x) {
-  require(x.size(1) == 1 || x.stride(1) == 1, op, ": x must be channels-last, got a stride of ", x.stride(1),
-          " from channel to channel");
+inline void check_channels_last(const char* op, const Named& image) {
+  require(image.tensor.size(1) == 1 || image.tensor.stride(1) == 1, op, ": ", image.name,
+          " must be channels-last, got a stride of ", image.tensor.stride(1), " from channel to channel");
 }
 
 }  // namespace gafext

@@ -12,18 +12,19 @@ inline void check_convolution(const char* op, const Tensor& x, const Tensor& wei
           shape_of(weight));
 }
 
+inline PixelStrides pixel_strides(const Tensor& image) { return {image.stride(0), image.stride(2), image.stride(3)}; }
+
 // Calls kernel(args) with the tensors' memory in `args`, and returns its output.
 template <typename Args, typename Kernel>
 Tensor convolve(const char* op, Args args, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                 const Kernel& kernel) {
-  check_float32(op, x);
   require(x.size(1) >= 1, op, ": channels must be at least 1, got ", shape_of(x));
-  check_channels_last(op, x);
+  check_channels_last(op, {"x", x});
   const Tensor taps = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   args.batch = x.size(0), args.in_channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
   args.out_channels = weight.size(0);
-  args.x_stride = {x.stride(0), x.stride(2), x.stride(3)};
+  args.x_stride = pixel_strides(x);
   const int64_t channels = args.out_channels, row = channels * args.width;
   Tensor out = empty_strided(x, {args.batch, channels, args.height, args.width}, {row * args.height, 1, row, channels});
   args.x = static_cast<decltype(args.x)>(x.const_data_ptr());

@@ -7,7 +7,7 @@
 //   for each unit (a block of tiles, kColumns output channels), kDepth input channels at a time:
 //     weights  transposed, U = G g G^T                                    [36, kDepth, kColumns], in the L2 cache
 //     product  M += V U in register tiles                                 [36, tiles, kColumns], in the L2 cache
-//   outputs  Y = A^T M A, plus the bias
+//   outputs  Y = A^T M A, plus the bias and what there is to add
 //
 // Weights are read in their plain layout, and transformed once per tile block: 20 operations per weight, where a block
 // of 96 tiles spends 96 * 4 on it. So nothing is packed at load, and the only memory is scratch.
@@ -32,10 +32,12 @@ struct Scratch {
 };
 
 // The transformed input of one tile: to[depth, point, 0, :], where a depth has plan.block tiles.
+template <typename T>
 void transform_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, float* to) {
   const int64_t image = tile / (plan.tiles_y * plan.tiles_x);
   const int64_t y = tile / plan.tiles_x % plan.tiles_y * kOut - 1, x = tile % plan.tiles_x * kOut - 1;
-  const float* from = args.x + image * args.x_stride.image + y * args.x_stride.row + x * args.x_stride.column;
+  const T* from =
+      static_cast<const T*>(args.x) + image * args.x_stride.image + y * args.x_stride.row + x * args.x_stride.column;
   const bool inside = y >= 0 && x >= 0 && y + kIn <= args.height && x + kIn <= args.width;
   for (int64_t c = 0; c < args.in_channels; c += kLanes) {
     const int64_t lanes = min_of(kLanes, args.in_channels - c);
@@ -44,7 +46,7 @@ void transform_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, flo
       Vec d[kIn], v[kIn];
       GAFEXT_UNROLL
       for (int i = 0; i < kIn; ++i) {
-        const float* at = from + i * args.x_stride.row + j * args.x_stride.column + c;
+        const T* at = from + i * args.x_stride.row + j * args.x_stride.column + c;
         const bool there = inside || (y + i >= 0 && y + i < args.height && x + j >= 0 && x + j < args.width);
         d[i] = !there ? Vec{} : lanes == kLanes ? load(at) : load_first(at, lanes);
       }
@@ -63,11 +65,13 @@ void transform_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, flo
 }
 
 // The transformed weights of input channels [channel, channel + depth) and output channels [column, column + count).
+template <typename T>
 void transform_weights(const Conv3x3Args& args, int64_t channel, int64_t depth, int64_t column, int64_t count,
                        const Scratch& scratch) {
   const int64_t row = args.in_channels * kTaps;  // of one output channel
+  const T* weight = static_cast<const T*>(args.weight);
   for (int64_t c = 0; c < kColumns; c += kLanes) {
-    transpose_rows(scratch.taps + c, kColumns, args.weight + (column + c) * row + channel * kTaps, row,
+    transpose_rows(scratch.taps + c, kColumns, weight + (column + c) * row + channel * kTaps, row,
                    max_of(0, min_of(kLanes, count - c)), depth * kTaps);
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -107,15 +111,20 @@ void multiply_slice(const Plan& plan, const float* input, int64_t tiles, int64_t
 }
 
 // Output channels [column, column + count) of tile `tile`, whose products lie at row `row` of the block.
+template <typename T>
 void write_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, int64_t row, int64_t column, int64_t count,
                 const Scratch& scratch) {
   const int64_t image = tile / (plan.tiles_y * plan.tiles_x);
   const int64_t y = tile / plan.tiles_x % plan.tiles_y * kOut, x = tile % plan.tiles_x * kOut;
   const int64_t rows = min_of(kOut, args.height - y), columns = min_of(kOut, args.width - x);
-  float* out = args.out + ((image * args.height + y) * args.width + x) * args.out_channels + column;
+  T* out = static_cast<T*>(args.out) + ((image * args.height + y) * args.width + x) * args.out_channels + column;
+  const T* biases = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + image * args.bias_stride;
+  const PixelStrides& stride = args.residual_stride;
+  const T* residual = static_cast<const T*>(args.residual);
+  if (residual != nullptr) residual += image * stride.image + y * stride.row + x * stride.column + column;
   for (int64_t c = 0; c < count; c += kLanes) {
     const int64_t lanes = min_of(kLanes, count - c);
-    const Vec bias = args.bias != nullptr ? load_first(args.bias + column + c, lanes) : Vec{};
+    const Vec bias = biases != nullptr ? load_first(biases + column + c, lanes) : Vec{};
     Vec half[kOut][kIn];
     for (int j = 0; j < kIn; ++j) {
       Vec m[kIn], y_column[kOut];
@@ -131,33 +140,37 @@ void write_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, int64_t
       Vec pixels[kOut];
       transform_output(half[i], pixels);
       for (int64_t j = 0; j < columns; ++j) {
-        float* to = out + (i * args.width + j) * args.out_channels + c;
-        lanes == kLanes ? store(to, pixels[j] + bias) : store_first(to, pixels[j] + bias, lanes);
+        T* to = out + (i * args.width + j) * args.out_channels + c;
+        Vec sum = pixels[j] + bias;
+        if (residual != nullptr) {
+          const T* from = residual + i * stride.row + j * stride.column + c;
+          sum += lanes == kLanes ? load(from) : load_first(from, lanes);
+        }
+        lanes == kLanes ? store(to, sum) : store_first(to, sum, lanes);
       }
     }
   }
 }
 
 // One unit: `tiles` tiles from `first` on, output channels from `column` on.
+template <typename T>
 void convolve(const Conv3x3Args& args, const Plan& plan, const float* input, int64_t first, int64_t tiles,
               int64_t column, const Scratch& scratch) {
   const int64_t count = min_of(kColumns, args.out_channels - column);
   const int64_t calls = kPoints * (kColumns / kPanel) * ceil_div(tiles, kTileRows);
   for (int64_t channel = 0; channel < args.in_channels; channel += kDepth) {
     const int64_t depth = min_of(kDepth, args.in_channels - channel), after = channel + depth;
-    transform_weights(args, channel, depth, column, count, scratch);
-    const Prefetcher next(args.weight + (column * args.in_channels + after) * kTaps,
-                          args.in_channels * kTaps * sizeof(float), count,
-                          min_of(kDepth, args.in_channels - after) * kTaps * sizeof(float), calls);
+    transform_weights<T>(args, channel, depth, column, count, scratch);
+    const Prefetcher next(static_cast<const T*>(args.weight) + (column * args.in_channels + after) * kTaps,
+                          args.in_channels * kTaps * sizeof(T), count,
+                          min_of(kDepth, args.in_channels - after) * kTaps * sizeof(T), calls);
     multiply_slice(plan, input + channel * kPoints * plan.block, tiles, depth, channel == 0, next, scratch);
   }
-  for (int64_t tile = 0; tile < tiles; ++tile) write_tile(args, plan, first + tile, tile, column, count, scratch);
+  for (int64_t tile = 0; tile < tiles; ++tile) write_tile<T>(args, plan, first + tile, tile, column, count, scratch);
 }
 
-}  // namespace
-
-void conv3x3(const Conv3x3Args& args) {
-  if (args.batch * args.height * args.width * args.out_channels == 0) return;
+template <typename T>
+void convolve_all(const Conv3x3Args& args) {
   const Plan plan(args, kDepth);
   float* input = scratch(plan.input_floats + max_threads() * plan.thread_floats);
   float* memory = input + plan.input_floats;
@@ -167,14 +180,21 @@ void conv3x3(const Conv3x3Args& args) {
     const int64_t tiles = min_of(plan.superblock * plan.block, plan.tiles - first);
     parallel_for(tiles, [&](int64_t, int64_t tile) {
       float* to = input + tile / plan.block * block_floats + tile % plan.block * kDepth;
-      transform_tile(args, plan, first + tile, to);
+      transform_tile<T>(args, plan, first + tile, to);
     });
     parallel_for(ceil_div(tiles, plan.block) * plan.columns, [&](int64_t thread, int64_t unit) {
       const int64_t block = unit / plan.columns, begin = block * plan.block;
-      convolve(args, plan, input + block * block_floats, first + begin, min_of(plan.block, tiles - begin),
-               unit % plan.columns * kColumns, Scratch(plan, memory + thread * plan.thread_floats));
+      convolve<T>(args, plan, input + block * block_floats, first + begin, min_of(plan.block, tiles - begin),
+                  unit % plan.columns * kColumns, Scratch(plan, memory + thread * plan.thread_floats));
     });
   }
+}
+
+}  // namespace
+
+void conv3x3(const Conv3x3Args& args) {
+  if (args.batch * args.height * args.width * args.out_channels == 0) return;
+  with_element_type(args.dtype, [&](auto element) { convolve_all<decltype(element)>(args); });
 }
 
 }  // namespace gafext::GAFEXT_ISA

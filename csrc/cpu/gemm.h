@@ -53,6 +53,11 @@ inline void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const 
   }
 }
 
+// `count` rows of the weight from `first` on: columns of the product next to each other.
+struct WeightRows {
+  int64_t first, count;
+};
+
 // Prefetches the cache lines of a [rows, row_bytes] block that a later loop reads, a few per call.
 class Prefetcher {
  public:

@@ -1,11 +1,39 @@
-// A linear layer, where AMX tiles multiply float32 faster than sgemm.
+// A linear layer: in half precision by panels of float32 (panels.h), for processors that do not multiply half precision;
+// in float32 only on AMX tiles, since elsewhere other libraries' sgemm is as fast.
 #include "../ops/linear.h"
 
 #include "amx/linear.h"
+#include "panels.h"
 
 namespace gafext::GAFEXT_ISA {
-#if defined(__AMX_BF16__)
 namespace {
+
+template <typename T>
+struct PlainPanels {
+  static constexpr int64_t kColumns = kPanel;
+  static constexpr int kParts = 1;
+
+  const LinearArgs& args;
+
+  int64_t columns() const { return args.out_features; }
+
+  WeightRows weight_rows(int64_t first, int64_t c) const {
+    return {first + c, max_of(0, min_of(kLanes, args.out_features - first - c))};
+  }
+
+  void write(int64_t row, int64_t rows, int64_t first, const float* sums, const float* bias) const {
+    const int64_t columns = min_of(kColumns, args.out_features - first);
+    for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+      T* out = static_cast<T*>(args.out) + (row + r) * args.out_features + first;
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        const Vec sum = load(sums + c) + load(bias + c);
+        columns - c >= kLanes ? store(out + c, sum) : store_first(out + c, sum, columns - c);
+      }
+    }
+  }
+};
+
+#if defined(__AMX_BF16__)
 
 struct PlainColumns {
   const LinearArgs& args;
@@ -21,8 +49,9 @@ struct PlainColumns {
     for (int64_t column = tile * kBlock, end = min_of(column + kBlock, args.out_features); column < end;
          column += kTileSide, sums += kTileSide) {
       const int64_t columns = end - column;
-      const Vec bias = args.bias == nullptr ? Vec{} : load_up_to(args.bias + column, columns);
-      float* out = args.out + row * args.out_features + column;
+      const float* biases = static_cast<const float*>(args.bias);
+      const Vec bias = biases == nullptr ? Vec{} : load_up_to(biases + column, columns);
+      float* out = static_cast<float*>(args.out) + row * args.out_features + column;
       for (int64_t r = 0; r < rows; ++r) {
         const Vec sum = load(sums + r * kBlock) + bias;
         float* to = out + r * args.out_features;
@@ -32,16 +61,26 @@ struct PlainColumns {
   }
 };
 
-}  // namespace
-
-bool linear(const LinearArgs& args) {
-  const bool is_empty = args.rows * args.in_features * args.out_features == 0;
-  return !is_empty && AmxLinear<float, PlainColumns>(PlainColumns{args}).run();
+bool linear_on_tiles(const LinearArgs& args) {
+  return args.in_features > 0 && AmxLinear<float, PlainColumns>(PlainColumns{args}).run();
 }
 
 #else
 
-bool linear(const LinearArgs&) { return false; }
+bool linear_on_tiles(const LinearArgs&) { return false; }
 
 #endif
+
+}  // namespace
+
+bool linear(const LinearArgs& args) {
+  if (args.rows * args.out_features == 0) return true;
+  if (args.dtype == DType::kFloat32) return linear_on_tiles(args);
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    PanelProduct<T, PlainPanels<T>>(PlainPanels<T>{args}).run();
+  });
+  return true;
+}
+
 }  // namespace gafext::GAFEXT_ISA

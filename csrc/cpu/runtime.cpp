@@ -9,8 +9,10 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef GAFEXT_AMX
+#ifdef GAFEXT_X86
 #include <cpuid.h>
+#endif
+#ifdef GAFEXT_AMX
 #include <sys/syscall.h>
 #endif
 #ifdef __GLIBC__
@@ -89,6 +91,17 @@ bool multiplies_bfloat16() {
   return instruction_set() >= InstructionSet::kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
+#endif
+}
+
+bool multiplies_float16() {
+#ifdef GAFEXT_X86
+  unsigned eax, ebx, ecx, edx = 0;
+  constexpr unsigned kFloat16 = 1u << 23;  // GCC 11 cannot ask for it by name
+  return instruction_set() >= InstructionSet::kAvx512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx & kFloat16) != 0;
+#else
+  return true;
 #endif
 }
 

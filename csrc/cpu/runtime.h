@@ -19,6 +19,9 @@ InstructionSet instruction_set();
 // several times as fast as geglu's kernels, which multiply float32 or its three bfloat16 terms.
 bool multiplies_bfloat16();
 
+// Whether PyTorch's libraries multiply float16 matrices faster than float32 ones: with AVX512_FP16, and on Arm.
+bool multiplies_float16();
+
 // Whether the processor multiplies and adds 8-bit integers in one instruction, AVX512_VNNI, and may use it.
 bool has_vnni();
 

@@ -9,12 +9,44 @@ GAFEXT_CPU_KERNEL(void, conv3x3, const Conv3x3Args& args)
 
 namespace {
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) { m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None) -> Tensor");
+}
 
-Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
-  check_convolution("conv3x3", x, weight);
-  check_weight_and_bias("conv3x3", x, weight, bias);
-  return convolve("conv3x3", Conv3x3Args{}, x, weight, bias, cpu::conv3x3);
+void check_addends(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual) {
+  const int64_t batch = x.size(0), channels = weight.size(0);
+  check_same_kind(op, {"x", x}, {"weight", weight});
+  if (bias) {
+    require(bias->dim() >= 1 && bias->dim() <= 2 && bias->size(bias->dim() - 1) == channels &&
+                (bias->dim() == 1 || bias->size(0) == batch),
+            op, ": bias must have shape (", channels, ",) or (", batch, ", ", channels, ") to go with x ", shape_of(x),
+            " and weight ", shape_of(weight), ", got ", shape_of(*bias));
+    check_same_kind(op, {"x", x}, {"bias", *bias});
+  }
+  if (residual) {
+    require(residual->dim() == 4 && residual->size(0) == batch && residual->size(1) == channels &&
+                residual->size(2) == x.size(2) && residual->size(3) == x.size(3),
+            op, ": residual must have shape (", batch, ", ", channels, ", ", x.size(2), ", ", x.size(3),
+            ") to go with x ", shape_of(x), " and weight ", shape_of(weight), ", got ", shape_of(*residual));
+    check_same_kind(op, {"x", x}, {"residual", *residual});
+  }
+}
+
+Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                      std::optional<Tensor> residual) {
+  const char* op = "conv3x3";
+  check_convolution(op, x, weight);
+  check_addends(op, x, weight, bias, residual);
+  Conv3x3Args args{};
+  args.dtype = check_dtype(op, x);
+  if (bias && bias->dim() == 2) args.bias_stride = bias->size(1);
+  if (residual) {
+    check_channels_last(op, {"residual", *residual});
+    args.residual = residual->const_data_ptr();
+    args.residual_stride = pixel_strides(*residual);
+  }
+  return convolve(op, args, x, weight, bias, cpu::conv3x3);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3_on_cpu)); }

@@ -8,17 +8,21 @@ struct PixelStrides {
   int64_t image, row, column;
 };
 
-// out[n,:,y,x] = bias + sum_{i,j,c} weight[:,c,i,j] x[n,c,y+i-1,x+j-1]
+// out[n,:,y,x] = bias[n] + residual[n,:,y,x] + sum_{i,j,c} weight[:,c,i,j] x[n,c,y+i-1,x+j-1]
 //
 //   x (batch, in_channels, height, width), channels contiguous   weight (out_channels, in_channels, 3, 3), contiguous
-//   bias (out_channels) or null   out (batch, out_channels, height, width), channels-last contiguous
+//   bias (batch, out_channels), or null; of one image for all where bias_stride is 0
+//   residual (batch, out_channels, height, width), channels contiguous, or null
+//   out (batch, out_channels, height, width), channels-last contiguous
 //
-// Outside of the picture x is zero. float32 only.
+// Outside of the picture x is zero.
 struct Conv3x3Args {
-  const float *x, *weight, *bias;
-  float* out;
+  const void *x, *weight, *bias, *residual;
+  void* out;
   int64_t batch, height, width, in_channels, out_channels;
-  PixelStrides x_stride;
+  PixelStrides x_stride, residual_stride;
+  int64_t bias_stride;  // from image to image
+  DType dtype;
 };
 
 }  // namespace gafext

@@ -19,6 +19,7 @@ Tensor conv3x3_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& 
   require(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, got ", dtype_name(weight));
   require(weight.device() == x.device(), op, ": weight must be on the device of x");
   check_per_channel(op, x, weight, scale, bias);
+  check_float32(op, x);
   const Tensor scales = torch::stable::contiguous(scale);
   Conv3x3Int8Args args{};
   args.scale = static_cast<const float*>(scales.const_data_ptr());

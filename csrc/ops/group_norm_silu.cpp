@@ -36,7 +36,7 @@ GroupNormSiluArgs check_group_norm_silu(const Tensor& x, int64_t num_groups, con
   args.dtype = check_dtype(op, x);
   require(channels / num_groups <= kMaxGroupChannels, op, ": a group must have at most ", kMaxGroupChannels,
           " channels, got ", channels / num_groups);
-  check_channels_last(op, x);
+  check_channels_last(op, {"x", x});
   const int64_t height = x.dim() == 4 ? x.size(2) : 1, width = x.size(x.dim() - 1);
   args.position_stride = width == 1 ? x.stride(2) : x.stride(x.dim() - 1);
   require(height == 1 || width == 1 || x.stride(2) == width * args.position_stride, op, ": x must have a stride of ",

@@ -16,9 +16,9 @@ LinearArgs check_linear(const Tensor& x, const Tensor& weight, const std::option
   const char* op = "linear";
   require(weight.dim() == 2, op, ": weight must have shape (out_features, in_features), got ", shape_of(weight));
   check_projection(op, x, weight, bias);
-  check_float32(op, x);
 
   LinearArgs args{};
+  args.dtype = check_dtype(op, x);
   args.rows = row_count(x), args.in_features = weight.size(1), args.out_features = weight.size(0);
   return args;
 }

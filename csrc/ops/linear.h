@@ -8,13 +8,12 @@ namespace gafext {
 //
 //   x (rows, in_features)   weight (out_features, in_features)   bias (out_features) or null
 //   out (rows, out_features), contiguous
-//
-// float32 only.
 struct LinearArgs {
-  const float *x, *weight, *bias;
-  float* out;
+  const void *x, *weight, *bias;
+  void* out;
   int64_t rows, in_features, out_features;
   int64_t x_stride, weight_stride;  // from row to row
+  DType dtype;
 };
 
 }  // namespace gafext

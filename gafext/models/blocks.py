@@ -13,6 +13,7 @@ from gafext.models.attention import Attention, CrossViewAttention, DecoupledAtte
 from gafext.models.mv_adapter import MultiViewAdapter
 from gafext.ops import conv3x3, group_norm_silu
 from gafext.ops.backend import prefer
+from gafext.ops.conv2d import conv2d_layer
 from gafext.ops.linear import linear_layer
 
 
@@ -199,7 +200,7 @@ class MultiViewSpatialTransformer(nn.Module):
         height = hidden_states.shape[-2]
         x = self.norm(hidden_states)
         if not self.linear_projection:
-            x = self.proj_in(x)
+            x = conv2d_layer(self.proj_in, x)
         x = x.flatten(2).transpose(1, 2)  # [B*V,L,C]
         if self.linear_projection:
             x = linear_layer(self.proj_in, x, backend=self.attention_backend)
@@ -211,7 +212,7 @@ class MultiViewSpatialTransformer(nn.Module):
             x = linear_layer(self.proj_out, x, backend=self.attention_backend)
         x = x.transpose(1, 2).unflatten(2, (height, -1))
         if not self.linear_projection:
-            x = self.proj_out(x)
+            x = conv2d_layer(self.proj_out, x)
         return hidden_states + x  # in this order, the sum has the memory format of hidden_states
 
 
@@ -222,8 +223,11 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.attention_backend = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return conv3x3(x, self.weight, self.bias, backend=prefer(self.attention_backend))
+    def forward(self, x: Tensor, *, addend: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Convolve [B,Cin,h,w] to [B,Cout,h,w], and add `addend` [B,Cout] and `residual` [B,Cout,h,w]."""
+        assert self.bias is not None
+        bias = self.bias if addend is None else self.bias + addend
+        return conv3x3(x, self.weight, bias, residual, backend=prefer(self.attention_backend))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -263,13 +267,13 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """Map [B,Cin,h,w] and the time embedding [B,time_channels] to [B,Cout,h,w]."""
-        x = self.conv1(self.norm1(hidden_states))
+        time = None
         if self.time_emb_proj is not None:
             assert time_embedding is not None
-            x = x + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
-        x = self.conv2(self.norm2(x))
-        shortcut = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
-        return shortcut + x
+            time = linear_layer(self.time_emb_proj, F.silu(time_embedding))
+        x = self.conv1(self.norm1(hidden_states), addend=time)
+        shortcut = hidden_states if self.conv_shortcut is None else conv2d_layer(self.conv_shortcut, hidden_states)
+        return self.conv2(self.norm2(x), residual=shortcut)
 
 
 class Downsample2D(nn.Module):
@@ -281,7 +285,7 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.conv(hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1)))
+        return conv2d_layer(self.conv, hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1)))
 
 
 class Upsample2D(nn.Module):

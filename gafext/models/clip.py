@@ -15,6 +15,7 @@ from gafext.errors import CheckpointError
 from gafext.models.attention import merge_heads, split_heads
 from gafext.models.base import PretrainedModel
 from gafext.ops import flash_attention
+from gafext.ops.conv2d import conv2d_layer
 from gafext.ops.linear import linear_layer
 from gafext.weights.keys import clip_vision_key
 
@@ -44,7 +45,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.num_tokens, hidden)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B,tokens-1,hidden]
+        patches = conv2d_layer(self.patch_embedding, pixel_values).flatten(2).transpose(1, 2)  # [B,tokens-1,hidden]
         first = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gafext.config import UNetConfig
 from gafext.models.attention import merge_heads, split_heads
 from gafext.ops import flash_attention
+from gafext.ops.linear import linear_layer
 
 HEAD_WIDTH = 64  # of every published resampler
 
@@ -107,10 +108,11 @@ class PerceiverAttention(nn.Module):
     def forward(self, x: Tensor, queries: Tensor) -> Tensor:
         """Map tokens [B,T,W] and queries [B,Q,W] to [B,Q,W]."""
         queries = self.norm2(queries)
-        key, value = self.to_kv(torch.cat([self.norm1(x), queries], dim=1)).chunk(2, dim=-1)  # [B,T+Q,H*D] each
-        query, key, value = (split_heads(t, self.heads) for t in (self.to_q(queries), key, value))
+        tokens = torch.cat([self.norm1(x), queries], dim=1)  # [B,T+Q,W]
+        key, value = linear_layer(self.to_kv, tokens).chunk(2, dim=-1)  # [B,T+Q,H*D] each
+        query, key, value = (split_heads(t, self.heads) for t in (linear_layer(self.to_q, queries), key, value))
         attended = flash_attention(query, key, value, backend=self.attention_backend)  # [B,H,Q,D]
-        return self.to_out(merge_heads(attended))
+        return linear_layer(self.to_out, merge_heads(attended))
 
 
 class Resampler(nn.Module):

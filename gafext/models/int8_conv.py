@@ -31,9 +31,11 @@ class Int8Conv3x3(nn.Module):
         self.bias = conv.bias
         self.attention_backend = conv.attention_backend
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B,in_channels,h,w] to [B,out_channels,h,w]."""
-        return conv3x3_int8(x, self.weight, self.scale, self.bias, backend=prefer(self.attention_backend))
+    def forward(self, x: Tensor, *, addend: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Convolve [B,Cin,h,w] to [B,Cout,h,w], and add `addend` [B,Cout] and `residual` [B,Cout,h,w]."""
+        out = conv3x3_int8(x, self.weight, self.scale, self.bias, backend=prefer(self.attention_backend))
+        out = out if addend is None else out + addend[:, :, None, None]
+        return out if residual is None else residual + out
 
 
 def quantize_convolutions(network: nn.Module) -> int:

@@ -16,6 +16,8 @@ from gafext.models.attention import merge_heads, split_heads
 from gafext.models.base import PretrainedModel
 from gafext.models.blocks import Conv3x3
 from gafext.ops import flash_attention
+from gafext.ops.conv2d import conv2d_layer
+from gafext.ops.linear import linear_layer
 
 GROUP_SIZE = 32
 ATTENTION_EPS = 1e-5
@@ -66,8 +68,8 @@ class ConditionedTimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(channels, channels)
 
     def forward(self, frequencies: Tensor, condition: Tensor) -> Tensor:
-        x = frequencies.to(condition.dtype) + self.cond_proj(condition)
-        return F.gelu(self.linear_2(F.gelu(self.linear_1(x))))
+        x = frequencies.to(condition.dtype) + linear_layer(self.cond_proj, condition)
+        return F.gelu(linear_layer(self.linear_2, F.gelu(linear_layer(self.linear_1, x))))
 
 
 class AdaGroupNorm(nn.Module):
@@ -79,7 +81,7 @@ class AdaGroupNorm(nn.Module):
         self.linear = nn.Linear(time_channels, 2 * channels)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.linear(time)[:, :, None, None].chunk(2, dim=1)  # [1 or B,C,1,1] each
+        scale, shift = linear_layer(self.linear, time)[:, :, None, None].chunk(2, dim=1)  # [1 or B,C,1,1] each
         return F.group_norm(x, self.groups, eps=self.eps) * (1 + scale) + shift
 
 
@@ -101,7 +103,7 @@ class KResnetBlock(nn.Module):
     def forward(self, hidden_states: Tensor, time: Tensor) -> Tensor:
         x = self.conv1(F.gelu(self.norm1(hidden_states, time)))
         x = self.conv2(F.gelu(self.norm2(x, time)))
-        return self.conv_shortcut(hidden_states) + x
+        return conv2d_layer(self.conv_shortcut, hidden_states) + x
 
 
 class KAttention(nn.Module):
@@ -119,13 +121,13 @@ class KAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Map x [B,L,C] to [B,L,C]; context is [1 or B,T,C'], or None for self-attention."""
-        context = x if context is None else self.norm_cross(context)
+        tokens = x if context is None else self.norm_cross(context)
         query, key, value = (
-            split_heads(project(source), self.heads).expand(len(x), -1, -1, -1)
-            for project, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+            split_heads(linear_layer(project, source), self.heads).expand(len(x), -1, -1, -1)
+            for project, source in ((self.to_q, x), (self.to_k, tokens), (self.to_v, tokens))
         )
         x = flash_attention(query, key, value, backend=self.attention_backend)
-        return self.to_out[0](merge_heads(x))
+        return linear_layer(self.to_out[0], merge_heads(x))
 
 
 class KAttentionBlock(nn.Module):
@@ -237,7 +239,7 @@ class KUNet(PretrainedModel):
         """
         self._check_inputs(sample, timestep, encoder_hidden_states, timestep_cond)
         time = self.time_embedding(self.time_proj(timestep.reshape(-1)), timestep_cond)  # [1 or B,time_channels]
-        x, skips = self.conv_in(sample), []
+        x, skips = conv2d_layer(self.conv_in, sample), []
         for block in self.down_blocks[:-1]:
             x = block(x, time, encoder_hidden_states)
             skips.append(x)
@@ -246,7 +248,7 @@ class KUNet(PretrainedModel):
         x = self.up_blocks[0](x, time, encoder_hidden_states)
         for block in self.up_blocks[1:]:
             x = block(torch.cat([upsample(x), skips.pop()], dim=1), time, encoder_hidden_states)
-        return self.conv_out(x)
+        return conv2d_layer(self.conv_out, x)
 
     def _check_inputs(self, sample: Tensor, timestep: Tensor, text: Tensor, condition: Tensor) -> None:
         config, multiple = self.config, self.config.size_multiple

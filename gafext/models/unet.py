@@ -28,6 +28,7 @@ from gafext.models.blocks import (
 from gafext.models.image_projection import image_projection
 from gafext.models.mv_adapter import RayEncoder, adapter_inputs, add_views, recorded_inputs
 from gafext.ops import memory
+from gafext.ops.linear import linear_layer
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
@@ -57,7 +58,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return linear_layer(self.linear_2, F.silu(linear_layer(self.linear_1, x)))
 
 
 class UNetBlock(nn.Module):

@@ -12,6 +12,7 @@ from gafext.models.base import PretrainedModel
 from gafext.models.blocks import Conv3x3, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from gafext.models.tiling import tiled
 from gafext.ops import flash_attention
+from gafext.ops.linear import linear_layer
 from gafext.weights.keys import vae_key
 
 EPS = 1e-6
@@ -35,8 +36,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = self.group_norm(hidden_states).flatten(2).transpose(1, 2)  # [B,H*W,C]
-        query, key, value = (f(x).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # [B,1,H*W,C]
-        x = self.to_out[0](flash_attention(query, key, value, backend=self.attention_backend).squeeze(1))
+        query, key, value = (linear_layer(f, x).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # [B,1,H*W,C]
+        x = flash_attention(query, key, value, backend=self.attention_backend).squeeze(1)
+        x = linear_layer(self.to_out[0], x)
         return hidden_states + x.transpose(1, 2).reshape(hidden_states.shape)
 
 

@@ -18,6 +18,7 @@ MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/types.h
 _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
 MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU has AVX512_BF16, and may use it
+MULTIPLIES_FLOAT16 = _BUILD["multiplies_float16"]  # AVX512_FP16, or it is no x86
 # Ten times the lowest compute capability that the kernels were compiled for.
 _OLDEST_GPU = min((int(re.findall(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0)
 
@@ -86,6 +87,21 @@ def dtype_reasons(tensor: Tensor) -> list[str]:
     if tensor.dtype in KERNEL_DTYPES:
         return []
     return [f"dtype must be float32, float16 or bfloat16, got {dtype_name(tensor)}"]
+
+
+def float32_reasons(tensor: Tensor) -> list[str]:
+    return [] if tensor.dtype == torch.float32 else [f"dtype must be float32, got {dtype_name(tensor)}"]
+
+
+def is_slow_half(tensor: Tensor) -> bool:
+    """Return whether PyTorch multiplies matrices of the tensor's dtype many times slower than float32.
+
+    So it is in half precision on a CPU without instructions for it: measured 5 to 15 times with AVX2.
+    """
+    dtype = tensor.dtype
+    if dtype == torch.bfloat16:
+        return tensor.is_cpu and not MULTIPLIES_BFLOAT16
+    return dtype == torch.float16 and tensor.is_cpu and not MULTIPLIES_FLOAT16
 
 
 def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
+from gafext.ops.conv2d import conv2d
 
 _OP = "conv3x3"
 # Measured on two cores of a Sapphire Rapids, as gafext's speed over PyTorch's: 1.26 with 128 channels, 0.2 to 0.6 with
@@ -16,18 +19,28 @@ FEW_CHANNELS = 128
 _FEW_TILES = 4
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Convolve with a 3×3 kernel, stride 1 and zero padding of 1.
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve with a 3×3 kernel, stride 1 and zero padding of 1, and add a bias and a residual.
 
-    out[n, :, y, x] = bias + sum over i, j, c of weight[:, c, i, j] x[n, c, y + i - 1, x + j - 1]
+    out[n, :, y, x] = bias + residual[n, :, y, x] + sum over i, j, c of weight[:, c, i, j] x[n, c, y + i - 1, x + j - 1]
 
     Winograd's F(4×4, 3×3) does a quarter of the multiplications. Rounding errors are up to 4 times those of PyTorch's
     conv2d: at most 1e-5 for results of unit scale. An infinity or a NaN affects up to 4×4 outputs beyond the formula's.
+    Transforms and sums are in float32 for every dtype, and rounded once.
 
     Args:
-        x: [batch, in_channels, height, width], float32; copied unless its memory format is channels-last.
+        x: [batch, in_channels, height, width], float32, float16 or bfloat16; copied unless its memory format is
+            channels-last.
         weight: [out_channels, in_channels, 3, 3], like x.
-        bias: [out_channels], like x, or None.
+        bias: [out_channels], or one per image, [batch, out_channels], like x; or None.
+        residual: [batch, out_channels, height, width], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's conv2d.
 
     Returns:
@@ -41,43 +54,66 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
 
     Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308).
     """
-    x, weight, bias = _common.autocast(x, weight, bias)
-    check_conv3x3(x, weight, bias)
+    x, weight, bias, residual = _common.autocast(x, weight, bias, residual)
+    check_conv3x3(x, weight, bias, residual)
     slower: list[str] = []
 
     def keep_slower_reasons() -> list[str]:
         slower.extend(slower_reasons(x, weight))
         return slower
 
-    kernel = use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, bias), keep_slower_reasons)
+    def unsupported() -> list[str]:
+        return unsupported_reasons(x, weight, bias, residual)
+
+    kernel = use_kernel(backend, _OP, unsupported, keep_slower_reasons)
     # The first and last convolution of a network have few channels on one side: their neighbours run the kernel, which
     # needs channels-last inputs.
     if kernel or (slower and max(weight.shape[:2]) >= FEW_CHANNELS):
         x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.gafext.conv3x3(x, weight, bias) if kernel else reference_conv3x3(x, weight, bias)
+    if kernel:
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        return torch.ops.gafext.conv3x3(x, weight, bias, residual)
+    return _with_conv2d(conv2d if backend == "auto" else F.conv2d, x, weight, bias, residual)
 
 
-def reference_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def reference_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Compute the formula in plain PyTorch: any dtype, float64 included; differentiable."""
-    return F.conv2d(x, weight, bias, padding=1)
+    return _with_conv2d(F.conv2d, x, weight, bias, residual)
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
+def _with_conv2d(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias, residual) -> Tensor:
+    if bias is not None and bias.dim() == 2:
+        out = convolve(x, weight, padding=1) + bias[:, :, None, None]
+    else:
+        out = convolve(x, weight, bias, padding=1)
+    return out if residual is None else residual + out  # in this order, the sum has the memory format of the residual
+
+
+def unsupported_reasons(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
-    reasons = _common.place_reasons(x, weight, bias)
+    return place_reasons(x, weight, bias, residual) + _common.dtype_reasons(x) + channel_reasons(x)
+
+
+def place_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
+    """List why the kernels do not support the tensors' device or their need of a gradient."""
+    reasons = _common.place_reasons(x, *others)
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
-    return reasons + _kernel_reasons(x)
+    return reasons
 
 
-def _kernel_reasons(x: Tensor) -> list[str]:
-    reasons = [] if x.dtype == torch.float32 else [f"dtype must be float32, got {_common.dtype_name(x)}"]
-    return reasons if x.shape[1] else [*reasons, f"channels must be at least 1, got {tuple(x.shape)}"]
+def channel_reasons(x: Tensor) -> list[str]:
+    """List why the kernels do not support the number of channels."""
+    return [] if x.shape[1] else [f"channels must be at least 1, got {tuple(x.shape)}"]
 
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     reasons = []
+    if x.dtype == torch.bfloat16 and _common.INSTRUCTION_SET == "amx":
+        reasons.append("AMX multiplies bfloat16, and PyTorch makes use of it")
     if min(weight.shape[:2]) < FEW_CHANNELS:
         reasons.append(f"fewer than {FEW_CHANNELS} channels: the transforms outweigh the products")
     batch, _, height, width = x.shape
@@ -87,10 +123,27 @@ def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
-def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
     """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     check_shapes(_OP, x, weight)
-    _common.check_weight_and_bias(_OP, x, weight, bias)
+    batch, channels = x.shape[0], weight.shape[0]
+    sizes = f"to go with x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+    _common.check_same_kind(_OP, "x", x, "weight", weight)
+    if bias is not None:
+        _common.require(
+            bias.shape in ((channels,), (batch, channels)),
+            _OP,
+            lambda: f"bias must have shape ({channels},) or ({batch}, {channels}) {sizes}, got {tuple(bias.shape)}",
+        )
+        _common.check_same_kind(_OP, "x", x, "bias", bias)
+    if residual is not None:
+        shape = (batch, channels, *x.shape[2:])
+        _common.require(
+            residual.shape == shape,
+            _OP,
+            lambda: f"residual must have shape {shape} {sizes}, got {tuple(residual.shape)}",
+        )
+        _common.check_same_kind(_OP, "x", x, "residual", residual)
 
 
 def check_shapes(op: str, x: Tensor, weight: Tensor) -> None:
@@ -107,29 +160,46 @@ def check_shapes(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 @torch.library.register_fake("gafext::conv3x3")
-def _fake(x, weight, bias=None):
-    check_conv3x3(x, weight, bias)
-    return fake_result(_OP, x, weight)
+def _fake(x, weight, bias=None, residual=None):
+    check_conv3x3(x, weight, bias, residual)
+    if residual is not None:
+        _check_channels_last(_OP, "residual", residual)
+    return fake_result(_OP, x, weight, _common.dtype_reasons(x))
 
 
-def fake_result(op: str, x: Tensor, weight: Tensor) -> Tensor:
+def fake_result(op: str, x: Tensor, weight: Tensor, dtype_reasons: list[str]) -> Tensor:
     """Return what the kernel `op` gives for tensors of matching shapes, without values; raise its errors."""
-    _common.require_supported(op, _kernel_reasons(x))
-    _common.require(
-        x.shape[1] == 1 or x.stride(1) == 1,
-        op,
-        lambda: f"x must be channels-last, got a stride of {x.stride(1)} from channel to channel",
-    )
+    _common.require_supported(op, dtype_reasons + channel_reasons(x))
+    _check_channels_last(op, "x", x)
     batch, _, height, width = x.shape
     return x.new_empty(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2)
 
 
-def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    needed = _common.gradients_needed(ctx)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed
+def _check_channels_last(op: str, name: str, image: Tensor) -> None:
+    _common.require(
+        image.shape[1] == 1 or image.stride(1) == 1,
+        op,
+        lambda: f"{name} must be channels-last, got a stride of {image.stride(1)} from channel to channel",
     )
 
 
-torch.library.register_autograd("gafext::conv3x3", _backward, setup_context=_common.save_x_and_weight)
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dims = 0 if bias is None else bias.dim()
+    ctx.needs = [needed and given is not None for needed, given in zip(ctx.needs_input_grad, inputs, strict=False)]
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs = [*ctx.needs, False, False][:4]
+    channels = weight.shape[0]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad, x, weight, [channels], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needs[:2], needs[2]]
+    )
+    if ctx.bias_dims == 2 and needs[2]:
+        grad_bias = grad.sum(dim=(2, 3))
+    return grad_x, grad_weight, grad_bias, grad if needs[3] else None
+
+
+torch.library.register_autograd("gafext::conv3x3", _backward, setup_context=_setup_context)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
-from gafext.ops.conv3x3 import check_shapes, fake_result, reference_conv3x3
+from gafext.ops.conv3x3 import channel_reasons, check_shapes, fake_result, place_reasons, reference_conv3x3
 from gafext.ops.conv3x3 import slower_reasons as slower_in_float32
-from gafext.ops.conv3x3 import unsupported_reasons as unsupported_in_float32
 
 _OP = "conv3x3_int8"
 
@@ -60,7 +59,7 @@ def reference_conv3x3_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tenso
 
 def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
-    return unsupported_in_float32(x, scale, bias)
+    return place_reasons(x, scale, bias) + _common.float32_reasons(x) + channel_reasons(x)
 
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
@@ -82,4 +81,4 @@ def check_conv3x3_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 @torch.library.register_fake("gafext::conv3x3_int8")
 def _fake(x, weight, scale, bias=None):
     check_conv3x3_int8(x, weight, scale, bias)
-    return fake_result(_OP, x, weight)
+    return fake_result(_OP, x, weight, _common.float32_reasons(x))

@@ -1,9 +1,9 @@
-"""Linear layer, on the AMX tiles of a CPU."""
+"""Linear layer, on the AMX tiles of a CPU, and in half precision on CPUs that lack it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from gafext.ops import _common
 from gafext.ops.backend import prefer, use_kernel
 
 _OP = "linear"
+Layer = TypeVar("Layer", bound=nn.Module)
 _HAS_AMX = _common.INSTRUCTION_SET == "amx"
 # Rows below which PyTorch's linear is faster. Measured on two cores of a Sapphire Rapids, three runs, as gafext's speed
 # over PyTorch's: 128 rows of 1280 features 1.15 to 1.25, of 5120 1.4, of 320 0.9; 64 and 77 rows 0.8 to 1.2.
@@ -20,6 +21,7 @@ _HAS_AMX = _common.INSTRUCTION_SET == "amx"
 # which saved a hundredth of a U-Net's time and cost a second copy of the weights.
 _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
 _WITHOUT_AMX = [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
+_FAST_HALF = ["this processor multiplies half precision, and PyTorch makes use of it"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -28,10 +30,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     out = x weight^T + bias
 
     AMX multiplies each float32 as three bfloat16 terms: rounding errors are 0.4 to 0.9 times those of PyTorch's linear.
-    Infinities, NaN and magnitudes at which the terms lose digits fall back to PyTorch's linear.
+    Infinities, NaN and magnitudes at which the terms lose digits fall back to PyTorch's linear. Half precision is
+    multiplied and summed in float32, and rounded once.
 
     Args:
-        x: [..., in_features], float32.
+        x: [..., in_features], float32, float16 or bfloat16.
         weight: [out_features, in_features], like x.
         bias: [out_features], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's linear.
@@ -43,7 +46,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
 
     With "auto", inputs that the kernel does not support (`unsupported_reasons`) or that PyTorch computes faster
-    (`slower_reasons`) fall back to torch's linear; torch.ops.gafext.linear runs the kernel on every CPU with AMX.
+    (`slower_reasons`) fall back to torch's linear; torch.ops.gafext.linear runs the kernel on
+    every CPU in half precision, and on every CPU with AMX in float32.
     """
     slower = slower_reasons(x) if backend == "auto" else []
     if slower and _fits(x, weight, bias):  # without AMX, every valid call ends here
@@ -66,15 +70,15 @@ def linear_layer(layer: nn.Module, x: Tensor, *, backend: str = "auto") -> Tenso
     Returns:
         [...,out_features].
     """
-    if x.is_cpu and _is_plain(layer):
+    if x.is_cpu and is_plain(layer, nn.Linear):
         return linear(x, layer.weight, layer.bias, backend=prefer(backend))
     return layer(x)
 
 
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether calling the layer is only the product: no hooks, no `forward` on the instance."""
+def is_plain(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
+    """Return whether calling the layer is only its class's `forward`: no hooks, no `forward` on the instance."""
     return (
-        type(layer) is nn.Linear
+        type(layer) is kind
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
         and "forward" not in layer.__dict__
@@ -97,13 +101,13 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     reasons = _common.place_reasons(x, weight, bias)
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
-    if x.dtype != torch.float32:
-        reasons.append(f"dtype must be float32, got {_common.dtype_name(x)}")
-    return reasons
+    return reasons + _common.dtype_reasons(x)
 
 
 def slower_reasons(x: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return [] if _common.is_slow_half(x) else _FAST_HALF
     if not _HAS_AMX:
         return _WITHOUT_AMX
     if torch.compiler.is_compiling():  # the rest would add a guard on sizes
@@ -130,7 +134,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
 @torch.library.register_fake("gafext::linear")
 def _fake(x, weight, bias=None):
     check_linear(x, weight, bias)
-    _common.require(x.dtype == torch.float32, _OP, lambda: f"dtype must be float32, got {_common.dtype_name(x)}")
+    _common.require_supported(_OP, _common.dtype_reasons(x))
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

@@ -85,7 +85,7 @@ def slower_than_float32() -> list[str]:
 
 
 def _kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:
-    reasons = [] if x.dtype == torch.float32 else [f"dtype must be float32, got {_common.dtype_name(x)}"]
+    reasons = _common.float32_reasons(x)
     features = int(weight.shape[1])
     if features > MAX_FEATURES:
         reasons.append(f"in_features must be at most {MAX_FEATURES}, got {features}")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    DTYPES,
     assert_gradients,
     assert_refused,
     assert_same_bits_on_any_number_of_threads,
@@ -19,9 +20,9 @@ from gafext.ops.conv3x3 import reference_conv3x3, slower_reasons, unsupported_re
 OP = torch.ops.gafext.conv3x3
 
 
-def conv3x3(x, weight, bias=None):
+def conv3x3(x, weight, bias=None, residual=None):
     """The kernel, also where PyTorch is faster."""
-    return OP(x.contiguous(memory_format=torch.channels_last), weight, bias)
+    return OP(x.contiguous(memory_format=torch.channels_last), weight, bias, residual)
 
 
 def problem(batch, in_channels, out_channels, height, width):
@@ -29,13 +30,16 @@ def problem(batch, in_channels, out_channels, height, width):
     return channels_last(batch, in_channels, height, width), weight, torch.randn(out_channels)
 
 
-def assert_exact(x, weight, bias=None):
+def assert_exact(*inputs):
     """To a few roundings of the largest terms: Winograd's transforms and sums both add to the error."""
-    out = conv3x3(x, weight, bias)
-    exact = reference_conv3x3(x.double(), weight.double(), None if bias is None else bias.double())
-    assert out.shape == exact.shape and out.dtype == x.dtype and out.is_contiguous(memory_format=torch.channels_last)
-    size = F.conv2d(x.double().abs(), weight.double().abs(), padding=1).max()
-    assert (out.double() - exact).abs().max() <= 1e-6 * size
+    out = conv3x3(*inputs)
+    x, weight, *addends = (None if t is None else t.double() for t in inputs)
+    exact = reference_conv3x3(x, weight, *addends)
+    assert out.shape == exact.shape and out.dtype == inputs[0].dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    size = F.conv2d(x.abs(), weight.abs(), padding=1).max()
+    rounding = torch.finfo(out.dtype).eps / 2 * exact.abs() if out.dtype != torch.float32 else 0
+    assert ((out.double() - exact).abs() <= 1e-6 * size + rounding).all()
 
 
 SIZES = [
@@ -49,11 +53,37 @@ SIZES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_odd_sizes(sizes):
-    x, weight, bias = problem(*sizes)
+def test_odd_sizes(sizes, dtype):
+    x, weight, bias = (t.to(dtype) for t in problem(*sizes))
     assert_exact(x, weight, bias)
     assert_exact(x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_bias_per_image_and_a_residual(sizes, dtype):
+    x, weight, bias = (t.to(dtype) for t in problem(*sizes))
+    batch, _, out_channels, height, width = sizes
+    per_image = torch.randn(batch, out_channels, dtype=dtype)
+    residual = channels_last(batch, out_channels, height, width).to(dtype)
+    for addends in ((per_image,), (per_image, residual), (bias, residual), (None, residual)):
+        assert_exact(x, weight, *addends)
+        rounding = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps  # PyTorch rounds each sum
+        out, expected = ops.conv3x3(x, weight, *addends), conv3x3(x, weight, *addends)
+        torch.testing.assert_close(out, expected, atol=rounding, rtol=rounding)
+
+
+def test_strides_of_a_residual():
+    x, weight, bias = problem(2, 40, 20, 9, 7)
+    wide = channels_last(4, 50, 12, 8)
+    for residual in (wide[::2, 3:23, 1:10, :7], wide[:1, :20, :9, :7].expand(2, -1, -1, -1)):
+        assert_exact(x, weight, bias, residual)
+        assert torch.equal(
+            ops.conv3x3(x, weight, bias, residual.contiguous(), backend="kernel"), conv3x3(x, weight, bias, residual)
+        )
+    assert_exact(x, weight, bias.expand(2, -1))
 
 
 def test_more_tiles_than_fit_the_scratch_memory():
@@ -112,7 +142,19 @@ BAD_INPUTS = {
     ),
     "bias": (
         lambda t: (t(1, 8, 4, 4), t(5, 8, 3, 3), t(8)),
-        "bias must have shape (5,) to go with weight (5, 8, 3, 3), got (8,)",
+        "bias must have shape (5,) or (1, 5) to go with x (1, 8, 4, 4) and weight (5, 8, 3, 3), got (8,)",
+    ),
+    "bias per image": (
+        lambda t: (t(2, 8, 4, 4), t(5, 8, 3, 3), t(3, 5)),
+        "bias must have shape (5,) or (2, 5) to go with x (2, 8, 4, 4) and weight (5, 8, 3, 3), got (3, 5)",
+    ),
+    "residual": (
+        lambda t: (t(2, 8, 4, 4), t(5, 8, 3, 3), t(5), t(2, 8, 4, 4)),
+        "residual must have shape (2, 5, 4, 4) to go with x (2, 8, 4, 4) and weight (5, 8, 3, 3), got (2, 8, 4, 4)",
+    ),
+    "residual's dtype": (
+        lambda t: (t(2, 8, 4, 4), t(5, 8, 3, 3), None, t(2, 5, 4, 4).half()),
+        "residual must have the dtype of x, float32, got float16",
     ),
     "dtype": (
         lambda t: (t(1, 8, 4, 4), t(5, 8, 3, 3).half()),
@@ -127,7 +169,7 @@ def test_bad_input_has_one_message_everywhere(make, words):
 
 
 UNSUPPORTED = {
-    "dtype": (lambda x: x.half(), "dtype must be float32, got float16"),
+    "dtype": (lambda x: x.double(), "dtype must be float32, float16 or bfloat16, got float64"),
     "layout": (lambda x: x.contiguous(), "x must be channels-last, got a stride of 30 from channel to channel"),
 }
 
@@ -139,22 +181,36 @@ def test_the_bare_operation_says_what_it_cannot_do(change, words):
     assert_refused(OP, f"conv3x3: {words}", x, weight.to(x.dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_unsupported_goes_to_pytorch_with_the_reason(dtype):
-    inputs = [t.to(dtype) for t in problem(2, 8, 4, 5, 6)]
-    assert unsupported_reasons(*inputs) == [f"dtype must be float32, got {str(dtype).removeprefix('torch.')}"]
+def test_unsupported_goes_to_pytorch_with_the_reason():
+    inputs = [t.double() for t in problem(2, 8, 4, 5, 6)]
+    assert unsupported_reasons(*inputs) == ["dtype must be float32, float16 or bfloat16, got float64"]
     assert torch.equal(ops.conv3x3(*inputs), reference_conv3x3(*inputs))
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_gradients(with_bias):
-    assert_gradients((OP, ops.conv3x3), reference_conv3x3, *problem(2, 8, 4, 5, 6)[: 3 if with_bias else 2])
+def test_a_residual_of_another_layout_is_refused():
+    x, weight, bias = problem(2, 8, 4, 5, 6)
+    words = "conv3x3: residual must be channels-last, got a stride of 30 from channel to channel"
+    assert_refused(OP, words, x, weight, bias, torch.zeros(2, 4, 5, 6))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_gradients(count):
+    inputs = (*problem(2, 8, 4, 5, 6), channels_last(2, 4, 5, 6))
+    assert_gradients((OP, ops.conv3x3), reference_conv3x3, *inputs[:count])
+
+
+def test_gradients_of_a_bias_per_image():
+    x, weight, _ = problem(2, 8, 4, 5, 6)
+    assert_gradients((OP, ops.conv3x3), reference_conv3x3, x, weight, torch.randn(2, 4))
 
 
 def test_opcheck():
     inputs = tuple(t.requires_grad_() for t in problem(2, 8, 4, 5, 6))
     torch.library.opcheck(OP.default, inputs)
     torch.library.opcheck(OP.default, inputs[:2])
+    residual = channels_last(2, 4, 5, 6).requires_grad_()
+    torch.library.opcheck(OP.default, (*inputs[:2], torch.randn(2, 4, requires_grad=True), residual))
+    torch.library.opcheck(OP.default, tuple(t.detach().bfloat16() for t in (*inputs, residual)))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -175,6 +231,15 @@ def test_the_network_uses_it_for_wide_convolutions_in_inference():
         assert ("gafext::conv3x3" in called(ops.conv3x3, *inputs, backend=backend)) == used
         out = ops.conv3x3(*inputs, backend=backend)
         torch.testing.assert_close(out, reference_conv3x3(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_goes_to_pytorch_where_tiles_multiply_it(pretend_cpu):
+    x, weight, _ = problem(4, 128, 128, 8, 8)
+    pretend_cpu("amx")
+    assert slower_reasons(x.bfloat16(), weight.bfloat16()) == ["AMX multiplies bfloat16, and PyTorch makes use of it"]
+    assert slower_reasons(x, weight) == slower_reasons(x.half(), weight.half()) == []
+    pretend_cpu("avx512")
+    assert slower_reasons(x.bfloat16(), weight.bfloat16()) == []
 
 
 def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason():

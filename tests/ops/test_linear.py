@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     BAD_LAYERS,
+    DTYPES,
     assert_as_exact_as_torch,
     assert_gradients,
     assert_refused,
@@ -51,9 +52,10 @@ SIZES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_odd_sizes(sizes):
-    x, weight, bias = problem(*sizes)
+def test_odd_sizes(sizes, dtype):
+    x, weight, bias = (t.to(dtype) for t in problem(*sizes))
     assert_exact(x, weight, bias)
     assert_exact(x, weight)
 
@@ -78,15 +80,18 @@ def test_leading_dimensions(shape):
     assert_exact(torch.randn(shape), weight, bias)
 
 
-def test_strides():
-    _, weight, bias = problem(1, 33, 24)
-    wide = torch.randn(48, 40)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype):
+    _, weight, bias = (t.to(dtype) for t in problem(1, 33, 24))
+    wide = torch.randn(48, 40, dtype=dtype)
     wide[:, :33] = weight.repeat(2, 1)
-    for x in (torch.randn(2, 7, 50)[..., 3:36], torch.randn(9, 66)[::2, :33], torch.randn(1, 33).expand(5, 33)):
+    packed, apart = torch.randn(2, 7, 50, dtype=dtype), torch.randn(9, 66, dtype=dtype)
+    for x in (packed[..., 3:36], apart[::2, :33], apart[:1, :33].expand(5, 33)):
         assert_exact(x, wide[:24, :33], bias)
         assert_exact(x, wide[::2, :33], bias)
-    assert_exact(torch.randn(33, 7).T, weight, bias)
-    assert_exact(torch.randn(2, 5, 3, 33).transpose(1, 2), weight.T.contiguous().T, bias.repeat(2)[::2])
+    assert_exact(torch.randn(33, 7, dtype=dtype).T, weight, bias)
+    x = torch.randn(2, 5, 3, 33, dtype=dtype).transpose(1, 2)
+    assert_exact(x, weight.T.contiguous().T, bias.repeat(2)[::2])
 
 
 def test_empty_inputs():
@@ -133,10 +138,9 @@ def test_bad_input_has_one_message_everywhere(make, words):
     assert_same_words(ops.linear, OP, make, f"linear: {words}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_unsupported_goes_to_pytorch_with_the_reason(dtype):
-    inputs = [t.to(dtype) for t in problem(100, 8, 4)]
-    reason = f"dtype must be float32, got {str(dtype).removeprefix('torch.')}"
+def test_unsupported_goes_to_pytorch_with_the_reason():
+    inputs = [t.double() for t in problem(100, 8, 4)]
+    reason = "dtype must be float32, float16 or bfloat16, got float64"
     assert unsupported_reasons(*inputs) == [reason]
     assert torch.equal(ops.linear(*inputs), F.linear(*inputs))
     assert_refused(OP, f"linear: {reason}", *inputs)
@@ -156,6 +160,18 @@ def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason(pretend_cpu):
     assert not calls_kernel(ops.linear, *many)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_runs_the_kernel_where_pytorch_is_slow(dtype, pretend_cpu):
+    inputs = [t.to(dtype) for t in problem(3, 40, 70)]
+    pretend_cpu("avx2", multiplies_bfloat16=False, multiplies_float16=False)
+    assert slower_reasons(inputs[0]) == [] and calls_kernel(ops.linear, *inputs)
+    torch.testing.assert_close(ops.linear(*inputs), F.linear(*inputs), atol=0.02, rtol=0.02)
+    for instruction_set in ("avx512", "amx"):
+        pretend_cpu(instruction_set, multiplies_bfloat16=True, multiplies_float16=True)
+        assert slower_reasons(inputs[0]) == ["this processor multiplies half precision, and PyTorch makes use of it"]
+        assert not calls_kernel(ops.linear, *inputs)
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(33,), (2, 50, 33)], ids=str)
 def test_gradients(shape, with_bias):
@@ -168,6 +184,7 @@ def test_opcheck():
     inputs = tuple(t.requires_grad_() for t in problem(40, 8, 4))
     torch.library.opcheck(OP.default, inputs)
     torch.library.opcheck(OP.default, inputs[:2])
+    torch.library.opcheck(OP.default, tuple(t.detach().bfloat16() for t in inputs))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -183,7 +200,8 @@ def test_compile_in_one_graph_with_dynamic_shapes(backend):
 def test_autocast_as_pytorch():
     x, weight, bias = problem(100, 8, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+        torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), atol=0.02, rtol=0.02)
+        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not HAS_AMX, reason="the kernel needs AMX")

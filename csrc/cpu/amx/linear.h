@@ -17,16 +17,12 @@
 // 1280, where the weights come from memory. Prefetching them during the products before cost 5 to 20 %.
 #pragma once
 
+#include "../gemm.h"
 #include "tiles.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
 namespace {
-
-// `count` rows of the weight from `first` on: columns of the product next to each other.
-struct WeightRows {
-  int64_t first, count;
-};
 
 template <typename T, typename Layer>
 class AmxLinear {

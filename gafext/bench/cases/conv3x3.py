@@ -25,7 +25,7 @@ CONV_SHAPES = [
 
 
 def shapes(device: str, dtype: torch.dtype) -> list[tuple]:
-    return CONV_SHAPES if device == "cpu" and dtype == torch.float32 else []  # where the kernel runs
+    return CONV_SHAPES if device == "cpu" else []  # where the kernel runs
 
 
 def pack_by_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
@@ -50,7 +50,7 @@ def case(batch: int, in_channels: int, out_channels: int, side: int, where: str,
         Contestant("conv2d channels-last", reference_conv3x3, prepare=channels_last),
         Contestant("conv2d contiguous", reference_conv3x3, prepare=contiguous),
     ]
-    if torch.backends.mkldnn.is_available():
+    if options["dtype"] == torch.float32 and torch.backends.mkldnn.is_available():
         contestants.append(Contestant("conv2d prepacked", conv_packed_by_onednn, prepare=pack_by_onednn))
     return Case(
         op="conv3x3",
