@@ -168,6 +168,7 @@ void transform_weights(const Conv3x3Int8Args& args, int64_t channel, int64_t dep
 }
 
 // c[r, :] = (or +=) sum over `words` of a[r, word] b[word, :], of kTileRows rows and kPanel columns.
+template <Products kind>
 void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c, bool accumulate) {
   IntVec tile[kTileRows][kTileVectors] = {};
   for (int64_t w = 0; w < words; ++w) {
@@ -178,7 +179,7 @@ void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c
     for (int r = 0; r < kTileRows; ++r) {
       const IntVec word = broadcast_word(a + r * kDepth + w);
       GAFEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) add_products<Products::kPairs>(tile[r][v], word, row[v]);
+      for (int v = 0; v < kTileVectors; ++v) add_products<kind>(tile[r][v], word, row[v]);
     }
   }
   GAFEXT_UNROLL
@@ -196,13 +197,17 @@ void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c
 // whole: the rows beyond `tiles` are scratch that nothing reads.
 void multiply_slice(const Plan& plan, const uint32_t* input, int64_t tiles, int64_t words, bool first, Prefetcher next,
                     const Scratch& scratch) {
+  auto* multiply = multiply_tile<Products::kPairs>;
+#if defined(__AVX512F__)
+  if (has_vnni()) multiply = multiply_tile<Products::kPairsVnni>;
+#endif
   for (int64_t point = 0; point < kPoints; ++point) {
     for (int64_t panel = 0; panel < kColumns; panel += kPanel) {
       const uint32_t* weight = scratch.weight + point * kPointStride + panel * kDepth;
       for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
         next.fetch();
-        multiply_tile(input + (point * plan.block + tile) * kDepth, weight, words,
-                      scratch.products + (point * plan.block + tile) * kColumns + panel, !first);
+        multiply(input + (point * plan.block + tile) * kDepth, weight, words,
+                 scratch.products + (point * plan.block + tile) * kColumns + panel, !first);
       }
     }
   }
