@@ -22,10 +22,9 @@ from emulator_build import ROOT, cache_folder, call, compiler_version, hash_of, 
 
 CSRC, MACHINE = ROOT / "csrc", ROOT / "tests/cpu_emulator"
 PROCESSORS = {"avx512": (0, 0), "avx512_vnni": (1, 0), "amx": (1, 1)}  # VNNI, 8-bit products on tiles
-NAMESPACE = "gafext_emulated"
 _FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique", "-w",
           "-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"]  # fmt: skip
-_DEFINES = [f"-Dgafext={NAMESPACE}", "-DGAFEXT_ISA=portable", "-DGAFEXT_EMULATOR"]  # portable: the one that is called
+_DEFINES = ["-DGAFEXT_ISA=portable", "-DGAFEXT_EMULATOR"]  # portable: the copy that is called
 
 needs_compiler = pytest.mark.skipif(
     compiler_version() < 12 or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
@@ -37,10 +36,11 @@ class Emulated:
     """An operation of csrc/ops, called like torch.ops.gafext's."""
 
     def __init__(self, name: str, processor: str):
-        library = _library(_operations()[name], processor == "amx")
+        namespace = "gafext_amx" if processor == "amx" else "gafext_avx512"  # one for each compilation
+        library = _library(_operations()[name], namespace)
         torch.ops.load_library(library)
         self._dll = ctypes.CDLL(str(library))
-        self._op, self._has = getattr(getattr(torch.ops, NAMESPACE), name), PROCESSORS[processor]
+        self._op, self._has = getattr(getattr(torch.ops, namespace), name), PROCESSORS[processor]
 
     def __call__(self, *args, **options):
         for name, value in zip(("emulated_vnni", "emulated_tiles"), self._has, strict=True):
@@ -74,10 +74,10 @@ def _operations() -> dict[str, str]:
     return {name: path.stem for path in files for name in re.findall(r'm\.def\("(\w+)\(', path.read_text())}
 
 
-def _library(stem: str, has_amx: bool) -> Path:
+def _library(stem: str, namespace: str) -> Path:
     sources = [CSRC / "ops" / f"{stem}.cpp", MACHINE / "runtime.cpp", CSRC / "cpu" / f"{stem}.cpp"]
     headers = [*sorted(CSRC.rglob("*.h")), *sorted(MACHINE.iterdir()), CSRC / "cpu/runtime.cpp"]
-    flags = [*_FLAGS, *_DEFINES, *(["-DGAFEXT_EMULATED_AMX"] if has_amx else [])]
+    flags = [*_FLAGS, *_DEFINES, f"-Dgafext={namespace}", *(["-DGAFEXT_EMULATED_AMX"] if "amx" in namespace else [])]
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
     texts = [path.read_text() for path in (*sources, *headers)]
     key = hash_of(version, torch.__version__, str(torch.__path__), *flags, *texts)

@@ -153,14 +153,15 @@ inline void multiply(int sums, int left, int right, const AddLine& add_line) {
   __atomic_fetch_add(&emulated_tile_products, 1, __ATOMIC_RELAXED);
 }
 
-inline void tile_dpbssd(int sums, int left, int right) {
+template <typename Left, typename Right>
+inline void multiply_bytes(int sums, int left, int right) {
   multiply<int32_t>(sums, left, right, [](int32_t* line, const uint32_t* words, const uint8_t (*lines)[64], int count) {
     for (int k = 0; k < count; ++k) {
       int32_t by[16];
       memcpy(by, lines[k], sizeof(by));
       for (int byte = 0; byte < 32; byte += 8) {
-        const int32_t number = static_cast<int8_t>(words[k] >> byte);
-        for (int n = 0; n < 16; ++n) line[n] += number * static_cast<int8_t>(by[n] >> byte);
+        const int32_t number = static_cast<Left>(words[k] >> byte);
+        for (int n = 0; n < 16; ++n) line[n] += number * static_cast<Right>(by[n] >> byte);
       }
     }
   });
@@ -204,6 +205,9 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbssd
+#undef _tile_dpbsud
+#undef _tile_dpbusd
+#undef _tile_dpbuud
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated::tile_loadconfig
 #define _tile_release emulated::tile_release
@@ -211,5 +215,8 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _tile_stream_loadd emulated::tile_loadd
 #define _tile_stored emulated::tile_stored
 #define _tile_zero emulated::tile_zero
-#define _tile_dpbssd emulated::tile_dpbssd
+#define _tile_dpbssd emulated::multiply_bytes<int8_t, int8_t>
+#define _tile_dpbsud emulated::multiply_bytes<int8_t, uint8_t>
+#define _tile_dpbusd emulated::multiply_bytes<uint8_t, int8_t>
+#define _tile_dpbuud emulated::multiply_bytes<uint8_t, uint8_t>
 #define _tile_dpbf16ps emulated::tile_dpbf16ps

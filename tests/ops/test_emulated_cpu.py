@@ -45,3 +45,16 @@ def test_every_processor_computes_the_same_bits(processor, sizes):
     bias = torch.randn(out_features)
     expected = torch.ops.gafext.linear_int8(*inputs, bias)
     assert torch.equal(Emulated("linear_int8", processor)(*inputs, bias), expected)
+
+
+@pytest.mark.parametrize("sizes", [(1, 257, 63, 5, 9), (2, 70, 100, 13, 17)], ids=str)
+def test_every_product_of_16_bits_is_exact(sizes):
+    """In two halves, by vpdpwssd, and byte by byte on tiles: the bits of conv3x3_int8 are the same."""
+    batch, in_channels, out_channels, height, width = sizes
+    x = torch.randn(batch, in_channels, height, width).contiguous(memory_format=torch.channels_last)
+    weight, scale = quantize_weight(torch.randn(out_channels, in_channels, 3, 3))
+    emulated = {processor: Emulated("conv3x3_int8", processor) for processor in PROCESSORS}
+    results = {processor: operation(x, weight, scale) for processor, operation in emulated.items()}
+    assert emulated["amx"].tile_products > 0
+    for result in results.values():
+        assert torch.equal(result, results["avx512"])
