@@ -129,7 +129,7 @@ bool has_amx_int8() {
 }
 
 const char* int8_products() {
-  if (has_amx_int8()) return has_vnni() ? "AMX; AVX512_VNNI for few rows" : "AMX; AVX-512 for few rows, as 16 bits";
+  if (has_amx_int8()) return "AMX; AVX512_VNNI for few rows";
   if (has_vnni()) return "AVX512_VNNI";
   if (instruction_set() >= InstructionSet::kAvx512) return "AVX-512, as 16 bits";
   return instruction_set() == InstructionSet::kAvx2 ? "AVX2, as 16 bits" : "plain C++";
