@@ -7,7 +7,8 @@
 // where |G|_p and |B|_p, constants of a point p, are the largest that the transforms make of 1, and max|d| is that of
 // a tile. Products of a slice of kChannels channels then fit 32 bits. Sums of slices are float32.
 //
-// A word holds the channels c and c + kLanes, so that vectors of channels need no shuffle.
+// A word holds the channels c and c + kLanes, so that vectors of channels need no shuffle. For AMX (amx/int16.h) the
+// upper and lower bytes of two words change places to become words of their own.
 #include "../ops/conv3x3_int8.h"
 
 #include "amx/int16.h"

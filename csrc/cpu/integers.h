@@ -8,7 +8,8 @@
 //   kQuadsVnni   four numbers, unsigned 8-bit by signed 8-bit; one vpdpbusd, with AVX512_VNNI: 4 times float32's
 //   kQuads       the same without the instruction, for the portable copy
 //
-// GCC 12 spills accumulators around the intrinsics of vpmaddwd, which costs a third; so these are inline assembly.
+// GCC 12 spills accumulators around the intrinsics of vpmaddwd, which costs a third; so these are inline assembly, but
+// for the emulator of tests/emulated_cpu.py.
 #pragma once
 
 #include "vector.h"

@@ -8,7 +8,8 @@
 //   product  sums += q_x q_w^T in register tiles  [rows, kColumns], 32-bit integers, in the L2 cache
 //
 // and after the last slice out = sums s_x s_w + bias. Integers add exactly, so every instruction set and any number of
-// threads give the same sums. Weights are read in their plain layout: nothing is packed at load.
+// threads give the same sums. Weights are read in their plain layout: nothing is packed at load. With AMX,
+// amx/linear_int8.h takes all but few rows.
 #include "../ops/linear_int8.h"
 
 #include "amx/linear_int8.h"
