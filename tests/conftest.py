@@ -10,6 +10,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_configure(config):
+    if processor := os.environ.get("GAFEXT_EMULATED_CPU"):
+        from emulated_cpu import emulate_all
+
+        config.emulated_operations = emulate_all(processor)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     import torch

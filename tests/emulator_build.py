@@ -35,7 +35,7 @@ _FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-alia
 _INCLUDES = [MACHINE / "include", MACHINE, KERNELS, ROOT / "csrc"]
 
 
-def _compiler_version():
+def compiler_version():
     """12 for g++ 12.2; 0 for none, and clang under that name is 4."""
     if not shutil.which("g++"):
         return 0
@@ -43,7 +43,7 @@ def _compiler_version():
 
 
 needs_compiler = pytest.mark.skipif(
-    sys.platform != "linux" or _compiler_version() < 12,
+    sys.platform != "linux" or compiler_version() < 12,
     reason="the emulator of CUDA kernels takes Linux and g++ 12 or newer",
 )
 
@@ -89,7 +89,7 @@ def _compile(source, flags=()):
     key = hash_of(_common_hash(), str(source), source.read_text(), *flags, *beside)
     includes = [f"-I{folder}" for folder in _INCLUDES]
     command = ["g++", *_FLAGS, *flags, *includes, "-x", "c++", "-c", str(source), "-o"]
-    return once(cache_folder() / f"{source.stem}-{key}.o", lambda out: _call([*command, str(out)]))
+    return once(cache_folder() / f"{source.stem}-{key}.o", lambda out: call([*command, str(out)]))
 
 
 def link(sources, entries):
@@ -101,10 +101,10 @@ def link(sources, entries):
         objects = [str(path) for path in pool.map(lambda part: _compile(*part), parts)]
     library = folder / f"kernels-{hash_of(*objects)}.so"
     command = ["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", *objects, "-o"]
-    return once(library, lambda out: _call([*command, str(out)]))
+    return once(library, lambda out: call([*command, str(out)]))
 
 
-def _call(command):
+def call(command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise EmulatorError(f"{' '.join(map(str, command))}\n{done.stderr}")

@@ -7,9 +7,11 @@
 // where |G|_p and |B|_p, constants of a point p, are the largest that the transforms make of 1, and max|d| is that of
 // a tile. Products of a slice of kChannels channels then fit 32 bits. Sums of slices are float32.
 //
-// A word holds the channels c and c + kLanes, so that vectors of channels need no shuffle.
+// A word holds the channels c and c + kLanes, so that vectors of channels need no shuffle. For AMX (amx/int16.h) the
+// upper and lower bytes of two words change places to become words of their own.
 #include "../ops/conv3x3_int8.h"
 
+#include "amx/int16.h"
 #include "conv3x3_winograd.h"
 #include "integers.h"
 
@@ -27,6 +29,15 @@ constexpr float kInputNorm[kIn] = {kA2 * kB2 + kA2 + kB2 + 1, (1 + kB2) * (1 + k
 constexpr float kNormAtA = (1 + kA + kA2) / (2 * kA2 * (kB2 - kA2)),
                 kNormAtB = (1 + kB + kB2) / (2 * kB2 * (kB2 - kA2));
 constexpr float kWeightNorm[kIn] = {1 / (kA2 * kB2), kNormAtA, kNormAtA, kNormAtB, kNormAtB, 1};
+
+// Whether the products run on AMX tiles, which take upper and lower bytes apart.
+bool on_tiles() {
+#if defined(__AMX_INT8__)
+  return has_amx_int8();
+#else
+  return false;
+#endif
+}
 
 // One thread's memory.
 struct Scratch {
@@ -124,6 +135,12 @@ float transform_tile(const Conv3x3Int8Args& args, const Plan& plan, int64_t numb
       }
     }
   }
+#if defined(__AMX_INT8__)
+  if (on_tiles()) {
+    const int64_t rows = plan.depths * kPoints;
+    for (int64_t i = 0; i < rows; ++i, to += plan.block * kDepth) separate_bytes(to, to + kLanes);
+  }
+#endif
   return largest;
 }
 
@@ -168,6 +185,7 @@ void transform_weights(const Conv3x3Int8Args& args, int64_t channel, int64_t dep
 }
 
 // c[r, :] = (or +=) sum over `words` of a[r, word] b[word, :], of kTileRows rows and kPanel columns.
+template <Products kind>
 void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c, bool accumulate) {
   IntVec tile[kTileRows][kTileVectors] = {};
   for (int64_t w = 0; w < words; ++w) {
@@ -178,7 +196,7 @@ void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c
     for (int r = 0; r < kTileRows; ++r) {
       const IntVec word = broadcast_word(a + r * kDepth + w);
       GAFEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) add_products<Products::kPairs>(tile[r][v], word, row[v]);
+      for (int v = 0; v < kTileVectors; ++v) add_products<kind>(tile[r][v], word, row[v]);
     }
   }
   GAFEXT_UNROLL
@@ -192,17 +210,52 @@ void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c
   }
 }
 
+#if defined(__AMX_INT8__)
+// Of the transformed weights, of which `words` words are there; the rest become zero.
+void separate_weight_bytes(int64_t words, const Scratch& scratch) {
+  for (int64_t point = 0; point < kPoints; ++point) {
+    uint32_t *upper = scratch.weight + point * kPointStride, *lower = upper + kTileSide * kColumns;
+    for (int64_t i = 0; i < kTileSide * kColumns; i += kLanes) {
+      if (words <= kTileSide) store(reinterpret_cast<float*>(lower + i), Vec{});
+      separate_bytes(upper + i, lower + i);
+    }
+  }
+}
+
+// multiply_slice, below, on tiles.
+void multiply_slice_on_tiles(const Plan& plan, const uint32_t* input, int64_t tiles, bool first, Prefetcher next,
+                             const Scratch& scratch) {
+  static_assert(kPanel == kColumns && 2 * kTileSide == kDepth);
+  const TileState tiles_are_ours;
+  Int16Products products;
+  for (int64_t point = 0; point < kPoints; ++point) {
+    for (int64_t row = point * plan.block; row < point * plan.block + tiles; row += kTileSide) {
+      for (int64_t column = 0; column < kColumns; column += kTileSide) {
+        next.fetch();
+        products.multiply(input + row * kDepth, kDepth, scratch.weight + point * kPointStride + column, kColumns,
+                          scratch.products + row * kColumns + column, kColumns, !first);
+      }
+    }
+  }
+  products.finish();
+}
+#endif
+
 // products (+)= the 36 matrix products of one slice. `next` are the weights of the slice after it. Register tiles are
 // whole: the rows beyond `tiles` are scratch that nothing reads.
 void multiply_slice(const Plan& plan, const uint32_t* input, int64_t tiles, int64_t words, bool first, Prefetcher next,
                     const Scratch& scratch) {
+  auto* multiply = multiply_tile<Products::kPairs>;
+#if defined(__AVX512F__)
+  if (has_vnni()) multiply = multiply_tile<Products::kPairsVnni>;
+#endif
   for (int64_t point = 0; point < kPoints; ++point) {
     for (int64_t panel = 0; panel < kColumns; panel += kPanel) {
       const uint32_t* weight = scratch.weight + point * kPointStride + panel * kDepth;
       for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
         next.fetch();
-        multiply_tile(input + (point * plan.block + tile) * kDepth, weight, words,
-                      scratch.products + (point * plan.block + tile) * kColumns + panel, !first);
+        multiply(input + (point * plan.block + tile) * kDepth, weight, words,
+                 scratch.products + (point * plan.block + tile) * kColumns + panel, !first);
       }
     }
   }
@@ -259,8 +312,16 @@ void convolve(const Conv3x3Int8Args& args, const Plan& plan, const uint32_t* inp
       transform_weights(args, channel + c, min_of(kDepth, depth - c), c / 2, column, count, scratch);
     const Prefetcher next(args.weight + (column * args.in_channels + after) * kTaps, args.in_channels * kTaps, count,
                           min_of(kChannels, args.in_channels - after) * kTaps, calls);
-    multiply_slice(plan, input + channel / kChannels * kPoints * plan.block * kDepth, tiles,
-                   round_up(depth, kGroup) / 2, channel == 0, next, scratch);
+    const uint32_t* slice = input + channel / kChannels * kPoints * plan.block * kDepth;
+    const int64_t words = round_up(depth, kGroup) / 2;
+#if defined(__AMX_INT8__)
+    if (on_tiles()) {
+      separate_weight_bytes(words, scratch);
+      multiply_slice_on_tiles(plan, slice, tiles, channel == 0, next, scratch);
+      continue;
+    }
+#endif
+    multiply_slice(plan, slice, tiles, words, channel == 0, next, scratch);
   }
   for (int64_t tile = 0; tile < tiles; ++tile)
     write_tile(args, plan, first + tile, tile, largest[tile], column, count, scratch);
@@ -270,7 +331,7 @@ void convolve(const Conv3x3Int8Args& args, const Plan& plan, const uint32_t* inp
 
 void conv3x3_int8(const Conv3x3Int8Args& args) {
   if (args.batch * args.height * args.width * args.out_channels == 0) return;
-  const Plan plan(args, kChannels);
+  const Plan plan(args, kChannels, on_tiles() ? 16 : kTileRows);
   const int64_t most = round_up(plan.superblock * plan.block, kLanes);
   float* input = scratch(plan.input_floats + most + max_threads() * plan.thread_floats);
   float *largest = input + plan.input_floats, *memory = largest + most;

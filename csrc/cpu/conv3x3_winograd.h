@@ -65,7 +65,7 @@ struct Plan {
   int64_t input_floats, thread_floats;  // scratch
 
   template <typename Args>
-  Plan(const Args& args, int64_t slice_channels) {
+  Plan(const Args& args, int64_t slice_channels, int64_t tile_rows = kTileRows) {
     tiles_y = ceil_div(args.height, kOut);
     tiles_x = ceil_div(args.width, kOut);
     tiles = args.batch * tiles_y * tiles_x;
@@ -76,7 +76,7 @@ struct Plan {
     const int64_t cache_floats = l2_bytes() / 4 * 3 / 4;
     int64_t most = max_of(kFewTiles, (cache_floats - kPoints * kPointStride) / (kPoints * kColumns));
     while (most >= 2 * kFewTiles && ceil_div(tiles, most) * columns < 4 * max_threads()) most /= 2;
-    block = round_up(ceil_div(tiles, ceil_div(tiles, most)), kTileRows);
+    block = round_up(ceil_div(tiles, ceil_div(tiles, most)), tile_rows);
     const int64_t block_floats = depths * kPoints * block * kDepth;
     superblock = max_of(1, min_of(ceil_div(tiles, block), kInputFloats / block_floats));
     input_floats = superblock * block_floats;

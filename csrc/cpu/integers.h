@@ -4,17 +4,19 @@
 // over, and one instruction multiplies a word of the left with a vector of words of the right:
 //
 //   kPairs       two signed 16-bit numbers; vpmaddwd and vpaddd, with AVX2 on: 1.5 times float32's multiply-adds
+//   kPairsVnni   the same in one vpdpwssd, with AVX512_VNNI: twice float32's (emulated in tests, not run on hardware)
 //   kQuadsVnni   four numbers, unsigned 8-bit by signed 8-bit; one vpdpbusd, with AVX512_VNNI: 4 times float32's
 //   kQuads       the same without the instruction, for the portable copy
 //
-// GCC 12 spills accumulators around the intrinsics of vpmaddwd, which costs a third; so these are inline assembly.
+// GCC 12 spills accumulators around the intrinsics of vpmaddwd, which costs a third; so these are inline assembly, but
+// for the emulator of tests/emulated_cpu.py.
 #pragma once
 
 #include "vector.h"
 
 namespace gafext::GAFEXT_ISA {
 
-enum class Products { kPairs, kQuads, kQuadsVnni };
+enum class Products { kPairs, kPairsVnni, kQuads, kQuadsVnni };
 
 constexpr bool is_quads(Products products) { return products == Products::kQuads || products == Products::kQuadsVnni; }
 constexpr int64_t per_word(Products products) { return is_quads(products) ? 4 : 2; }
@@ -47,13 +49,17 @@ GAFEXT_INLINE IntVec broadcast_word(const uint32_t* word) {
 // sum += the products of a's and b's numbers, word by word.
 template <Products kind>
 GAFEXT_INLINE void add_products(IntVec& sum, IntVec a, IntVec b) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(GAFEXT_EMULATOR)
   if constexpr (kind == Products::kQuadsVnni) {
     __asm__("vpdpbusd %[b], %[a], %[sum]" : [sum] "+v"(sum) : [a] "v"(a), [b] "v"(b));
     return;
   }
+  if constexpr (kind == Products::kPairsVnni) {
+    __asm__("vpdpwssd %[b], %[a], %[sum]" : [sum] "+v"(sum) : [a] "v"(a), [b] "v"(b));
+    return;
+  }
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(GAFEXT_EMULATOR)
   if constexpr (kind == Products::kPairs) {
     IntVec product;
     __asm__("vpmaddwd %[b], %[a], %[product]\n\tvpaddd %[product], %[sum], %[sum]"
@@ -118,10 +124,42 @@ void multiply_rows(int64_t rows, const uint32_t* a, int64_t a_stride, const uint
   }
 }
 
+// What is missing is zero.
+template <typename V>
+GAFEXT_INLINE V load_bytes_up_to(const int8_t* from, int64_t count) {
+  if (count >= static_cast<int64_t>(sizeof(V))) return load_bits<V>(from);
+  V numbers{};
+  if (count > 0) __builtin_memcpy(&numbers, from, count);
+  return numbers;
+}
+
 // To the nearest integer, ties to even, of |x| < 2^22.
 GAFEXT_INLINE IntVec round_to_int(Vec x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it moves the integer part to the lowest bits
   return bit_cast<IntVec>(x + kShift) - bit_cast<int32_t>(kShift);
 }
+
+// How a row of float32 is rounded: q = x factor, and q stands for q scale, with |q| <= 127. For a row with an infinity or
+// NaN the scale is NaN, and so is the result.
+struct RowScale {
+  float scale, factor;
+
+  RowScale(const float* x, int64_t count) {
+    IntVec most{};  // of the magnitudes, as integers: NaN is above infinity
+    const auto add = [&](Vec v) {
+      const IntVec magnitude = bit_cast<IntVec>(v) & 0x7fffffff;
+      most = magnitude > most ? magnitude : most;
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= count; c += kLanes) add(load(x + c));
+    if (c < count) add(load_first(x + c, count - c));
+    int32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits = most[lane] > bits ? most[lane] : bits;
+    const bool finite = bits < 0x7f800000;
+    const float step = finite ? bit_cast<float>(bits) / 127.0f : 0.0f, usable = step < 0x1p-126f ? 0x1p-126f : step;
+    scale = finite ? usable : __builtin_nanf("");
+    factor = finite ? 1.0f / usable : 0.0f;
+  }
+};
 
 }  // namespace gafext::GAFEXT_ISA

@@ -8,9 +8,11 @@
 //   product  sums += q_x q_w^T in register tiles  [rows, kColumns], 32-bit integers, in the L2 cache
 //
 // and after the last slice out = sums s_x s_w + bias. Integers add exactly, so every instruction set and any number of
-// threads give the same sums. Weights are read in their plain layout: nothing is packed at load.
+// threads give the same sums. Weights are read in their plain layout: nothing is packed at load. With AMX,
+// amx/linear_int8.h takes all but few rows.
 #include "../ops/linear_int8.h"
 
+#include "amx/linear_int8.h"
 #include "gemm.h"
 #include "integers.h"
 
@@ -23,14 +25,6 @@ constexpr int64_t kMaxRows = 252;  // of a unit: 129 KB of pairs, 64 KB of sums
 constexpr int64_t kMinRows = 48;   // of a unit, below which transposing the weights shows
 
 typedef int8_t PairBytes __attribute__((vector_size(2 * kLanes)));
-
-template <typename V>
-GAFEXT_INLINE V load_up_to(const int8_t* from, int64_t bytes) {
-  if (bytes >= static_cast<int64_t>(sizeof(V))) return load_bits<V>(from);
-  V numbers{};
-  __builtin_memcpy(&numbers, from, bytes);
-  return numbers;
-}
 
 // How a problem is cut, and one thread's memory.
 struct Plan {
@@ -77,29 +71,17 @@ class Product {
   }
 
  private:
-  // s_x is NaN for a row with an infinity or NaN, and so is the result.
   void round_row(int64_t row) const {
     const float* x = args_.x + row * args_.x_stride;
     const int64_t count = args_.in_features;
-    IntVec most{};  // of the magnitudes, as integers: NaN is above infinity
-    const auto add = [&](Vec v) {
-      const IntVec magnitude = bit_cast<IntVec>(v) & 0x7fffffff;
-      most = magnitude > most ? magnitude : most;
+    const RowScale of_row(x, count);
+    scales_[row] = of_row.scale;
+    const auto rounded = [&](Vec v) {
+      return __builtin_convertvector(round_to_int(v * of_row.factor) + kShift, Numbers);
     };
-    int64_t c = 0;
-    for (; c + kLanes <= count; c += kLanes) add(load(x + c));
-    if (c < count) add(load_first(x + c, count - c));
-    int32_t bits = 0;
-    for (int lane = 0; lane < kLanes; ++lane) bits = most[lane] > bits ? most[lane] : bits;
-    const bool finite = bits < 0x7f800000;
-    const float largest = finite ? bit_cast<float>(bits) : 0.0f;
-    const float scale = largest / 127.0f < 0x1p-126f ? 0x1p-126f : largest / 127.0f;
-    scales_[row] = finite ? scale : __builtin_nanf("");
-
-    const float factor = finite ? 1.0f / scale : 0.0f;
-    const auto rounded = [&](Vec v) { return __builtin_convertvector(round_to_int(v * factor) + kShift, Numbers); };
     auto* to = reinterpret_cast<Number*>(x_ + row * plan_.words);
-    for (c = 0; c + kLanes <= count; c += kLanes) {
+    int64_t c = 0;
+    for (; c + kLanes <= count; c += kLanes) {
       const Numbers q = rounded(load(x + c));
       __builtin_memcpy(to + c, &q, sizeof(q));
     }
@@ -166,9 +148,9 @@ class Product {
   // kLanes words of numbers; what is missing is zero.
   static GAFEXT_INLINE Vec load_numbers(const int8_t* from, int64_t count) {
     if constexpr (is_quads(kind)) {
-      return bit_cast<Vec>(load_up_to<QuadVec>(from, count));
+      return bit_cast<Vec>(load_bytes_up_to<QuadVec>(from, count));
     } else {
-      return bit_cast<Vec>(__builtin_convertvector(load_up_to<PairBytes>(from, count), PairVec));
+      return bit_cast<Vec>(__builtin_convertvector(load_bytes_up_to<PairBytes>(from, count), PairVec));
     }
   }
 
@@ -195,6 +177,9 @@ class Product {
 
 void linear_int8(const LinearInt8Args& args) {
   if (args.rows * args.out_features == 0) return;
+#if defined(__AMX_INT8__)
+  if (args.rows >= kBlock && args.in_features > 0 && has_amx_int8()) return LinearInt8OnTiles(args).run();
+#endif
 #if defined(__AVX512F__)
   if (has_vnni()) return Product<Products::kQuadsVnni>(args).run();
 #endif

@@ -26,11 +26,17 @@ namespace gafext {
 namespace {
 
 #ifdef GAFEXT_AMX
+constexpr unsigned kBfloat16Products = 1u << 22, kTiles = 1u << 24, kInt8Products = 1u << 25;
+
+// Whether the processor has all of these features of AMX.
+bool processor_has(unsigned features) {
+  unsigned eax, ebx, ecx, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & features) == features;
+}
+
 // Tiles, their products in bfloat16, and the system's permission, which one request obtains for the whole process.
 bool has_amx() {
-  unsigned eax, ebx, ecx, edx = 0;
-  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBfloat16) == 0 || (edx & kTiles) == 0) return false;
+  if (!processor_has(kTiles | kBfloat16Products)) return false;
 #ifdef __linux__
   constexpr long kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
@@ -113,7 +119,17 @@ bool has_vnni() {
 #endif
 }
 
+bool has_amx_int8() {
+#ifdef GAFEXT_AMX
+  static const bool has = instruction_set() == InstructionSet::kAmx && processor_has(kInt8Products);
+  return has;
+#else
+  return false;
+#endif
+}
+
 const char* int8_products() {
+  if (has_amx_int8()) return "AMX; AVX512_VNNI for few rows";
   if (has_vnni()) return "AVX512_VNNI";
   if (instruction_set() >= InstructionSet::kAvx512) return "AVX-512, as 16 bits";
   return instruction_set() == InstructionSet::kAvx2 ? "AVX2, as 16 bits" : "plain C++";

@@ -25,6 +25,9 @@ bool multiplies_float16();
 // Whether the processor multiplies and adds 8-bit integers in one instruction, AVX512_VNNI, and may use it.
 bool has_vnni();
 
+// Whether the kernels run with AMX and the processor multiplies 8-bit integers on its tiles.
+bool has_amx_int8();
+
 // What multiplies 8-bit integers, in words.
 const char* int8_products();
 

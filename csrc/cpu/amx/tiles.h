@@ -232,12 +232,36 @@ struct Strips {
   int64_t stride;
 };
 
+// What tiles multiply: tile kSums += a left tile times a right one. The intrinsics are macros that want the tiles
+// spelled out.
+struct Bfloat16Tiles {
+  using Sum = float;
+  template <int kSums>
+  static GAFEXT_INLINE void multiply() {
+    if constexpr (kSums == 0) _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kSums == 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kSums == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kSums == 3) _tile_dpbf16ps(3, 5, 7);
+  }
+};
+struct Int8Tiles {  // signed
+  using Sum = int32_t;
+  template <int kSums>
+  static GAFEXT_INLINE void multiply() {
+    if constexpr (kSums == 0) _tile_dpbssd(0, 4, 6);
+    if constexpr (kSums == 1) _tile_dpbssd(1, 4, 7);
+    if constexpr (kSums == 2) _tile_dpbssd(2, 5, 6);
+    if constexpr (kSums == 3) _tile_dpbssd(3, 5, 7);
+  }
+};
+
 // Products of two strips by `Columns`, [kBlock, kBlock] each, one after the other. The tiles of one are stored between
 // the first products of the next: stored at its end, they would hold up the loads and products that follow, for 60 to
 // 100 cycles.
-template <int Terms>
+template <int Terms, typename Tiles = Bfloat16Tiles>
 class TermProducts {
  public:
+  using Sum = typename Tiles::Sum;
   static constexpr int64_t kTurns = Terms * (Terms + 1) / 2;  // calls of vector_work() per step
 
   // to = the product, but not before the next call or finish(); of one column strip, its right half is zeros. Work in
@@ -249,7 +273,7 @@ class TermProducts {
   //   left              hi    hi    mid   mid   lo    hi                   hi    hi    mid
   //   right             lo    mid   mid   hi    hi    hi                   mid   hi    hi
   template <int Columns, typename VectorWork>
-  GAFEXT_INLINE void multiply(Strips left, Strips right, int64_t steps, float* to, int64_t to_stride,
+  GAFEXT_INLINE void multiply(Strips left, Strips right, int64_t steps, Sum* to, int64_t to_stride,
                               VectorWork& vector_work) {
     __asm__ volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
     const auto load_left = [&](int term) __attribute__((always_inline)) {
@@ -261,10 +285,10 @@ class TermProducts {
       if constexpr (Columns == 2) _tile_stream_loadd(7, right.words + right.stride + term * kTileWords, 64);
     };
     const auto add_products = []() __attribute__((always_inline)) {
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (Columns == 2) _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
+      Tiles::template multiply<0>();
+      if constexpr (Columns == 2) Tiles::template multiply<1>();
+      Tiles::template multiply<2>();
+      if constexpr (Columns == 2) Tiles::template multiply<3>();
     };
     load_left(0), load_right(Terms - 1), store_and_begin<Columns>();
     for (int64_t step = 1;; ++step) {
@@ -290,7 +314,7 @@ class TermProducts {
 
   void finish() {
     if (unsaved_ == nullptr) return;
-    const int64_t bytes = line_ * static_cast<int64_t>(sizeof(float));
+    const int64_t bytes = line_ * static_cast<int64_t>(sizeof(Sum));
     _tile_stored(0, unsaved_, bytes);
     _tile_stored(1, unsaved_ + kTileSide, bytes);
     _tile_stored(2, unsaved_ + kTileSide * line_, bytes);
@@ -303,23 +327,23 @@ class TermProducts {
   // none, the tiles' old content goes to nothing_.
   template <int Columns>
   GAFEXT_INLINE void store_and_begin() {
-    float* const to = unsaved_ == nullptr ? nothing_ : unsaved_;
-    const int64_t line = unsaved_ == nullptr ? kBlock : line_, bytes = line * static_cast<int64_t>(sizeof(float));
+    Sum* const to = unsaved_ == nullptr ? nothing_ : unsaved_;
+    const int64_t line = unsaved_ == nullptr ? kBlock : line_, bytes = line * static_cast<int64_t>(sizeof(Sum));
     _tile_stored(0, to, bytes);
     _tile_zero(0);
-    _tile_dpbf16ps(0, 4, 6);
+    Tiles::template multiply<0>();
     _tile_stored(1, to + kTileSide, bytes);
     _tile_zero(1);
-    if constexpr (Columns == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Columns == 2) Tiles::template multiply<1>();
     _tile_stored(2, to + kTileSide * line, bytes);
     _tile_zero(2);
-    _tile_dpbf16ps(2, 5, 6);
+    Tiles::template multiply<2>();
     _tile_stored(3, to + kTileSide * line + kTileSide, bytes);
     _tile_zero(3);
-    if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Columns == 2) Tiles::template multiply<3>();
   }
-  alignas(64) float nothing_[kBlock * kBlock];
-  float* unsaved_ = nullptr;
+  alignas(64) Sum nothing_[kBlock * kBlock];
+  Sum* unsaved_ = nullptr;
   int64_t line_ = 0;
 };
 

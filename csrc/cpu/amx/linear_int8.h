@@ -1,0 +1,147 @@
+// linear_int8 on AMX tiles (tiles.h), which multiply signed 8-bit integers and add in 32 bits.
+//
+//   x        rounded row by row, once                        [strips, steps, 16, 16 words], a byte a number
+//   unit     up to kMaxPairs pairs of columns times a block of row pairs:
+//     weight   word i of a line holds four features of column i    [strips, steps, 16, 16 words], in the L2 cache
+//     product  32 rows by 32 columns; scaled and written while the next one is multiplied
+//
+// A strip is 16 rows or columns, a pair two strips, a step 64 features. What is missing of x is whatever was there
+// before: features meet zeros in the weights, and rows are not written.
+//
+// A tile product takes 16 cycles for 16 * 16 * 64 multiply-adds, 1024 a cycle, where AVX512_VNNI has 128. Arranging a
+// tile of weights takes about 80, as long as multiplying it by 5 strips. No number here was measured: tests emulate the
+// instructions, and this has not run on hardware.
+#pragma once
+
+#include "../../ops/linear_int8.h"
+#include "../integers.h"
+#include "tiles.h"
+
+#if defined(__AMX_INT8__)
+namespace gafext::GAFEXT_ISA {
+namespace {
+
+class LinearInt8OnTiles {
+ public:
+  explicit LinearInt8OnTiles(const LinearInt8Args& args)
+      : args_(args), plan_(args), steps_(ceil_div(args.in_features, kFeatures)), strip_words_(steps_ * kTileWords) {}
+
+  void run() {
+    const int64_t weight_words = plan_.most_pairs() * 2 * strip_words_;
+    scales_ = scratch(plan_.row_pairs * (kBlock + 2 * strip_words_) + max_threads() * weight_words);
+    x_ = reinterpret_cast<uint32_t*>(scales_ + plan_.row_pairs * kBlock);
+    uint32_t* threads = x_ + plan_.row_pairs * 2 * strip_words_;
+    parallel_for(ceil_div(args_.rows, kTileSide), [&](int64_t, int64_t strip) { round_strip(strip); });
+    parallel_for(plan_.panels * plan_.blocks, [&](int64_t thread, int64_t unit) {
+      multiply(plan_.block(unit), plan_.panel(unit), threads + thread * weight_words);
+    });
+  }
+
+ private:
+  static constexpr int64_t kFeatures = 64;                  // of a step
+  static constexpr int64_t kMaxPairs = 6;                   // of columns, as in linear.h
+  static constexpr int64_t kManyPairs = 32, kFewPairs = 8;  // of rows: arranging weights takes 8 or 31 % of the time
+  static constexpr int64_t kPieceRows = 2, kPieces = kBlock / kPieceRows;
+
+  struct Range {
+    int64_t begin, end;
+  };
+
+  // Panels of column pairs and blocks of row pairs, so many that no thread is left without a unit.
+  struct Plan {
+    int64_t row_pairs, column_pairs, blocks, panels;
+
+    explicit Plan(const LinearInt8Args& args)
+        : row_pairs(ceil_div(args.rows, kBlock)), column_pairs(ceil_div(args.out_features, kBlock)) {
+      const int64_t enough = 4 * max_threads();
+      blocks = ceil_div(row_pairs, kManyPairs), panels = ceil_div(column_pairs, kMaxPairs);
+      while (panels * blocks < enough && row_pairs / blocks >= 2 * kFewPairs) blocks *= 2;
+      panels = min_of(column_pairs, max_of(panels, ceil_div(enough, blocks)));
+    }
+    int64_t most_pairs() const { return ceil_div(column_pairs, panels); }
+    Range panel(int64_t unit) const { return part(unit % panels, panels, column_pairs); }
+    Range block(int64_t unit) const { return part(unit / panels, blocks, row_pairs); }
+    static Range part(int64_t i, int64_t parts, int64_t whole) { return {i * whole / parts, (i + 1) * whole / parts}; }
+  };
+
+  void round_strip(int64_t strip) const {
+    typedef int8_t Numbers __attribute__((vector_size(kLanes)));
+    for (int64_t line = 0, row = strip * kTileSide; line < kTileSide && row < args_.rows; ++line, ++row) {
+      const float* x = args_.x + row * args_.x_stride;
+      const RowScale of_row(x, args_.in_features);
+      scales_[row] = of_row.scale;
+      uint32_t* to = x_ + strip * strip_words_ + line * kTileSide;
+      for (int64_t c = 0; c < args_.in_features; c += kLanes) {
+        const Vec scaled = load_up_to(x + c, args_.in_features - c) * of_row.factor;
+        const Numbers numbers = __builtin_convertvector(round_to_int(scaled), Numbers);
+        __builtin_memcpy(to + c / kFeatures * kTileWords + c % kFeatures / 4, &numbers, sizeof(numbers));
+      }
+    }
+  }
+
+  // The 16 columns from `column` on; what is missing is zero.
+  void arrange_strip(int64_t column, uint32_t* to) const {
+    for (int64_t k = 0; k < args_.in_features; k += kFeatures, to += kTileWords) {
+      Vec lines[kTileSide];
+      for (int64_t c = 0; c < kTileSide; ++c) {
+        const int64_t count = column + c < args_.out_features ? args_.in_features - k : 0;
+        lines[c] =
+            bit_cast<Vec>(load_bytes_up_to<QuadVec>(args_.weight + (column + c) * args_.weight_stride + k, count));
+      }
+      transpose(lines);
+      for (int64_t i = 0; i < kTileSide; ++i) store(reinterpret_cast<float*>(to) + i * kTileSide, lines[i]);
+    }
+  }
+
+  void multiply(Range block, Range panel, uint32_t* weight) const {
+    for (int64_t strip = 2 * panel.begin; strip < 2 * panel.end; ++strip) {
+      arrange_strip(strip * kTileSide, weight + (strip - 2 * panel.begin) * strip_words_);
+    }
+    const TileState tiles_are_ours;
+    TermProducts<1, Int8Tiles> products;
+    alignas(64) int32_t sums[kBlock * kBlock];  // of the product before, stored since the next one began
+    int64_t row_pair = -1, column_pair = -1;    // where that belongs
+    const auto write_piece = [&](int64_t piece) { write(row_pair, column_pair, piece, sums); };
+    for (int64_t q = block.begin; q < block.end; ++q) {
+      const Strips rows{x_ + q * 2 * strip_words_, strip_words_};
+      for (int64_t p = panel.begin; p < panel.end; ++p) {
+        const Strips columns{weight + (p - panel.begin) * 2 * strip_words_, strip_words_};
+        Spread pieces{write_piece, 0, row_pair < 0 ? 0 : kPieces, steps_ * products.kTurns};
+        products.multiply<2>(rows, columns, steps_, sums, kBlock, pieces);
+        pieces.rest();
+        row_pair = q, column_pair = p;
+      }
+    }
+    products.finish();
+    for (int64_t piece = 0; piece < kPieces; ++piece) write_piece(piece);
+  }
+
+  // kPieceRows rows of a product.
+  __attribute__((noinline)) void write(int64_t row_pair, int64_t column_pair, int64_t piece,
+                                       const int32_t* sums) const {
+    const int64_t row = row_pair * kBlock + piece * kPieceRows, rows = min_of(kPieceRows, args_.rows - row);
+    sums += piece * kPieceRows * kBlock;
+    for (int64_t column = column_pair * kBlock, end = min_of(column + kBlock, args_.out_features); column < end;
+         column += kTileSide, sums += kTileSide) {
+      const int64_t columns = end - column;
+      const Vec scale = load_up_to(args_.scale + column, columns);
+      const Vec bias = args_.bias == nullptr ? Vec{} : load_up_to(args_.bias + column, columns);
+      float* out = args_.out + row * args_.out_features + column;
+      for (int64_t r = 0; r < rows; ++r, out += args_.out_features) {
+        const Vec sum = __builtin_convertvector(load_bits<IntVec>(sums + r * kBlock), Vec);
+        const Vec result = sum * (scales_[row + r] * scale) + bias;
+        columns >= kTileSide ? store(out, result) : store_first(out, result, columns);
+      }
+    }
+  }
+
+  const LinearInt8Args& args_;
+  const Plan plan_;
+  const int64_t steps_, strip_words_;
+  float* scales_ = nullptr;  // [rows]: s_x
+  uint32_t* x_ = nullptr;    // [row pairs, 2, strip_words]
+};
+
+}  // namespace
+}  // namespace gafext::GAFEXT_ISA
+#endif

@@ -1,0 +1,60 @@
+"""Operations on emulated processors (tests/emulated_cpu.py): their own tests pass there, and tiles multiply."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from emulated_cpu import PROCESSORS, Emulated, needs_compiler
+from helpers import ROOT
+
+from gafext.ops.linear_int8 import quantize_weight
+
+pytestmark = needs_compiler
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_tests_of_the_operations_pass(processor):
+    """Sizes, strides, threads, what is empty or not finite; compiled graphs and misuse are the same everywhere."""
+    files = [f"tests/ops/test_{operation}.py" for operation in ("linear_int8", "conv3x3_int8")]
+    environment = {**os.environ, "GAFEXT_EMULATED_CPU": processor}
+    kernels = "not compile and not opcheck and not every_instruction_set and not bad_input"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", kernels]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("rows, products", [(31, 0), (32, 8), (100, 32)])
+def test_tiles_multiply_from_a_block_of_rows_on(rows, products):
+    """Of 32 rows, 32 columns and 64 features: here two blocks of columns, and one of features."""
+    x, weight, bias = torch.randn(rows, 60), torch.randn(40, 60), torch.randn(40)
+    inputs = x, *quantize_weight(weight), bias
+    operation = Emulated("linear_int8", "amx")
+    before = operation.tile_products
+    out = operation(*inputs)
+    assert operation.tile_products - before == products
+    assert torch.equal(out, torch.ops.gafext.linear_int8(*inputs))
+
+
+@pytest.mark.parametrize("sizes", [(65, 257, 63), (500, 1283, 90), (33, 31, 700)], ids=str)
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_every_processor_computes_the_same_bits(processor, sizes):
+    rows, in_features, out_features = sizes
+    inputs = torch.randn(rows, in_features), *quantize_weight(torch.randn(out_features, in_features))
+    bias = torch.randn(out_features)
+    expected = torch.ops.gafext.linear_int8(*inputs, bias)
+    assert torch.equal(Emulated("linear_int8", processor)(*inputs, bias), expected)
+
+
+@pytest.mark.parametrize("sizes", [(1, 257, 63, 5, 9), (2, 70, 100, 13, 17)], ids=str)
+def test_every_product_of_16_bits_is_exact(sizes):
+    """In two halves, by vpdpwssd, and byte by byte on tiles: the bits of conv3x3_int8 are the same."""
+    batch, in_channels, out_channels, height, width = sizes
+    x = torch.randn(batch, in_channels, height, width).contiguous(memory_format=torch.channels_last)
+    weight, scale = quantize_weight(torch.randn(out_channels, in_channels, 3, 3))
+    emulated = {processor: Emulated("conv3x3_int8", processor) for processor in PROCESSORS}
+    results = {processor: operation(x, weight, scale) for processor, operation in emulated.items()}
+    assert emulated["amx"].tile_products > 0
+    for result in results.values():
+        assert torch.equal(result, results["avx512"])
