@@ -11,7 +11,7 @@ from gafext.models.graph import GraphedCall
 
 
 class RecordedGraph(TorchDispatchMode):
-    """What torch.cuda.CUDAGraph is to a GPU: `replay` computes again without Python, into the memory of the recording."""
+    """What torch.cuda.CUDAGraph is to a GPU: `replay` computes again, without Python, in the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ def test_the_second_call_records_and_later_ones_replay(recorded):
         return torch.relu(x @ weight) + y
 
     call = GraphedCall(function)
-    for index in range(5):
+    for _ in range(5):
         x, y = torch.randn(2, 3), torch.randn(2, 4)
         out, expected = call(x, y), torch.relu(x @ weight) + y
         assert torch.equal(out, expected)
