@@ -11,7 +11,7 @@ def test_the_unet_compiles_once_for_all_steps_and_view_counts(pipe):
         result = pipe(gafext.PORTRAIT, num_views=views, num_inference_steps=3, generator=0, output_type="latent")
         return result.images
 
-    counts, compiled = (2, 3, 5), []
+    counts, compiled = (3, 4, 6), []
     expected = {views: run(views) for views in counts}
 
     def count_and_run(graph, inputs):
