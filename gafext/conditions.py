@@ -140,7 +140,7 @@ def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor
         sample = torch.cat([sample, sample[:, :1]], dim=1).flatten(0, 1)
     output = unet(
         sample.to(unet.dtype),
-        timestep,
+        torch.full((1,), timestep, device=sample.device),  # a tensor: torch.compile would compile for each number
         conditioning=conditions.conditioning,
         num_views=frames,
         reference_latents=conditions.reference_latents,

@@ -11,7 +11,7 @@ namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
   m.def(
-      "cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None) "
+      "cross_view_attention(Tensor query, Tensor key, Tensor value, SymInt num_views, *, float? scale=None) "
       "-> Tensor");
 }
 

@@ -386,7 +386,9 @@ class MultiViewUNet(PretrainedModel):
             expected, got = [num_views, *sample.shape[2:]], [rays.shape[0], *rays.shape[2:]]
             if got != expected:
                 raise ValueError(f"rays, reference_latents: expected [V,h,w] {expected} as the sample, got {got}")
-        timesteps = torch.as_tensor(timestep, device=sample.device)
+        if not isinstance(timestep, Tensor):  # filled on the device: no copy to wait for
+            timestep = torch.full((1,), timestep, device=sample.device)
+        timesteps = timestep.to(sample.device)
         if timesteps.ndim > 1 or timesteps.numel() not in (1, rows):
             raise ValueError(f"timestep: expected a number or [{rows}], got {list(timesteps.shape)}")
         return timesteps.reshape(-1).expand(rows)
