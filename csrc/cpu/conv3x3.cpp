@@ -10,7 +10,7 @@
 //   outputs  Y = A^T M A, plus the bias and what there is to add
 //
 // Weights are read in their plain layout, and transformed once per tile block: 20 operations per weight, where a block
-// of 96 tiles spends 96 * 4 on it. So nothing is packed at load, and the only memory is scratch.
+// of 132 tiles spends 132 * 4 on it. So nothing is packed at load, and the only memory is scratch.
 #include "../ops/conv3x3.h"
 
 #include "conv3x3_winograd.h"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gafext.ops import _common
 from gafext.ops.linear import is_plain, linear
+from gafext.ops.patches import convolve_patches, patches_are_faster
 
 
 def conv2d(
@@ -44,7 +45,7 @@ def conv2d(
 
 
 def conv2d_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a layer, through `conv2d` if it is a plain torch.nn.Conv2d that computes what `conv2d` does.
+    """Call a layer, through `conv2d` or `convolve_patches` where that is faster than a plain torch.nn.Conv2d.
 
     Args:
         layer: a torch.nn.Conv2d, or a replacement (wrapped, with hooks, an identity), which is called as it is.
@@ -53,8 +54,10 @@ def conv2d_layer(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         [batch, out_channels, out_height, out_width].
     """
-    if _common.is_slow_half(x) and _is_simple(layer):
+    if _is_simple(layer) and _common.is_slow_half(x):
         return conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
+    if _is_simple(layer) and patches_are_faster(layer, x):
+        return convolve_patches(x, layer.weight, layer.bias, stride=layer.stride[0], padding=int(layer.padding[0]))
     return layer(x)
 
 
