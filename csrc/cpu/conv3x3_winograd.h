@@ -72,8 +72,8 @@ struct Plan {
     tiles = args.batch * tiles_y * tiles_x;
     depths = ceil_div(args.in_channels, slice_channels);
     columns = ceil_div(args.out_channels, kColumns);
-    // M and U in three quarters of the L2 cache: 132 tiles in 2 MiB were 10 % faster than 96 (AVX-512). With AVX2 132
-    // are 5 to 12 % faster in 512 KiB too, where only 53 fit. Fewer where threads would be left without a unit.
+    // M and U in three quarters of the L2 cache: 132 tiles in 2 MiB were 10 % faster than 96 (AVX-512). With AVX2 144
+    // were 7 to 12 % faster than 48 in 512 KiB, where only 53 fit. Fewer where threads would be left without a unit.
     const int64_t cache_floats = l2_bytes() / 4 * 3 / 4, fewest = kLanes < 16 ? kManyTiles : kFewTiles;
     int64_t most = max_of(fewest, (cache_floats - kPoints * kPointStride) / (kPoints * kColumns));
     while (most >= 2 * kFewTiles && ceil_div(tiles, most) * columns < 4 * max_threads()) most /= 2;

@@ -15,7 +15,7 @@ from gafext.ops.conv2d import conv2d
 _OP = "conv3x3"
 # Measured on two cores of a Sapphire Rapids, as gafext's speed over PyTorch's: 1.26 with 128 channels, 0.2 to 0.6 with
 # a map of one tile. Without AMX there are never too few tiles: oneDNN reorders all weights at each call. With AVX2 one
-# tile of 1280 channels had 4.2, two had 6.8.
+# tile of 1280 channels had 4.2, two had 6.8 (one thread); AVX-512 was not measured.
 FEW_CHANNELS = 128
 _FEW_TILES = 4 if _common.INSTRUCTION_SET == "amx" else 0
 

@@ -36,8 +36,8 @@ def convolve_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, s
 def patches_are_faster(layer: nn.Conv2d, x: Tensor) -> bool:
     """Return whether the weights of a layer without groups outweigh the map: oneDNN reorders them at each call.
 
-    Measured on two cores of an EPYC with AVX2: 3.3 for 1280 channels of 8x8 to 4x4 and batch 8, 7 for batch 2; 1.2 to
-    1.7 for 1x1 kernels of 4x4 and 8x8 maps; 0.6 for 320 channels of 32x32 to 16x16. AMX was not measured.
+    Measured on one thread of an EPYC with AVX2: 3.3 for 1280 channels of 8x8 to 4x4 and batch 8, 7 for batch 2; 1.0 to
+    1.7 for 1x1 kernels; 0.6 for 320 channels of 32x32 to 16x16 and batch 8. AVX-512 and AMX were not measured.
     """
     fits = x.dtype == torch.float32 and x.dim() == 4 and x.is_cpu and not torch.compiler.is_compiling()
     if not fits or _common.INSTRUCTION_SET == "amx" or not _is_square(layer):
