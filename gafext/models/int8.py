@@ -145,14 +145,14 @@ def replace_stored(network: nn.Module, file: WeightFile, *, dtype: torch.dtype |
 
     Args:
         network: on the meta device.
-        file: weights with the network's names; `scale` beside a `weight` marks an 8-bit layer.
+        file: weights with the network's names; 8-bit integers mark an 8-bit layer.
         dtype: what the caller was asked to load; must be None for such a file.
         device: where the weights will be; "meta" for checking names and shapes alone.
 
     Raises:
         ValueError: the file has 8-bit layers, and a dtype was asked for, or this machine does not support them.
     """
-    stored = {key.removesuffix(".scale") for key in file if key.endswith(".scale")}
+    stored = {key.removesuffix(".weight") for key in file if file.kind(key) == "I8"}
     if not stored:
         return
     advice = "To have them otherwise, load the checkpoint that they were rounded from"

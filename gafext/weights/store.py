@@ -122,10 +122,14 @@ class WeightFile:
     def count(self) -> dict[str, int]:
         """Count the parameters of each stored type, such as {"F16": 865910724}, from the headers alone."""
         counts: dict[str, int] = {}
-        for key, stored in self._stored.items():
-            kind = stored.file.get_slice(stored.name).get_dtype()
-            counts[kind] = counts.get(kind, 0) + math.prod(self.shapes[key])
+        for key in self:
+            counts[self.kind(key)] = counts.get(self.kind(key), 0) + math.prod(self.shapes[key])
         return counts
+
+    def kind(self, key: str) -> str:
+        """Return the stored type of a tensor, such as "F16", from the header."""
+        stored = self._stored[key]
+        return stored.file.get_slice(stored.name).get_dtype()
 
     def tensor(self, key: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor in its stored dtype.
