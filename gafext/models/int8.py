@@ -112,19 +112,19 @@ def quantize_transformers(network: nn.Module) -> int:
     return sum(_replace(transformer, lambda _, layer: type(layer) is nn.Linear) for transformer in transformers)
 
 
-def quantize_convolutions(network: nn.Module, kinds: tuple[type[nn.Module], ...] = (Conv3x3, nn.Conv2d)) -> int:
-    """Replace the convolutions of at least 128 channels on both sides by their 8-bit forms, in place.
+def quantize_convolutions(network: nn.Module, *, min_channels: int = FEW_CHANNELS) -> int:
+    """Replace the convolutions of at least `min_channels` on both sides by their 8-bit forms, in place.
 
     Args:
         network: float32.
-        kinds: `Conv3x3`, torch.nn.Conv2d (any other kernel or stride), or both.
+        min_channels: below 128 the kernel for 3×3 convolutions is slower than float32's.
 
     Returns:
         Number of replaced layers.
     """
 
     def is_wide(_: str, layer: nn.Module) -> bool:
-        return type(layer) in kinds and isinstance(layer, nn.Conv2d) and min(layer.weight.shape[:2]) >= FEW_CHANNELS
+        return isinstance(layer, nn.Conv2d) and min(layer.weight.shape[:2]) >= min_channels
 
     return _replace(network, is_wide)
 

@@ -48,9 +48,9 @@ def test_without_bias_and_without_pixels():
 
 
 def test_only_wide_convolutions_are_replaced():
-    wide, narrow, other = Conv3x3(128, 130), Conv3x3(130, 4), nn.Conv2d(128, 128, 3, padding=1, stride=2)
-    network = nn.Sequential(nn.Sequential(wide), narrow, other, nn.Conv2d(127, 128, 1))
-    assert quantize_convolutions(network, (Conv3x3,)) == 1
-    assert isinstance(network[0][0], Int8Conv3x3) and network[1] is narrow and network[2] is other
-    assert quantize_convolutions(network) == 1
-    assert isinstance(network[2], Int8PatchConv) and type(network[3]) is nn.Conv2d
+    narrow, thin = Conv3x3(130, 4), nn.Conv2d(127, 128, 1)
+    halving = nn.Conv2d(128, 128, 3, padding=1, stride=2)
+    network = nn.Sequential(nn.Sequential(Conv3x3(128, 130)), narrow, halving, thin)
+    assert quantize_convolutions(network) == 2
+    assert isinstance(network[0][0], Int8Conv3x3) and isinstance(network[2], Int8PatchConv)
+    assert network[1] is narrow and network[3] is thin
