@@ -111,8 +111,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add(
         "--dtype",
         choices=(*_DTYPES, "int8"),
-        default="float32",
-        help="dtype of weights and activations; int8: only the U-Net's wide layers, on a CPU; default: float32",
+        help="dtype of weights and activations; int8: only the U-Net's wide layers, on a CPU; default: float32, or "
+        "int8 if the checkpoint was saved so",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
 
@@ -136,7 +136,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     add("--port", type=int, default=7860, metavar="N", help="port to listen on; default: 7860")
     add("--max-upload", type=float, default=10, metavar="MB", help="largest portrait file, in megabytes; default: 10")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
-    add("--dtype", choices=(*_DTYPES, "int8"), default="float32", help="as of generate; default: float32")
+    add("--dtype", choices=(*_DTYPES, "int8"), help="as of generate")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:

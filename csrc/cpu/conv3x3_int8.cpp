@@ -188,17 +188,7 @@ void transform_weights(const Conv3x3Int8Args& args, int64_t channel, int64_t dep
 template <Products kind>
 void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c, bool accumulate) {
   IntVec tile[kTileRows][kTileVectors] = {};
-  for (int64_t w = 0; w < words; ++w) {
-    IntVec row[kTileVectors];
-    GAFEXT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) row[v] = load_bits<IntVec>(b + w * kPanel + v * kLanes);
-    GAFEXT_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      const IntVec word = broadcast_word(a + r * kDepth + w);
-      GAFEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) add_products<kind>(tile[r][v], word, row[v]);
-    }
-  }
+  add_words<kind>(a, kDepth, b, words, tile);
   GAFEXT_UNROLL
   for (int r = 0; r < kTileRows; ++r) {
     GAFEXT_UNROLL

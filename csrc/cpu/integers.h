@@ -76,12 +76,11 @@ GAFEXT_INLINE void add_products(IntVec& sum, IntVec a, IntVec b) {
   }
 }
 
-// sums[r, :] = (or +=) sum over `words` of a[r, word] b[word, :], of kPanel columns.
+// tile[r, :] += sum over `words` of a[r, word] b[word, :], of kPanel columns.
 template <Products kind, int Rows>
-void multiply_words(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t words, int32_t* sums,
-                    int64_t sums_stride, bool accumulate) {
+GAFEXT_INLINE void add_words(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t words,
+                             IntVec (&tile)[Rows][kTileVectors]) {
   constexpr int64_t kColumns = kTileVectors * kLanes;
-  IntVec tile[Rows][kTileVectors] = {};
   for (int64_t w = 0; w < words; ++w) {
     IntVec row[kTileVectors];
     GAFEXT_UNROLL
@@ -93,6 +92,14 @@ void multiply_words(const uint32_t* a, int64_t a_stride, const uint32_t* b, int6
       for (int v = 0; v < kTileVectors; ++v) add_products<kind>(tile[r][v], word, row[v]);
     }
   }
+}
+
+// sums[r, :] = (or +=) the same.
+template <Products kind, int Rows>
+void multiply_words(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t words, int32_t* sums,
+                    int64_t sums_stride, bool accumulate) {
+  IntVec tile[Rows][kTileVectors] = {};
+  add_words<kind>(a, a_stride, b, words, tile);
   GAFEXT_UNROLL
   for (int r = 0; r < Rows; ++r) {
     GAFEXT_UNROLL

@@ -15,6 +15,7 @@ from gafext.checkpoints.lora import merge_lora
 from gafext.checkpoints.memory import PipelineMemory
 from gafext.config import UNetConfig
 from gafext.models.attention import DecoupledAttention
+from gafext.models.int8 import require_floats
 from gafext.models.unet import MultiViewUNet
 from gafext.weights.hub import checkpoint_file
 
@@ -64,8 +65,12 @@ class PipelineAdapters(PipelineMemory):
         """Give the U-Net the weights back that it had before the first `load_lora_weights`, bit for bit.
 
         They are kept in main memory from the first merge on. Without a LoRA, nothing changes.
+
+        Raises:
+            ValueError: the weights were rounded to 8-bit integers after the merge.
         """
         if self._before_lora is not None:
+            require_floats(self.unet, "unload_lora_weights")
             self.maybe_free_model_hooks()
             self.unet.load_state_dict(self._before_lora, strict=False)
         self._before_lora = None

@@ -16,6 +16,7 @@ from gafext.checkpoints.ip_adapter import load_ip_adapter
 from gafext.errors import CheckpointError
 from gafext.families import family_of
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.int8 import require_floats
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.pipeline import MultiViewDiffusionPipeline
@@ -131,7 +132,9 @@ def assemble_unet(
 
     Raises:
         CheckpointError: the parent already has some of the additions.
+        ValueError: the parent's weights are 8-bit integers.
     """
+    require_floats(parent, "parent")
     config = parent.config
     views = config.cross_view and not config.has_mv_adapter
     if views or config.image_attention or config.pose_dim or config.in_channels != config.out_channels:

@@ -138,8 +138,8 @@ class PipelineComponents(PipelineAdapters):
         Args:
             path_or_repo_id: a folder, or a hub id such as "owner/name"; None: the small built-in model.
             dtype: dtype of the weights, or its name: "float32", "float16", "bfloat16"; None: float32. "int8": float32
-                with the U-Net's linear layers and wide 3×3 convolutions in 8-bit integers, on CPUs: faster, in less
-                memory, at an error of about 1 % per layer.
+                with the U-Net's linear layers and wide convolutions in 8-bit integers, on CPUs: faster, in less
+                memory, at an error of about 1 % per layer. A checkpoint saved in "int8" loads with "int8" or None.
             device: device of the networks; None: CUDA if available, else MPS, else CPU.
             variant: variant in the names of the weight files, such as "fp16".
             revision: branch, tag or commit of a hub id.
@@ -168,7 +168,7 @@ class PipelineComponents(PipelineAdapters):
         in_8_bits = dtype == "int8"
         if in_8_bits:
             require_supported(device)
-            dtype = torch.float32
+            dtype = None  # float32, or as the checkpoint was saved
         dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
         if not isinstance(dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected a torch.dtype, None or one of {[*_DTYPES, 'int8']}, got {dtype!r}")
@@ -201,7 +201,7 @@ class PipelineComponents(PipelineAdapters):
             pipeline.load_lora_weights(lora, scale=lora_scale)
         if not family_of(pipeline.unet.config).looks_at_portrait(pipeline.unet.config):
             warnings.warn(f"{folder / 'unet'}: this U-Net does not look at the portrait", stacklevel=2)
-        if in_8_bits:
+        if in_8_bits and not is_quantized(pipeline.unet):
             quantize(pipeline.unet)
         return pipeline
 

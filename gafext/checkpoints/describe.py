@@ -25,7 +25,7 @@ from gafext.weights.keys import ip_adapter_rule, mv_adapter_key
 from gafext.weights.lora_keys import is_factor, other_forms
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 _ADAPTERS = {"pooled": "IP-Adapter", "resampler": "IP-Adapter Plus", "mlp": "full-face IP-Adapter"}
 _NETWORKS: dict[str, type[PretrainedModel]] = {
     "AutoencoderKL": AutoencoderKL,

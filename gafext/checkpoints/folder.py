@@ -20,7 +20,6 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.image_normalizer import ImageNormalizer
-from gafext.models.int8 import is_quantized
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.schedulers import DDIMScheduler, Scheduler, scheduler_from_pretrained
@@ -178,12 +177,7 @@ def save_parts(components: Mapping[str, Any], folder: Path) -> None:
     Args:
         components: keyword arguments of `MultiViewDiffusionPipeline`.
         folder: folder to write; files of these components are replaced.
-
-    Raises:
-        ValueError: the U-Net's weights are 8-bit integers.
     """
-    if is_quantized(components["unet"]):
-        raise ValueError("save_pretrained: expected floating-point weights, got the 8-bit ones of dtype='int8'")
     index: dict[str, Any] = {
         "_class_name": "MultiViewDiffusionPipeline",
         "guidance_scale": components["guidance_scale"],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gafext import weights
 from gafext.errors import CheckpointError
+from gafext.models.int8 import require_floats
 from gafext.models.unet import MultiViewUNet
 from gafext.weights.lora_keys import lora_rule, other_forms
 
@@ -46,13 +47,14 @@ def merge_lora(unet: MultiViewUNet, path: str | Path, *, scale: float = 1.0) -> 
 
     Raises:
         CheckpointError: the file is a pickle, is missing or damaged, or does not fit; the message lists all wrong keys.
-        ValueError: the scale is not finite.
+        ValueError: the scale is not finite, or the weights are 8-bit integers.
 
     Source: arXiv 2106.09685 eq. 3; LyCORIS (arXiv 2309.14859), Tucker decomposition; diffusers:
     loaders/lora_conversion_utils.py.
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    require_floats(unet, "lora")
     path = Path(path)
     weights.require_safetensors(path)
     file = weights.WeightFile(path)

@@ -9,6 +9,7 @@ import torch
 
 from gafext import weights
 from gafext.errors import CheckpointError
+from gafext.models.int8 import require_floats
 from gafext.models.unet import MultiViewUNet
 from gafext.weights.keys import mv_adapter_key
 
@@ -25,13 +26,14 @@ def with_mv_adapter(unet: MultiViewUNet, path: str | Path) -> MultiViewUNet:
 
     Raises:
         CheckpointError: the file is a pickle, is damaged, or does not fit; the message lists all wrong keys.
-        ValueError: the U-Net is not a stock one.
+        ValueError: the U-Net is not a stock one, or its weights are 8-bit integers.
 
     Source: github.com/huanngzh/MV-Adapter: mvadapter/pipelines/pipeline_mvadapter_i2mv_sd.py.
     """
     path, config = Path(path), unet.config
     if config.cross_view is not None or config.pose_dim is not None or config.in_channels != config.out_channels:
         raise ValueError("mv_adapter: expected a stock U-Net without views, pose and normals, got one with some")
+    require_floats(unet, "mv_adapter")
     weights.require_safetensors(path)
     file = weights.WeightFile(path, mv_adapter_key)
     if any(".adapter.mv." in key for key in file) and not any(".adapter.ref." in key for key in file):

@@ -53,6 +53,7 @@ class UNetConfig(Config):
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
         "attention_type": ("default",),
+        "quantization_config": (None, {"quant_method": "gafext_int8"}),  # the weight file says which layers
     }
     without_effect: ClassVar[frozenset[str]] = frozenset({"dropout", "addition_embed_type_num_heads"})
 

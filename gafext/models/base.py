@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from gafext import weights
 from gafext.config import Config
 from gafext.errors import CheckpointError
+from gafext.models import int8
 from gafext.weights.single_file import take_part
 
 ModelType = TypeVar("ModelType", bound="PretrainedModel")
@@ -103,7 +104,7 @@ class PretrainedModel(nn.Module):
 
         Args:
             folder: a diffusers or transformers folder, such as `checkpoint/vae`.
-            dtype: of the weights; None is float32.
+            dtype: of the weights; None is float32, and what was saved in 8-bit integers stays so.
             device: of the weights; None is the CPU.
             variant: "fp16" reads `<stem>.fp16.safetensors`, or the shards of that variant's index.
 
@@ -113,6 +114,7 @@ class PretrainedModel(nn.Module):
         Raises:
             CheckpointError: a file is missing or damaged, a value is NaN, or names or shapes do not match the
                 configuration (lists all that do not).
+            ValueError: the weights are 8-bit integers, and `dtype` is not None or this machine does not support them.
         """
         folder = Path(folder)
         path = weights.find_weights(folder, cls.weights_stem, variant)
@@ -168,10 +170,15 @@ class PretrainedModel(nn.Module):
                 model = cls(config)
         except (ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(f"{source}: cannot build {cls.__name__} ({error})") from None
+        int8.replace_stored(model, file, dtype=dtype, device=torch.device(device or "cpu"))
         weights.load_into(model, file, dtype=dtype, device=device)
         model._arrange_weights()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and one safetensors file under the library's own key names."""
-        weights.save_weights(self, self.config.to_dict(), Path(folder), self.weights_stem)
+        """Write `config.json` and one safetensors file under the library's own key names.
+
+        A layer in 8-bit integers is stored as it is, with its scales; only gafext reads such a file.
+        """
+        config = self.config.to_dict() | (int8.QUANTIZATION if int8.is_quantized(self) else {})
+        weights.save_weights(self, config, Path(folder), self.weights_stem)

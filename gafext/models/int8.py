@@ -1,15 +1,21 @@
-"""Linear layers in 8-bit integers on CPUs, an option that trades accuracy for speed and memory."""
+"""Linear layers and convolutions in 8-bit integers on CPUs, an option that trades accuracy for speed and memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gafext.models.blocks import MultiViewSpatialTransformer
-from gafext.models.int8_conv import Int8Conv3x3, quantize_convolutions
+from gafext.models.blocks import Conv3x3, MultiViewSpatialTransformer
+from gafext.models.int8_conv import Int8Conv3x3, Int8PatchConv
+from gafext.ops.conv3x3 import FEW_CHANNELS
 from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
+from gafext.weights import WeightFile
+
+QUANTIZATION = {"quantization_config": {"quant_method": "gafext_int8"}}
+"""What `config.json` says of a network with 8-bit layers, under the key that diffusers refuses unknown methods by."""
 
 
 class Int8Linear(nn.Module):
@@ -31,9 +37,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = quantize_weight(linear.weight)
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [...,in_features] float32 to [...,out_features]."""
@@ -43,26 +49,31 @@ class Int8Linear(nn.Module):
             raise ValueError("int8 linear layer: expected an input without gradient, got one that needs it")
         return linear_int8(x, self.weight, self.scale, self.bias)
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        raise ValueError(f"state_dict: expected floating-point weights, got 8-bit ones in {prefix.removesuffix('.')}")
+
+_LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.Linear: Int8Linear,
+    Conv3x3: Int8Conv3x3,
+    nn.Conv2d: Int8PatchConv,
+}
+"""8-bit form of each kind of layer."""
 
 
 def unsupported_reasons(device: torch.device) -> list[str]:
-    """List why linear layers should not be in 8-bit integers; empty when they can."""
+    """List why layers should not be in 8-bit integers; empty when they can."""
     if device.type != "cpu":
-        return [f"8-bit linear layers are for CPUs, got {device.type}"]
+        return [f"8-bit layers are for CPUs (device='cpu'), got {device.type}"]
     return slower_than_float32()
 
 
 def require_supported(device: torch.device) -> None:
-    """Raise a ValueError with the reasons if linear layers cannot be in 8-bit integers."""
+    """Raise a ValueError with the reasons if layers cannot be in 8-bit integers."""
     reasons = unsupported_reasons(device)
     if reasons:
         raise ValueError("dtype: expected one that this machine has, got int8: " + "; ".join(reasons))
 
 
 def quantize(network: nn.Module) -> int:
-    """Put a U-Net's linear layers and 3×3 convolutions in 8-bit integers, in place.
+    """Put a U-Net's linear layers and convolutions in 8-bit integers, in place.
 
     They are the linear layers of the transformers (`quantize_transformers`) and the convolutions of at least 128
     channels on both sides (`quantize_convolutions`); the rest stays float32.
@@ -98,19 +109,73 @@ def quantize_transformers(network: nn.Module) -> int:
     if parameter.dtype != torch.float32:
         raise ValueError(f"quantize_transformers: expected float32 weights, got {parameter.dtype}")
     transformers = [module for module in network.modules() if isinstance(module, MultiViewSpatialTransformer)]
-    parents = [parent for transformer in transformers for parent in transformer.modules()]
+    return sum(_replace(transformer, lambda _, layer: type(layer) is nn.Linear) for transformer in transformers)
+
+
+def quantize_convolutions(network: nn.Module, *, min_channels: int = FEW_CHANNELS) -> int:
+    """Replace the convolutions of at least `min_channels` on both sides by their 8-bit forms, in place.
+
+    Args:
+        network: float32.
+        min_channels: below 128 the kernel for 3×3 convolutions is slower than float32's.
+
+    Returns:
+        Number of replaced layers.
+    """
+
+    def is_wide(_: str, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Conv2d) and min(layer.weight.shape[:2]) >= min_channels
+
+    return _replace(network, is_wide)
+
+
+def _replace(network: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> int:
+    """Replace the layers that are chosen, by their path and themselves, by their 8-bit forms."""
     count = 0
-    for parent in parents:
+    for path, parent in list(network.named_modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
+            if type(child) in _LAYERS and chosen(f"{path}.{name}".lstrip("."), child):
+                setattr(parent, name, _LAYERS[type(child)](child))
                 count += 1
     return count
 
 
+def replace_stored(network: nn.Module, file: WeightFile, *, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Replace the layers whose weights a file has in 8-bit integers, so that the file can be loaded.
+
+    Args:
+        network: on the meta device.
+        file: weights with the network's names; 8-bit integers mark an 8-bit layer.
+        dtype: what the caller was asked to load; must be None for such a file.
+        device: where the weights will be; "meta" for checking names and shapes alone.
+
+    Raises:
+        ValueError: the file has 8-bit layers, and a dtype was asked for, or this machine does not support them.
+    """
+    stored = {key.removesuffix(".weight") for key in file if file.kind(key) == "I8"}
+    if not stored:
+        return
+    advice = "To have them otherwise, load the checkpoint that they were rounded from"
+    if dtype is not None:
+        raise ValueError(f"dtype: expected 'int8' or None for the 8-bit weights of {file.path}, got {dtype}. {advice}")
+    reasons = [] if device.type == "meta" else unsupported_reasons(device)
+    if reasons:
+        raise ValueError(f"{file.path}: expected a machine for 8-bit weights, but {'; '.join(reasons)}. {advice}")
+    _replace(network, lambda path, _: path in stored)
+
+
 def is_quantized(network: nn.Module) -> bool:
-    """Return whether a network has layers in 8-bit integers, and so can be neither moved nor saved."""
-    return any(isinstance(module, (Int8Linear, Int8Conv3x3)) for module in network.modules())
+    """Return whether a network has layers in 8-bit integers, and so can be neither moved nor converted."""
+    return any(isinstance(module, (Int8Linear, Int8Conv3x3, Int8PatchConv)) for module in network.modules())
+
+
+def require_floats(network: nn.Module, name: str) -> None:
+    """Raise a ValueError that begins with `name` if a network has layers in 8-bit integers."""
+    if is_quantized(network):
+        raise ValueError(
+            f"{name}: expected floating-point weights, got 8-bit ones: make the change before they are rounded, "
+            "from_pretrained(..., dtype='int8') of a floating-point checkpoint with its other arguments"
+        )
 
 
 def check_move(network: nn.Module, *args: Any, **kwargs: Any) -> None:

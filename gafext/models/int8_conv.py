@@ -1,13 +1,15 @@
-"""3×3 convolutions with 8-bit weights, an option that trades accuracy for speed on CPUs."""
+"""Convolutions with 8-bit weights, an option that trades accuracy for speed and memory on CPUs."""
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gafext.models.blocks import Conv3x3
-from gafext.ops import conv3x3_int8
+from gafext.ops import conv3x3_int8, linear_int8
 from gafext.ops.backend import prefer
-from gafext.ops.conv3x3 import FEW_CHANNELS
 from gafext.ops.linear_int8 import quantize_weight
 
 
@@ -38,19 +40,33 @@ class Int8Conv3x3(nn.Module):
         return out if residual is None else residual + out
 
 
-def quantize_convolutions(network: nn.Module) -> int:
-    """Replace the 3×3 convolutions that are wide enough for the kernel by `Int8Conv3x3`, in place.
+class Int8PatchConv(nn.Module):
+    """Convolution of any square kernel and stride as an 8-bit linear layer of each output pixel's patch.
+
+    The patches are copied: at stride 2, 9/4 of the input for a 3×3 kernel; with a 1×1 kernel they are the pixels.
 
     Args:
-        network: float32.
-
-    Returns:
-        Number of replaced layers.
+        conv: float32, with zero padding, without groups and dilation; its weights are not kept.
     """
-    count = 0
-    for parent in list(network.modules()):
-        for name, child in parent.named_children():
-            if type(child) is Conv3x3 and min(child.weight.shape[:2]) >= FEW_CHANNELS:
-                setattr(parent, name, Int8Conv3x3(child))
-                count += 1
-    return count
+
+    weight: Tensor  # [out_channels, kernel * kernel * in_channels]
+    scale: Tensor
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], cast("int", conv.padding[0])
+        weight, scale = quantize_weight(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B,in_channels,h,w] to [B,out_channels,h',w'], channels-last."""
+        pixels = x.movedim(1, -1)
+        if self.kernel > 1 or self.stride > 1:
+            sides = (self.padding,) * 2
+            windows = F.pad(pixels, (0, 0, *sides, *sides))
+            for side in (1, 2):
+                windows = windows.unfold(side, self.kernel, self.stride)
+            pixels = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        return linear_int8(pixels, self.weight, self.scale, self.bias).movedim(-1, 1)

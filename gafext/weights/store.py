@@ -122,28 +122,32 @@ class WeightFile:
     def count(self) -> dict[str, int]:
         """Count the parameters of each stored type, such as {"F16": 865910724}, from the headers alone."""
         counts: dict[str, int] = {}
-        for key, stored in self._stored.items():
-            kind = stored.file.get_slice(stored.name).get_dtype()
-            counts[kind] = counts.get(kind, 0) + math.prod(self.shapes[key])
+        for key in self:
+            counts[self.kind(key)] = counts.get(self.kind(key), 0) + math.prod(self.shapes[key])
         return counts
+
+    def kind(self, key: str) -> str:
+        """Return the stored type of a tensor, such as "F16", from the header."""
+        stored = self._stored[key]
+        return stored.file.get_slice(stored.name).get_dtype()
 
     def tensor(self, key: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor in its stored dtype.
 
         Args:
             key: name after mapping.
-            dtype: dtype that the caller will convert to, for the range check.
+            dtype: dtype that the caller will convert to, for the range check; torch.int8 expects that in the file.
 
         Raises:
             CheckpointError: the tensor is not floating-point, or has NaN, infinite values or values out of range.
         """
-        stored = self._stored[key]
-        tensor = self._read(stored, _FLOATS)
+        stored, whole = self._stored[key], dtype == torch.int8
+        tensor = self._read(stored, ("I8",) if whole else _FLOATS)
         low, high = (value.item() for value in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)  # without a copy
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(f"{stored.shard}: {stored.name} has {bad} NaN or infinite values")
-        if dtype is not None and max(-low, high) > torch.finfo(dtype).max:
+        if dtype is not None and max(-low, high) > (torch.iinfo if whole else torch.finfo)(dtype).max:
             raise CheckpointError(f"{stored.shard}: {stored.name} has values up to {max(-low, high):g}, over {dtype}'s")
         return tensor
 
@@ -208,21 +212,24 @@ def load_into(
     Args:
         module: a module on the meta device.
         file: weights with the module's names.
-        dtype: dtype of the parameters; None: float32.
+        dtype: dtype of the parameters; None: float32. 8-bit integers stay so.
         device: device of the parameters; None: CPU; "meta": names and shapes are checked, and no value is read.
 
     Raises:
         CheckpointError: names, shapes or values do not fit.
     """
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    check_keys(file, expected)
+    blank = module.state_dict()
+    check_keys(file, {name: tuple(value.shape) for name, value in blank.items()})
     dtype = dtype or torch.float32
     if device is not None and torch.device(device).type == "meta":
         module.to(dtype)
         return
-    tensors = {
-        key: file.tensor(key, dtype=dtype).view(expected[key]).to(device=device or "cpu", dtype=dtype) for key in file
-    }
+
+    def read(key: str) -> torch.Tensor:
+        own = torch.int8 if blank[key].dtype == torch.int8 else dtype
+        return file.tensor(key, dtype=own).view(blank[key].shape).to(device=device or "cpu", dtype=own)
+
+    tensors = {key: read(key) for key in file}
     module.load_state_dict(tensors, assign=True)
 
 

@@ -233,6 +233,41 @@ def test_the_race_of_peers_compares_networks_that_agree(monkeypatch):
     assert found["environment"]["build"]["instruction_set"] and "diffusers" in found["peers"]
 
 
+def precision_script(monkeypatch):
+    precision = script("precision")
+    monkeypatch.setattr(precision, "SD21_UNET", UNetConfig(**SMALL))
+    return precision
+
+
+def test_precisions_are_measured_and_added_to_earlier_ones(tmp_path, monkeypatch, capsys):
+    precision, file = precision_script(monkeypatch), tmp_path / "a.json"
+    monkeypatch.setattr(precision, "race", lambda makers, rounds, *args, **options: race(makers, 2, *args, **options))
+    race = script("race").race
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["precision.py", "--size", "16", "--json", str(file), *arguments])
+        precision.main()
+        return json.loads(file.read_text())
+
+    first = run("--choices", "linear,linear+3x3,int8-inner,int8", "--steps", "0")
+    errors = {name: row["relative_difference"] for name, row in first["unet"].items()}
+    assert errors.pop("float32") == 0 and all(1e-4 < error < 0.1 for error in errors.values())
+    assert errors["linear"] < errors["linear+3x3"] < errors["int8"] and errors["int8-inner"] < errors["int8"]
+    both = run("--choices", "bfloat16", "--steps", "1")
+    assert both["unet"].keys() == {"float32", *errors, "bfloat16"} and both["views_psnr"].keys() == {"bfloat16"}
+    assert both["unet"]["int8"] == first["unet"]["int8"] and both["views_psnr"]["bfloat16"] > 20
+    assert "| `bfloat16` |" in capsys.readouterr().out
+
+
+def test_the_table_of_precisions_is_that_of_the_results(monkeypatch):
+    precision, page = script("precision"), (ROOT / "docs" / "precision.md").read_text()
+    files = sorted((ROOT / "benchmarks/results").glob("precision-*.json"))
+    assert files
+    for path in files:
+        rows = precision.table(json.loads(path.read_text()))
+        assert len(rows) > 2 and "\n".join(rows) in page and path.name in page
+
+
 def test_openvino_has_the_same_weights(monkeypatch):
     pytest.importorskip("nncf", reason="pip install openvino nncf")
     peers = with_small_networks(script("peers"), monkeypatch)

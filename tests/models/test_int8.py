@@ -69,18 +69,16 @@ def test_layer_refuses_what_it_is_not_for():
     layer = Int8Linear(nn.Linear(64, 32))
     with pytest.raises(ValueError, match="expected an input without gradient"):
         layer(torch.zeros(1, 64, requires_grad=True))
-    with pytest.raises(ValueError, match="expected floating-point weights, got 8-bit ones in 0"):
-        nn.Sequential(layer).state_dict()
     with pytest.raises(ValueError, match="expected float32 weights, got torch.float16"):
         quantize_transformers(nn.Linear(2, 2).half())
     with pytest.raises(ValueError, match="expected float32 on the CPU, got torch.float16 on cpu"):
         layer(torch.zeros(1, 64, dtype=torch.float16))
-    with pytest.raises(ValueError, match="8-bit linear layers are for CPUs, got meta"):
+    with pytest.raises(ValueError, match=r"8-bit layers are for CPUs \(device='cpu'\), got meta"):
         quantize_transformers(nn.Linear(2, 2, device="meta"))
 
 
 @torch.no_grad()
-def test_pipeline(checkpoint, tmp_path):
+def test_pipeline(checkpoint):
     exact = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
     rounded = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, dtype="int8", device="cpu")
     kept = [name for name, module in rounded.unet.named_modules() if isinstance(module, nn.Linear)]
@@ -90,12 +88,9 @@ def test_pipeline(checkpoint, tmp_path):
     a, b = (pipe(gafext.PORTRAIT, **options) for pipe in (exact, rounded))
     assert 1e-5 < relative_error(b.images, a.images) < 0.1
     assert (a.run["dtype"], b.run["dtype"]) == ("float32", "int8")
-    with pytest.raises(ValueError, match="expected floating-point weights, got the 8-bit ones"):
-        rounded.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="expected float32 on the CPU for dtype='int8', got torch.float16"):
         rounded.to(torch.float16)
     rounded.to("cpu")
-    assert not (tmp_path / "saved").exists()
 
 
 def test_dtype_is_checked(checkpoint):

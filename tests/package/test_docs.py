@@ -3,25 +3,42 @@
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 
 from gafext.cameras import PRESETS
+from gafext.models.int8 import is_quantized, unsupported_reasons
 from gafext.options import parser
 from gafext.output import FORMATS
 
 PAGE = (ROOT / "docs" / "cameras.md").read_text()
 
 
+def run_code(page):
+    """Run the one block of Python of a page, and return its names."""
+    text = (ROOT / "docs" / page).read_text()
+    [block] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(block, page, "exec"), names)
+    return names
+
+
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [block] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    names: dict = {}
-    exec(compile(block, "cameras.md", "exec"), names)
+    names = run_code("cameras.md")
     u, v, w = names["u"], names["v"], names["w"]
     assert 0 < u / w < 256 and 0 < v / w < 512  # from the subject's left, the nose points to the picture's left
     assert (names["same"].w2c - names["cameras"].w2c).abs().max() < 1e-6 and not names["own"].has_fov
+
+
+@pytest.mark.skipif(bool(unsupported_reasons(torch.device("cpu"))), reason="needs AVX2")
+def test_a_checkpoint_in_8_bits(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my-checkpoint").symlink_to(checkpoint)
+    assert is_quantized(run_code("precision.md")["pipe"].unet)
 
 
 def test_every_name_is_in_the_tables(capsys):
