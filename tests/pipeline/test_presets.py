@@ -19,6 +19,7 @@ from small_checkpoints import (
 
 import gafext
 from gafext.conditions import predict
+from gafext.noise import view_generators, view_noise
 from gafext.schedulers import DPMSolverMultistepScheduler
 from gafext.schedulers.plan import PRESETS
 
@@ -33,21 +34,19 @@ OTHERS = {
 
 def guided_by_hand(pipe, made):
     """The loop with both passes at every step, at guidance 1 outside the interval; and the rows that it needs."""
-    alphas = pipe.scheduler.alphas_cumprod if hasattr(pipe.scheduler, "alphas_cumprod") else None
+    table = ((1 - pipe.scheduler.alphas_cumprod) / pipe.scheduler.alphas_cumprod).sqrt()
     latents, rows = made.latents, []
     made.solver.set_timesteps(made.num_inference_steps)
     made.solver.set_begin_index(len(made.solver.timesteps) - len(made.timesteps))
-    generators = gafext.noise.view_generators(made.seed, portraits=made.num_portraits, views=made.num_views)
+    views = {"portraits": made.num_portraits, "views": made.num_views}
+    generators = view_generators(made.seed, **views)
     for step, t in enumerate(made.timesteps.tolist()):
         low = int(t)
-        table = ((1 - alphas) / alphas).sqrt()
         sigma = torch.lerp(table[low], table[min(low + 1, 999)], t - low).item()
         inside = INTERVAL[0] < sigma <= INTERVAL[1]
         rows.append((2 if inside else 1) * len(latents))
         both = replace(made, guidance_interval=None, guidance_scale=made.guidance_scale if inside else 1.0)
-        noise = gafext.noise.view_noise(
-            made.seed, portraits=made.num_portraits, views=made.num_views, shape=latents.shape[1:], step=step + 1
-        )
+        noise = view_noise(made.seed, **views, shape=latents.shape[1:], step=step + 1)
         output = predict(pipe.unet, made.solver, both, latents, t)
         latents = made.solver.step(output, t, latents, eta=made.eta, noise=noise, generator=generators)
     return latents, rows
@@ -74,11 +73,9 @@ def test_the_interval_of_a_run_from_renders_and_in_steps(pipe):
     options = {"renders": torch.rand(4, 3, 32, 32), "strength": 0.5, "num_inference_steps": 8, "generator": 1}
     made = pipe.prepare(portrait(), guidance_interval=INTERVAL, **options)
     expected, rows = guided_by_hand(pipe, made)
-    seen, steps = count_rows(pipe), []
-    for timestep, latents in pipe.steps(made):
-        steps.append(timestep)
+    seen, steps = count_rows(pipe), list(pipe.steps(made))
     assert seen == rows and len(steps) == 4
-    assert max_abs_diff(latents, expected) < 1e-4
+    assert max_abs_diff(steps[-1][1], expected) < 1e-4
 
 
 def test_an_interval_of_all_noise_levels_is_no_interval(pipe):
