@@ -24,11 +24,11 @@ from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
 from gafext.conditions import DEFAULT_VIEWS
 from gafext.families import family_name
-from gafext.guidance import check_guidance_scale
+from gafext.guidance import check_guidance_interval, check_guidance_scale
 from gafext.images import load_images, read_image, remove_background
 from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
-from gafext.options import parser
+from gafext.options import EVAL_STEPS, parser
 from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_formats
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.schedulers import MAX_STEPS, check_eta
@@ -40,6 +40,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 def _eval(args: argparse.Namespace) -> int:
     from gafext.evaluation import Evaluation, table
 
+    args.steps = EVAL_STEPS if args.preset is args.steps is None else args.steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the CartoonWarning is not about drawn heads
         pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
@@ -48,8 +49,10 @@ def _eval(args: argparse.Namespace) -> int:
         args.heads,
         cameras.orbit(args.views),
         progress=lambda name: None if args.quiet else print(f"gafext: {name}", file=sys.stderr),
+        preset=args.preset,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
+        guidance_interval=args.guidance_interval,
         generator=args.seed,
         upsample=args.upsample,
     )
@@ -132,11 +135,12 @@ def _check_early(args: argparse.Namespace) -> None:
     check_writable(args.out, replaceable=VIEW_FILES if args.overwrite else None)
     if args.guidance is not None:
         check_guidance_scale(args.guidance)
+    check_guidance_interval(args.guidance_interval)
     if args.eta is not None:
         check_eta(args.eta)
     resolve_seed(args.seed)
     check_turntable(args.turntable)
-    if not 1 <= args.steps <= MAX_STEPS:
+    if args.steps is not None and not 1 <= args.steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
 
 
@@ -185,8 +189,11 @@ def _generate(args: argparse.Namespace) -> int:
         views,
         normals,
         num_views=count,
+        preset=args.preset,
         num_inference_steps=args.steps,
+        scheduler=args.scheduler,
         guidance_scale=args.guidance,
+        guidance_interval=args.guidance_interval,
         generator=args.seed,
         renders=renders,
         strength=args.strength,

@@ -9,8 +9,10 @@ from gafext.ops.backend import BACKENDS
 from gafext.output import FORMATS, TURNTABLES
 from gafext.pipeline import UPSAMPLE
 from gafext.schedulers import SCHEDULERS
+from gafext.schedulers.plan import PRESETS
 
 EXIT_CODES = "exit codes: 0 success, 1 unusable input, 2 invalid command line, 130 interrupted"
+EVAL_STEPS = 25
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -45,8 +47,18 @@ def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
     """Add the options of every command that runs a pipeline."""
     add = command.add_argument
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
-    add("--steps", type=int, default=steps, metavar="N", help=f"denoising steps, 1 to 1000; default: {steps}")
+    add(
+        "--preset", choices=tuple(PRESETS), help="solver, steps and guidance interval that are not given; docs/speed.md"
+    )
+    add("--steps", type=int, metavar="N", help=f"denoising steps, 1 to 1000; default: the preset's, or {steps}")
     add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("A", "B"),
+        help="guide only steps at noise levels over A and up to B, inf allowed; default: the preset's, or all steps",
+    )
     add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
     add(
         "--upsample",
@@ -91,7 +103,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="film of the views; mp4 needs ffmpeg (pip install gafext[mp4]); default: webp",
     )
     add("--views", type=int, metavar="V", help="number of views on the path; default: 4, or the checkpoint's")
-    add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
+    add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the preset's, or the checkpoint's")
     add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")
     add(
         "--cameras",
@@ -213,7 +225,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = evaluate.add_argument
-    _add_sampling(evaluate, steps=25)
+    _add_sampling(evaluate, steps=EVAL_STEPS)
     add("--heads", type=int, default=8, metavar="N", help="number of heads; default: 8")
     add("--views", type=int, default=4, metavar="V", help="number of views on an orbit; default: 4")
     add("--ablations", action="store_true", help="also measure with inputs or parts of the network removed or changed")

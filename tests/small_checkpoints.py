@@ -6,11 +6,12 @@ from dataclasses import replace
 import diffusers
 import numpy as np
 import torch
-from helpers import randomized
+from helpers import max_abs_diff, randomized
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from gafext.conditions import predict
 from gafext.config import SD_X2_UNET, UNetConfig
 from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
@@ -222,3 +223,18 @@ def count_rows(pipe):
     rows = []
     pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
     return rows
+
+
+@torch.no_grad()
+def assert_conditional_pass_alone(pipe, **options):
+    """Outside the guidance interval, half of the rows give what both passes give at guidance 1; two portraits."""
+    defaults = {"num_inference_steps": 2, "generator": 0, "guidance_scale": 3.0, **options}
+    made = pipe.prepare([portrait(0), portrait(1)], guidance_interval=(1e8, 1e9), **defaults)
+    assert made.conditions.passes == 2
+    rows, timestep = count_rows(pipe), made.timesteps[0].item()
+    alone = predict(pipe.unet, made.solver, made, made.latents, timestep)
+    both = replace(made, guidance_interval=None, guidance_scale=1.0)
+    expected = predict(pipe.unet, made.solver, both, made.latents, timestep)
+    assert 2 * rows[0] == rows[1] and max_abs_diff(alone, expected) < 1e-4
+    guided = predict(pipe.unet, made.solver, replace(made, guidance_interval=None), made.latents, timestep)
+    assert max_abs_diff(guided, expected) > 1e-3

@@ -96,6 +96,19 @@ def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):
     assert record["num_inference_steps"] == 4 and record["strength"] == 0.5
 
 
+def test_a_preset_and_what_replaces_its_options(checkpoint, portrait, tmp_path):
+    common = [portrait, "--model", checkpoint, "--views", 2, "--preset", "fast"]
+    assert generate(*common, "--out", tmp_path / "fast") == 0
+    record = json.loads((tmp_path / "fast/run.json").read_text())
+    assert record["num_inference_steps"] == 15 and record["guidance_interval"] == [0.28, 5.42]
+    assert record["scheduler"]["_class_name"] == "DPMSolverMultistepScheduler"
+    others = ["--steps", 2, "--scheduler", "euler-a", "--guidance-interval", 1, "inf"]
+    assert generate(*common, *others, "--out", tmp_path / "other") == 0
+    record = json.loads((tmp_path / "other/run.json").read_text())
+    assert record["num_inference_steps"] == 2 and record["guidance_interval"] == [1, None]  # JSON has no infinity
+    assert record["scheduler"]["_class_name"] == "EulerAncestralDiscreteScheduler" and record["eta"] == 1
+
+
 def test_a_folder_with_something_in_it_is_left_alone(checkpoint, portrait, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -120,6 +133,7 @@ def test_a_users_mistakes_are_one_line(checkpoint, portrait, tmp_path, capsys):
     assert "num_views" in fails(capsys, portrait, *common, "--views", 0)
     assert "num_inference_steps" in fails(capsys, portrait, *common, "--steps", 1001)
     assert "guidance_scale" in fails(capsys, portrait, *common, "--guidance", 25)
+    assert "guidance_interval" in fails(capsys, portrait, *common, "--guidance-interval", 2, 1)
     assert "generator" in fails(capsys, portrait, *common, "--seed", -1)
     assert "fov" in fails(capsys, portrait, *common, "--fov", 0)
     assert "no/checkpoint" in fails(capsys, portrait, "--model", "./no/checkpoint", "--out", out)
