@@ -16,7 +16,6 @@ from gafext import images as imaging
 from gafext.cameras import Cameras, as_cameras
 from gafext.config import UNetConfig
 from gafext.families import Family, family_of
-from gafext.guidance import guide, guides_at
 from gafext.mesh import Mesh
 from gafext.models.attention import KeyValue
 from gafext.models.clip import CLIPVisionEncoder
@@ -38,6 +37,7 @@ class RunOptions(TypedDict, total=False):
     preset: str | None
     num_inference_steps: int | None
     scheduler: str | None
+    graph: bool
     guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
     generator: torch.Generator | int | Sequence[torch.Generator | int] | None
@@ -107,6 +107,7 @@ class Run:
         seed: seed of all noise, or one per portrait.
         portraits: B portraits, RGB of any size.
         guidance_interval: noise levels (a, b) of the steps with guidance, a < σ ≤ b; None: all steps.
+        graph: launch the U-Net as a CUDA graph.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
         output_type: "pil", "np", "pt" or "latent".
@@ -127,6 +128,7 @@ class Run:
     seed: int | tuple[int, ...]
     portraits: Sequence[PIL.Image.Image]
     guidance_interval: tuple[float, float] | None = None
+    graph: bool = False
     eta: float = 0.0
     upsample: str = "auto"
     output_type: str = "pil"
@@ -158,32 +160,6 @@ class Run:
             "portrait_index": index // self.num_images_per_prompt,
             "image_index": index % self.num_images_per_prompt,
         }
-
-
-def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor, timestep: float) -> Tensor:
-    """Predict the U-Net's output [B*V,4,h,w] float32 for latents of that shape; guided, both passes form one batch."""
-    conditions, frames = run.conditions, run.num_views
-    sample = scheduler.scale_model_input(latents, timestep)
-    if run.guidance_interval is not None and not guides_at(scheduler.sigma(timestep), run.guidance_interval):
-        conditions = conditions.conditional(run.num_portraits)
-    sample = sample.repeat(conditions.passes, 1, 1, 1)
-    if conditions.input_latents is not None:
-        sample = torch.cat([sample, conditions.input_latents], dim=1)
-    if conditions.reference_latents is not None:
-        frames += 1  # the U-Net overwrites this frame with the reference latents, so its content is irrelevant
-        sample = sample.unflatten(0, (-1, run.num_views))
-        sample = torch.cat([sample, sample[:, :1]], dim=1).flatten(0, 1)
-    output = unet(
-        sample.to(unet.dtype),
-        torch.full((1,), timestep, device=sample.device),  # a tensor: torch.compile would compile for each number
-        conditioning=conditions.conditioning,
-        num_views=frames,
-        reference_latents=conditions.reference_latents,
-    ).float()
-    if frames > run.num_views:
-        output = output.unflatten(0, (-1, frames))[:, : run.num_views].flatten(0, 1)
-    predictions = output.chunk(conditions.passes)
-    return guide(predictions[0], predictions[1], run.guidance_scale) if conditions.passes == 2 else output
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from gafext.conditions import (
     latent_size,
     load_portraits,
     portrait_labels,
-    predict,
     prepare_conditions,
     resolve_cameras,
 )
@@ -36,6 +35,7 @@ from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
 from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
+from gafext.predictor import Predictor
 from gafext.schedulers import check_eta
 from gafext.schedulers.callbacks import StepCallback
 from gafext.schedulers.plan import set_timesteps, with_preset
@@ -126,6 +126,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         preset: str | None = None,
         num_inference_steps: int | None = None,
         scheduler: str | None = None,
+        graph: bool = False,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
@@ -153,6 +154,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             num_inference_steps: 1 to 1000; None: the preset's, 50 without one.
             scheduler: name of the run's solver, over the noise schedule of the pipeline's; None: the preset's or the
                 pipeline's.
+            graph: on CUDA, record the U-Net's work once and launch it as a whole in later steps (not run on a GPU yet).
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
             guidance_interval: noise levels (a, b); steps at a < σ ≤ b are guided, and the others are conditional alone,
                 at half the cost. σ is √((1 - ᾱ)/ᾱ) of the training schedule, infinity included, whatever the solver.
@@ -181,7 +183,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         family = family_of(self.unet.config)
         plan = {"num_inference_steps": num_inference_steps, "scheduler": scheduler}
         plan = with_preset(preset, {**plan, "guidance_interval": guidance_interval})
-        solver, num_inference_steps = self._solver(plan["scheduler"]), plan["num_inference_steps"]
+        solver, steps = self._solver(plan["scheduler"]), plan["num_inference_steps"]
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         eta = max(family.eta, solver.default_eta) if eta is None else eta
         check_guidance_scale(guidance_scale)
@@ -193,7 +195,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         cameras = resolve_cameras(cameras, num_views, family)
         is_batch, portraits = load_portraits(image, num_images_per_prompt, background=family.background, matte=matte)
         rows, seed = len(portraits) * len(cameras), resolve_seeds(generator, portraits=len(portraits))
-        timesteps = set_timesteps(solver, num_inference_steps, strength=strength, noised=renders is not None)
+        timesteps = set_timesteps(solver, steps, strength=strength, noised=renders is not None)
         size = latent_size(latents, rows=rows, channels=self.vae.config.latent_channels, config=self.unet.config)
         if upsample == "auto" and self.upsampler is not None:
             self.upsampler.check_size(size, size)
@@ -230,6 +232,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             cameras=cameras,
             guidance_scale=guidance_scale,
             solver=solver,
+            graph=graph,
             seed=seed,
             portraits=portraits,
             guidance_interval=plan["guidance_interval"],
@@ -240,7 +243,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             num_images_per_prompt=num_images_per_prompt,
             normal_maps=None if normals is None else imaging.to_pil(normals),
             mesh=normal_maps if isinstance(normal_maps, Mesh) else None,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps,
             settings={
                 "strength": strength,
                 **{name: "default" if value is None else "given" for name, value in given.items()},
@@ -287,9 +290,9 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         solver.set_timesteps(run.num_inference_steps)  # another run may have been prepared meanwhile
         solver.set_begin_index(len(solver.timesteps) - len(run.timesteps))
         rows = {"portraits": run.num_portraits, "views": run.num_views}
-        generator = view_generators(run.seed, **rows)
+        generator, predict = view_generators(run.seed, **rows), Predictor(self.unet, run)
         for step, timestep in enumerate(run.timesteps.tolist()):
-            output, noise = predict(self.unet, solver, run, latents, timestep), None
+            output, noise = predict(latents, timestep), None
             if run.eta > 0:
                 noise = self._noise(run.seed, **rows, size=latents.shape[-1], step=step + 1).to(latents.device)
             options = {"eta": run.eta, "noise": noise, "generator": generator}

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from gafext.conditions import predict
 from gafext.config import SD_X2_UNET, UNetConfig
 from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
+from gafext.predictor import Predictor
 from gafext.upsampler import LatentUpsampler, PromptEmbeds
 
 SIZE = 8  # of the latents; pictures are four times as large, and twice that when upsampled
@@ -232,9 +232,9 @@ def assert_conditional_pass_alone(pipe, **options):
     made = pipe.prepare([portrait(0), portrait(1)], guidance_interval=(1e8, 1e9), **defaults)
     assert made.conditions.passes == 2
     rows, timestep = count_rows(pipe), made.timesteps[0].item()
-    alone = predict(pipe.unet, made.solver, made, made.latents, timestep)
+    alone = Predictor(pipe.unet, made)(made.latents, timestep)
     both = replace(made, guidance_interval=None, guidance_scale=1.0)
-    expected = predict(pipe.unet, made.solver, both, made.latents, timestep)
+    expected = Predictor(pipe.unet, both)(made.latents, timestep)
     assert 2 * rows[0] == rows[1] and max_abs_diff(alone, expected) < 1e-4
-    guided = predict(pipe.unet, made.solver, replace(made, guidance_interval=None), made.latents, timestep)
+    guided = Predictor(pipe.unet, replace(made, guidance_interval=None))(made.latents, timestep)
     assert max_abs_diff(guided, expected) > 1e-3

@@ -18,8 +18,8 @@ from small_checkpoints import (
 )
 
 import gafext
-from gafext.conditions import predict
 from gafext.noise import view_generators, view_noise
+from gafext.predictor import Predictor
 from gafext.schedulers import DPMSolverMultistepScheduler
 from gafext.schedulers.plan import PRESETS
 
@@ -47,7 +47,7 @@ def guided_by_hand(pipe, made):
         rows.append((2 if inside else 1) * len(latents))
         both = replace(made, guidance_interval=None, guidance_scale=made.guidance_scale if inside else 1.0)
         noise = view_noise(made.seed, **views, shape=latents.shape[1:], step=step + 1)
-        output = predict(pipe.unet, made.solver, both, latents, t)
+        output = Predictor(pipe.unet, both)(latents, t)
         latents = made.solver.step(output, t, latents, eta=made.eta, noise=noise, generator=generators)
     return latents, rows
 
