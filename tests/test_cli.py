@@ -206,7 +206,7 @@ def test_wrong_command_lines_are_argparses(capsys):
         main(["generate", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("PORTRAIT", "--steps", "default: 50", "exit codes"))
+    assert all(word in text for word in ("PORTRAIT", "--steps", "or 50", "exit codes"))
 
 
 def test_info(capsys):
