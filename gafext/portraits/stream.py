@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -209,10 +209,9 @@ def read_portrait(portrait: Any) -> PIL.Image.Image:
 
 def _batches(images: Iterable[Any], generator: Any, size: int) -> Iterator[_Batch]:
     """Divide portraits into batches, each with a seed."""
-    items = iter(images)
-    seeds = iter(generator) if isinstance(generator, (list, tuple)) else None
+    items, seeds = iter(images), iter(generator) if isinstance(generator, (list, tuple)) else repeat(generator)
     while portraits := list(islice(items, size)):
-        given = [generator] * len(portraits) if seeds is None else list(islice(seeds, len(portraits)))
+        given: list[Any] = list(islice(seeds, len(portraits)))
         if len(given) < len(portraits):
             raise ValueError("generator: expected one per portrait, got fewer")
         yield _Batch([PortraitResult(portrait) for portrait in portraits], [resolve_seed(seed) for seed in given])
