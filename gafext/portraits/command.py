@@ -90,7 +90,7 @@ class _Work:
         self, todo: list[Job], command: dict[str, Any], args: argparse.Namespace, saving: dict[str, Any]
     ) -> None:
         self.todo, self.command, self.args, self.saving = todo, command, args, saving
-        self.made, self.failures, self.start = 0, [], time.monotonic()
+        self.made, self.done, self.failures, self.start = 0, 0.0, [], time.monotonic()
         self.claims: dict[Path, Claim] = {}
         self.hooks = Hooks(read=self.read, save=self.save)
 
@@ -99,8 +99,9 @@ class _Work:
         with tqdm(**settings) as bar, logging_redirect_tqdm([logging.getLogger("gafext")]):
 
             def advance(share: float) -> None:
+                self.done += share
                 bar.update(share)
-                self.event("progress", done=bar.n, of=len(self.todo))
+                self.event("progress", done=round(self.done, 4), of=len(self.todo))
 
             self.hooks.on_step = advance
             bar.set_description_str(f"0 of {len(self.todo)} portraits")

@@ -56,9 +56,7 @@ def find_jobs(arguments: Sequence[str], out: str | os.PathLike) -> list[Job]:
         if argument.is_dir():
             paths = sorted(path for path in argument.iterdir() if path.suffix.lower() in PICTURES)
             if not paths:
-                raise ValueError(
-                    f"{argument}: expected a folder of portraits, got none ({', '.join(sorted(PICTURES))})"
-                )
+                raise ValueError(f"{argument}: expected portraits in it ({', '.join(sorted(PICTURES))}), got none")
         for path in paths:
             found.setdefault(os.path.realpath(path), path)
     jobs, taken = [], {FAILURES}
