@@ -322,7 +322,7 @@ def load_portraits(
     items: Any = image if several else [image]
     portraits = []
     for index, item in enumerate(items):
-        name = f"image[{index}]" if several else "image"
+        name = (getattr(item, "filename", "") or f"image[{index}]") if several else "image"
         read = imaging.read_image(item, name=name)
         portrait = imaging.load_image(read, name=name, background=background, matte=matte)
         if not matte and read.mode == "RGB" and imaging.background_spread(portrait) > imaging.MAX_BACKGROUND_SPREAD:

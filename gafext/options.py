@@ -13,6 +13,7 @@ from gafext.schedulers.plan import PRESETS
 
 EXIT_CODES = "exit codes: 0 success, 1 unusable input, 2 invalid command line, 130 interrupted"
 EVAL_STEPS = 25
+_LEVELS = ("debug", "info", "warning", "error")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -79,7 +80,14 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     add = generate.add_argument
     _add_sampling(generate, steps=50)
-    add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
+    add(
+        "portrait",
+        nargs="*",
+        metavar="PORTRAIT",
+        help="image of a head; several, or a folder of them: each gets a folder in --out (docs/portraits.md); default: "
+        "the bundled portrait",
+    )
+    add("--batch", type=int, default=1, metavar="N", help="portraits that are denoised together; default: 1")
     add("--matte", action="store_true", help="remove the portrait's background, with rembg (pip install gafext[matte])")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
@@ -94,6 +102,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--mv-adapter", metavar="FILE", help="MV-Adapter file (image to multi-view) to add to Stable Diffusion 2.1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
+    add("--json", action="store_true", help="print one line of JSON per event")
+    add("--log-level", choices=_LEVELS, default="warning", help="what to log on stderr; default: warning")
     add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
     add("--alpha", action="store_true", help="make the plain background of the views transparent")
     add(

@@ -35,6 +35,7 @@ from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
 from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
+from gafext.portraits.stream import PipelineStream
 from gafext.predictor import Predictor
 from gafext.schedulers import check_eta
 from gafext.schedulers.callbacks import StepCallback
@@ -48,7 +49,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
 
 
-class MultiViewDiffusionPipeline(PipelineComponents):
+class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
     """Generate V consistent views of a head from one portrait.
 
     Args:
