@@ -165,7 +165,8 @@ class AutoencoderKL(PretrainedModel):
 
     def __init__(self, config: VAEConfig = SD_VAE):
         super().__init__(config)
-        self._tile: int | None = None  # in pixels of the latents
+        self.latent_tile: int | None = None
+        """Side of a tile of latents; None: images are not tiled."""
         self.use_slicing = True
         """Whether a pipeline decodes one view at a time."""
         self.encoder = Encoder(config)
@@ -196,11 +197,11 @@ class AutoencoderKL(PretrainedModel):
         multiple = 4 * self.config.factor
         if tile_size <= 0 or tile_size % multiple:
             raise ValueError(f"tile_size: expected a multiple of {multiple}, got {tile_size}")
-        self._tile = tile_size // self.config.factor
+        self.latent_tile = tile_size // self.config.factor
 
     def disable_tiling(self) -> None:
         """Encode and decode images as a whole."""
-        self._tile = None
+        self.latent_tile = None
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images to the Gaussian over their latents: q(z|x) = N(mean, exp(logvar)).
@@ -216,11 +217,11 @@ class AutoencoderKL(PretrainedModel):
         """
         _require_input("image", image, self.config.in_channels, self.config.factor)
         factor = self.config.factor
-        if self._tile is None or max(image.shape[2:]) <= self._tile * factor:
+        if self.latent_tile is None or max(image.shape[2:]) <= self.latent_tile * factor:
             moments = self.encoder(image)
         else:
-            with shared_statistics(self.encoder, self.encoder.from_pixels, image, size=self._tile * factor):
-                x = tiled(self.encoder.from_pixels, image, tile=self._tile, in_scale=factor)
+            with shared_statistics(self.encoder, self.encoder.from_pixels, image, size=self.latent_tile * factor):
+                x = tiled(self.encoder.from_pixels, image, tile=self.latent_tile, in_scale=factor)
             moments = self.encoder.to_moments(x)
         mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
@@ -238,8 +239,8 @@ class AutoencoderKL(PretrainedModel):
             ValueError: the shape does not match.
         """
         _require_input("latents", latents, self.config.latent_channels)
-        if self._tile is None or max(latents.shape[2:]) <= self._tile:
+        if self.latent_tile is None or max(latents.shape[2:]) <= self.latent_tile:
             return self.decoder(self.post_quant_conv(latents))
         x = self.decoder.from_latents(self.post_quant_conv(latents))
-        with shared_statistics(self.decoder, self.decoder.to_pixels, x, size=self._tile):
-            return tiled(self.decoder.to_pixels, x, tile=self._tile, out_scale=self.config.factor)
+        with shared_statistics(self.decoder, self.decoder.to_pixels, x, size=self.latent_tile):
+            return tiled(self.decoder.to_pixels, x, tile=self.latent_tile, out_scale=self.config.factor)
