@@ -159,7 +159,7 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
     pipeline = MultiViewDiffusionPipeline.from_pretrained(
         args.model,
         args.dtype,
-        _device(args.device),
+        "cpu" if args.offload else _device(args.device),
         args.variant,
         subfolder=args.subfolder,
         scheduler=args.scheduler,
@@ -170,6 +170,10 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
         mv_adapter=args.mv_adapter,
     )
     pipeline.set_attention_backend(args.backend)
+    if args.offload == "model":
+        pipeline.enable_model_cpu_offload(device=_device(args.device))
+    elif args.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=_device(args.device))
     return pipeline
 
 

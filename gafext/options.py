@@ -137,6 +137,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "int8 if the checkpoint was saved so",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
+    add(
+        "--offload",
+        choices=("model", "sequential"),
+        help="keep the weights in main memory, but those of a network, or of a block, in use; default: on the device",
+    )
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

@@ -208,6 +208,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         normals = self._normal_maps(normal_maps, cameras, pixels)
 
         guided = needs_unconditional(guidance_scale)
+        batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + guided}
+        self._check_memory(**batch, size=size, doubled=upsample != "none")
         conditions = prepare_conditions(
             self.unet,
             cameras,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gafext import cameras
 from gafext.cli import main
+from gafext.models.offload import Offload
 
 
 @pytest.fixture
@@ -77,6 +78,21 @@ def test_the_same_seed_writes_the_same_bytes(checkpoint, portrait, tmp_path):
         assert generate(portrait, "--model", checkpoint, "--steps", 2, "--seed", seed, "--out", tmp_path / name) == 0
     a, b, c = ((tmp_path / name / "view_002.png").read_bytes() for name in "abc")
     assert a == b != c
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_writes_the_same_bytes(checkpoint, portrait, tmp_path, offload, monkeypatch):
+    started = []
+    monkeypatch.setattr(Offload, "__init__", noted(Offload.__init__, started))
+    options = [portrait, "--model", checkpoint, "--steps", 1, "--views", 2]
+    assert generate(*options, "--out", tmp_path / "plain") == 0 and not started
+    assert generate(*options, "--offload", offload, "--out", tmp_path / "offloaded") == 0
+    assert [options["sequential"] for options in started] == [offload == "sequential"]
+    assert len({(tmp_path / name / "view_001.png").read_bytes() for name in ("plain", "offloaded")}) == 1
+
+
+def noted(method, calls):
+    return lambda *args, **options: (calls.append(options), method(*args, **options))[1]
 
 
 def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):

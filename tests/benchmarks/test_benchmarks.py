@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from helpers import ROOT
 
 from gafext import MultiViewDiffusionPipeline
-from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
+from gafext.config import SD21_MULTIVIEW_UNET, SD_VAE, UNetConfig
 from gafext.models.unet import MultiViewUNet
 
 
@@ -352,3 +353,16 @@ def test_a_profile_knows_what_limits_an_operation():
     assert classify("cross_view_attention", rows, rows[0], (*rows, 4))[2] == 4 * 4 * 3 * 9 * 8 * 4
     for name, kind in {"add_": "sums", "silu_": "norms, SiLU", "cat": "copies", "round_": "rounding to 8 bits"}.items():
         assert classify(name, [x], x, ()) == (kind, "2x7x16", 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_peaks_of_small_networks(monkeypatch):
+    memory = script("memory")
+    sizes = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": (2, 2, 2, 2), "norm_num_groups": 8}
+    monkeypatch.setattr(memory, "SD21_MULTIVIEW_UNET", replace(SD21_MULTIVIEW_UNET, **sizes))
+    monkeypatch.setattr(memory, "SD_VAE", replace(SD_VAE, block_out_channels=(32, 32, 32, 32)))
+    for part, size in (("unet", 16), ("decoder", 16)):
+        found = memory.measure(part, 2, size, "float32")
+        assert 2**16 < found["bytes"] < 2**30 and found["weights"] > 2**25
+    grown = [memory.measure("decoder", 1, size, "float32")["bytes"] for size in (16, 48)]
+    assert grown[1] > 3 * grown[0]
