@@ -14,7 +14,16 @@ WORKSPACE = 0.1 * 2**30
 # Largest activations of a pass, in maps as wide as the network is at its finest resolution, with the gaps that malloc
 # leaves; measured by benchmarks/memory.py at the published sizes.
 _UNET_MAPS, _UPSAMPLER_MAPS, _DECODER_MAPS = 25, 8, 3
-_CGROUP = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+# A container's limit, what it uses, and the part of that which are cached files: version 2 of control groups, and 1.
+_CGROUP = (
+    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,13 @@ def free_bytes(device: torch.device) -> float | None:
         return None
     values = dict(line.split(":") for line in meminfo.read_text().splitlines())
     free = sum(1024 * int(values[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in values)
-    for names in _CGROUP:
-        files = [Path("/sys/fs/cgroup") / name for name in names]
-        limit, used = (file.read_text().strip() if file.is_file() else "max" for file in files)
+    for limit_file, used_file, stat_file, cached in _CGROUP:
+        limit, used, stat = (_read(Path("/sys/fs/cgroup") / name) for name in (limit_file, used_file, stat_file))
         if limit.isdigit() and used.isdigit():
-            free = min(free, int(limit) - int(used))
+            counts = dict(line.split() for line in stat.splitlines())
+            free = min(free, int(limit) - int(used) + sum(int(counts.get(name, 0)) for name in cached))
     return free
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""

@@ -103,3 +103,21 @@ def test_free_memory_is_known_on_linux_and_not_on_a_device_without_a_count():
     free = free_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 2**50
     assert free_bytes(torch.device("meta")) is None
+
+
+def test_a_containers_limit_counts_without_its_cached_files(monkeypatch):
+    for folder, limit, used, stat in (
+        ("", "memory.max", "memory.current", "active_file 100\ninactive_file 300\nanon 500"),
+        (
+            "memory/",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "cache 1\ntotal_active_file 100\ntotal_inactive_file 300",
+        ),
+    ):
+        texts = {folder + limit: "1000", folder + used: "900", folder + "memory.stat": stat}
+        monkeypatch.setattr(
+            "gafext.checkpoints.estimate._read",
+            lambda path, texts=texts: texts.get(path.relative_to("/sys/fs/cgroup").as_posix(), ""),
+        )
+        assert free_bytes(torch.device("cpu")) == 500
