@@ -356,6 +356,19 @@ def test_a_profile_knows_what_limits_an_operation():
         assert classify(name, [x], x, ()) == (kind, "2x7x16", 0)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_peaks_of_small_networks(monkeypatch):
+    memory = script("memory")
+    sizes = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": (2, 2, 2, 2), "norm_num_groups": 8}
+    monkeypatch.setattr(memory, "SD21_MULTIVIEW_UNET", replace(SD21_MULTIVIEW_UNET, **sizes))
+    monkeypatch.setattr(memory, "SD_VAE", replace(SD_VAE, block_out_channels=(32, 32, 32, 32)))
+    for part, size in (("unet", 16), ("decoder", 16)):
+        found = memory.measure(part, 2, size, "float32")
+        assert 2**16 < found["bytes"] < 2**30 and found["weights"] > 2**25
+    grown = [memory.measure("decoder", 1, size, "float32")["bytes"] for size in (16, 48)]
+    assert grown[1] > 3 * grown[0]
+
+
 def test_presets_are_measured_and_drawn(monkeypatch, tmp_path, capsys):
     presets, file, figure = script("presets"), tmp_path / "presets.json", tmp_path / "presets.svg"
     fast = {"num_inference_steps": 2, "guidance_interval": (0.28, math.inf)}
