@@ -53,7 +53,7 @@ def whole_folder(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | No
     target = Path(os.path.realpath(folder))
     with _staging(target, replaceable) as new:
         yield new
-        _check_target(target, replaceable)  # again, because another process may have written there meanwhile
+        check_target(target, replaceable)  # again, because another process may have written there meanwhile
         _swap(new, target)
 
 
@@ -71,7 +71,8 @@ def check_writable(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | 
         pass
 
 
-def _check_target(target: Path, replaceable: re.Pattern[str] | None) -> None:
+def check_target(target: Path, replaceable: re.Pattern[str] | None) -> None:
+    """Check that a folder may be written, as `check_writable` does, without trying to."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -116,7 +117,7 @@ def _staging(target: Path, replaceable: re.Pattern[str] | None) -> Iterator[Path
     new = target.parent / f".gafext-{uuid.uuid4().hex[:8]}"
     missing: list[Path] = []
     try:
-        _check_target(target, replaceable)
+        check_target(target, replaceable)
         missing = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()

@@ -22,24 +22,25 @@ from gafext import cameras
 from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
-from gafext.conditions import DEFAULT_VIEWS
+from gafext.conditions import DEFAULT_VIEWS, RunOptions
 from gafext.families import family_name
-from gafext.guidance import check_guidance_scale
+from gafext.guidance import check_guidance_interval, check_guidance_scale
 from gafext.images import load_images, read_image, remove_background
 from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
-from gafext.options import parser
+from gafext.options import EVAL_STEPS, parser
 from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_formats
 from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.portraits.command import generate_portraits
+from gafext.portraits.jobs import PICTURES, is_many
 from gafext.schedulers import MAX_STEPS, check_eta
 from gafext.versions import versions
-
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def _eval(args: argparse.Namespace) -> int:
     from gafext.evaluation import Evaluation, table
 
+    args.steps = EVAL_STEPS if args.preset is args.steps is None else args.steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the CartoonWarning is not about drawn heads
         pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
@@ -48,8 +49,10 @@ def _eval(args: argparse.Namespace) -> int:
         args.heads,
         cameras.orbit(args.views),
         progress=lambda name: None if args.quiet else print(f"gafext: {name}", file=sys.stderr),
+        preset=args.preset,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
+        guidance_interval=args.guidance_interval,
         generator=args.seed,
         upsample=args.upsample,
     )
@@ -91,7 +94,7 @@ def _pictures(folder: str | None, *, count: int | None, name: str) -> list[PIL.I
         return None
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: expected a folder of pictures")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES)
     return load_images(paths, count=len(paths) if count is None else count, name=name)
 
 
@@ -129,14 +132,18 @@ def _check_early(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and getattr(args, needs) is None:
             option, needs = (name.replace("_", "-") for name in (option, needs))
             raise ValueError(f"--{option}: expected --{needs} with it")
-    check_writable(args.out, replaceable=VIEW_FILES if args.overwrite else None)
+    if args.batch < 1:
+        raise ValueError(f"--batch: expected a whole number above 0, got {args.batch}")
+    if not is_many(args.portrait):
+        check_writable(args.out, replaceable=VIEW_FILES if args.overwrite else None)
     if args.guidance is not None:
         check_guidance_scale(args.guidance)
+    check_guidance_interval(args.guidance_interval)
     if args.eta is not None:
         check_eta(args.eta)
     resolve_seed(args.seed)
     check_turntable(args.turntable)
-    if not 1 <= args.steps <= MAX_STEPS:
+    if args.steps is not None and not 1 <= args.steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
 
 
@@ -152,7 +159,7 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
     pipeline = MultiViewDiffusionPipeline.from_pretrained(
         args.model,
         args.dtype,
-        _device(args.device),
+        "cpu" if args.offload else _device(args.device),
         args.variant,
         subfolder=args.subfolder,
         scheduler=args.scheduler,
@@ -163,6 +170,10 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
         mv_adapter=args.mv_adapter,
     )
     pipeline.set_attention_backend(args.backend)
+    if args.offload == "model":
+        pipeline.enable_model_cpu_offload(device=_device(args.device))
+    elif args.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=_device(args.device))
     return pipeline
 
 
@@ -172,35 +183,42 @@ def _generate(args: argparse.Namespace) -> int:
     views = _cameras(args)
     if views is not None:
         choose_formats(args.format, views)
-    portrait = read_image(args.portrait or PORTRAIT)
-    if args.matte and portrait.mode == "RGB":
+    many, path = is_many(args.portrait), args.portrait[0] if args.portrait else PORTRAIT
+    portrait = None if many else read_image(path)
+    if args.matte and portrait is not None and portrait.mode == "RGB":
         portrait = remove_background(portrait)
     count = args.views if views is None else len(views)
     normals = _pictures(args.normals, count=count, name="normal_maps") if args.mesh is None else _mesh(args)
     renders = _pictures(args.renders, count=count, name="renders")
+    options: RunOptions = {
+        "num_views": count,
+        "preset": args.preset,
+        "num_inference_steps": args.steps,
+        "scheduler": args.scheduler,
+        "guidance_scale": args.guidance,
+        "guidance_interval": args.guidance_interval,
+        "generator": args.seed,
+        "renders": renders,
+        "strength": args.strength,
+        "eta": args.eta,
+        "upsample": args.upsample,
+    }
+    saving = {"formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
+    if many:
+        inputs = {"cameras": views, "normal_maps": normals, "matte": args.matte}
+        return generate_portraits(args, lambda: _load(args), {**options, **inputs}, saving)
     pipeline = _load(args)
     start = time.monotonic()
-    output = pipeline(
-        portrait,
-        views,
-        normals,
-        num_views=count,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        generator=args.seed,
-        renders=renders,
-        strength=args.strength,
-        eta=args.eta,
-        upsample=args.upsample,
-        progress_bar=not args.quiet,
-    )
+    output = pipeline(portrait, views, normals, progress_bar=not args.quiet, **options)
     assert isinstance(output, MultiViewOutput)  # one portrait, not a list
-    command = {**vars(args), "portrait": str(args.portrait or PORTRAIT.name)}
+    command = {**vars(args), "portrait": PORTRAIT.name if path is PORTRAIT else path}
     output.run["command"] = {name: value for name, value in command.items() if value is not None}
-    options = {"overwrite": args.overwrite, "formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
-    output.save(args.out, **options)
-    if not args.quiet:
-        print(f"{len(output.images)} views in {time.monotonic() - start:.1f} s: {args.out}")
+    output.save(args.out, overwrite=args.overwrite, **saving)
+    seconds = time.monotonic() - start
+    if args.json:
+        print(json.dumps({"event": "portrait", "portrait": str(path), "folder": args.out, "seconds": seconds}))
+    elif not args.quiet:
+        print(f"{len(output.images)} views in {seconds:.1f} s: {args.out}")
     return 0
 
 

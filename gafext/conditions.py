@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import PIL.Image
@@ -16,8 +16,8 @@ from gafext import images as imaging
 from gafext.cameras import Cameras, as_cameras
 from gafext.config import UNetConfig
 from gafext.families import Family, family_of
-from gafext.guidance import guide
 from gafext.mesh import Mesh
+from gafext.models.attention import KeyValue
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.unet import Conditioning, MultiViewUNet
@@ -34,8 +34,12 @@ class RunOptions(TypedDict, total=False):
     """The options of `MultiViewDiffusionPipeline.prepare`, which documents them, for what hands them on."""
 
     num_views: int | None
-    num_inference_steps: int
+    preset: str | None
+    num_inference_steps: int | None
+    scheduler: str | None
+    graph: bool
     guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
     generator: torch.Generator | int | Sequence[torch.Generator | int] | None
     num_images_per_prompt: int
     latents: Tensor | None
@@ -64,6 +68,29 @@ class Conditions:
     input_latents: Tensor | None = None
     reference_latents: Tensor | None = None
 
+    def conditional(self, portraits: int) -> Conditions:
+        """Return the inputs of the conditional pass alone, which share the memory of these; `portraits` is B."""
+        if self.passes == 1:
+            return self
+
+        def half(rows: Tensor) -> Tensor:
+            return rows[len(rows) // 2 :]  # all of a text that is one row for both passes
+
+        given = self.conditioning
+        conditioning = replace(
+            given,
+            pose_embeds=None if given.pose_embeds is None else half(given.pose_embeds),
+            # Of 2 B rows, or of B where the unconditional pass has no image; those of the reference are always B.
+            image_key_values=tuple(KeyValue(*(x[-portraits:] for x in each)) for each in given.image_key_values),
+            text_key_values=tuple(KeyValue(*map(half, each)) for each in given.text_key_values),
+        )
+        inputs, reference = self.input_latents, self.reference_latents
+        return Conditions(
+            conditioning,
+            input_latents=None if inputs is None else half(inputs),
+            reference_latents=None if reference is None else half(reference),
+        )
+
 
 @dataclass(frozen=True)
 class Run:
@@ -76,8 +103,11 @@ class Run:
         conditions: the U-Net's other inputs.
         cameras: V cameras.
         guidance_scale: 1.0 to 20.0.
+        solver: the scheduler, or one of the run's own.
         seed: seed of all noise, or one per portrait.
         portraits: B portraits, RGB of any size.
+        guidance_interval: noise levels (a, b) of the steps with guidance, a < σ ≤ b; None: all steps.
+        graph: launch the U-Net as a CUDA graph.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
         output_type: "pil", "np", "pt" or "latent".
@@ -94,8 +124,11 @@ class Run:
     conditions: Conditions
     cameras: Cameras
     guidance_scale: float
+    solver: Scheduler
     seed: int | tuple[int, ...]
     portraits: Sequence[PIL.Image.Image]
+    guidance_interval: tuple[float, float] | None = None
+    graph: bool = False
     eta: float = 0.0
     upsample: str = "auto"
     output_type: str = "pil"
@@ -119,6 +152,7 @@ class Run:
             "num_views": self.num_views,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_interval": self.guidance_interval,
             "seed": self.seed[index] if isinstance(self.seed, tuple) else self.seed,
             "eta": self.eta,
             "output_type": self.output_type,
@@ -126,29 +160,6 @@ class Run:
             "portrait_index": index // self.num_images_per_prompt,
             "image_index": index % self.num_images_per_prompt,
         }
-
-
-def predict(unet: MultiViewUNet, scheduler: Scheduler, run: Run, latents: Tensor, timestep: float) -> Tensor:
-    """Predict the U-Net's output [B*V,4,h,w] float32 for latents of that shape, guided; both passes form one batch."""
-    conditions, frames = run.conditions, run.num_views
-    sample = scheduler.scale_model_input(latents, timestep).repeat(conditions.passes, 1, 1, 1)
-    if conditions.input_latents is not None:
-        sample = torch.cat([sample, conditions.input_latents], dim=1)
-    if conditions.reference_latents is not None:
-        frames += 1  # the U-Net overwrites this frame with the reference latents, so its content is irrelevant
-        sample = sample.unflatten(0, (-1, run.num_views))
-        sample = torch.cat([sample, sample[:, :1]], dim=1).flatten(0, 1)
-    output = unet(
-        sample.to(unet.dtype),
-        torch.full((1,), timestep, device=sample.device),  # a tensor: torch.compile would compile for each number
-        conditioning=conditions.conditioning,
-        num_views=frames,
-        reference_latents=conditions.reference_latents,
-    ).float()
-    if frames > run.num_views:
-        output = output.unflatten(0, (-1, frames))[:, : run.num_views].flatten(0, 1)
-    predictions = output.chunk(conditions.passes)
-    return guide(predictions[0], predictions[1], run.guidance_scale) if conditions.passes == 2 else output
 
 
 @dataclass(frozen=True)
@@ -311,7 +322,7 @@ def load_portraits(
     items: Any = image if several else [image]
     portraits = []
     for index, item in enumerate(items):
-        name = f"image[{index}]" if several else "image"
+        name = (getattr(item, "filename", "") or f"image[{index}]") if several else "image"
         read = imaging.read_image(item, name=name)
         portrait = imaging.load_image(read, name=name, background=background, matte=matte)
         if not matte and read.mode == "RGB" and imaging.background_spread(portrait) > imaging.MAX_BACKGROUND_SPREAD:

@@ -1,9 +1,10 @@
-"""Classifier-free guidance (arXiv 2207.12598)."""
+"""Classifier-free guidance (arXiv 2207.12598), and the noise levels that it is limited to (arXiv 2404.07724)."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,20 @@ def check_guidance_scale(scale: float, *, least: float = MIN_SCALE) -> None:
 def needs_unconditional(scale: float) -> bool:
     """Return True unless the scale is 1, at which the unconditional prediction cancels out."""
     return scale != 1.0
+
+
+def check_guidance_interval(interval: Any) -> None:
+    """Raise a ValueError unless the interval is None or two noise levels (a, b) with 0 ≤ a < b; b may be infinite."""
+    if interval is None:
+        return
+    pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+    if not (pair and all(isinstance(level, numbers.Real) for level in interval) and 0 <= interval[0] < interval[1]):
+        raise ValueError(f"guidance_interval: expected noise levels (a, b) with 0 <= a < b, got {interval!r}")
+
+
+def guides_at(sigma: float, interval: tuple[float, float]) -> bool:
+    """Return whether a step at noise level σ is guided: a < σ ≤ b (arXiv 2404.07724 eq. 5)."""
+    return interval[0] < sigma <= interval[1]
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:

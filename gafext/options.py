@@ -9,8 +9,11 @@ from gafext.ops.backend import BACKENDS
 from gafext.output import FORMATS, TURNTABLES
 from gafext.pipeline import UPSAMPLE
 from gafext.schedulers import SCHEDULERS
+from gafext.schedulers.plan import PRESETS
 
 EXIT_CODES = "exit codes: 0 success, 1 unusable input, 2 invalid command line, 130 interrupted"
+EVAL_STEPS = 25
+_LEVELS = ("debug", "info", "warning", "error")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -45,8 +48,18 @@ def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
     """Add the options of every command that runs a pipeline."""
     add = command.add_argument
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
-    add("--steps", type=int, default=steps, metavar="N", help=f"denoising steps, 1 to 1000; default: {steps}")
+    add(
+        "--preset", choices=tuple(PRESETS), help="solver, steps and guidance interval that are not given; docs/speed.md"
+    )
+    add("--steps", type=int, metavar="N", help=f"denoising steps, 1 to 1000; default: the preset's, or {steps}")
     add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("A", "B"),
+        help="guide only steps at noise levels over A and up to B, inf allowed; default: the preset's, or all steps",
+    )
     add("--seed", type=int, default=0, metavar="S", help="seed of all noise; default: 0")
     add(
         "--upsample",
@@ -67,7 +80,14 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     add = generate.add_argument
     _add_sampling(generate, steps=50)
-    add("portrait", nargs="?", metavar="PORTRAIT", help="image of a head; default: the bundled portrait")
+    add(
+        "portrait",
+        nargs="*",
+        metavar="PORTRAIT",
+        help="image of a head; several, or a folder of them: each gets a folder in --out (docs/portraits.md); default: "
+        "the bundled portrait",
+    )
+    add("--batch", type=int, default=1, metavar="N", help="portraits that are denoised together; default: 1")
     add("--matte", action="store_true", help="remove the portrait's background, with rembg (pip install gafext[matte])")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
@@ -82,6 +102,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--mv-adapter", metavar="FILE", help="MV-Adapter file (image to multi-view) to add to Stable Diffusion 2.1")
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
+    add("--json", action="store_true", help="print one line of JSON per event")
+    add("--log-level", choices=_LEVELS, default="warning", help="what to log on stderr; default: warning")
     add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
     add("--alpha", action="store_true", help="make the plain background of the views transparent")
     add(
@@ -91,7 +113,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="film of the views; mp4 needs ffmpeg (pip install gafext[mp4]); default: webp",
     )
     add("--views", type=int, metavar="V", help="number of views on the path; default: 4, or the checkpoint's")
-    add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the checkpoint's")
+    add("--scheduler", choices=tuple(SCHEDULERS), help="solver; default: the preset's, or the checkpoint's")
     add("--eta", type=float, metavar="E", help="0: deterministic, 1: as much noise as DDPM; default: the checkpoint's")
     add(
         "--cameras",
@@ -115,6 +137,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "int8 if the checkpoint was saved so",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
+    add(
+        "--offload",
+        choices=("model", "sequential"),
+        help="keep the weights in main memory, but those of a network, or of a block, in use; default: on the device",
+    )
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -213,7 +240,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = evaluate.add_argument
-    _add_sampling(evaluate, steps=25)
+    _add_sampling(evaluate, steps=EVAL_STEPS)
     add("--heads", type=int, default=8, metavar="N", help="number of heads; default: 8")
     add("--views", type=int, default=4, metavar="V", help="number of views on an orbit; default: 4")
     add("--ablations", action="store_true", help="also measure with inputs or parts of the network removed or changed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,19 +25,21 @@ from gafext.conditions import (
     latent_size,
     load_portraits,
     portrait_labels,
-    predict,
     prepare_conditions,
     resolve_cameras,
 )
 from gafext.families import family_of
-from gafext.guidance import check_guidance_scale, needs_unconditional
+from gafext.guidance import check_guidance_interval, check_guidance_scale, needs_unconditional
 from gafext.heads import head_normals
 from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
 from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
+from gafext.portraits.stream import PipelineStream
+from gafext.predictor import Predictor
 from gafext.schedulers import check_eta
 from gafext.schedulers.callbacks import StepCallback
+from gafext.schedulers.plan import set_timesteps, with_preset
 from gafext.upsampler import NOISE_STEP
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
 
 
-class MultiViewDiffusionPipeline(PipelineComponents):
+class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
     """Generate V consistent views of a head from one portrait.
 
     Args:
@@ -123,8 +124,12 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         normal_maps: Any = None,
         *,
         num_views: int | None = None,
-        num_inference_steps: int = 50,
+        preset: str | None = None,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        graph: bool = False,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
@@ -146,8 +151,15 @@ class MultiViewDiffusionPipeline(PipelineComponents):
                 the normals of a neutral head.
             num_views: V, if no cameras are given; without the reference frame of ImageDream's family. None: 4, or the
                 views that the checkpoint was trained with.
-            num_inference_steps: 1 to 1000.
+            preset: "quality", "balanced" or "fast": what it sets is used for options that are None; see `PRESETS`.
+            num_inference_steps: 1 to 1000; None: the preset's, 50 without one.
+            scheduler: name of the run's solver, over the noise schedule of the pipeline's; None: the preset's or the
+                pipeline's.
+            graph: on CUDA, record the U-Net's work once and launch it as a whole in later steps (not run on a GPU yet).
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
+            guidance_interval: noise levels (a, b); steps at a < σ ≤ b are guided, and the others are conditional alone,
+                at half the cost. σ is √((1 - ᾱ)/ᾱ) of the training schedule, infinity included, whatever the solver.
+                None: the preset's, without one all steps are guided.
             generator: an integer seed, or a torch.Generator, of which only the initial seed is used. Noise depends only
                 on the seed, the index of the portrait and the index of the view. None: a random seed, stored in `run`.
                 A list: one per portrait, which then gets the views that it gets alone with this generator.
@@ -156,7 +168,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             renders: B*V images to add noise to and start from, such as renders of an avatar that is being fitted.
             strength: fraction of the noise schedule that is run on `renders`, over 0 and up to 1.
             eta: 0 is deterministic, 1 adds as much noise as DDPM; ignored by diffusers' schedulers without it. None:
-                the checkpoint's, usually 0.
+                the solver's or the checkpoint's, usually 0.
             upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one, unless
                 its U-Net has latents of the final size; "bilinear" doubles them by interpolation; "none" does not
                 resize them.
@@ -170,17 +182,21 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             ImageError, CameraError, ValueError: as for `__call__`.
         """
         family = family_of(self.unet.config)
+        plan = {"num_inference_steps": num_inference_steps, "scheduler": scheduler}
+        plan = with_preset(preset, {**plan, "guidance_interval": guidance_interval})
+        solver, steps = self._solver(plan["scheduler"]), plan["num_inference_steps"]
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        eta = family.eta if eta is None else eta
+        eta = max(family.eta, solver.default_eta) if eta is None else eta
         check_guidance_scale(guidance_scale)
+        check_guidance_interval(plan["guidance_interval"])
         check_eta(eta)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("upsample", upsample, UPSAMPLE)
         given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
-        cameras, solver = resolve_cameras(cameras, num_views, family), self.solver
+        cameras = resolve_cameras(cameras, num_views, family)
         is_batch, portraits = load_portraits(image, num_images_per_prompt, background=family.background, matte=matte)
         rows, seed = len(portraits) * len(cameras), resolve_seeds(generator, portraits=len(portraits))
-        timesteps = self._timesteps(num_inference_steps, strength, noised=renders is not None)
+        timesteps = set_timesteps(solver, steps, strength=strength, noised=renders is not None)
         size = latent_size(latents, rows=rows, channels=self.vae.config.latent_channels, config=self.unet.config)
         if upsample == "auto" and self.upsampler is not None:
             self.upsampler.check_size(size, size)
@@ -192,6 +208,8 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         normals = self._normal_maps(normal_maps, cameras, pixels)
 
         guided = needs_unconditional(guidance_scale)
+        batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + guided}
+        self._check_memory(**batch, size=size, doubled=upsample != "none")
         conditions = prepare_conditions(
             self.unet,
             cameras,
@@ -216,8 +234,11 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             conditions=conditions,
             cameras=cameras,
             guidance_scale=guidance_scale,
+            solver=solver,
+            graph=graph,
             seed=seed,
             portraits=portraits,
+            guidance_interval=plan["guidance_interval"],
             eta=eta,
             upsample=upsample,
             output_type=output_type,
@@ -225,7 +246,7 @@ class MultiViewDiffusionPipeline(PipelineComponents):
             num_images_per_prompt=num_images_per_prompt,
             normal_maps=None if normals is None else imaging.to_pil(normals),
             mesh=normal_maps if isinstance(normal_maps, Mesh) else None,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps,
             settings={
                 "strength": strength,
                 **{name: "default" if value is None else "given" for name, value in given.items()},
@@ -268,13 +289,13 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         yield from self._steps(run, StepCallback())
 
     def _steps(self, run: Run, callback: StepCallback) -> Iterator[tuple[float, Tensor]]:
-        solver, latents = self.solver, run.latents
+        solver, latents = run.solver, run.latents
         solver.set_timesteps(run.num_inference_steps)  # another run may have been prepared meanwhile
         solver.set_begin_index(len(solver.timesteps) - len(run.timesteps))
         rows = {"portraits": run.num_portraits, "views": run.num_views}
-        generator = view_generators(run.seed, **rows)
+        generator, predict = view_generators(run.seed, **rows), Predictor(self.unet, run)
         for step, timestep in enumerate(run.timesteps.tolist()):
-            output, noise = predict(self.unet, solver, run, latents, timestep), None
+            output, noise = predict(latents, timestep), None
             if run.eta > 0:
                 noise = self._noise(run.seed, **rows, size=latents.shape[-1], step=step + 1).to(latents.device)
             options = {"eta": run.eta, "noise": noise, "generator": generator}
@@ -313,26 +334,12 @@ class MultiViewDiffusionPipeline(PipelineComponents):
         """Collect the parameters of one result for run.json: everything that its views depend on."""
         learned = run.upsample == "auto" and self.upsampler is not None
         upsample = "upsampler" if learned else "none" if run.upsample == "none" else "bilinear"
-        return {**self.describe(), "upsample": upsample, **run.describe(index)}
+        scheduler = dict(run.solver.config)
+        return {**self.describe(), "scheduler": scheduler, "upsample": upsample, **run.describe(index)}
 
     def _noise(self, seed: int | tuple[int, ...], *, portraits: int, views: int, size: int, step: int = 0) -> Tensor:
         shape = (self.vae.config.latent_channels, size, size)
         return view_noise(seed, portraits=portraits, views=views, shape=shape, step=step)
-
-    def _timesteps(self, num_inference_steps: int, strength: float, *, noised: bool) -> Tensor:
-        """Set the scheduler's timesteps and return the last fraction `strength`."""
-        if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
-            raise ValueError(f"strength: expected above 0 to 1, got {strength!r}")
-        if strength < 1 and not noised:
-            raise ValueError(f"strength: expected 1 without renders, got {strength}")
-        solver = self.solver
-        solver.set_timesteps(num_inference_steps)
-        steps = int(num_inference_steps * strength)
-        if steps == 0:
-            raise ValueError(f"strength: {strength} of num_inference_steps={num_inference_steps} leaves no step")
-        begin = (num_inference_steps - steps) * solver.order
-        solver.set_begin_index(begin)
-        return solver.timesteps[begin:]
 
     def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
         """Load or render normal maps [V,3,s,s] in [0,1]; None for a U-Net without normal latents."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import diffusers
 import numpy as np
 import torch
-from helpers import randomized
+from helpers import max_abs_diff, randomized
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from gafext.config import SD_X2_UNET, UNetConfig
 from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
+from gafext.predictor import Predictor
 from gafext.upsampler import LatentUpsampler, PromptEmbeds
 
 SIZE = 8  # of the latents; pictures are four times as large, and twice that when upsampled
@@ -222,3 +223,18 @@ def count_rows(pipe):
     rows = []
     pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
     return rows
+
+
+@torch.no_grad()
+def assert_conditional_pass_alone(pipe, **options):
+    """Outside the guidance interval, half of the rows give what both passes give at guidance 1; two portraits."""
+    defaults = {"num_inference_steps": 2, "generator": 0, "guidance_scale": 3.0, **options}
+    made = pipe.prepare([portrait(0), portrait(1)], guidance_interval=(1e8, 1e9), **defaults)
+    assert made.conditions.passes == 2
+    rows, timestep = count_rows(pipe), made.timesteps[0].item()
+    alone = Predictor(pipe.unet, made)(made.latents, timestep)
+    both = replace(made, guidance_interval=None, guidance_scale=1.0)
+    expected = Predictor(pipe.unet, both)(made.latents, timestep)
+    assert 2 * rows[0] == rows[1] and max_abs_diff(alone, expected) < 1e-4
+    guided = Predictor(pipe.unet, replace(made, guidance_interval=None))(made.latents, timestep)
+    assert max_abs_diff(guided, expected) > 1e-3

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gafext import cameras
 from gafext.cli import main
+from gafext.models.offload import Offload
 
 
 @pytest.fixture
@@ -79,6 +80,21 @@ def test_the_same_seed_writes_the_same_bytes(checkpoint, portrait, tmp_path):
     assert a == b != c
 
 
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_writes_the_same_bytes(checkpoint, portrait, tmp_path, offload, monkeypatch):
+    started = []
+    monkeypatch.setattr(Offload, "__init__", noted(Offload.__init__, started))
+    options = [portrait, "--model", checkpoint, "--steps", 1, "--views", 2]
+    assert generate(*options, "--out", tmp_path / "plain") == 0 and not started
+    assert generate(*options, "--offload", offload, "--out", tmp_path / "offloaded") == 0
+    assert [options["sequential"] for options in started] == [offload == "sequential"]
+    assert len({(tmp_path / name / "view_001.png").read_bytes() for name in ("plain", "offloaded")}) == 1
+
+
+def noted(method, calls):
+    return lambda *args, **options: (calls.append(options), method(*args, **options))[1]
+
+
 def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert generate(portrait, "--model", checkpoint, "--views", 3, "--steps", 2, "--elevation", 20, "--out", first) == 0
@@ -94,6 +110,19 @@ def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):
     record = json.loads((second / "run.json").read_text())
     assert record["normal_maps"] == record["renders"] == "given" and record["command"]["renders"].endswith("renders")
     assert record["num_inference_steps"] == 4 and record["strength"] == 0.5
+
+
+def test_a_preset_and_what_replaces_its_options(checkpoint, portrait, tmp_path):
+    common = [portrait, "--model", checkpoint, "--views", 2, "--preset", "fast"]
+    assert generate(*common, "--out", tmp_path / "fast") == 0
+    record = json.loads((tmp_path / "fast/run.json").read_text())
+    assert record["num_inference_steps"] == 15 and record["guidance_interval"] == [0.28, 5.42]
+    assert record["scheduler"]["_class_name"] == "DPMSolverMultistepScheduler"
+    others = ["--steps", 2, "--scheduler", "euler-a", "--guidance-interval", 1, "inf"]
+    assert generate(*common, *others, "--out", tmp_path / "other") == 0
+    record = json.loads((tmp_path / "other/run.json").read_text())
+    assert record["num_inference_steps"] == 2 and record["guidance_interval"] == [1, None]  # JSON has no infinity
+    assert record["scheduler"]["_class_name"] == "EulerAncestralDiscreteScheduler" and record["eta"] == 1
 
 
 def test_a_folder_with_something_in_it_is_left_alone(checkpoint, portrait, tmp_path, capsys):
@@ -120,6 +149,7 @@ def test_a_users_mistakes_are_one_line(checkpoint, portrait, tmp_path, capsys):
     assert "num_views" in fails(capsys, portrait, *common, "--views", 0)
     assert "num_inference_steps" in fails(capsys, portrait, *common, "--steps", 1001)
     assert "guidance_scale" in fails(capsys, portrait, *common, "--guidance", 25)
+    assert "guidance_interval" in fails(capsys, portrait, *common, "--guidance-interval", 2, 1)
     assert "generator" in fails(capsys, portrait, *common, "--seed", -1)
     assert "fov" in fails(capsys, portrait, *common, "--fov", 0)
     assert "no/checkpoint" in fails(capsys, portrait, "--model", "./no/checkpoint", "--out", out)
@@ -191,8 +221,8 @@ def test_wrong_command_lines_are_argparses(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["generate", "--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("PORTRAIT", "--steps", "default: 50", "exit codes"))
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(word in text for word in ("PORTRAIT", "--steps", "preset's, or 50", "exit codes"))
 
 
 def test_info(capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import max_abs_diff
 
-from gafext.guidance import check_guidance_scale, guide, needs_unconditional
+from gafext.guidance import check_guidance_scale, guide, guides_at, needs_unconditional
 
 
 @pytest.mark.parametrize("scale", [1, 1.0, 2.5, 7.5, 20, 20.0])
@@ -37,3 +37,9 @@ def test_guide_keeps_the_dtype_and_refuses_to_broadcast():
     assert guide(half, half, 7.5).dtype == torch.float16
     with pytest.raises(ValueError, match=r"conditional: expected .*\[2, 4, 3, 3\], got \[1, 4, 3, 3\]"):
         guide(half, half[:1], 7.5)
+
+
+def test_the_interval_has_its_upper_end_and_not_its_lower():
+    levels = (0.0, 0.28, 0.2801, 5.42, 5.43, math.inf)
+    assert [guides_at(sigma, (0.28, 5.42)) for sigma in levels] == [False, False, True, True, False, False]
+    assert guides_at(math.inf, (1.0, math.inf))

@@ -23,7 +23,7 @@ from gafext.models.int8 import check_move, is_quantized, quantize, require_suppo
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.ops.backend import check_backend, set_attention_backend
-from gafext.schedulers import Scheduler, as_scheduler
+from gafext.schedulers import Scheduler, as_scheduler, scheduler_class
 from gafext.upsampler import LatentUpsampler
 from gafext.versions import versions
 from gafext.weights.hub import checkpoint_folder, missing_file_advice
@@ -73,6 +73,10 @@ class PipelineComponents(PipelineAdapters):
     def solver(self) -> Scheduler:
         """The scheduler behind the interface of gafext's."""
         return as_scheduler(self._scheduler)
+
+    def _solver(self, name: str | None) -> Scheduler:
+        """Return the solver of a run: the pipeline's, or one of this name over the same noise schedule."""
+        return self.solver if name is None else scheduler_class(name).from_config(self._scheduler.config)
 
     def _check_parts(self, config: UNetConfig | None = None) -> None:
         """Raise a CheckpointError unless the components fit together; `config` replaces the U-Net's configuration."""
@@ -144,7 +148,8 @@ class PipelineComponents(PipelineAdapters):
             variant: variant in the names of the weight files, such as "fp16".
             revision: branch, tag or commit of a hub id.
             subfolder: folder inside the path or repository that is the checkpoint.
-            scheduler: "ddim", "dpm++" or "euler"; or a scheduler, as the constructor takes; None: the checkpoint's.
+            scheduler: a solver's name, "ddim", "dpm++", "euler", "euler-a" or "lcm"; or a scheduler, as the constructor
+                takes; None: the checkpoint's.
             lora: LoRA file to merge; see `load_lora_weights`.
             lora_scale: weight of the LoRA.
             ip_adapter: IP-Adapter file, plain, Plus or full-face; see `load_ip_adapter`.

@@ -57,7 +57,7 @@ def load_parts(
         device: device of the weights; None: CPU; "meta": everything is checked except the values, which are not read.
         variant: variant in the names of the weight files, such as "fp16"; a component without it is read without a
             variant, with a warning.
-        scheduler: "ddim", "dpm++" or "euler"; None: the checkpoint's.
+        scheduler: a solver's short name; None: the checkpoint's.
         mv_adapter: MV-Adapter file to add to a stock U-Net.
 
     Returns:

@@ -1,18 +1,25 @@
-"""Verbs of a pipeline that trade speed for memory, with diffusers' names."""
+"""Verbs of a pipeline that trade speed for memory, with diffusers' names, and the check that a run fits."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from gafext.checkpoints.estimate import Workload, activation_bytes, free_bytes
 from gafext.models.base import PretrainedModel
 from gafext.models.int8 import is_quantized
 from gafext.models.offload import Offload
+from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
+from gafext.upsampler import LatentUpsampler
+
+_CERTAIN = 1.3
+"""Multiple of the free memory that an estimate has to exceed for a run to be refused; the estimate is that exact."""
 
 
 def default_device() -> torch.device:
@@ -25,7 +32,9 @@ def default_device() -> torch.device:
 class PipelineMemory:
     """Slicing and tiling of the autoencoder, and offloading of the weights to main memory."""
 
+    unet: MultiViewUNet
     vae: AutoencoderKL
+    upsampler: LatentUpsampler | None
     _offload: Offload | None = None
 
     @property
@@ -113,3 +122,64 @@ class PipelineMemory:
         finally:
             if offload is not None:
                 self._start_offload(offload.device, offload.sequential)
+
+    def _check_memory(self, *, portraits: int, views: int, passes: int, size: int, doubled: bool) -> None:
+        """Warn if a run is not likely to fit into the memory of its device, and refuse it if that is clear.
+
+        Args:
+            portraits, views, passes: their product is the U-Net's batch.
+            size: side of the U-Net's latents.
+            doubled: whether they are doubled before they are decoded.
+
+        Raises:
+            ValueError: the estimate is 1.3 times what is free, or more.
+        """
+        device, free = self.unet.device, free_bytes(self.unet.device)
+        if free is None:
+            return
+        free += sum(_weight_bytes(network, on=device) for network in self._networks)
+        work = Workload(
+            rows=portraits * views,
+            passes=passes,
+            size=size,
+            decoded_size=size * (1 + doubled),
+            decoded_rows=1 if self.vae.use_slicing else portraits * views,
+            tile=self.vae.latent_tile,
+            itemsize=self.unet.dtype.itemsize,
+        )
+        offload = None if self._offload is None else self._offload.sequential
+        needed = self._needed_bytes(work, offload)
+        if needed <= free:
+            return
+        choices = {}
+        if device.type != "cpu" and offload is None:
+            choices |= {"--offload model": self._needed_bytes(work, False)}
+            choices |= {"--offload sequential": self._needed_bytes(work, True)}
+        while views > 1 and needed > free:
+            views //= 2
+            decoded = min(work.decoded_rows, portraits * views)
+            needed = self._needed_bytes(replace(work, rows=portraits * views, decoded_rows=decoded), offload)
+        choices[f"--views {views}"] = needed
+        needed = self._needed_bytes(work, offload)
+        if self.unet.dtype == torch.float32 and not is_quantized(self.unet):
+            choices["--dtype bfloat16"] = needed / 2
+        enough = [choice for choice, bytes_then in choices.items() if bytes_then <= free]
+        advice = ", ".join(enough[:-1]) + " or " * (len(enough) > 1) + enough[-1] if enough else "use a larger machine"
+        message = f"memory: the run needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free on {device}: {advice}"
+        if needed >= _CERTAIN * free:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+
+    def _needed_bytes(self, work: Workload, offload: bool | None) -> float:
+        """Estimate what a run needs on its device: weights, of which offloading leaves a network or a block there."""
+        upsampler = None if self.upsampler is None else self.upsampler.unet.config
+        stages = activation_bytes(work, unet=self.unet.config, vae=self.vae.config, upsampler=upsampler)
+        weights = [_weight_bytes(network) for network in self._networks]
+        resident = 0 if offload else sum(weights) if offload is None else max(weights)  # a block is small
+        return resident + max(stages.values())
+
+
+def _weight_bytes(network: nn.Module, on: torch.device | None = None) -> int:
+    """Return the bytes of a network's weights, or of those that are on one device."""
+    tensors = (*network.parameters(), *network.buffers())
+    return sum(tensor.nbytes for tensor in tensors if on is None or tensor.device == on)

@@ -11,6 +11,7 @@ from gafext.errors import CheckpointError
 ScheduleType = TypeVar("ScheduleType", bound="NoiseScheduleConfig")
 _EULER = {"clip_sample": False, "timestep_spacing": "linspace"}
 _HEUN = {**_EULER, "beta_start": 0.00085, "beta_end": 0.012}
+_LCM = {"clip_sample": False, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _LEAST_BETA = 2.0**-23  # below it, 1 - beta rounds to 1 in float32: no noise
 
 
@@ -32,7 +33,7 @@ class NoiseScheduleConfig(Config, dict[str, Any]):
             *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
             *("sigma_min", "sigma_max", "final_sigmas_type", "lambda_min_clipped", "variance_type"),
             *("interpolation_type", "timestep_type", "flow_shift", "time_shift_type"),
-            *("dynamic_thresholding_ratio", "sample_max_value"),
+            *("dynamic_thresholding_ratio", "sample_max_value", "original_inference_steps", "timestep_scaling"),
         }
     )
     # Defaults of the solver that wrote the file where they differ from DDIM's: those with settings here never clip.
@@ -51,6 +52,7 @@ class NoiseScheduleConfig(Config, dict[str, Any]):
         "KDPM2DiscreteScheduler": _HEUN,
         "KDPM2AncestralDiscreteScheduler": _HEUN,
         "DPMSolverSDEScheduler": _HEUN,
+        "LCMScheduler": _LCM,
     }
 
     num_train_timesteps: int = 1000

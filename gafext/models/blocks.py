@@ -231,14 +231,31 @@ class Conv3x3(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, followed by SiLU if `silu` is set."""
+    """Group normalisation, followed by SiLU if `silu` is set.
+
+    Attributes:
+        statistics: variances and means [B,G,1,1,1] float32 to normalise by; None: those of the input.
+    """
 
     def __init__(self, groups: int, channels: int, *, eps: float, silu: bool):
         super().__init__(groups, channels, eps=eps)
         self.attention_backend = "auto"
         self.silu = silu
+        self.statistics: tuple[Tensor, Tensor] | None = None
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the variances and means of the groups of x [B,C,h,w], for `statistics`."""
+        groups = x.unflatten(1, (self.num_groups, -1)).float()
+        return torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.statistics is not None:
+            variance, mean = self.statistics
+            weight, bias = (tensor.unflatten(0, (self.num_groups, -1, 1, 1)) for tensor in (self.weight, self.bias))
+            scale = (variance + self.eps).rsqrt() * weight
+            shift = bias - mean * scale
+            x = torch.addcmul(shift.flatten(1, 2).to(x.dtype), x, scale.flatten(1, 2).to(x.dtype))
+            return F.silu(x, inplace=True) if self.silu else x
         backend = prefer(self.attention_backend)
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, backend=backend)
 

@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gafext.models.blocks import GroupNorm
+
+
+@contextmanager
+def shared_statistics(
+    network: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, *, size: int
+) -> Iterator[None]:
+    """Let the GroupNorms of a network normalise by the statistics of an image's reduced copy, on all of its tiles.
+
+    Args:
+        network: the network whose GroupNorms `function` calls.
+        function: what is going to be evaluated on tiles; evaluated once on the copy.
+        x: the image [B,C,H,W].
+        size: largest side of the copy, every n-th pixel of the image.
+    """
+    norms = [module for module in network.modules() if isinstance(module, GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(_keep_statistics) for norm in norms]
+    try:
+        # Of nearest pixels: averages of neighbours would have a smaller variance than the image.
+        function(F.interpolate(x, size=[min(side, size) for side in x.shape[2:]], mode="nearest"))
+        for hook in hooks:
+            hook.remove()
+        yield
+    finally:
+        for norm, hook in zip(norms, hooks, strict=True):
+            hook.remove()
+            norm.statistics = None
+
+
+def _keep_statistics(norm: GroupNorm, args: tuple[Tensor]) -> None:
+    norm.statistics = norm.measure(args[0])
 
 
 def tiled(
@@ -23,7 +57,7 @@ def tiled(
     Returns:
         [B,C',H·out_scale,W·out_scale].
 
-    Source: diffusers: models/autoencoders/autoencoder_kl.py, tiled_decode, with smaller last tiles.
+    Source: diffusers: models/autoencoders/autoencoder_kl.py, tiled_decode, with a last tile as large as the others.
     """
     height, width = (size // in_scale for size in x.shape[2:])
     tops, lefts = _starts(height, tile), _starts(width, tile)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gafext.config import SD_VAE, VAEConfig
 from gafext.models.base import PretrainedModel
 from gafext.models.blocks import Conv3x3, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
-from gafext.models.tiling import tiled
+from gafext.models.tiling import shared_statistics, tiled
 from gafext.ops import flash_attention
 from gafext.ops.linear import linear_layer
 from gafext.weights.keys import vae_key
@@ -96,9 +96,17 @@ class Encoder(nn.Module):
         self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, image: Tensor) -> Tensor:
+        return self.to_moments(self.from_pixels(image))
+
+    def from_pixels(self, image: Tensor) -> Tensor:
+        """Compute all that is local: every layer up to the size of the latents."""
         x = self.conv_in(image)
         for stage in self.down_blocks:
             x = stage(x)
+        return x
+
+    def to_moments(self, x: Tensor) -> Tensor:
+        """Compute the rest, at the size of the latents."""
         return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
@@ -119,7 +127,14 @@ class Decoder(nn.Module):
         self.conv_out = Conv3x3(widths[-1], config.out_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(latents))
+        return self.to_pixels(self.from_latents(latents))
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Compute the layers at the size of the latents, with the attention over all of them."""
+        return self.mid_block(self.conv_in(latents))
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Compute the rest, which is local."""
         for stage in self.up_blocks:
             x = stage(x)
         return self.conv_out(self.conv_norm_out(x))
@@ -150,7 +165,8 @@ class AutoencoderKL(PretrainedModel):
 
     def __init__(self, config: VAEConfig = SD_VAE):
         super().__init__(config)
-        self._tile: int | None = None  # in pixels of the latents
+        self.latent_tile: int | None = None
+        """Side of a tile of latents; None: images are not tiled."""
         self.use_slicing = True
         """Whether a pipeline decodes one view at a time."""
         self.encoder = Encoder(config)
@@ -169,7 +185,8 @@ class AutoencoderKL(PretrainedModel):
     def enable_tiling(self, tile_size: int = 512) -> None:
         """Encode and decode larger images in tiles, whose overlaps of a quarter or more are blended.
 
-        Each tile is normalised by itself, so that the result differs from that of the whole image.
+        The layers at the size of the latents see the whole image. The others normalise all tiles by the statistics of
+        the image reduced to one tile, so that the result is close to that of the whole image.
 
         Args:
             tile_size: side in pixels of the image, a multiple of 4 times `config.factor`: 32 in Stable Diffusion.
@@ -180,11 +197,11 @@ class AutoencoderKL(PretrainedModel):
         multiple = 4 * self.config.factor
         if tile_size <= 0 or tile_size % multiple:
             raise ValueError(f"tile_size: expected a multiple of {multiple}, got {tile_size}")
-        self._tile = tile_size // self.config.factor
+        self.latent_tile = tile_size // self.config.factor
 
     def disable_tiling(self) -> None:
         """Encode and decode images as a whole."""
-        self._tile = None
+        self.latent_tile = None
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images to the Gaussian over their latents: q(z|x) = N(mean, exp(logvar)).
@@ -200,11 +217,13 @@ class AutoencoderKL(PretrainedModel):
         """
         _require_input("image", image, self.config.in_channels, self.config.factor)
         factor = self.config.factor
-        if self._tile is None or max(image.shape[2:]) <= self._tile * factor:
-            moments = self.quant_conv(self.encoder(image))
+        if self.latent_tile is None or max(image.shape[2:]) <= self.latent_tile * factor:
+            moments = self.encoder(image)
         else:
-            moments = tiled(lambda part: self.quant_conv(self.encoder(part)), image, tile=self._tile, in_scale=factor)
-        mean, logvar = moments.chunk(2, dim=1)
+            with shared_statistics(self.encoder, self.encoder.from_pixels, image, size=self.latent_tile * factor):
+                x = tiled(self.encoder.from_pixels, image, tile=self.latent_tile, in_scale=factor)
+            moments = self.encoder.to_moments(x)
+        mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -220,11 +239,8 @@ class AutoencoderKL(PretrainedModel):
             ValueError: the shape does not match.
         """
         _require_input("latents", latents, self.config.latent_channels)
-        if self._tile is None or max(latents.shape[2:]) <= self._tile:
+        if self.latent_tile is None or max(latents.shape[2:]) <= self.latent_tile:
             return self.decoder(self.post_quant_conv(latents))
-        return tiled(
-            lambda part: self.decoder(self.post_quant_conv(part)),
-            latents,
-            tile=self._tile,
-            out_scale=self.config.factor,
-        )
+        x = self.decoder.from_latents(self.post_quant_conv(latents))
+        with shared_statistics(self.decoder, self.decoder.to_pixels, x, size=self.latent_tile):
+            return tiled(self.decoder.to_pixels, x, tile=self.latent_tile, out_scale=self.config.factor)

@@ -10,7 +10,9 @@ from gafext.schedulers.base import CONFIG_NAME, MAX_STEPS, Scheduler, check_eta
 from gafext.schedulers.ddim import DDIMScheduler
 from gafext.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from gafext.schedulers.euler import EulerDiscreteScheduler
+from gafext.schedulers.euler_ancestral import EulerAncestralDiscreteScheduler
 from gafext.schedulers.external import as_scheduler
+from gafext.schedulers.lcm import LCMScheduler
 
 __all__ = [
     "CONFIG_NAME",
@@ -18,7 +20,9 @@ __all__ = [
     "SCHEDULERS",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "LCMScheduler",
     "Scheduler",
     "as_scheduler",
     "check_eta",
@@ -30,6 +34,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "ddim": DDIMScheduler,
     "dpm++": DPMSolverMultistepScheduler,
     "euler": EulerDiscreteScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+    "lcm": LCMScheduler,
 }
 """Solvers by short name."""
 
@@ -46,10 +52,10 @@ def scheduler_from_pretrained(folder: str | Path, *, name: str | None = None) ->
 
     Args:
         folder: scheduler folder of a diffusers checkpoint.
-        name: "ddim", "dpm++" or "euler"; None: the file's solver, or DDIM if that is not one of these.
+        name: one of `SCHEDULERS`; None: the file's solver, or DDIM if that is not one of these.
 
     Returns:
-        A DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler.
+        The solver.
 
     Raises:
         ValueError: the name is unknown.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import numbers
 import operator
 from collections.abc import Mapping
@@ -55,6 +56,8 @@ class Scheduler:
     """Factor from standard normal noise to the first sample of a run; valid after `set_timesteps`."""
     order: int = 1
     """Entries of `timesteps` per step of a run."""
+    default_eta: ClassVar[float] = 0.0
+    """Noise of a step that asks for no other: 0, or 1 for a solver that adds noise at every step."""
 
     def __init__(self, config: NoiseScheduleConfig):
         self.config = config
@@ -146,7 +149,7 @@ class Scheduler:
         t: int | float | Tensor,
         sample: Tensor,
         *,
-        eta: float = 0.0,
+        eta: float | None = None,
         noise: Tensor | None = None,
         generator: list[torch.Generator] | None = None,
     ) -> Tensor:
@@ -156,7 +159,7 @@ class Scheduler:
             model_output: the network's prediction at t (epsilon, v or x_0), same shape as the sample.
             t: one of `timesteps`; a Python number avoids waiting for the device.
             sample: x_t, any shape; 16-bit dtypes are computed in float32.
-            eta: 0 is deterministic, 1 adds as much noise as DDPM.
+            eta: 0 is deterministic, 1 adds as much noise as DDPM; None: `default_eta`.
             noise: standard normal noise, same shape; required if eta is over 0, otherwise ignored.
             generator: one per row of the sample, for diffusers' schedulers, which draw their own noise; ignored here.
 
@@ -168,6 +171,7 @@ class Scheduler:
         """
         index = self._index(t)
         _require_shape("model_output", model_output, sample)
+        eta = self.default_eta if eta is None else eta
         check_eta(eta)
         if eta > 0:
             if noise is None:
@@ -200,9 +204,18 @@ class Scheduler:
         unit, signal, level = self._unit(t, sample)
         return schedule.prediction_of(self.config.prediction_type, pred_original_sample, unit, signal, level)
 
+    def sigma(self, t: int | float | Tensor) -> float:
+        """Return the noise level of the sample at t, noise / signal = √((1 - ᾱ_t)/ᾱ_t); infinity at zero signal."""
+        signal, level = self._levels_at(t)
+        return level / signal if signal else math.inf
+
+    def _levels_at(self, t: int | float | Tensor) -> tuple[float, float]:
+        signal, level = (value.item() for value in self._levels(torch.as_tensor([t], device="cpu")))
+        return signal, level
+
     def _unit(self, t: int | float | Tensor, sample: Tensor) -> tuple[Tensor, float, float]:
         """Return a sample scaled to signal² + noise² = 1, and these two factors."""
-        signal, level = (value.item() for value in self._levels(torch.as_tensor([t], device="cpu")))
+        signal, level = self._levels_at(t)
         norm = (signal**2 + level**2) ** 0.5
         return sample / norm, signal / norm, level / norm
 

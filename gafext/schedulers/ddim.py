@@ -31,7 +31,10 @@ class DDIMScheduler(Scheduler):
         super().__init__(config)
 
     def _plan(self, count: int) -> Tensor:
-        timesteps = schedule.spaced_timesteps(self.config, count).long()
+        return self._with_signal(schedule.spaced_timesteps(self.config, count).long())
+
+    def _with_signal(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps; raise a ValueError if the prediction does not determine the sample at one of them."""
         if self.config.prediction_type == "epsilon" and (self.alphas_cumprod[timesteps] == 0).any():
             raise ValueError(
                 "prediction_type: expected 'v_prediction' or 'sample', got 'epsilon', which says nothing at "
@@ -44,16 +47,16 @@ class DDIMScheduler(Scheduler):
         clean, epsilon = schedule.predicted(
             self.config.prediction_type, model_output, sample, alpha.sqrt(), (1 - alpha).sqrt()
         )
-        if self.config.clip_sample:
-            clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-
+        clean = self._clipped(clean)
         sigma = eta * ((1 - alpha_before) / (1 - alpha) * (1 - alpha / alpha_before)).sqrt()
         direction = (1 - alpha_before - sigma**2).clamp(min=0).sqrt()  # negative only by rounding
         before = alpha_before.sqrt() * clean + direction * epsilon
         return before if noise is None else before + sigma * noise
 
     def pred_original_sample(self, model_output: Tensor, t: int | float | Tensor, sample: Tensor) -> Tensor:
-        clean = super().pred_original_sample(model_output, t, sample)
+        return self._clipped(super().pred_original_sample(model_output, t, sample))
+
+    def _clipped(self, clean: Tensor) -> Tensor:
         limit = self.config.clip_sample_range
         return clean.clamp(-limit, limit) if self.config.clip_sample else clean
 

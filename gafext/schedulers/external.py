@@ -80,7 +80,7 @@ class ExternalScheduler(Scheduler):
         t: Any,
         sample: Tensor,
         *,
-        eta: float = 0.0,
+        eta: float | None = None,
         noise: Any = None,
         generator: Any = None,
     ) -> Tensor:
@@ -89,6 +89,7 @@ class ExternalScheduler(Scheduler):
         `eta` and `generator` reach the schedulers that have them, as in diffusers. `noise` is ignored: the scheduler
         draws its own.
         """
+        eta = self.default_eta if eta is None else eta
         check_eta(eta)
         given = {"eta": eta, "generator": generator}
         options = {name: value for name, value in given.items() if name in self._options}

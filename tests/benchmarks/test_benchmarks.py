@@ -3,8 +3,10 @@
 import contextlib
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from helpers import ROOT
 
 from gafext import MultiViewDiffusionPipeline
-from gafext.config import SD21_MULTIVIEW_UNET, UNetConfig
+from gafext.config import SD21_MULTIVIEW_UNET, SD_VAE, UNetConfig
 from gafext.models.unet import MultiViewUNet
 
 
@@ -352,3 +354,36 @@ def test_a_profile_knows_what_limits_an_operation():
     assert classify("cross_view_attention", rows, rows[0], (*rows, 4))[2] == 4 * 4 * 3 * 9 * 8 * 4
     for name, kind in {"add_": "sums", "silu_": "norms, SiLU", "cat": "copies", "round_": "rounding to 8 bits"}.items():
         assert classify(name, [x], x, ()) == (kind, "2x7x16", 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_peaks_of_small_networks(monkeypatch):
+    memory = script("memory")
+    sizes = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": (2, 2, 2, 2), "norm_num_groups": 8}
+    monkeypatch.setattr(memory, "SD21_MULTIVIEW_UNET", replace(SD21_MULTIVIEW_UNET, **sizes))
+    monkeypatch.setattr(memory, "SD_VAE", replace(SD_VAE, block_out_channels=(32, 32, 32, 32)))
+    for part, size in (("unet", 16), ("decoder", 16)):
+        found = memory.measure(part, 2, size, "float32")
+        assert 2**16 < found["bytes"] < 2**30 and found["weights"] > 2**25
+    grown = [memory.measure("decoder", 1, size, "float32")["bytes"] for size in (16, 48)]
+    assert grown[1] > 3 * grown[0]
+
+
+def test_presets_are_measured_and_drawn(monkeypatch, tmp_path, capsys):
+    presets, file, figure = script("presets"), tmp_path / "presets.json", tmp_path / "presets.svg"
+    fast = {"num_inference_steps": 2, "guidance_interval": (0.28, math.inf)}
+    options = {"quality": {"num_inference_steps": 6}, "again": {"num_inference_steps": 6}, "fast": fast}
+    monkeypatch.setattr(presets.measure, "__kwdefaults__", {"first": 0, "options": options})
+    monkeypatch.setattr(sys, "argv", ["presets.py", "--heads", "2", "--json", str(file)])
+    presets.main()
+    quality, again, fast = json.loads(file.read_text())["options"]
+    assert again["psnr_to_quality"] > 99 > fast["psnr_to_quality"] > 20 and quality["psnr"] == again["psnr"] > 15
+    for row in (quality, again, fast):
+        pairs = zip(row["seconds_in_all"], row["seconds"], strict=True)
+        assert len(row["seconds"]) == 2 and all(whole > loop > 0 for whole, loop in pairs)
+    assert fast["options"]["guidance_interval"] == [0.28, "inf"] and quality["times_as_fast"] == 1
+    assert "fast" in capsys.readouterr().out
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra dev")
+    monkeypatch.setattr(sys, "argv", ["plot_presets.py", str(file), str(figure)])
+    script("plot_presets").main()
+    assert "PSNR to the truth" in figure.read_text()

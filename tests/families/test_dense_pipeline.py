@@ -9,7 +9,7 @@ import torch
 from helpers import max_abs_diff
 from plain_imagedream import IMAGEDREAM, MVDREAM, Plain, write
 from safetensors.torch import save_file
-from small_checkpoints import SD_SCHEDULE, portrait, run, stock_clip, stock_vae
+from small_checkpoints import SD_SCHEDULE, assert_conditional_pass_alone, portrait, run, stock_clip, stock_vae
 from transformers import CLIPTextModel, CLIPVisionModel
 
 import gafext
@@ -103,6 +103,10 @@ def test_two_portraits_at_once_are_each_alone(imagedream):
     pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(folder, device="cpu")
     both = run(pipe, [portrait(0), portrait(1)], num_views=2)
     assert max_abs_diff(both[0].images, run(pipe, portrait(0), num_views=2).images) < 1e-4
+
+
+def test_the_conditional_pass_alone(imagedream):
+    assert_conditional_pass_alone(gafext.MultiViewDiffusionPipeline.from_pretrained(imagedream[0], device="cpu"))
 
 
 def test_mvdream_runs_and_says_that_it_does_not_look(tmp_path):

@@ -14,7 +14,7 @@ from helpers import BACKENDS, assert_equal_weights, edit_json, max_abs_diff
 from PIL import Image
 from plain_facelift import UPSTREAM, VIEWS, plain_unet, write, write_text
 from safetensors.torch import load_file
-from small_checkpoints import portrait, run
+from small_checkpoints import assert_conditional_pass_alone, portrait, run
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 import gafext
@@ -116,6 +116,10 @@ def test_the_defaults_can_be_changed(facelift):
     options = {"guidance_scale": 1.0, "eta": 0.0}
     ours = run(load(folder), picture, latents=latents, num_views=VIEWS, output_type="latent", **options).images
     assert max_abs_diff(ours, plain_loop(folder, plain, picture, latents, seed=0, steps=2, **options)) < 1e-4
+
+
+def test_the_conditional_pass_alone(facelift):
+    assert_conditional_pass_alone(load(facelift[0]))
 
 
 def test_six_views_from_the_subjects_right_round_to_the_left(facelift):

@@ -12,6 +12,7 @@ from plain_mv_adapter import Plain, save_mv_adapter
 from small_checkpoints import (
     SD_SCHEDULE,
     SIZE,
+    assert_conditional_pass_alone,
     portrait,
     run,
     save_ip_adapter,
@@ -212,6 +213,10 @@ def test_without_guidance_only_the_conditional_prompt_counts(pipe):
     images = run(pipe, guidance_scale=1.0).images
     pipe.prompt_embeds = pipe.prompt_embeds[1:]
     assert max_abs_diff(run(pipe, guidance_scale=1.0).images, images) < 1e-5
+
+
+def test_the_conditional_pass_alone(pipe):
+    assert_conditional_pass_alone(pipe)
 
 
 def test_beside_an_ip_adapter_and_another_solver(stock, pipe, tmp_path):

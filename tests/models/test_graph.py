@@ -4,8 +4,10 @@ import contextlib
 
 import pytest
 import torch
+from helpers import max_abs_diff
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gafext
 from gafext.models import graph as graphs
 from gafext.models.graph import GraphedCall
 
@@ -89,3 +91,18 @@ def test_outside_of_cuda_every_call_runs_the_function():
     for _ in range(3):
         assert torch.equal(call(torch.ones(2)), torch.full((2,), 2.0))
     assert len(calls) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("interval", [None, (0.5, 5.0)], ids=str)
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_a_run_replays_its_steps(pipe, recorded, scheduler, interval):
+    options = {"num_views": 2, "num_inference_steps": 8, "scheduler": scheduler, "guidance_interval": interval}
+    options = {**options, "generator": 0, "output_type": "latent"}
+    expected = pipe(gafext.PORTRAIT, **options).images
+    assert not recorded
+    seen = []
+    result = pipe(gafext.PORTRAIT, graph=True, callback_on_step_end=lambda *args: seen.append(args[1]), **options)
+    assert max_abs_diff(result.images, expected) < 1e-5 and seen == list(range(8))
+    kinds = 1 if interval is None else 2
+    assert len(recorded) == kinds and sum(graph.replays for graph in recorded) == 8 - kinds

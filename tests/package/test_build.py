@@ -35,7 +35,7 @@ def test_schemas_are_the_contract():
     assert schemas == [
         "gafext::flash_attention(Tensor query, Tensor key, Tensor value, *, float? scale=None, bool is_causal=False)"
         " -> Tensor",
-        "gafext::cross_view_attention(Tensor query, Tensor key, Tensor value, int num_views, *, float? scale=None)"
+        "gafext::cross_view_attention(Tensor query, Tensor key, Tensor value, SymInt num_views, *, float? scale=None)"
         " -> Tensor",
         "gafext::geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
         "gafext::geglu_gate(Tensor projected) -> Tensor",

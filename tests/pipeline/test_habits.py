@@ -273,19 +273,22 @@ def test_an_adapter_that_is_nowhere(stock, tmp_path, monkeypatch):
 
 def test_slicing_and_tiling_of_the_autoencoder(pipe):
     sizes = []
-    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
+    pipe.vae.decoder.conv_out.register_forward_pre_hook(
+        lambda module, args: sizes.append((args[0].shape[0], args[0].shape[-1]))
+    )
     whole = run(pipe).images
-    assert sizes == [(1, 4, 16, 16)] * 4
+    width = whole.shape[-1]
+    assert sizes == [(1, width)] * 4
     pipe.disable_vae_slicing()
     sizes.clear()
     assert max_abs_diff(run(pipe).images, whole) < 1e-5
-    assert sizes == [(4, 4, 16, 16)]
+    assert sizes == [(4, width)]
     pipe.enable_vae_slicing()
     pipe.enable_vae_tiling(32)
     sizes.clear()
     tiles = run(pipe).images
-    assert sizes == [(1, 4, 8, 8)] * 36 and tiles.shape == whole.shape
-    assert 1e-4 < (tiles - whole).abs().mean() < 0.2
+    assert len(sizes) >= 36 and {rows for rows, _ in sizes} == {1} and max(side for _, side in sizes) <= width // 2
+    assert tiles.shape == whole.shape and 1e-6 < (tiles - whole).abs().mean() < 0.2
     pipe.disable_vae_tiling()
     assert torch.equal(run(pipe).images, whole)
 

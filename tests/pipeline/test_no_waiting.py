@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gafext
-from gafext.conditions import predict
+from gafext.predictor import Predictor
 from gafext.schedulers import SCHEDULERS
 
 
@@ -52,10 +52,10 @@ def test_no_step_waits_for_the_device(pipe, name, dtype):
     run = pipe.prepare(gafext.PORTRAIT, num_inference_steps=4, num_views=2, generator=0)
     unet = copy.deepcopy(pipe.unet).to("meta", dtype)
     run = dataclasses.replace(run, conditions=on_meta(run.conditions, dtype))
-    latents, solver = on_meta(run.latents, torch.float32), pipe.solver
+    latents, solver, predict = on_meta(run.latents, torch.float32), run.solver, Predictor(unet, run)
     solver.set_timesteps(run.num_inference_steps)
     with Transfers() as transfers:
         for timestep in run.timesteps.tolist():
-            output = predict(unet, solver, run, latents, timestep)
+            output = predict(latents, timestep)
             latents = solver.step(output, timestep, latents, eta=0.0, noise=None, generator=None)
     assert latents.is_meta and not transfers.seen

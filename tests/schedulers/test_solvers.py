@@ -126,24 +126,9 @@ def test_a_perfect_network_gives_back_the_clean_sample(name):
             level = (1 - signal**2).sqrt()
             epsilon = (seen - signal * clean) / level
             output = {"epsilon": epsilon, "sample": clean, "v_prediction": signal * epsilon - level * clean}
-            sample = scheduler.step(output[prediction_type], t, sample)
+            sample = scheduler.step(output[prediction_type], t, sample, eta=0.0)
         # DDIM ends on the first training step, which still has some noise (set_alpha_to_one is false).
         assert max_abs_diff(sample, clean) < (0.15 if name == "ddim" else 1e-4)
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_eta_1_is_the_ancestral_sampler(spacing):
-    ours, _ = pair("euler", timestep_spacing=spacing)
-    theirs = diffusers.EulerAncestralDiscreteScheduler(**SD, timestep_spacing=spacing)
-    ours.set_timesteps(20)
-    theirs.set_timesteps(20)
-    mine = other = noise_maker()() * ours.init_noise_sigma
-    for index, t in enumerate(theirs.timesteps):
-        noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(index))
-        mine = ours.step(fake_model(ours.scale_model_input(mine, t), t), t, mine, eta=1.0, noise=noise)
-        output, generator = fake_model(theirs.scale_model_input(other, t), t), torch.Generator().manual_seed(index)
-        other = theirs.step(output, t, other, generator=generator).prev_sample
-        assert max_abs_diff(mine, other) < TOLERANCE
 
 
 @pytest.mark.parametrize("changes", [{}, {"final_sigmas_type": "sigma_min"}, {"timestep_spacing": "leading"}])
@@ -343,5 +328,5 @@ def test_files_that_are_refused(tmp_path, values, message):
 
 
 def test_names_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match=r"scheduler: expected one of \['ddim', 'dpm\+\+', 'euler'\], got 'heun'"):
+    with pytest.raises(ValueError, match=r"scheduler: expected one of \['ddim', 'dpm\+\+', .*\], got 'heun'"):
         scheduler_from_pretrained(write_scheduler(tmp_path, _class_name="DDIMScheduler"), name="heun")

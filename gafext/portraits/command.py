@@ -1,0 +1,191 @@
+"""`gafext generate` of several portraits: what is missing, one folder each, alone or as one process of several."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from gafext.errors import OutputError
+from gafext.portraits.claim import Claim, hidden
+from gafext.portraits.jobs import Job, check_out, find_jobs, missing, record, write_failures
+from gafext.portraits.stream import Hooks, PortraitResult, read_portrait, stream
+
+log = logging.getLogger(__name__)
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+def generate_portraits(
+    args: argparse.Namespace, load: Callable[[], Any], options: dict[str, Any], saving: dict[str, Any]
+) -> int:
+    """Make the views of several portraits, and return the exit code.
+
+    Args:
+        args: options of the command; of several processes, each makes every WORLD_SIZE-th portrait from its RANK on.
+        load: loads the pipeline; called if something is missing.
+        options: those of `PipelineStream.map`.
+        saving: those of `MultiViewOutput.save`.
+
+    Raises:
+        OutputError: a folder cannot be written, or was made with other options; folders that were whole stay so.
+    """
+    with _logging(args.log_level):
+        return _generate(args, load, options, saving)
+
+
+def _generate(
+    args: argparse.Namespace, load: Callable[[], Any], options: dict[str, Any], saving: dict[str, Any]
+) -> int:
+    command = {name: value for name, value in vars(args).items() if value is not None}
+    rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(args.out)
+    jobs = find_jobs(args.portrait, out)
+    check_out(out)
+    everything = missing(jobs, command, overwrite=args.overwrite)
+    mine = jobs[rank::world]
+    work = _Work([job for job in mine if job in everything], command, args, saving)
+    work.event("start", portraits=len(mine), missing=len(work.todo))
+    for job in mine:
+        if hidden(job.folder).exists() and (claim := Claim.take(job.folder)):
+            log.info("%s: what a killed run left is removed", job.folder)
+            claim.release()
+    if work.todo:
+        pipeline = load()
+        try:
+            work.run(pipeline, options, shown=rank == 0 and not args.quiet)
+        except KeyboardInterrupt:
+            print(f"gafext: interrupted after {work.made} portraits; the same command goes on", file=sys.stderr)
+            return 130
+        finally:
+            work.release()
+    failures = _gather(work.failures, world)
+    if rank == 0:
+        write_failures(out, failures)
+        for failure in failures:
+            print(f"gafext: error: {failure['error']}", file=sys.stderr)
+    seconds = time.monotonic() - work.start
+    work.event("end", made=work.made, failed=len(work.failures), seconds=seconds, loop_idle=work.hooks.idle)
+    if not (args.quiet or args.json):
+        kept = f", {len(mine) - len(work.todo)} were there" if len(work.todo) < len(mine) else ""
+        print(f"{work.made} portraits in {seconds:.1f} s{kept}, {len(work.failures)} failed: {out}")
+    return 1 if failures else 0
+
+
+class _Work:
+    """The portraits that this process has to make."""
+
+    def __init__(
+        self, todo: list[Job], command: dict[str, Any], args: argparse.Namespace, saving: dict[str, Any]
+    ) -> None:
+        self.todo, self.command, self.args, self.saving = todo, command, args, saving
+        self.made, self.done, self.failures, self.start = 0, 0.0, [], time.monotonic()
+        self.claims: dict[Path, Claim] = {}
+        self.hooks = Hooks(read=self.read, save=self.save)
+
+    def run(self, pipeline: Any, options: dict[str, Any], *, shown: bool) -> None:
+        settings = {"total": len(self.todo), "bar_format": _BAR, "smoothing": 0, "disable": not shown}
+        with tqdm(**settings) as bar, logging_redirect_tqdm([logging.getLogger("gafext")]):
+
+            def advance(share: float) -> None:
+                self.done += share
+                bar.update(share)
+                self.event("progress", done=round(self.done, 4), of=len(self.todo))
+
+            self.hooks.on_step = advance
+            bar.set_description_str(f"0 of {len(self.todo)} portraits")
+            results = stream(pipeline, self.claimed(), batch_size=self.args.batch, hooks=self.hooks, **options)
+            with contextlib.closing(results):
+                for count, result in enumerate(results, start=1):
+                    self.take(result)
+                    if result.error is not None:
+                        advance(1)
+                    bar.set_description_str(f"{count} of {len(self.todo)} portraits")
+
+    def claimed(self) -> Iterator[Job]:
+        """Yield the portraits whose folders no other process is making or has made meanwhile."""
+        for job in self.todo:
+            claim = Claim.take(job.folder)
+            if claim is None:
+                log.warning("%s: left to another process, which is making it", job.folder)
+            elif missing([job], self.command, overwrite=self.args.overwrite):
+                self.claims[job.folder] = claim
+                yield job
+            else:
+                claim.release()
+
+    def read(self, job: Job) -> PIL.Image.Image:
+        return read_portrait(job.portrait)
+
+    def save(self, result: PortraitResult) -> None:
+        job = result.portrait
+        claim = self.claims[job.folder]
+        if result.output is not None:
+            try:
+                result.output.run.update(record(job, self.command))
+                result.output.save(claim.new, **self.saving)
+                claim.publish()
+            except OSError as error:
+                raise OutputError(f"{job.folder}: cannot be written ({error.__cause__ or error})") from None
+        self.claims.pop(job.folder).release()
+
+    def take(self, result: PortraitResult) -> None:
+        """Account for a result."""
+        job, known = result.portrait, {"portrait": str(result.portrait.portrait)}
+        if result.error is not None:
+            self.failures.append({**known, "error": str(result.error)})
+            self.event("failed", **known, error=str(result.error))
+            return
+        self.made += 1
+        log.info("%s: made from %s", job.folder, job.portrait)
+        self.event("portrait", **known, folder=str(job.folder), seconds=time.monotonic() - self.start)
+
+    def event(self, name: str, **fields: Any) -> None:
+        if self.args.json:
+            print(json.dumps({"event": name, **fields}), flush=True)
+
+    def release(self) -> None:
+        for claim in self.claims.values():
+            claim.release()
+
+
+@contextlib.contextmanager
+def _logging(level: str) -> Iterator[None]:
+    """Show gafext's log on stderr."""
+    logger, handler = logging.getLogger("gafext"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("gafext: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _gather(failures: list[dict[str, str]], world: int) -> list[dict[str, str]]:
+    """Return the failures of all processes, once all are done: torchrun ends the others when one fails."""
+    if world == 1:
+        return failures
+    import torch.distributed as distributed
+
+    found: list[list[dict[str, str]]] = [[]] * world
+    # The first process may wait for the last one for longer than the default of 30 minutes.
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        distributed.all_gather_object(found, failures)
+    finally:
+        distributed.destroy_process_group()
+    return [failure for each in found for failure in each]

@@ -1,0 +1,152 @@
+"""What is to be made: one output folder per portrait, and which of them are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gafext.atomic import check_target
+from gafext.errors import OutputError
+from gafext.output import VIEW_FILES
+from gafext.portraits.claim import hidden
+from gafext.weights import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+FAILURES = "failures.json"
+_ELSEWHERE = ("portrait", "out", "overwrite", "quiet", "json", "log_level", "batch", "device")
+"""Options that say where and how to compute, not what: a folder made with others of them is kept."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A portrait and its output folder."""
+
+    portrait: Path
+    folder: Path
+
+
+def is_many(arguments: Sequence[str]) -> bool:
+    """Return whether the arguments ask for a folder per portrait: several, or a folder of portraits."""
+    return len(arguments) > 1 or any(map(os.path.isdir, arguments))
+
+
+def find_jobs(arguments: Sequence[str], out: str | os.PathLike) -> list[Job]:
+    """List the portraits in the order given, those of a folder by name, and name the folder of each after its file.
+
+    Of portraits with the same name the second gets "NAME-2", and so on, with a warning.
+
+    Args:
+        arguments: files, and folders of pictures; the same file twice counts once.
+        out: folder that the output folders are in.
+
+    Raises:
+        ValueError: a folder has no pictures.
+    """
+    found: dict[str, Path] = {}
+    for argument in map(Path, arguments):
+        paths = [argument]
+        if argument.is_dir():
+            paths = sorted(path for path in argument.iterdir() if path.suffix.lower() in PICTURES)
+            if not paths:
+                raise ValueError(f"{argument}: expected portraits in it ({', '.join(sorted(PICTURES))}), got none")
+        for path in paths:
+            found.setdefault(os.path.realpath(path), path)
+    jobs, taken = [], {FAILURES}
+    for path in found.values():
+        stem = path.stem.lstrip(".") or "portrait"  # hidden folders are temporary ones
+        name, count = stem, 1
+        while name.casefold() in taken:  # some file systems do not tell "A" from "a"
+            count += 1
+            name = f"{stem}-{count}"
+        taken.add(name.casefold())
+        jobs.append(Job(path, Path(out) / name))
+        if name != stem:
+            log.warning("%s: its views go to %s, because %s is another portrait's", path, jobs[-1].folder, stem)
+    return jobs
+
+
+def missing(jobs: Iterable[Job], command: Mapping[str, Any], *, overwrite: bool) -> list[Job]:
+    """Return the jobs whose folders are not there; with `overwrite` also those made with other options.
+
+    Args:
+        jobs: the jobs.
+        command: options of the command, as run.json has them.
+        overwrite: replace folders that were made with other options or from another picture.
+
+    Raises:
+        OutputError: without `overwrite`, a folder was made with other options or from another picture; or it holds
+            files that gafext did not write, or cannot be written.
+    """
+    todo = []
+    for job in jobs:
+        if job.folder.exists() and (reason := _difference(job, command)) is None:
+            continue
+        if job.folder.exists() and not overwrite and reason:
+            raise OutputError(
+                f"{job.folder}: expected a result of the same portrait and options, got one with {reason}; repeat the "
+                "earlier options, pass another --out, or replace such results (--overwrite)"
+            )
+        check_target(job.folder, VIEW_FILES if overwrite else None)
+        todo.append(job)
+    return todo
+
+
+def record(job: Job, command: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of a job, which `missing` compares."""
+    return {"command": {**command, "portrait": str(job.portrait)}, "portrait_sha256": _digest(job.portrait)}
+
+
+def _difference(job: Job, command: Mapping[str, Any]) -> str | None:
+    """Say how an existing folder differs from what the job would make; "" if it is no result at all, None if not."""
+    try:
+        run = read_json(job.folder / "run.json")
+        made = dict(run["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    wanted = json.loads(json.dumps(dict(command)))
+    names = sorted((made.keys() | wanted.keys()) - set(_ELSEWHERE))
+    others = [
+        f"{name} {made.get(name)} (now {wanted.get(name)})" for name in names if made.get(name) != wanted.get(name)
+    ]
+    # A portrait that has gone since has nothing to be compared with.
+    if job.portrait.is_file() and run.get("portrait_sha256") != _digest(job.portrait):
+        others.append("another picture")
+    return ", ".join(others) or None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_out(out: Path) -> None:
+    """Raise an OutputError if the folder of the output folders cannot be written, or has a foreign failures.json."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: expected a writable folder, got {existing}, which cannot be written")
+    path = out / FAILURES
+    try:
+        known = not path.exists() or isinstance(read_json(path)["failures"], list)
+    except (ValueError, KeyError):
+        known = False
+    if not known:
+        raise OutputError(f"{path}: expected gafext's list of failures or no such file; pass another --out")
+
+
+def write_failures(out: Path, failures: Sequence[Mapping[str, str]]) -> None:
+    """Write failures.json as a whole, or remove it if nothing failed."""
+    path = out / FAILURES
+    temporary = hidden(path)
+    if failures:
+        write_json(temporary, {"failures": list(failures)})
+        temporary.replace(path)
+    else:
+        path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # of a run that was killed

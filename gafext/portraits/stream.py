@@ -1,0 +1,227 @@
+"""A stream of portraits through one pipeline: the denoising loop waits for nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice, repeat
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+from torch import Tensor
+
+from gafext.conditions import Run, RunOptions
+from gafext.errors import ImageError
+from gafext.images import read_image
+from gafext.noise import resolve_seed
+from gafext.ops import memory
+from gafext.output import MultiViewOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_BEHIND = 2  # batches that may wait to be decoded and saved: a slow disk holds the loop up, and not all views in memory
+
+
+@dataclass
+class PortraitResult:
+    """What became of one portrait.
+
+    Attributes:
+        portrait: what was given.
+        output: its views; None if it cannot be read.
+        error: why it cannot be read; None if it was.
+    """
+
+    portrait: Any
+    output: MultiViewOutput | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class Hooks:
+    """What the command line does along the stream.
+
+    Attributes:
+        read: opens a portrait, in a thread of its own; an ImageError or OSError makes the result.
+        save: called with each result, in a thread of its own; an error ends the stream.
+        on_step: called after each step with the share of a portrait that it has finished.
+        denoised: seconds in the loop.
+        waited: seconds for which the loop stood still, waiting for the next portrait or for those before to be saved.
+    """
+
+    read: Callable[[Any], PIL.Image.Image] = field(default_factory=lambda: read_portrait)
+    save: Callable[[PortraitResult], None] = lambda result: None
+    on_step: Callable[[float], None] = lambda share: None
+    denoised: float = 0.0
+    waited: float = 0.0
+
+    @property
+    def idle(self) -> float:
+        """Share of the time from the first step to the last in which the loop stood still."""
+        return self.waited / max(self.denoised + self.waited, 1e-9)
+
+
+@dataclass
+class _Batch:
+    results: list[PortraitResult]
+    seeds: list[int]
+    pictures: list[PIL.Image.Image] = field(default_factory=list)
+    run: Run | None = None  # of the portraits that can be read, if any
+
+
+class PipelineStream:
+    """Many portraits through a pipeline."""
+
+    def map(
+        self,
+        images: Iterable[Any],
+        cameras: Any = None,
+        normal_maps: Any = None,
+        *,
+        batch_size: int = 1,
+        **options: Unpack[RunOptions],
+    ) -> Iterator[PortraitResult]:
+        """Generate the views of many portraits, and yield the results in order, each as soon as it is there.
+
+        Portraits are read and encoded before, and views decoded after the loop in threads of their own, while other
+        portraits are denoised. Each has the views that a call of its own gives it: with `batch_size=1` bit for bit,
+        above up to rounding.
+
+        Args:
+            images: portraits, as `prepare` takes one; may be endless, and is read as the stream goes on.
+            cameras, normal_maps, options: those of `prepare`, the same for every portrait, without `latents` and
+                `num_images_per_prompt`. A list as `generator` has one seed per portrait.
+            batch_size: portraits that are denoised together. On CPUs more than 1 saves no time.
+
+        Yields:
+            One result per portrait; a portrait that cannot be read has an error in place of the output.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        yield from stream(self, images, cameras, normal_maps, batch_size=batch_size, **options)
+
+
+def stream(
+    pipeline: Any,
+    images: Iterable[Any],
+    cameras: Any = None,
+    normal_maps: Any = None,
+    *,
+    batch_size: int = 1,
+    hooks: Hooks | None = None,
+    **options: Unpack[RunOptions],
+) -> Generator[PortraitResult]:
+    """Do what `PipelineStream.map` does, with hooks."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number above 0, got {batch_size!r}")
+    if refused := sorted(options.keys() & {"latents", "num_images_per_prompt"}):
+        raise ValueError(f"{', '.join(refused)}: expected none for a stream of portraits")
+    hooks, generator = hooks or Hooks(), options.pop("generator", None)
+    encoder = copy.copy(pipeline)
+    encoder.scheduler = copy.deepcopy(pipeline.scheduler)  # it has the state of a run, and the loop's is under way
+    # Offloading swaps the weights of whole networks: then nothing overlaps but files.
+    alone = contextlib.nullcontext() if pipeline._offload is None else threading.Lock()
+
+    def prepare(batch: _Batch) -> _Batch:
+        for result in batch.results:
+            try:
+                batch.pictures.append(hooks.read(result.portrait))
+            except (ImageError, OSError) as error:
+                result.error = error
+        seeds = [seed for seed, result in zip(batch.seeds, batch.results, strict=True) if result.error is None]
+        if not batch.pictures:
+            return batch
+        shared, renders = {**options}, options.get("renders")
+        if renders is not None:
+            shared["renders"] = list(renders) * len(seeds)
+        with alone:
+            batch.run = encoder.prepare(batch.pictures, cameras, normal_maps, generator=seeds, **shared)
+        return batch
+
+    def finish(run: Run, latents: Tensor) -> list[MultiViewOutput]:
+        with alone:
+            return pipeline.finish(run, latents)
+
+    def deliver(batch: _Batch, finished: Future[list[MultiViewOutput]] | None) -> list[PortraitResult]:
+        outputs = iter(finished.result() if finished is not None else ())
+        for result in batch.results:
+            if result.error is None:
+                result.output = next(outputs)
+                result.output.run["portrait_index"] = 0  # as alone: who shared its batch is no matter
+            hooks.save(result)
+        return batch.results
+
+    def wait(future: Future) -> Any:
+        start = time.perf_counter()
+        result = future.result()
+        if hooks.denoised:  # before the first step there is no loop yet that stands still
+            hooks.waited += time.perf_counter() - start
+        return result
+
+    try:
+        with _thread() as reading, _thread() as decoding, _thread() as writing:
+            prepared = (reading.submit(prepare, batch) for batch in _batches(images, generator, batch_size))
+            following, behind = next(prepared, None), deque()
+            while following is not None:
+                batch, finished = wait(following), None
+                following = next(prepared, None)
+                if batch.run is not None:
+                    start = time.perf_counter()
+                    latents = _denoise(pipeline, batch.run, hooks, alone)
+                    hooks.denoised += time.perf_counter() - start
+                    finished = decoding.submit(finish, batch.run, latents)
+                behind.append(writing.submit(deliver, batch, finished))
+                while behind and (behind[0].done() or len(behind) > _BEHIND):
+                    yield from wait(behind.popleft())
+            for last in behind:
+                yield from last.result()
+    finally:
+        if pipeline.device.type == "cpu":
+            memory.release_freed_memory()
+
+
+def _denoise(pipeline: Any, run: Run, hooks: Hooks, alone: AbstractContextManager) -> Tensor:
+    latents = run.latents
+    with alone:
+        for _, stepped in pipeline.steps(run):
+            latents = stepped
+            hooks.on_step(run.num_portraits / len(run.timesteps))
+    return latents
+
+
+def read_portrait(portrait: Any) -> PIL.Image.Image:
+    """Open a portrait, and give it the name of its file, for warnings."""
+    picture = read_image(portrait)
+    if isinstance(portrait, (str, os.PathLike)):
+        picture.filename = os.fspath(portrait)  # pyright: ignore[reportAttributeAccessIssue]  # named in warnings
+    return picture
+
+
+def _batches(images: Iterable[Any], generator: Any, size: int) -> Iterator[_Batch]:
+    """Divide portraits into batches, each with a seed."""
+    items, seeds = iter(images), iter(generator) if isinstance(generator, (list, tuple)) else repeat(generator)
+    while portraits := list(islice(items, size)):
+        given: list[Any] = list(islice(seeds, len(portraits)))
+        if len(given) < len(portraits):
+            raise ValueError("generator: expected one per portrait, got fewer")
+        yield _Batch([PortraitResult(portrait) for portrait in portraits], [resolve_seed(seed) for seed in given])
+
+
+@contextlib.contextmanager
+def _thread() -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor of one thread; what has not begun when the block ends is dropped."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,207 @@
+"""`gafext generate` of several portraits, in this process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+from gafext.cli import main
+from gafext.pipeline import MultiViewDiffusionPipeline
+
+
+@pytest.fixture
+def people(tmp_path):
+    folder = tmp_path / "people"
+    folder.mkdir()
+    for index, name in enumerate(("ann.png", "ben.jpg", "cleo.png")):
+        pixels = np.random.default_rng(index).integers(0, 255, (60, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def generate(checkpoint, tmp_path):
+    def run(*arguments) -> int:
+        options = ["--model", checkpoint, "--out", tmp_path / "out", "--device", "cpu", "--views", 2]
+        return main(["generate", *map(str, (*options, *arguments))])
+
+    return run
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_each_portrait_gets_the_folder_that_it_gets_alone(generate, checkpoint, people, tmp_path, capsys):
+    assert generate(people, "--steps", 2, "--seed", 3) == 0
+    shown = capsys.readouterr()
+    assert "3 of 3 portraits: 100%" in shown.err and "3 portraits in" in shown.out
+    assert names(tmp_path / "out") == ["ann", "ben", "cleo"]
+    alone = ["--model", checkpoint, "--out", tmp_path / "alone", "--device", "cpu", "--views", 2, "--quiet"]
+    assert main(["generate", str(people / "ben.jpg"), "--steps", "2", "--seed", "3", *map(str, alone)]) == 0
+    left, right = tmp_path / "alone", tmp_path / "out" / "ben"
+    assert names(left) == names(right)
+    for path in left.rglob("*"):
+        if path.is_file() and path.name not in ("run.json", "index.html"):
+            assert path.read_bytes() == (right / path.relative_to(left)).read_bytes(), path
+    single, many = (json.loads((folder / "run.json").read_text()) for folder in (left, right))
+    assert many.pop("portrait_sha256") and single.pop("command").keys() == many.pop("command").keys()
+    assert single == many
+
+
+def test_again_nothing_is_made_twice(generate, people, tmp_path, capsys, monkeypatch):
+    assert generate(people, "--steps", 1, "--quiet") == 0
+    shutil.rmtree(tmp_path / "out" / "ben")
+    before = snapshot(tmp_path / "out")
+    assert generate(people, "--steps", 1, "--quiet") == 0
+    after = snapshot(tmp_path / "out")
+    assert names(tmp_path / "out") == ["ann", "ben", "cleo"] and before.items() <= after.items()
+    monkeypatch.setattr(MultiViewDiffusionPipeline, "from_pretrained", None)  # not even the model is loaded
+    capsys.readouterr()
+    assert generate(people, "--steps", 1) == 0
+    assert "0 portraits in" in capsys.readouterr().out
+    assert snapshot(tmp_path / "out") == after
+    assert generate(people, "--steps", 2, "--quiet") == 1
+    text = capsys.readouterr().err
+    assert "out/ann: expected a result of the same portrait and options" in text and "--overwrite" in text
+    assert snapshot(tmp_path / "out") == after
+
+
+def test_overwrite_replaces_what_other_options_made(generate, people, tmp_path):
+    assert generate(people, "--steps", 1, "--quiet") == 0
+    (people / "ann.png").unlink()
+    assert generate(people, "--steps", 2, "--quiet", "--overwrite") == 0
+    steps = {
+        name: json.loads((tmp_path / "out" / name / "run.json").read_text())["num_inference_steps"]
+        for name in names(tmp_path / "out")
+    }
+    assert steps == {"ann": 1, "ben": 2, "cleo": 2}
+    before = snapshot(tmp_path / "out")
+    assert generate(people, "--steps", 2, "--quiet", "--overwrite") == 0
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_bad_portrait_does_not_stop_the_others(generate, people, tmp_path, capsys):
+    (people / "bad.png").write_text("no picture")
+    for _ in range(2):
+        assert generate(people, "nowhere.png", "--steps", 1, "--batch", 2, "--quiet") == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gafext: error: ")]
+        assert len(errors) == 2 and "bad.png" in errors[0] and "nowhere.png" in errors[1]
+        failures = json.loads((tmp_path / "out" / "failures.json").read_text())["failures"]
+        assert [failure["portrait"] for failure in failures] == [str(people / "bad.png"), "nowhere.png"]
+        assert names(tmp_path / "out") == ["ann", "ben", "cleo", "failures.json"]
+    shutil.copy(people / "ann.png", people / "bad.png")
+    assert generate(people, "--steps", 1, "--quiet") == 0
+    assert names(tmp_path / "out") == ["ann", "bad", "ben", "cleo"]
+
+
+def test_events(generate, people, capsys, tmp_path):
+    (people / "bad.png").write_text("no picture")
+    assert generate(people, "--steps", 2, "--quiet", "--json") == 1
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "start" and kinds[-1] == "end" and kinds.count("portrait") == 3 and kinds.count("failed") == 1
+    assert events[0]["portraits"] == events[0]["missing"] == 4
+    done = [event["done"] for event in events if event["event"] == "progress"]
+    assert done == sorted(done) and done[0] == 0.5 and done[-1] == 4
+    folders = [event["folder"] for event in events if event["event"] == "portrait"]
+    assert folders == [str(tmp_path / "out" / name) for name in ("ann", "ben", "cleo")]
+    assert events[-1]["made"] == 3 and events[-1]["failed"] == 1 and 0 <= events[-1]["loop_idle"] < 1
+
+
+def test_log_levels(generate, people, capsys, tmp_path):
+    (people / "ann.jpg").write_bytes((people / "ben.jpg").read_bytes())
+    (tmp_path / "out" / ".gafext-ann" / "views").mkdir(parents=True)
+    assert generate(people, "--steps", 1, "--quiet", "--log-level", "info") == 0
+    text = capsys.readouterr().err
+    assert "what a killed run left is removed" in text and "made from" in text and "ann-2" in text
+    shutil.rmtree(tmp_path / "out")
+    assert generate(people, "--steps", 1, "--quiet", "--log-level", "error") == 0
+    assert "ann-2" not in capsys.readouterr().err
+
+
+def test_wrong_options_leave_nothing(generate, people, tmp_path, capsys):
+    for options in (["--batch", 0], ["--views", 0], ["--guidance", 99], ["--model", "./nowhere"], ["--strength", 0.5]):
+        assert generate(people, "--steps", 2, "--quiet", *options) == 1, options
+        assert capsys.readouterr().err.startswith("gafext: ")
+        assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
+    (tmp_path / "empty").mkdir()
+    assert generate(tmp_path / "empty") == 1 and "empty" in capsys.readouterr().err
+
+
+def test_interrupt(generate, people, tmp_path, capsys, monkeypatch):
+    steps, calls = MultiViewDiffusionPipeline.steps, []
+
+    def interrupt(self, run):
+        calls.append(run)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        yield from steps(self, run)
+
+    monkeypatch.setattr(MultiViewDiffusionPipeline, "steps", interrupt)
+    assert generate(people, "--steps", 1, "--quiet") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    left = names(tmp_path / "out")
+    assert set(left) <= {"ann", "ben"}
+    before = snapshot(tmp_path / "out")
+    assert generate(people, "--steps", 1, "--quiet") == 0
+    assert names(tmp_path / "out") == ["ann", "ben", "cleo"] and before.items() <= snapshot(tmp_path / "out").items()
+
+
+_ON_A_SMALL_DISK = """
+mount -t tmpfs -o size={size} tmpfs {out} || exit 77
+{python} -m gafext generate {people} --model {model} --out {out}/out --device cpu --steps 1 --quiet --turntable none
+echo "exit code $?"
+find {out}/out -type f -o -name '.*' | sort
+"""
+
+
+def test_a_full_disk(checkpoint, people, tmp_path):
+    (tmp_path / "disk").mkdir()
+    names = {"out": tmp_path / "disk", "python": sys.executable, "people": people, "model": checkpoint}
+    script = _ON_A_SMALL_DISK.format(size="{size}", **names)
+
+    def run(size):
+        shell = ["unshare", "--map-root-user", "--mount", "sh", "-c", script.replace("{size}", size)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(shell, capture_output=True, text=True, env=env, timeout=300)
+
+    if shutil.which("unshare") is None or run("1k").returncode == 77:
+        pytest.skip("no right to mount a small disk")
+    whole = run("64m")
+    assert "exit code 0" in whole.stdout, whole.stderr
+    files = {line for line in whole.stdout.splitlines() if "/ann/" in line}
+    bytes_of_one = 700_000
+    full = run(str(int(1.5 * bytes_of_one)))
+    assert "exit code 1" in full.stdout and "Traceback" not in full.stderr
+    assert "cannot be written" in full.stderr and "No space left on device" in full.stderr
+    left = set(full.stdout.splitlines()[1:])
+    assert left in (set(), files), left
+
+
+def test_a_full_disk_while_saving(generate, people, tmp_path, capsys, monkeypatch):
+    save = Image.Image.save
+
+    def full(self, path, *arguments, **options):
+        if ".gafext-ben" in str(path) and "view_001" in str(path):
+            raise OSError(28, "No space left on device")
+        return save(self, path, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert generate(people, "--steps", 1, "--quiet") == 1
+    text = capsys.readouterr().err
+    assert "out/ben: cannot be written ([Errno 28] No space left on device)" in text and "Traceback" not in text
+    assert "ann" in names(tmp_path / "out") and set(names(tmp_path / "out")) <= {"ann", "cleo"}  # whole ones
+    monkeypatch.undo()
+    assert generate(people, "--steps", 1, "--quiet") == 0
+    assert names(tmp_path / "out") == ["ann", "ben", "cleo"]

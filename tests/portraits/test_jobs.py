@@ -1,0 +1,100 @@
+"""Which folder a portrait gets, and whether it is there."""
+
+import json
+import logging
+
+import pytest
+
+from gafext.errors import OutputError
+from gafext.portraits.jobs import Job, check_out, find_jobs, is_many, missing, record, write_failures
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(path.name.encode())
+
+
+def made(job, command, **changes):
+    job.folder.mkdir(parents=True)
+    (job.folder / "run.json").write_text(json.dumps({**record(job, command), **changes}))
+
+
+def test_names_come_from_the_files(tmp_path, caplog):
+    people, other = tmp_path / "people", tmp_path / "other"
+    touch(people / "b.png", people / "A.jpg", people / "notes.txt", other / "a.webp", other / ".b.png", other / "..png")
+    touch(other / "failures.json.png")
+    arguments = [other / "a.webp", people, people / "b.png", other / ".b.png", other / "..png"]
+    arguments += [other / "failures.json.png", "gone.jpg"]
+    jobs = find_jobs([str(path) for path in arguments], tmp_path / "out")
+    names = {job.portrait.name: job.folder.name for job in jobs}
+    assert names == {
+        "a.webp": "a",
+        "A.jpg": "A-2",
+        "b.png": "b",
+        ".b.png": "b-2",
+        "..png": "portrait",
+        "failures.json.png": "failures.json-2",
+        "gone.jpg": "gone",
+    }
+    assert [job.folder.parent for job in jobs] == [tmp_path / "out"] * 7
+    with caplog.at_level(logging.WARNING):
+        find_jobs([str(other / "a.webp"), str(people)], "out")
+    assert "A.jpg: its views go to out/A-2" in caplog.text
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: expected portraits"):
+        find_jobs([str(tmp_path / "empty")], "out")
+
+
+def test_one_file_is_not_many(tmp_path):
+    touch(tmp_path / "a.png")
+    assert not is_many([]) and not is_many([str(tmp_path / "a.png")]) and not is_many(["gone.png"])
+    assert is_many([str(tmp_path)]) and is_many(["a.png", "b.png"])
+
+
+def test_what_is_missing(tmp_path):
+    command = {"steps": 2, "format": ["3dgs"], "quiet": True, "out": "out"}
+    touch(tmp_path / "a.png", tmp_path / "b.png")
+    first, second = find_jobs([str(tmp_path)], tmp_path / "out")
+    assert missing([first, second], command, overwrite=False) == [first, second]
+    made(first, command)
+    assert missing([first, second], {**command, "quiet": False, "out": "./out"}, overwrite=False) == [second]
+    for changes, word in (({"steps": 3}, r"steps 2 \(now 3\)"), ({"eta": 1.0}, r"eta None \(now 1.0\)")):
+        with pytest.raises(OutputError, match=word):
+            missing([first, second], {**command, **changes}, overwrite=False)
+        assert missing([first, second], {**command, **changes}, overwrite=True) == [first, second]
+    assert missing([first], command, overwrite=True) == []
+    (tmp_path / "a.png").write_bytes(b"another")
+    with pytest.raises(OutputError, match="another picture"):
+        missing([first], command, overwrite=False)
+    (tmp_path / "a.png").unlink()
+    assert missing([first], command, overwrite=False) == []
+
+
+def test_files_of_others_are_refused(tmp_path):
+    job = Job(tmp_path / "a.png", tmp_path / "out" / "a")
+    touch(job.portrait, job.folder / "thesis.txt")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"thesis\.txt"):
+            missing([job], {}, overwrite=overwrite)
+    (job.folder / "thesis.txt").unlink()
+    assert missing([job], {}, overwrite=False) == [job]
+
+
+def test_the_list_of_failures(tmp_path):
+    out = tmp_path / "deep" / "out"
+    check_out(out)
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
+    write_failures(out, [{"portrait": "a.png", "error": "broken"}])
+    check_out(out)
+    assert json.loads((out / "failures.json").read_text()) == {"failures": [{"portrait": "a.png", "error": "broken"}]}
+    write_failures(out, [])
+    assert list(out.iterdir()) == []
+    for text in ("[]", "{}", "half"):
+        (out / "failures.json").write_text(text)
+        with pytest.raises(OutputError, match=r"failures\.json"):
+            check_out(out)
+    touch(tmp_path / "file")
+    with pytest.raises(OutputError, match="expected a writable folder"):
+        check_out(tmp_path / "file" / "out")
