@@ -54,7 +54,7 @@ class Hooks:
         read: opens a portrait, in a thread of its own; an ImageError or OSError makes the result.
         save: called with each result, in a thread of its own; an error ends the stream.
         on_step: called after each step with the share of a portrait that it has finished.
-        overlap: encode and decode beside the loop; None: on accelerators without offloading.
+        overlap: encode and decode beside the loop; None: on accelerators without offloading and CUDA graphs.
         denoised: seconds in the loop.
         waited: seconds for which the loop stood still, waiting for the next portrait or for those before to be saved.
     """
@@ -176,8 +176,10 @@ def stream(
         return batch.results
 
     overlap = hooks.overlap
-    if overlap is None:  # offloading swaps the weights of whole networks, and on a CPU the loop has all cores already
-        overlap = pipeline.device.type != "cpu" and pipeline._offload is None
+    if overlap is None:
+        # Offloading swaps the weights of whole networks; while a CUDA graph is recorded, no other thread may launch
+        # work; and on a CPU the loop has all cores already.
+        overlap = pipeline.device.type != "cpu" and pipeline._offload is None and not options.get("graph")
     beside = _thread if overlap else _Inline
     threads = torch.get_num_threads()
     try:
