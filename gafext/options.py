@@ -51,7 +51,7 @@ def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
     add(
         "--preset", choices=tuple(PRESETS), help="solver, steps and guidance interval that are not given; docs/speed.md"
     )
-    add("--steps", type=int, metavar="N", help=f"denoising steps, 1 to 1000; default: the preset's, or {steps}")
+    add("--steps", type=int, metavar="N", help=f"denoising steps, 1 to 1000; default: {steps}, or the preset's")
     add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
     add(
         "--guidance-interval",

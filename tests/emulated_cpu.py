@@ -55,16 +55,20 @@ class Emulated:
 
 def emulate_all(processor: str) -> torch.library.Library:
     """Have torch.ops.gafext run on this processor, for as long as the result lives."""
-    import gafext.ops  # noqa: F401
+    import gafext.ops  # noqa: F401  registers what is overridden
 
     library = torch.library.Library("gafext", "IMPL")
     emulated = functools.cache(Emulated)
     for name in _operations():
-        kernel = lambda *args, name=name: emulated(name, processor)(*args)  # noqa: E731
+        kernel = functools.partial(_call, emulated, name, processor)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s)Warning only once.*Overriding a previously registered kernel")
             library.impl(name, kernel, "CPU", allow_override=True)
     return library
+
+
+def _call(emulated, name: str, processor: str, *args: object) -> object:
+    return emulated(name, processor)(*args)
 
 
 @functools.cache

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from gafext.cli import main
 
+_PATIENCE = 400.0  # seconds
+
 
 def start(arguments: list[str], processes: int) -> list[int]:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -51,16 +53,22 @@ def look(out: Path, known: dict[str, dict]) -> None:
         assert {"run.json", "view_000.png", "index.html"} <= state.keys(), f"{folder} is half written"
 
 
+def count(out: Path) -> int:
+    return sum(not path.name.startswith(".") for path in out.iterdir()) if out.exists() else 0
+
+
 def run(out: Path, kills: int, processes: int, arguments: list[str]) -> dict:
     known: dict[str, dict] = {}
-    counts = []
-    begin = time.monotonic()
-    warm = [*arguments[:-2], "--out", str(out.with_name("warm"))]
-    assert wait(start(warm, 1)) == [0]
-    seconds = time.monotonic() - begin
+    counts, begin, warm = [], time.monotonic(), out.with_name("warm")
+    assert wait(start([*arguments[:-2], "--out", str(warm)], 1)) == [0]
+    seconds, total = time.monotonic() - begin, count(warm)
     for _ in range(kills):
         children = start(arguments, processes)
-        time.sleep(seconds * random.random() ** 2)  # most before the first folder is there
+        # Half of them while they start or make the first folder, half after it: however busy the machine is.
+        more = random.randint(0, 1)
+        while count(out) < min(len(known) + more, total) and time.monotonic() < begin + _PATIENCE:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, seconds / (20 if more else 2)))
         for child in children:
             os.kill(child, signal.SIGKILL)
         wait(children)

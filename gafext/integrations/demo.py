@@ -140,6 +140,7 @@ def page(pipelines: Mapping[str, Any]) -> Any:
             [portrait, model, views, steps, guidance, seed, random],
             [gallery, bar, download, seed],
             show_progress_on=gallery,
+            trigger_mode="multiple",  # with "once" Gradio drops a click while a stopped run is still within a step
             api_visibility="private",
         )
         stop.click(None, cancels=[call])

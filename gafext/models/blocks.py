@@ -171,7 +171,7 @@ class MultiViewSpatialTransformer(nn.Module):
         self.attention_backend = "auto"
         self.norm = GroupNorm(groups, channels, eps=1e-6, silu=False)
         projection = (
-            (lambda: nn.Linear(channels, channels)) if linear_projection else (lambda: nn.Conv2d(channels, channels, 1))
+            (lambda: nn.Linear(channels, channels)) if linear_projection else (lambda: Conv2d(channels, channels, 1))
         )
         self.proj_in = projection()
         blocks = nn.ModuleList(
@@ -200,7 +200,7 @@ class MultiViewSpatialTransformer(nn.Module):
         height = hidden_states.shape[-2]
         x = self.norm(hidden_states)
         if not self.linear_projection:
-            x = conv2d_layer(self.proj_in, x)
+            x = self.proj_in(x)
         x = x.flatten(2).transpose(1, 2)  # [B*V,L,C]
         if self.linear_projection:
             x = linear_layer(self.proj_in, x, backend=self.attention_backend)
@@ -212,8 +212,15 @@ class MultiViewSpatialTransformer(nn.Module):
             x = linear_layer(self.proj_out, x, backend=self.attention_backend)
         x = x.transpose(1, 2).unflatten(2, (height, -1))
         if not self.linear_projection:
-            x = conv2d_layer(self.proj_out, x)
+            x = self.proj_out(x)
         return hidden_states + x  # in this order, the sum has the memory format of hidden_states
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution of any kernel, in the fastest form that the CPU has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv2d_layer(self, input)
 
 
 class Conv3x3(nn.Conv2d):
@@ -280,7 +287,7 @@ class ResnetBlock2D(nn.Module):
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
         self.norm2 = GroupNorm(groups, out_channels, eps=eps, silu=True)
         self.conv2 = Conv3x3(out_channels, out_channels)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """Map [B,Cin,h,w] and the time embedding [B,time_channels] to [B,Cout,h,w]."""
@@ -289,7 +296,7 @@ class ResnetBlock2D(nn.Module):
             assert time_embedding is not None
             time = linear_layer(self.time_emb_proj, F.silu(time_embedding))
         x = self.conv1(self.norm1(hidden_states), addend=time)
-        shortcut = hidden_states if self.conv_shortcut is None else conv2d_layer(self.conv_shortcut, hidden_states)
+        shortcut = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
         return self.conv2(self.norm2(x), residual=shortcut)
 
 
@@ -299,10 +306,10 @@ class Downsample2D(nn.Module):
     def __init__(self, channels: int, *, padding: int):
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return conv2d_layer(self.conv, hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1)))
+        return self.conv(hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1)))
 
 
 class Upsample2D(nn.Module):

@@ -14,8 +14,8 @@ from gafext.config import CLIP_VIT_H_14, CLIPTextConfig, CLIPVisionConfig
 from gafext.errors import CheckpointError
 from gafext.models.attention import merge_heads, split_heads
 from gafext.models.base import PretrainedModel
+from gafext.models.blocks import Conv2d
 from gafext.ops import flash_attention
-from gafext.ops.conv2d import conv2d_layer
 from gafext.ops.linear import linear_layer
 from gafext.weights.keys import clip_vision_key
 
@@ -41,11 +41,11 @@ class Embeddings(nn.Module):
         super().__init__()
         hidden, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.randn(hidden) * hidden**-0.5)
-        self.patch_embedding = nn.Conv2d(config.num_channels, hidden, patch, stride=patch, bias=False)
+        self.patch_embedding = Conv2d(config.num_channels, hidden, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding(config.num_tokens, hidden)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = conv2d_layer(self.patch_embedding, pixel_values).flatten(2).transpose(1, 2)  # [B,tokens-1,hidden]
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B,tokens-1,hidden]
         first = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 

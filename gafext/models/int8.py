@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gafext.models.blocks import Conv3x3, MultiViewSpatialTransformer
+from gafext.models.blocks import Conv2d, Conv3x3, MultiViewSpatialTransformer
 from gafext.models.int8_conv import Int8Conv3x3, Int8PatchConv
 from gafext.ops.conv3x3 import FEW_CHANNELS
 from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
@@ -53,6 +53,7 @@ class Int8Linear(nn.Module):
 _LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Linear: Int8Linear,
     Conv3x3: Int8Conv3x3,
+    Conv2d: Int8PatchConv,
     nn.Conv2d: Int8PatchConv,
 }
 """8-bit form of each kind of layer."""

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from gafext.config import SD_X2_UNET, KUNetConfig
 from gafext.models.attention import merge_heads, split_heads
 from gafext.models.base import PretrainedModel
-from gafext.models.blocks import Conv3x3
+from gafext.models.blocks import Conv2d, Conv3x3
 from gafext.ops import flash_attention
-from gafext.ops.conv2d import conv2d_layer
 from gafext.ops.linear import linear_layer
 
 GROUP_SIZE = 32
@@ -98,12 +97,12 @@ class KResnetBlock(nn.Module):
         self.norm2 = AdaGroupNorm(mid_channels, time_channels, eps)
         self.conv2 = Conv3x3(mid_channels, out_channels)
         changes = in_channels != out_channels
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False) if changes else nn.Identity()
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1, bias=False) if changes else nn.Identity()
 
     def forward(self, hidden_states: Tensor, time: Tensor) -> Tensor:
         x = self.conv1(F.gelu(self.norm1(hidden_states, time)))
         x = self.conv2(F.gelu(self.norm2(x, time)))
-        return conv2d_layer(self.conv_shortcut, hidden_states) + x
+        return self.conv_shortcut(hidden_states) + x
 
 
 class KAttention(nn.Module):
@@ -191,12 +190,12 @@ class KUNet(PretrainedModel):
         assert config.time_cond_proj_dim is not None  # checked by the configuration
         widths, kernels = config.block_out_channels, (config.conv_in_kernel, config.conv_out_kernel)
         deepest = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], kernels[0], padding=kernels[0] // 2)
+        self.conv_in = Conv2d(config.in_channels, widths[0], kernels[0], padding=kernels[0] // 2)
         self.time_proj = FourierTime(config.time_channels)
         self.time_embedding = ConditionedTimeEmbedding(config.time_channels, config.time_cond_proj_dim)
         self.down_blocks = nn.ModuleList(self._down_block(stage) for stage in range(deepest + 1))
         self.up_blocks = nn.ModuleList(self._up_block(stage) for stage in reversed(range(deepest + 1)))
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, kernels[1], padding=kernels[1] // 2)
+        self.conv_out = Conv2d(widths[0], config.out_channels, kernels[1], padding=kernels[1] // 2)
 
     def _down_block(self, stage: int) -> KStage:
         width, before = self.config.block_out_channels[stage], self.config.block_out_channels[max(stage - 1, 0)]
@@ -239,7 +238,7 @@ class KUNet(PretrainedModel):
         """
         self._check_inputs(sample, timestep, encoder_hidden_states, timestep_cond)
         time = self.time_embedding(self.time_proj(timestep.reshape(-1)), timestep_cond)  # [1 or B,time_channels]
-        x, skips = conv2d_layer(self.conv_in, sample), []
+        x, skips = self.conv_in(sample), []
         for block in self.down_blocks[:-1]:
             x = block(x, time, encoder_hidden_states)
             skips.append(x)
@@ -248,7 +247,7 @@ class KUNet(PretrainedModel):
         x = self.up_blocks[0](x, time, encoder_hidden_states)
         for block in self.up_blocks[1:]:
             x = block(torch.cat([upsample(x), skips.pop()], dim=1), time, encoder_hidden_states)
-        return conv2d_layer(self.conv_out, x)
+        return self.conv_out(x)
 
     def _check_inputs(self, sample: Tensor, timestep: Tensor, text: Tensor, condition: Tensor) -> None:
         config, multiple = self.config, self.config.size_multiple

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -53,7 +54,7 @@ def _generate(
     rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(args.out)
     jobs = find_jobs(args.portrait, out)
     check_out(out)
-    everything = missing(jobs, command, overwrite=args.overwrite)
+    everything = set(missing(jobs, command, overwrite=args.overwrite))
     mine = jobs[rank::world]
     work = _Work([job for job in mine if job in everything], command, args, saving)
     work.event("start", portraits=len(mine), missing=len(work.todo))
@@ -62,6 +63,8 @@ def _generate(
             log.info("%s: what a killed run left is removed", job.folder)
             claim.release()
     if work.todo:
+        if world > 1 and args.device is None and torch.cuda.is_available():
+            args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
         pipeline = load()
         try:
             work.run(pipeline, options, shown=rank == 0 and not args.quiet)

@@ -66,13 +66,8 @@ def test_elsewhere_it_is_pytorchs(dtype, pretend_cpu):
 
 
 @torch.no_grad()
-def test_what_stands_for_a_convolution_is_called(slow_halves):
-    x, seen = channels_last(2, 33, 10, 15).bfloat16(), []
-    assert conv2d_layer(nn.Identity(), x) is x
-    layer = nn.Conv2d(33, 20, 1).bfloat16()
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    conv2d_layer(layer, x)
-    assert seen == [(2, 20, 10, 15)]
+def test_other_convolutions_are_pytorchs(slow_halves):
+    x = channels_last(2, 33, 10, 15).bfloat16()
     for options in ({"groups": 3, "out_channels": 21}, {"dilation": 2}):
         layer = nn.Conv2d(33, kernel_size=3, **{"out_channels": 20, **options}).bfloat16()
         assert torch.equal(conv2d_layer(layer, x), layer(x))

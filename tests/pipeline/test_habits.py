@@ -287,8 +287,8 @@ def test_slicing_and_tiling_of_the_autoencoder(pipe):
     pipe.enable_vae_tiling(32)
     sizes.clear()
     tiles = run(pipe).images
-    assert len(sizes) >= 36 and {rows for rows, _ in sizes} == {1} and max(side for _, side in sizes) <= width // 2
-    assert tiles.shape == whole.shape and 1e-6 < (tiles - whole).abs().mean() < 0.2
+    assert sizes == [(1, width // 2)] * 4 * (9 + 1)  # 9 tiles, and a reduced copy whose statistics they share
+    assert tiles.shape == whole.shape and 1e-4 < (tiles - whole).abs().mean() < 0.2
     pipe.disable_vae_tiling()
     assert torch.equal(run(pipe).images, whole)
 

@@ -35,7 +35,7 @@ def test_killed_and_started_again(processes, checkpoint, people, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["codes"] == [0] * processes
-    assert report["counts"][-1] > 0 and len(set(report["counts"])) > 1  # some were killed between two portraits
+    assert len(set(report["counts"])) > 2  # some were killed between two portraits
     assert sorted(path.name for path in out.iterdir()) == [str(index) for index in range(8)]
     assert views(out) == views(tmp_path / "warm")  # one process that was not interrupted
 

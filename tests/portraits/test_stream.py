@@ -1,6 +1,7 @@
 """Many portraits through one pipeline: the same views as alone, in order, whatever overlaps."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -33,6 +34,23 @@ def test_each_portrait_has_the_views_that_it_gets_alone(pipe, portraits):
     for result, single in zip(pipe.map(portraits, generator=7, batch_size=3, **OPTIONS), alone, strict=True):
         assert max_abs_diff(result.output.images, single.images) < 1e-4
         assert result.output.run["portrait_index"] == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_threads_beside_the_loop_change_nothing(overlap, pipe, portraits):
+    expected = [pipe(path, generator=7, progress_bar=False, **OPTIONS).images for path in portraits]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for result, images in zip(
+            stream(pipe, portraits, generator=7, hooks=Hooks(overlap=overlap), **OPTIONS), expected, strict=True
+        ):
+            assert max_abs_diff(result.output.images, images) < 1e-5
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_seeds_and_renders(pipe, portraits):
