@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from race import random_network, write
@@ -26,6 +25,7 @@ from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.ops import memory
+from gafext.watch.peak import peak_memory
 
 PARTS = ["unet,8,32", "unet,8,64", "upsampler,1,64", "upsampler,1,128", "decoder,1,32", "decoder,4,32", "decoder,1,64"]
 
@@ -49,22 +49,16 @@ def passes(part: str, rows: int, size: int, dtype: torch.dtype) -> Callable[[], 
     return lambda: unet(sample, 500.0, conditioning=conditioning, num_views=rows // 2)
 
 
-def status(name: str) -> int:
-    """Return a number of bytes in /proc/self/status."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[name].split()[0])
-
-
 @torch.inference_mode()
 def measure(part: str, rows: int, size: int, dtype: str) -> dict:
     run = passes(part, rows, size, getattr(torch, dtype))
     gc.collect()
     memory.release_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before, start = status("VmRSS"), time.perf_counter()
-    run()
-    found = {"part": part, "rows": rows, "size": size, "dtype": dtype, "weights": before}
-    return found | {"bytes": status("VmHWM") - before, "seconds": time.perf_counter() - start}
+    start = time.perf_counter()
+    with peak_memory(torch.device("cpu")) as peak:
+        run()
+    found = {"part": part, "rows": rows, "size": size, "dtype": dtype, "weights": peak.before}
+    return found | {"bytes": peak.above, "seconds": time.perf_counter() - start}
 
 
 def main() -> None:

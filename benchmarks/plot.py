@@ -4,6 +4,9 @@
 
 Several files must be from one machine and one dtype, such as those of benchmarks/gpu_checklist.sh, one per operation.
 
+With the results of `gafext bench --suite lengths`, the figure shows the peak memory and the time of attention over the
+length of the sequence instead, both axes logarithmic, with lines of N and N² through the last points.
+
 Each shape has one row, in the order of the table. The bar is the speed-up over the fastest of PyTorch's forms, red if
 gafext is slower; the marks are the speed-ups over each form. The axis is logarithmic.
 """
@@ -62,6 +65,61 @@ def draw(axes: Axes, races: list[dict], limits: tuple[float, float]) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7.5, frameon=False)
 
 
+LENGTHS_STYLE = {"standard": "o-", "sdpa": "s--", "gafext": "D-"}
+
+
+def lengths(races: list[dict]) -> dict[str, list[dict]]:
+    """Return the rows of each contestant by length of the sequence, with the length added."""
+    found: dict[str, list[dict]] = {}
+    for race in races:
+        for row in race["contestants"]:
+            found.setdefault(row["name"], []).append({**row, "length": int(race["where"].split()[0])})
+    return found
+
+
+def draw_lengths(axes: Axes, rows: dict[str, list[dict]], key: str, label: str) -> None:
+    for name, points in rows.items():
+        x, y = zip(*((point["length"], point[key]) for point in points if point.get(key)), strict=True)
+        axes.plot(x, y, LENGTHS_STYLE.get(name, "^:"), markersize=4, linewidth=1.2, label=name)
+        power = 2 if name == "standard" or key != "peak_mib" else 1
+        if name in ("standard", "gafext"):
+            axes.plot(x, [y[-1] * (n / x[-1]) ** power for n in x], color="grey", linewidth=0.6)
+            axes.annotate(f"N{'²' * (power == 2)}", (x[-2], y[-1] * (x[-2] / x[-1]) ** power), color="grey", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("length N of the sequence", fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
+    axes.grid(linewidth=0.4)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+
+
+def plot_lengths(races: list[dict]) -> plt.Figure:
+    rows = lengths(races)
+    figure, (memory, time) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    draw_lengths(memory, rows, "peak_mib", "peak memory beside the inputs, MiB")
+    draw_lengths(time, rows, "median_ms", "median time, ms")
+    return figure
+
+
+def plot_speedups(races: list[dict]) -> plt.Figure:
+    ops = dict.fromkeys([*TITLES, *(race["op"] for race in races)])
+    groups = [[race for race in races if race["op"] == op] for op in ops]
+    groups = [group for group in groups if group]
+    speedups = [row["speedup"] for race in races for row in opponents(race)]
+    limits = (min(0.45, *speedups) * 0.9, max(3, *speedups) * 1.1)
+    figure, panels = plt.subplots(
+        len(groups),
+        figsize=(9, 0.21 * len(races) + 0.75 * len(groups) + 0.6),
+        height_ratios=[len(group) + 0.5 for group in groups],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, group in zip(panels[:, 0], groups, strict=True):
+        draw(axes, group, limits)
+    panels[-1, 0].set_xlabel("times as fast as PyTorch; bar: its fastest form, marks: each", fontsize=9)
+    return figure
+
+
 def subtitle(environment: dict, mode: str, allocator: str) -> str:
     if environment["gpu"]:
         place = environment["gpu"]["name"]
@@ -88,23 +146,10 @@ def main() -> None:
     if not races:
         parser.error(f"{args.json[0]} has no races of mode {args.mode} and allocator {args.allocator}")
 
-    ops = dict.fromkeys([*TITLES, *(race["op"] for race in races)])
-    groups = [[race for race in races if race["op"] == op] for op in ops]
-    groups = [group for group in groups if group]
-    speedups = [row["speedup"] for race in races for row in opponents(race)]
-    limits = (min(0.45, *speedups) * 0.9, max(3, *speedups) * 1.1)
     # The same JSON gives the same file.
     plt.rcParams.update({"svg.hashsalt": "gafext", "font.family": "DejaVu Sans"})
-    figure, panels = plt.subplots(
-        len(groups),
-        figsize=(9, 0.21 * len(races) + 0.75 * len(groups) + 0.6),
-        height_ratios=[len(group) + 0.5 for group in groups],
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, group in zip(panels[:, 0], groups, strict=True):
-        draw(axes, group, limits)
-    panels[-1, 0].set_xlabel("times as fast as PyTorch; bar: its fastest form, marks: each", fontsize=9)
+    measured_memory = any("peak_mib" in row for race in races for row in race["contestants"])
+    figure = (plot_lengths if measured_memory else plot_speedups)(races)
     figure.suptitle(subtitle(environments[0], args.mode, args.allocator), fontsize=9)
     svg = args.figure.suffix == ".svg"
     figure.savefig(args.figure, dpi=130, metadata={"Date": None} if svg else None)

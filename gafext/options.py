@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from gafext import cameras, ops
+from gafext.bench import SUITES
 from gafext.ops.backend import BACKENDS
 from gafext.output import FORMATS, TURNTABLES
 from gafext.pipeline import UPSAMPLE
@@ -199,6 +200,13 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = bench.add_argument
+    add(
+        "--suite",
+        choices=SUITES,
+        default=SUITES[0],
+        help="lengths: time and peak memory of attention over 64 to 16384 tokens; samplers: a step of each, against "
+        "diffusers'; default: operations",
+    )
     add("--op", choices=ops.__all__, action="append", help="only this operation; may be repeated")
     add("--shape", metavar="TEXT", action="append", help="only shapes that contain this text; may be repeated")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")

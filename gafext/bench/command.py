@@ -108,7 +108,7 @@ def _rounds(args: argparse.Namespace) -> int:
 def _chosen(args: argparse.Namespace, *, compiled: bool = False) -> Iterator[Case]:
     return (
         case
-        for case in cases(args.device, getattr(torch, args.dtype), compiled=compiled)
+        for case in cases(args.device, getattr(torch, args.dtype), compiled=compiled, suite=args.suite)
         if (not args.op or case.op in args.op) and (not args.shape or any(text in case.shape for text in args.shape))
     )
 

@@ -15,7 +15,8 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 from gafext.bench import cuda
 from gafext.bench.cases import Case, Contestant
 from gafext.bench.environment import watch_others
+from gafext.ops.memory import release_freed_memory
+from gafext.watch.peak import Peak, peak_memory
 
 # Largest difference from gafext's result, relative to its largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -42,6 +45,7 @@ class Race:
     skipped: dict[str, str] = field(default_factory=dict)  # reasons by contestant
     first_seconds: dict[str, float] = field(default_factory=dict)  # of the first call, which compiles
     others: float | None = None  # share of the cores that other processes used meanwhile
+    peaks: dict[str, int | None] = field(default_factory=dict)  # bytes of the first call beside the inputs
 
 
 class Entrant:
@@ -116,12 +120,14 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
     sets += [tuple(x.clone() for x in sets[0]) for _ in range(copies)]
     prepared: dict[Callable, list[tuple]] = {}
     ours, *others = (Entrant(contestant, sets, prepared) for contestant in case.contestants)
-    expected = ours.result()
+    with _peak(case, torch.device(device)) as peak:
+        expected = ours.result()
     gemm, gemm_flops = _gemm(device, expected.dtype)
     result = Race(case, bytes=_bytes(sets[0]) + expected.nbytes, gemm_flops=gemm_flops)
+    peaks = {case.ours: peak.above}
     for entrant in others:
         start = time.perf_counter()
-        reason = _cannot_run(case, entrant, expected)
+        reason = _cannot_run(case, entrant, expected, peaks)
         result.first_seconds[entrant.contestant.name] = time.perf_counter() - start
         if reason:
             result.skipped[entrant.contestant.name] = reason
@@ -130,6 +136,7 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
         name = entrant.contestant.name
         if name not in result.skipped and (reason := _cannot_be_timed(entrant, turn_seconds, device)):
             result.skipped[name] = reason
+    result.peaks = peaks if case.memory else {}
     entrants = [entrant for entrant in (ours, *others, *ceilings) if entrant.contestant.name not in result.skipped]
     result.times = {entrant.contestant.name: [] for entrant in entrants}
     share_of_others = watch_others()
@@ -155,13 +162,26 @@ def _bytes(tensors: tuple[Tensor, ...]) -> int:
     return sum(x.nbytes for x in tensors)
 
 
-def _cannot_run(case: Case, entrant: Entrant, expected: Tensor) -> str:
+@contextmanager
+def _peak(case: Case, device: torch.device) -> Iterator[Peak]:
+    """Measure the peak memory of a first call, if the case asks for it."""
+    if not case.memory:
+        yield Peak()
+        return
+    release_freed_memory()
+    with peak_memory(device) as peak:
+        yield peak
+
+
+def _cannot_run(case: Case, entrant: Entrant, expected: Tensor, peaks: dict[str, int | None]) -> str:
     """Return why an optional contestant cannot run, or ""; raise if its result differs from gafext's."""
     name = entrant.contestant.name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA's list of what each backend lacks
-            result = entrant.result()
+            with _peak(case, expected.device) as peak:
+                result = entrant.result()
+            peaks[name] = peak.above
     except RuntimeError as error:
         return _reason(entrant, error)
     same_shape = result.shape == expected.shape

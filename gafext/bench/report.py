@@ -35,6 +35,8 @@ def summary(race: Race, *, mode: str, allocator: str) -> dict:
                 "first_s": _four_digits(race.first_seconds.get(name, 0.0)),
             }
         )
+        if (peak := race.peaks.get(name)) is not None:
+            contestants[-1]["peak_mib"] = _four_digits(peak / 2**20)
     return {
         "op": case.op,
         "shape": case.shape,
@@ -80,8 +82,9 @@ def rows(summary: dict) -> list[str]:
         else:
             roofline = f"{row['gbps']:7.1f} GB/s    {row['of_copy']:6.0%} of copy"
         spread = "{:.3f}..{:.3f}".format(*row["quartiles_ms"])
+        peak = f"  {row['peak_mib']:.1f} MiB" if "peak_mib" in row else ""
         faster = "" if row["name"] == summary["ours"] else f"{row['speedup']:.2f}x"
-        lines.append(f"  {row['name']:22}{row['median_ms']:10.3f}  {spread:19}{faster:>8}  {roofline}")
+        lines.append(f"  {row['name']:22}{row['median_ms']:10.3f}  {spread:19}{faster:>8}  {roofline}{peak}")
     lines += [f"  {name:22}left out: {reason}" for name, reason in summary["skipped"].items()]
     return lines
 

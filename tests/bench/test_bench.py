@@ -68,6 +68,38 @@ def test_the_json_follows_from_its_times(tmp_path, capsys):
             assert f"  {name:22}{row['median_ms']:10.3f}" in table
 
 
+def test_memory_over_the_length_of_the_sequence(tmp_path, capsys):
+    """Of flash attention it doubles with the length, of standard attention it quadruples."""
+    written = measured(tmp_path, "--suite", "lengths", "--shape", "1024x1024", "--shape", "2048x2048")
+    if "peak_mib" not in written["races"][0]["contestants"][0]:
+        pytest.skip("this system does not say how much memory a process has had")
+    short, long = ({row["name"]: row["peak_mib"] for row in race["contestants"]} for race in written["races"])
+    assert list(long) == ["gafext", "standard", "sdpa"]
+    scores = 2048**2 * 4 / 2**20
+    assert scores < long["standard"] < 4 * scores and long["standard"] > 3 * short["standard"]
+    assert long["gafext"] < scores / 4
+    assert f"{long['standard']:.1f} MiB" in capsys.readouterr().out
+
+
+def test_the_lengths_are_those_promised():
+    shapes = [case.shape for case in cases("cpu", torch.float32, compiled=False, suite="lengths")]
+    assert shapes[0] == "1,1,64x64,64" and shapes[-1] == "1,1,16384x16384,64" and len(shapes) == 9
+
+
+def test_a_step_of_every_sampler_is_that_of_diffusers(tmp_path):
+    races = measured(tmp_path, "--suite", "samplers")["races"]  # fails if one differs
+    assert {(race["op"], race["shape"].split(",")[0]) for race in races} == {
+        (f"{name} step", f"V={views}") for name in ("ddim", "dpm++", "euler") for views in (4, 32)
+    }
+    assert all([row["name"] for row in race["contestants"]] == ["gafext", "diffusers"] for race in races)
+    for case in cases("cpu", torch.float32, compiled=False, suite="samplers"):
+        step, inputs = case.contestants[0].run, case.inputs()
+        first = step(*inputs)
+        assert torch.equal(step(*inputs), first)  # from the same state
+        other = step(*inputs[:2], -inputs[2])  # the step before is taken once, at the first call
+        assert torch.equal(other, first)
+
+
 def test_flops_and_bytes(tmp_path):
     shapes = ("4,20,64x77", "256x1280", "256,10240", "8,1280->1280,4x4")
     races = measured(tmp_path, *(word for shape in shapes for word in ("--shape", shape)))["races"]

@@ -121,6 +121,23 @@ def test_the_figure_of_a_gpu(tmp_path, monkeypatch, mode):
     assert "NVIDIA H100" in plot.subtitle(first["environment"], mode, "default") and figure.stat().st_size > 5000
 
 
+def test_the_figure_over_the_length(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    results = made_results(gpu=None)
+    results["races"] = [
+        {**results["races"][0], "shape": f"1,1,{n}x{n},64", "where": f"{n} tokens", "contestants": rows}
+        for n in (64, 128, 256)
+        for rows in [[{**contestant(name, n / 64), "peak_mib": n**p} for name, p in (("gafext", 1), ("standard", 2))]]
+    ]
+    (tmp_path / "made.json").write_text(json.dumps(results))
+    plot, figure = script("plot"), tmp_path / "figure.svg"
+    assert [row["peak_mib"] for row in plot.lengths(results["races"])["standard"]] == [64**2, 128**2, 256**2]
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "made.json"), str(figure)])
+    plot.main()
+    text = figure.read_text()
+    assert "<!-- standard -->" in text and "<!-- N² -->" in text and "peak memory" in text
+
+
 def tiny_unet():
     config = replace(
         SD21_MULTIVIEW_UNET, block_out_channels=(32, 32, 32, 32), attention_head_dim=(2, 2, 2, 2), norm_num_groups=8

@@ -23,8 +23,11 @@ from gafext.bench.cases.base import Case, Contestant, compiled_form
 __all__ = ["Case", "Contestant", "cases"]
 
 
-def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
-    """Yield all cases, operation by operation; `compiled` adds contestants compiled by torch.compile."""
+def cases(device: str, dtype: torch.dtype, *, compiled: bool, suite: str = "operations") -> Iterator[Case]:
+    """Yield all cases of a suite; `compiled` adds contestants compiled by torch.compile to those of operations."""
+    if suite != "operations":
+        yield from importlib.import_module(f"{__name__}.{suite}").cases(device=device, dtype=dtype)
+        return
     for op in ops.__all__:
         if importlib.util.find_spec(f"{__name__}.{op}") is None:
             yield default_case(op, device, dtype, compiled=compiled)

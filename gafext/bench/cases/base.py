@@ -38,6 +38,7 @@ class Case:
     contestants: list[Contestant]  # gafext's first
     ours: str = "gafext"  # the contestant that the others are compared with
     tolerance: float | None = None  # of results, relative to the largest; None: that of rounding in their dtype
+    memory: bool = False  # also measure the peak memory of a call
 
 
 def compiled_form(name: str, run: Callable[..., Tensor]) -> Contestant:
