@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,10 +23,11 @@ from gafext import cameras
 from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
-from gafext.conditions import DEFAULT_VIEWS, RunOptions
+from gafext.checkpoints.memory import default_device
+from gafext.conditions import DEFAULT_SAMPLE_SIZE, DEFAULT_VIEWS, RunOptions
 from gafext.families import family_name
 from gafext.guidance import check_guidance_interval, check_guidance_scale
-from gafext.images import load_images, read_image, remove_background
+from gafext.images import load_image, load_images, read_image, remove_background, to_square_tensor
 from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
 from gafext.options import EVAL_STEPS, parser
@@ -35,6 +37,9 @@ from gafext.portraits.command import generate_portraits
 from gafext.portraits.jobs import PICTURES, is_many
 from gafext.schedulers import MAX_STEPS, check_eta
 from gafext.versions import versions
+from gafext.watch.events import StepEvents, print_event
+from gafext.watch.preview import LatentToRGB, Preview
+from gafext.watch.stages import Stages
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -134,7 +139,10 @@ def _check_early(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option}: expected --{needs} with it")
     if args.batch < 1:
         raise ValueError(f"--batch: expected a whole number above 0, got {args.batch}")
-    if not is_many(args.portrait):
+    if is_many(args.portrait):
+        if args.profile or args.preview is not None:
+            raise ValueError(f"--{'profile' if args.profile else 'preview'}: expected one portrait, got several")
+    else:
         check_writable(args.out, replaceable=VIEW_FILES if args.overwrite else None)
     if args.guidance is not None:
         check_guidance_scale(args.guidance)
@@ -142,6 +150,8 @@ def _check_early(args: argparse.Namespace) -> None:
     if args.eta is not None:
         check_eta(args.eta)
     resolve_seed(args.seed)
+    if args.preview is not None and args.preview < 1:
+        raise ValueError(f"--preview: expected a whole number of steps above 0, got {args.preview}")
     check_turntable(args.turntable)
     if args.steps is not None and not 1 <= args.steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
@@ -177,6 +187,15 @@ def _load(args: argparse.Namespace) -> MultiViewDiffusionPipeline:
     return pipeline
 
 
+def _preview(args: argparse.Namespace, pipeline: MultiViewDiffusionPipeline, portrait: PIL.Image.Image) -> Preview:
+    """Return the callback of --preview, with colours fitted to the portrait."""
+    picture = to_square_tensor([load_image(portrait)], DEFAULT_SAMPLE_SIZE * pipeline.vae.config.factor)
+    out = Path(args.out).absolute()
+    return Preview(
+        out.with_name(f"{out.name}.preview.png"), LatentToRGB(picture, pipeline.encode(picture)), every=args.preview
+    )
+
+
 @_warnings_in_one_line()
 def _generate(args: argparse.Namespace) -> int:
     _check_early(args)
@@ -204,21 +223,40 @@ def _generate(args: argparse.Namespace) -> int:
         "upsample": args.upsample,
     }
     saving = {"formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
-    if many:
-        inputs = {"cameras": views, "normal_maps": normals, "matte": args.matte}
-        return generate_portraits(args, lambda: _load(args), {**options, **inputs}, saving)
-    pipeline = _load(args)
+    inputs = {"cameras": views, "normal_maps": normals}
+    if portrait is None:
+        return generate_portraits(args, lambda: _load(args), {**options, **inputs, "matte": args.matte}, saving)
+    return _generate_one(args, path, portrait, {**options, **inputs}, saving)
+
+
+def _generate_one(
+    args: argparse.Namespace, path: str | Path, portrait: PIL.Image.Image, options: dict[str, Any], saving: dict[str, Any]
+) -> int:
+    device = _device(args.device) or default_device()
+    stages = Stages(device, bars=not args.quiet, memory=args.profile, events=args.json)
+    with stages("load"):
+        pipeline = _load(args)
     start = time.monotonic()
-    output = pipeline(portrait, views, normals, progress_bar=not args.quiet, **options)
+    callback = None if args.preview is None else _preview(args, pipeline, portrait)
+    if args.json:
+        callback = StepEvents(callback)
+    with stages.follow(pipeline):
+        output = pipeline(portrait, callback_on_step_end=callback, progress_bar=not args.quiet, **options)
     assert isinstance(output, MultiViewOutput)  # one portrait, not a list
     command = {**vars(args), "portrait": PORTRAIT.name if path is PORTRAIT else path}
     output.run["command"] = {name: value for name, value in command.items() if value is not None}
-    output.save(args.out, overwrite=args.overwrite, **saving)
+    if args.profile:
+        output.run["profile"] = stages.to_dict()  # all but saving
+    with stages("save"):
+        output.save(args.out, overwrite=args.overwrite, **saving)
     seconds = time.monotonic() - start
+    if args.profile:
+        print(stages.table(), file=sys.stderr)
+    number = len(output.images)
     if args.json:
-        print(json.dumps({"event": "portrait", "portrait": str(path), "folder": args.out, "seconds": seconds}))
+        print_event("portrait", portrait=str(path), folder=args.out, views=number, seconds=seconds)
     elif not args.quiet:
-        print(f"{len(output.images)} views in {seconds:.1f} s: {args.out}")
+        print(f"{number} views in {seconds:.1f} s ({number / seconds:.2f} per second): {args.out}")
     return 0
 
 

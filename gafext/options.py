@@ -138,6 +138,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "int8 if the checkpoint was saved so",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
+    add("--profile", action="store_true", help="print time and peak memory of each stage, and add them to run.json")
+    add("--preview", type=int, metavar="N", help="every N steps, add a row of the views to the picture OUT.preview.png")
     add(
         "--offload",
         choices=("model", "sequential"),

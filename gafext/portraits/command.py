@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from gafext.errors import OutputError
 from gafext.portraits.claim import Claim, hidden
 from gafext.portraits.jobs import Job, check_out, find_jobs, missing, record, write_failures
 from gafext.portraits.stream import Hooks, PortraitResult, read_portrait, stream
+from gafext.watch.events import print_event
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class _Work:
 
     def event(self, name: str, **fields: Any) -> None:
         if self.args.json:
-            print(json.dumps({"event": name, **fields}), flush=True)
+            print_event(name, **fields)
 
     def release(self) -> None:
         for claim in self.claims.values():
