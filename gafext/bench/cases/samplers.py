@@ -53,7 +53,7 @@ class _Step:
     """One step of a sampler, from the same state at every call."""
 
     def __init__(self, make: Callable[[], Any]):
-        self._make, self._scheduler, self._timestep, self._state = make, None, None, {}
+        self._make, self._scheduler, self._timestep, self._state = make, None, 0.0, {}
 
     def __call__(self, sample: Tensor, output: Tensor, earlier: Tensor) -> Tensor:
         if self._scheduler is None:
