@@ -45,7 +45,7 @@ class Race:
     skipped: dict[str, str] = field(default_factory=dict)  # reasons by contestant
     first_seconds: dict[str, float] = field(default_factory=dict)  # of the first call, which compiles
     others: float | None = None  # share of the cores that other processes used meanwhile
-    peaks: dict[str, int | None] = field(default_factory=dict)  # bytes of the first call beside the inputs
+    peaks: dict[str, int | None] = field(default_factory=dict)  # bytes of a call beside the inputs
 
 
 class Entrant:
@@ -120,7 +120,7 @@ def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds:
     sets += [tuple(x.clone() for x in sets[0]) for _ in range(copies)]
     prepared: dict[Callable, list[tuple]] = {}
     ours, *others = (Entrant(contestant, sets, prepared) for contestant in case.contestants)
-    with _peak(case, torch.device(device)) as peak:
+    with _peak(case, ours, device) as peak:
         expected = ours.result()
     gemm, gemm_flops = _gemm(device, expected.dtype)
     result = Race(case, bytes=_bytes(sets[0]) + expected.nbytes, gemm_flops=gemm_flops)
@@ -163,13 +163,14 @@ def _bytes(tensors: tuple[Tensor, ...]) -> int:
 
 
 @contextmanager
-def _peak(case: Case, device: torch.device) -> Iterator[Peak]:
-    """Measure the peak memory of a first call, if the case asks for it."""
+def _peak(case: Case, entrant: Entrant, device: str) -> Iterator[Peak]:
+    """Measure the peak memory of a call, if the case asks for it."""
     if not case.memory:
         yield Peak()
         return
+    entrant.result()  # at their first call, libraries allocate what they keep
     release_freed_memory()
-    with peak_memory(device) as peak:
+    with peak_memory(torch.device(device)) as peak:
         yield peak
 
 
@@ -179,7 +180,7 @@ def _cannot_run(case: Case, entrant: Entrant, expected: Tensor, peaks: dict[str,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA's list of what each backend lacks
-            with _peak(case, expected.device) as peak:
+            with _peak(case, entrant, expected.device.type) as peak:
                 result = entrant.result()
             peaks[name] = peak.above
     except RuntimeError as error:
