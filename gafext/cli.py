@@ -230,7 +230,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _generate_one(
-    args: argparse.Namespace, path: str | Path, portrait: PIL.Image.Image, options: dict[str, Any], saving: dict[str, Any]
+    args: argparse.Namespace,
+    path: str | Path,
+    portrait: PIL.Image.Image,
+    options: dict[str, Any],
+    saving: dict[str, Any],
 ) -> int:
     device = _device(args.device) or default_device()
     stages = Stages(device, bars=not args.quiet, memory=args.profile, events=args.json)
