@@ -103,11 +103,13 @@ step unet 60 python3 benchmarks/full_size.py --device cuda --dtype bfloat16 --ba
   --unet-rounds 11 --json "$results/unet-$device.json"
 step float16 40 "${bench[@]}" --dtype float16 --no-compile --seconds 15 --json "$results/float16-$device.json" \
   --shape 8,8,1024x1024,64 --shape 8,8,4096x4096,64 --shape 4,10,256x257,64 --shape "2xV=4,(1024" --shape 4096,2560
-step pipeline 60 python3 benchmarks/full_size.py --device cuda --dtype bfloat16 --backend auto sdpa --steps 20 \
-  --rounds 3 --unet-rounds 0 --json "$results/pipeline-$device.json"
+# The whole pipeline, 50 steps and the upsampler, against what a user of diffusers writes; compiling takes most of it.
+step pipeline 140 python3 benchmarks/bench_pipeline.py --device cuda --dtype bfloat16 --json "$results/pipeline-$device.json"
+step lengths 40 "${bench[@]}" --dtype bfloat16 --suite lengths --seconds 25 --json "$results/lengths-$device.json"
+step samplers 30 "${bench[@]}" --suite samplers --seconds 20 --json "$results/samplers-$device.json"
 
 shopt -s nullglob
-written=("$results"/{attention,others,float16,unet,pipeline}*"-$device.json")
+written=("$results"/{attention,others,float16,unet,pipeline,lengths,samplers}*"-$device.json")
 [ ${#written[@]} -eq 0 ] || python3 benchmarks/summary.py "${written[@]}" | tee -a "$results/checklist.log"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
 echo "all steps succeeded in $SECONDS s"

@@ -101,10 +101,25 @@ def full_size(results: dict) -> list[str]:
     return lines
 
 
+def stages(results: dict) -> list[str]:
+    place, given = results["environment"], results["arguments"]
+    machine = (place["gpu"] or place["cpu"]).get("name") or place["cpu"]["model"]
+    what = f"{given['views']} views, {given['steps']} steps, {given['dtype']}"
+    lines = [f"pipeline, {machine}, {what}: seconds, and times as long as gafext"]
+    for name, row in results["contestants"].items():
+        if "failed" in row:
+            lines.append(f"  FAILED {name}: {row['failed']}")
+            continue
+        parts = (f"{stage} {each['median']:.3g} s {each['times_gafext']:.2f}x" for stage, each in row["stages"].items())
+        lines.append(f"  {name:14} " + ", ".join(parts))
+    return lines
+
+
 def main(paths: list[str]) -> None:
     for path in paths:
         results = json.loads(Path(path).read_text())
-        print(*(table(results) if "races" in results else full_size(results)), sep="\n")
+        read = table if "races" in results else stages if "contestants" in results else full_size
+        print(*read(results), sep="\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
+_UPSAMPLED_POSITIONS = 1024  # of latents that are upsampled together: one of SD's views, four of the built-in model's
 
 
 class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
@@ -418,7 +419,11 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             return F.interpolate(latents, scale_factor=2.0, mode="bilinear", align_corners=False)
         shape = {"portraits": run.num_portraits, "views": run.num_views, "size": 2 * latents.shape[-1]}
         noise = self._noise(run.seed, **shape, step=NOISE_STEP)
-        return torch.cat([self.upsampler(a, noise=b) for a, b in zip(latents.split(1), noise.split(1), strict=True)])
+        # Views of one portrait only, so that its result does not depend on the others; few, for the memory.
+        rows = max(1, _UPSAMPLED_POSITIONS // latents[0, 0].numel())
+        rows = next(n for n in range(min(rows, run.num_views), 0, -1) if run.num_views % n == 0)
+        pairs = zip(latents.split(rows), noise.split(rows), strict=True)
+        return torch.cat([self.upsampler(part, noise=drawn) for part, drawn in pairs])
 
     def _pictures(self, latents: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":

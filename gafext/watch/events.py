@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,9 @@ from gafext.watch.preview import Preview
 
 def print_event(event: str, **fields: Any) -> None:
     """Print an event with its fields as one line of JSON, at once."""
-    print(json.dumps({"event": event, **fields}), flush=True)
+    # In one write: print's newline is a second one where output is unbuffered, and those of several processes mix.
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()
 
 
 class StepEvents:

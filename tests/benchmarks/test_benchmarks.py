@@ -335,6 +335,43 @@ def test_the_whole_pipeline_by_stages(monkeypatch):
         assert 0 < found["seconds_a_step"][backend] < stages["denoise"]
 
 
+def test_the_pipeline_against_diffusers(monkeypatch, tmp_path, capsys):
+    race, file, figure = script("bench_pipeline"), tmp_path / "pipeline.json", tmp_path / "pipeline.svg"
+    words = ["--model", "built-in", "--against", "stock", "--views", "2", "--steps", "2", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["bench_pipeline.py", *words])
+    race.main()
+    assert "1.00x" in capsys.readouterr().out
+    found = json.loads(file.read_text())["contestants"]
+    assert list(found) == ["gafext", "stock"] and found["gafext"]["pictures_largest_difference"] == 0
+    assert 0 < found["stock"]["latents_relative_difference"] < 1e-5
+    assert found["stock"]["pictures_largest_difference"] < 1e-4
+    for row in found.values():
+        stages = row["stages"]
+        assert list(stages) == ["encode", "denoise", "upsample", "decode", "all"]
+        assert all(len(stage["seconds"]) == 7 and min(stage["seconds"]) > 0 for stage in stages.values())
+        whole = [sum(stages[stage]["seconds"][turn] for stage in race.STAGES) for turn in range(7)]
+        assert stages["all"]["seconds"] == pytest.approx(whole)
+        ratios = sorted(a / b for a, b in zip(whole, found["gafext"]["stages"]["all"]["seconds"], strict=True))
+        assert stages["all"]["times_gafext"] == pytest.approx(ratios[3])
+    script("summary").main([str(file)])
+    assert "2 views, 2 steps" in capsys.readouterr().out
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra dev")
+    monkeypatch.setattr(sys, "argv", ["plot_pipeline.py", str(file), str(figure)])
+    script("plot_pipeline").main()
+    assert "seconds" in figure.read_text()
+
+
+def test_a_contestant_that_cannot_run_is_named(capsys):
+    race = script("bench_pipeline")
+    given, makers = race.contestants(
+        MultiViewDiffusionPipeline.from_pretrained(device="cpu"), [], views=1, steps=1, guidance=2.0
+    )
+    makers["other"] = lambda: math.sqrt(-1.0)
+    found = race.race_pipelines(given, makers, rounds=2, device=torch.device("cpu"))
+    assert found["other"] == {"failed": "math domain error"} and "stages" in found["gafext"]
+    assert "math domain error" in race.table(found)
+
+
 def test_the_shares_of_a_profile_are_the_whole_pass(monkeypatch, tmp_path, capsys):
     profile = script("profile_pass")
     sizes = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": (2, 2, 2, 2), "norm_num_groups": 8}

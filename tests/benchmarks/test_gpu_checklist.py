@@ -72,7 +72,7 @@ def checklist(tmp_path):
 
 
 STEPS = ["build", "info", "hopper", "tests", "memcheck", "racecheck", "attention", "others"]
-STEPS += ["attention-mma", "unet", "float16", "pipeline"]
+STEPS += ["attention-mma", "unet", "float16", "pipeline", "lengths", "samplers"]
 
 
 def test_all_steps_run_in_their_order(checklist):
@@ -88,7 +88,7 @@ def test_all_steps_run_in_their_order(checklist):
     assert {(words[2], words[-1]) for words in sanitized} == {("memcheck", "all"), ("racecheck", "mma")}
     assert "--op cross_view_attention --op geglu --seconds" in commands
     files = sorted(path.name for path in out.iterdir())
-    assert len(files) == 7 <= 8 and "attention-bfloat16-NVIDIA-H100-80GB-HBM3.json" in files
+    assert len(files) == 9 and "attention-bfloat16-NVIDIA-H100-80GB-HBM3.json" in files
     summary = commands.splitlines()[-1]
     assert "summary.py" in summary and all(name in summary for name in files if name.endswith("json"))
     log = (out / "checklist.log").read_text()
