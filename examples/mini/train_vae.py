@@ -6,26 +6,36 @@ import torch
 import torch.nn.functional as F
 from data import draw_heads, generator, view_cameras
 from export import export_vae
-from initial import start_linear
+from initial import carry_over, start_linear
 from PIL import Image
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, heads
+from gafext.cameras import DEFAULT_FOV, Cameras
 from gafext.evaluation.measures import psnr
 
 KL_WEIGHT = 3e-5
 COLOUR_WEIGHT = 1.0
 NORMAL_MAPS = 1 / 2  # fraction of the images that are normal maps
-LARGE = 4  # every fourth step has a quarter of the images at twice the size, the size of upsampled images
+TURNS = ("whole", "detail", "whole", "large")
+"""Images of the steps, in turn: at their size; a window of the image at twice its size, which has as many pixels; or a
+quarter as many images at twice their size, the size of upsampled images."""
 
 
 def pictures(step: int, seed: int, size: int, count: int, device: torch.device) -> Tensor:
-    """Render the images and normal maps of a step, [count,3,size,size] in [-1,1]."""
-    random = generator(seed, step)
+    """Render the images and normal maps of a step, [count,3,size,size] in [-1,1]; a quarter as many if they are large."""
+    random, turn = generator(seed, step), TURNS[step % len(TURNS)]
+    focal, centre = Cameras(torch.eye(4)[None], DEFAULT_FOV).focal(size), torch.full((2,), size / 2)
+    if turn == "large":
+        size, count, focal, centre = 2 * size, count // 4, 2 * focal, 2 * centre
+    elif turn == "detail":
+        focal, centre = 2 * focal, size * (0.25 + torch.rand(2, generator=random) / 2)
+    lens = torch.tensor([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
     normals = round(NORMAL_MAPS * count)
     images = count - normals
-    drawn = heads.render(draw_heads(images, random, device), view_cameras(images, 1, random), size)
+    who, w2c = draw_heads(images, random, device), view_cameras(images, 1, random)
+    drawn = heads.render(who, w2c, size, intrinsics=lens)
     return torch.cat([drawn.rgb, drawn.normals[:normals]])[:, 0] * 2 - 1
 
 
@@ -48,12 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(rung.vae)
     start_linear(vae, zero=(".conv2.", ".to_out."))
+    if args.start:
+        carry_over(vae, AutoencoderKL.from_pretrained(args.start / "vae").state_dict())
     vae = vae.to(device, memory_format=torch.channels_last)
 
     def loss(step: int) -> Tensor:
-        large = step % LARGE == LARGE - 1
-        size, count = (2 * rung.image_size, rung.vae_batch // 4) if large else (rung.image_size, rung.vae_batch)
-        wanted = pictures(step, args.seed, size, count, device).contiguous(memory_format=torch.channels_last)
+        wanted = pictures(step, args.seed, rung.image_size, rung.vae_batch, device)
+        wanted = wanted.contiguous(memory_format=torch.channels_last)
         with mixed_precision(device):
             mean, logvar = (moment.float() for moment in vae.encode(wanted))
             noise = torch.randn(mean.shape, generator=generator(args.seed, step, device), device=device)
