@@ -1,4 +1,4 @@
-"""Initialisations: a deep stack of convolutions that preserves its input, and weights carried over from another network."""
+"""Initialisations: a stack of convolutions that preserves its input, and weights carried over from another network."""
 
 from __future__ import annotations
 

@@ -69,9 +69,7 @@ def _clip(image_size: int, patch_size: int, layers: int) -> CLIPVisionConfig:
     )
 
 
-def _unet(
-    sample_size: int, widths: tuple[int, ...], attended: tuple[bool, ...], latents: int = LATENTS
-) -> UNetConfig:
+def _unet(sample_size: int, widths: tuple[int, ...], attended: tuple[bool, ...], latents: int = LATENTS) -> UNetConfig:
     return UNetConfig(
         sample_size=sample_size,
         in_channels=2 * latents,

@@ -24,7 +24,7 @@ quarter as many images at twice their size, the size of upsampled images."""
 
 
 def pictures(step: int, seed: int, size: int, count: int, device: torch.device) -> Tensor:
-    """Render the images and normal maps of a step, [count,3,size,size] in [-1,1]; a quarter as many if they are large."""
+    """Render the images and normal maps of a step, [count,3,size,size] in [-1,1], or a quarter as many large ones."""
     random, turn = generator(seed, step), TURNS[step % len(TURNS)]
     focal, centre = Cameras(torch.eye(4)[None], DEFAULT_FOV).focal(size), torch.full((2,), size / 2)
     if turn == "large":

@@ -30,7 +30,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     add("--minutes", type=float, default=60, help="time limit: processor time on a CPU, wall-clock time on a GPU")
     add("--steps", type=int, help="stop after this number of steps; a later run resumes")
     add("--seed", type=int, default=0)
-    add("--start", type=Path, metavar="FOLDER", help="model whose weights are carried over where names and shapes agree")
+    add(
+        "--start", type=Path, metavar="FOLDER", help="model whose weights are carried over where names and shapes agree"
+    )
     add("--checkpoint-every", type=float, default=120, metavar="SECONDS")
     add("--measure-every", type=float, default=240, metavar="SECONDS")
     return parser
