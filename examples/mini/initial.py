@@ -43,7 +43,8 @@ def start_linear(network: nn.Module, *, zero: tuple[str, ...]) -> None:
 def carry_over(network: nn.Module, weights: Mapping[str, Tensor]) -> int:
     """Copy the weights of a network that has fewer levels, or tensors of other shapes.
 
-    The levels of the other network are the outer ones of `network`: its first down blocks and its last up blocks.
+    The levels of the other network are the inner ones of `network`: its last down blocks and its first up blocks. In a
+    network for larger images they then see features of the size that they were trained on.
 
     Args:
         network: network that is overwritten where names and shapes agree.
@@ -55,7 +56,7 @@ def carry_over(network: nn.Module, weights: Mapping[str, Tensor]) -> int:
     own, copied = network.state_dict(), 0
     added = _levels(own) - _levels(weights)
     for key, value in weights.items():
-        name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{int(match[1]) + added}", key)
+        name = re.sub(r"down_blocks\.(\d+)", lambda match: f"down_blocks.{int(match[1]) + added}", key)
         if name in own and own[name].shape == value.shape:
             own[name].copy_(value)
             copied += 1
@@ -63,5 +64,5 @@ def carry_over(network: nn.Module, weights: Mapping[str, Tensor]) -> int:
 
 
 def _levels(weights: Mapping[str, Tensor]) -> int:
-    found = (re.search(r"up_blocks\.(\d+)", key) for key in weights)
+    found = (re.search(r"down_blocks\.(\d+)", key) for key in weights)
     return 1 + max((int(match[1]) for match in found if match), default=-1)

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from gafext.config import CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
 
 LATENTS = 8
-"""Channels of the latents of an autoencoder with three levels: one latent pixel encodes 4 x 4 image pixels."""
-DEEP_LATENTS = 32
-"""With four levels: one latent pixel encodes 8 x 8 image pixels. With 16 channels the autoencoder had 28.8 dB after 30
-minutes, little more than the 27.4 dB of as many principal components of 8 x 8 pixels; 32 components have 30.7 dB."""
+"""Channels of the latents: one latent pixel encodes 4 x 4 image pixels."""
 _LEVEL = 128  # gafext.upsampler.LEVEL_CHANNELS, the first part of the condition
 _TEXT = 8  # width of the upsampler's empty prompt, which is all zeros
 
@@ -49,12 +46,12 @@ class Rung:
     upsampler_rate: float = 2e-3
 
 
-def _vae(widths: tuple[int, ...], groups: int, latents: int = LATENTS) -> VAEConfig:
+def _vae(widths: tuple[int, ...], groups: int) -> VAEConfig:
     return VAEConfig(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,
-        latent_channels=latents,
+        latent_channels=LATENTS,
         norm_num_groups=groups,
     )
 
@@ -72,11 +69,11 @@ def _clip(image_size: int, patch_size: int, layers: int) -> CLIPVisionConfig:
     )
 
 
-def _unet(sample_size: int, widths: tuple[int, ...], attended: tuple[bool, ...], latents: int = LATENTS) -> UNetConfig:
+def _unet(sample_size: int, widths: tuple[int, ...], attended: tuple[bool, ...]) -> UNetConfig:
     return UNetConfig(
         sample_size=sample_size,
-        in_channels=2 * latents,
-        out_channels=latents,
+        in_channels=2 * LATENTS,
+        out_channels=LATENTS,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
         block_out_channels=widths,
@@ -93,11 +90,11 @@ def _unet(sample_size: int, widths: tuple[int, ...], attended: tuple[bool, ...],
     )
 
 
-def _upsampler(widths: tuple[int, ...], latents: int = LATENTS) -> KUNetConfig:
+def _upsampler(widths: tuple[int, ...]) -> KUNetConfig:
     stages = len(widths)
     return KUNetConfig(
-        in_channels=2 * latents,
-        out_channels=latents + 1,
+        in_channels=2 * LATENTS,
+        out_channels=LATENTS + 1,
         down_block_types=("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * (stages - 1),
         up_block_types=("KCrossAttnUpBlock2D",) * (stages - 1) + ("KUpBlock2D",),
         block_out_channels=widths,
@@ -134,19 +131,20 @@ RUNGS = {
     ),
     "sharp": Rung(
         image_size=128,
-        vae=_vae((16, 32, 64, 64), groups=2, latents=DEEP_LATENTS),
+        vae=_vae((16, 32, 64), groups=2),
         image_encoder=_clip(96, 8, layers=2),
-        unet=_unet(16, (96, 96), (False, True), latents=DEEP_LATENTS),
-        upsampler=_upsampler((64, 96, 96), latents=DEEP_LATENTS),
+        unet=_unet(32, (32, 64, 96), (False, False, True)),
+        upsampler=_upsampler((32, 64, 64)),
         vae_batch=8,
         unet_batch=24,
-        upsampler_batch=8,
+        upsampler_batch=4,
         upsampler_pool=256,
         upsampler_fresh=1,
         pool_heads=160,
         fresh_heads=1,
-        fresh_every=6,
+        fresh_every=10,
         upsampler_fresh_every=3,
+        vae_rate=5e-4,
     ),
     "gpu": Rung(
         image_size=128,

@@ -123,16 +123,17 @@ def test_the_face_counts_more(scripts):
 def test_weights_are_carried_over_to_a_network_with_one_more_level(scripts):
     rungs, carry_over = scripts["rungs"], scripts["initial"].carry_over
     torch.manual_seed(0)
-    shallow, deep = (AutoencoderKL(rungs.RUNGS[name].vae) for name in ("cpu", "sharp"))
+    shallow, deep = (MultiViewUNet(rungs.RUNGS[name].unet) for name in ("cpu", "sharp"))
     before = {key: value.clone() for key, value in deep.state_dict().items()}
     copied = carry_over(deep, shallow.state_dict())
     now, small = deep.state_dict(), shallow.state_dict()
-    inner, outer = "resnets.0.conv1.weight", "decoder.up_blocks"
-    assert torch.equal(now[f"{outer}.3.{inner}"], small[f"{outer}.2.{inner}"])
-    assert torch.equal(now[f"{outer}.0.{inner}"], before[f"{outer}.0.{inner}"])  # the new level
-    assert torch.equal(now[f"encoder.down_blocks.1.{inner}"], small[f"encoder.down_blocks.1.{inner}"])
-    assert torch.equal(now["encoder.conv_out.weight"], before["encoder.conv_out.weight"])  # of another shape
-    assert 100 < copied < len(small)
+    for level in (0, 1):
+        conv = "resnets.0.conv2.weight"
+        assert torch.equal(now[f"down_blocks.{level + 1}.{conv}"], small[f"down_blocks.{level}.{conv}"])
+        assert torch.equal(now[f"up_blocks.{level}.{conv}"], small[f"up_blocks.{level}.{conv}"])
+    for key in (f"down_blocks.0.{conv}", f"up_blocks.2.{conv}", "conv_in.weight"):  # the new level, and another shape
+        assert torch.equal(now[key], before[key])
+    assert 200 < copied < len(small)
     assert carry_over(shallow, small) == len(small)
 
 
