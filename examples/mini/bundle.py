@@ -44,11 +44,13 @@ def main() -> None:
     as_portrait(subjects(1, 512, first=PORTRAIT_IDENTITY)[0].portrait).save(ASSETS / "portrait.png")
 
     report = json.loads((args.out / "eval.json").read_text())
-    curves = {stage: json.loads((args.out / f"{stage}.json").read_text()) for stage in ("vae", "unet", "upsampler")}
+    logs = {stage: args.out / f"{stage}.json" for stage in ("vae", "unet", "upsampler", "decoder")}
+    curves = {stage: json.loads(log.read_text()) for stage, log in logs.items() if log.is_file()}
     (Path(__file__).parent / "curves.json").write_text(json.dumps(curves, indent=0) + "\n")
     stages = [f"{name} {c[-1]['step']} steps, {c[-1]['seconds'] / 60:.0f} min" for name, c in curves.items()]
     files = list((ASSETS / "model").rglob("*.safetensors"))
-    size = 4 * json.loads((ASSETS / "model" / "unet" / "config.json").read_text())["sample_size"]
+    unet, vae = (json.loads((ASSETS / "model" / part / "config.json").read_text()) for part in ("unet", "vae"))
+    size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     settings = report["settings"]
     card = CARD.format(
         rung=args.rung,

@@ -1,9 +1,12 @@
-"""Initialisation with which a deep stack of convolutions preserves its input."""
+"""Initialisations: a stack of convolutions that preserves its input, and weights carried over from another network."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SPREAD = 0.3  # scale of the random part of a convolution's weights
 
@@ -34,3 +37,32 @@ def start_linear(network: nn.Module, *, zero: tuple[str, ...]) -> None:
                 weight[:, :, taps[0] // 2, taps[1] // 2] += square
             if module.bias is not None:
                 module.bias.zero_()
+
+
+@torch.no_grad()
+def carry_over(network: nn.Module, weights: Mapping[str, Tensor]) -> int:
+    """Copy the weights of a network that has fewer levels, or tensors of other shapes.
+
+    The levels of the other network are the inner ones of `network`: its last down blocks and its first up blocks. In a
+    network for larger images they then see features of the size that they were trained on.
+
+    Args:
+        network: network that is overwritten where names and shapes agree.
+        weights: state dictionary of the other network.
+
+    Returns:
+        Number of tensors copied.
+    """
+    own, copied = network.state_dict(), 0
+    added = _levels(own) - _levels(weights)
+    for key, value in weights.items():
+        name = re.sub(r"down_blocks\.(\d+)", lambda match: f"down_blocks.{int(match[1]) + added}", key)
+        if name in own and own[name].shape == value.shape:
+            own[name].copy_(value)
+            copied += 1
+    return copied
+
+
+def _levels(weights: Mapping[str, Tensor]) -> int:
+    found = (re.search(r"down_blocks\.(\d+)", key) for key in weights)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

@@ -29,12 +29,14 @@ class Rung:
     upsampler_pool: int
     """Number of heads, with one view each, in the upsampler's pool."""
     upsampler_fresh: int
-    """Number of heads in that pool that each step replaces."""
+    """Number of heads in that pool that are replaced at a time."""
     pool_heads: int
     """Number of heads, with 8 views each, in the U-Net's pool."""
     fresh_heads: int
     """Number of heads in that pool that are replaced at a time."""
     fresh_every: int = 1
+    """Number of steps between replacements."""
+    upsampler_fresh_every: int = 1
     """Number of steps between replacements."""
     measured_heads: int = 8
     vae_rate: float = 1e-3
@@ -126,6 +128,23 @@ RUNGS = {
         pool_heads=160,
         fresh_heads=1,
         fresh_every=3,
+    ),
+    "sharp": Rung(
+        image_size=128,
+        vae=_vae((16, 32, 64), groups=2),
+        image_encoder=_clip(96, 8, layers=2),
+        unet=_unet(32, (32, 64, 96), (False, False, True)),
+        upsampler=_upsampler((32, 64, 64)),
+        vae_batch=8,
+        unet_batch=24,
+        upsampler_batch=4,
+        upsampler_pool=256,
+        upsampler_fresh=1,
+        pool_heads=160,
+        fresh_heads=1,
+        fresh_every=10,
+        upsampler_fresh_every=3,
+        vae_rate=5e-4,
     ),
     "gpu": Rung(
         image_size=128,

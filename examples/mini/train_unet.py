@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from data import draw_heads, generator, portrait_cameras, view_cameras
+from data import draw_heads, face_weights, generator, photographic, portrait_cameras, view_cameras
 from export import GUIDANCE_SCALE, export, load_vae
+from initial import carry_over
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
@@ -42,13 +42,14 @@ class Pool:
 
     latents: Tensor  # [K,8,C,h,w], scaled
     normals: Tensor  # [K,8,C,h,w], scaled
+    weights: Tensor  # [K,8,1,h,w], of the loss
     poses: Tensor  # [K,8,12]
     portraits: Tensor  # [K,3,S,S], normalised for the image encoder
     oldest: int = 0
 
     def replace_oldest(self, fresh: Pool) -> None:
         slots = (self.oldest + torch.arange(len(fresh.latents))) % len(self.latents)
-        for name in ("latents", "normals", "poses", "portraits"):
+        for name in ("latents", "normals", "weights", "poses", "portraits"):
             getattr(self, name)[slots] = getattr(fresh, name)
         self.oldest = (self.oldest + len(slots)) % len(self.latents)
 
@@ -72,10 +73,12 @@ def fresh_heads(count: int, random: torch.Generator, vae: AutoencoderKL, size: i
     if neutral:
         normals[:neutral] = heads.render(heads.neutral_head(vae.device).repeat(neutral), w2c[:neutral], size).normals
     mean, std = (torch.tensor(values, device=vae.device).view(3, 1, 1) for values in (MEAN, STD))
-    portraits = heads.render(drawn, portrait_cameras(count, random), portrait_size).rgb[:, 0]
+    taken = heads.render(drawn, portrait_cameras(count, random), portrait_size)
+    portraits = photographic(taken.rgb[:, 0], taken.alpha[:, 0], random)
     return Pool(
         encode(vae, made.rgb),
         encode(vae, normals),
+        face_weights(made.face.flatten(0, 1), vae.config.factor).unflatten(0, made.face.shape[:2]),
         w2c[..., :3, :].flatten(2).float().to(vae.device),
         (portraits - mean) / std,
     )
@@ -117,7 +120,8 @@ def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
     own = Scores.of("own", who, made)
     neutral = Scores.of("neutral", who, evaluation.generate(normals=lambda subject: None))
     copy = Scores.of("copy", who, [subject.portrait.expand_as(subject.views.rgb) for subject in who])
-    return {"own": own.psnr, "own_ssim": own.ssim, "neutral": neutral.psnr, "copy": copy.psnr}
+    numbers = {"own": own.psnr, "own_ssim": own.ssim, "own_face": own.face, "own_sharpness": own.sharpness}
+    return numbers | {"neutral": neutral.psnr, "copy": copy.psnr}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,6 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(args.out, device)
     unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
     nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would dominate the patches
+    if args.start:
+        carry_over(unet, MultiViewUNet.from_pretrained(args.start / "unet").state_dict())
+        carry_over(encoder, CLIPVisionEncoder.from_pretrained(args.start / "image_encoder").state_dict())
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
     if device.type == "cpu":  # the backward pass of PyTorch's attention takes twice as long on a CPU
         set_attention_backend(unet, "reference")
@@ -144,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = torch.randint(len(pool.latents), (count,), generator=random).to(device)
         first = int(torch.randint(POOL_VIEWS // views, (1,), generator=random))
         seen = slice(first, None, POOL_VIEWS // views)
-        clean, normals, poses = (x[chosen][:, seen].flatten(0, 1) for x in (pool.latents, pool.normals, pool.poses))
+        pooled = (pool.latents, pool.normals, pool.weights, pool.poses)
+        clean, normals, weights, poses = (x[chosen][:, seen].flatten(0, 1) for x in pooled)
         timesteps = torch.randint(len(alphas), (count, views), generator=random)
         apart = torch.rand(count, 1, generator=random) < APART
         timesteps = torch.where(apart, timesteps, timesteps[:, :1]).flatten().to(device)
@@ -156,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             tokens = unet.image_projection(encoder(pool.portraits[chosen]).last_hidden_state)
             conditioning = unet.precompute(pose=poses, image_embeds=tokens)
             predicted = unet(sample, timesteps, conditioning=conditioning, num_views=views).float()
-        return F.mse_loss(predicted, wanted)
+        return (weights * (predicted - wanted).square()).mean()
 
     def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
         for module in averaged.values():

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from data import draw_heads, generator, view_cameras
+from data import draw_heads, face_weights, generator, view_cameras
 from export import export, load_vae
-from initial import start_linear
+from initial import carry_over, start_linear
 from PIL import Image
 from torch import Tensor, nn
 from train_unet import encode
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     vae, unet = load_vae(args.out, device), KUNet(rung.upsampler)
     start_linear(unet, zero=(".conv2.",))
+    if args.start:
+        carry_over(unet, KUNet.from_pretrained(args.start / "upsampler" / "unet").state_dict())
     unet = unet.to(device, memory_format=torch.channels_last)
     width, pooled = rung.upsampler.cross_attention_dim, rung.upsampler.time_cond_proj_dim - LEVEL_CHANNELS
     empty = PromptEmbeds(torch.zeros(1, 1, width, device=device), torch.zeros(1, pooled, device=device))
@@ -51,26 +53,33 @@ def main(argv: list[str] | None = None) -> None:
     scheduler.set_timesteps(1000)
     largest, *_, smallest = scheduler.sigmas[:-1].tolist()
 
-    def pairs(who: heads.Heads, w2c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode one view of each head at both sizes; return small latents, large latents and the large image."""
-        large = heads.render(who, w2c, 2 * rung.image_size).rgb
-        small = F.avg_pool2d(large[:, 0], 2)[:, None]
-        return encode(vae, small)[:, 0], encode(vae, large)[:, 0], large[:, 0]
+    def pairs(who: heads.Heads, w2c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode one view of each head at both sizes.
 
-    def fresh(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        return pairs(draw_heads(count, random, device), view_cameras(count, 1, random))[:2]
+        Returns:
+            Small latents, large latents, the large latents' weights in the loss, the large image.
+        """
+        large = heads.render(who, w2c, 2 * rung.image_size)
+        small = F.avg_pool2d(large.rgb[:, 0], 2)[:, None]
+        weights = face_weights(large.face[:, 0], vae.config.factor)
+        return encode(vae, small)[:, 0], encode(vae, large.rgb)[:, 0], weights, large.rgb[:, 0]
+
+    def fresh(count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        return pairs(draw_heads(count, random, device), view_cameras(count, 1, random))[:3]
 
     # A pool as for the U-Net: each head is used several times, because rendering costs more than a step.
     pool = fresh(rung.upsampler_pool, generator(args.seed + 1, 0))
 
     def loss(step: int) -> Tensor:
         random, noises = generator(args.seed, step), generator(args.seed, step, device)
-        oldest = (step * rung.upsampler_fresh + torch.arange(rung.upsampler_fresh)) % rung.upsampler_pool
-        for kept, new in zip(pool, fresh(rung.upsampler_fresh, random), strict=True):
-            kept[oldest] = new
+        if step % rung.upsampler_fresh_every == 0:
+            replaced = step // rung.upsampler_fresh_every * rung.upsampler_fresh
+            oldest = (replaced + torch.arange(rung.upsampler_fresh)) % rung.upsampler_pool
+            for kept, new in zip(pool, fresh(rung.upsampler_fresh, random), strict=True):
+                kept[oldest] = new
         count = rung.upsampler_batch
         chosen = torch.randint(rung.upsampler_pool, (count,), generator=random).to(device)
-        small, clean = (kept[chosen] for kept in pool)
+        small, clean, weights = (kept[chosen] for kept in pool)
         where = torch.rand(count, 1, 1, 1, generator=random).to(device)
         sigma = smallest * (largest / smallest) ** where
         noised, wanted = diffuse(clean, torch.randn(clean.shape, generator=noises, device=device), sigma)
@@ -82,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             made = unet(
                 sample.contiguous(memory_format=torch.channels_last), sigma.flatten().log() / 4, text, condition
             )
-        return F.mse_loss(made[:, :-1].float(), wanted)
+        return (weights * (made[:, :-1].float() - wanted).square()).mean()
 
     held_out = heads.make_heads(heads.TEST_IDENTITIES[: rung.measured_heads], device)
     truth = pairs(held_out, view_cameras(len(held_out), 1, generator(10**6, 1)))
@@ -92,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         upsampler = LatentUpsampler(averaged["unet"], EulerDiscreteScheduler(SCHEDULE), empty_prompt=empty).eval()
         if (args.out / "model" / "unet").is_dir():
             export(args.out, upsampler=upsampler)
-        small, _, large = truth
+        small, _, _, large = truth
 
         def decoded(latents: Tensor) -> Tensor:
             latents = latents / vae.config.scaling_factor + vae.config.shift_factor

@@ -30,6 +30,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     add("--minutes", type=float, default=60, help="time limit: processor time on a CPU, wall-clock time on a GPU")
     add("--steps", type=int, help="stop after this number of steps; a later run resumes")
     add("--seed", type=int, default=0)
+    add(
+        "--start", type=Path, metavar="FOLDER", help="model whose weights are carried over where names and shapes agree"
+    )
     add("--checkpoint-every", type=float, default=120, metavar="SECONDS")
     add("--measure-every", type=float, default=240, metavar="SECONDS")
     return parser
@@ -164,8 +167,12 @@ class Trainer:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Return an autocast context to bfloat16, which is fast on GPUs and on CPUs with AMX."""
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    """Return an autocast context to bfloat16 on GPUs and on CPUs with AMX, one that does nothing on other CPUs.
+
+    On an EPYC with AVX2 the U-Net's step took 11 times as long in bfloat16.
+    """
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def rung_of(args: argparse.Namespace) -> Rung:

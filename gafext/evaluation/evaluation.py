@@ -9,12 +9,13 @@ from typing import Any
 
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gafext import heads, images
 from gafext.cameras import Cameras, orbit
 from gafext.conditions import DEFAULT_SAMPLE_SIZE
-from gafext.evaluation.measures import consistency, psnr, ssim
+from gafext.evaluation.measures import consistency, face_psnr, patch_distance, psnr, sharpness, ssim
 from gafext.heads import Renders
 from gafext.output import MultiViewOutput
 from gafext.pipeline import MultiViewDiffusionPipeline
@@ -22,6 +23,7 @@ from gafext.schedulers import scheduler_class
 
 PORTRAIT_AZIMUTH, PORTRAIT_ELEVATION = 25.0, 8.0  # degrees: largest angles of the portraits of held-out heads
 MEAN_OF = 64  # number of training heads in the mean image
+NEAREST_OF, NEAREST_SIZE = 256, 32  # training heads, and pixels of their portraits, among which the nearest is sought
 STEPS, GUIDANCE_SCALES = (5, 10, 25, 50), (1.0, 2.0, 4.0, 7.5, 10.0)
 
 
@@ -79,6 +81,9 @@ class Scores:
     name: str
     psnr: float  # dB
     ssim: float
+    face: float  # dB: the PSNR over the face, of the views that see it
+    sharpness: float  # share of the truth's gradient energy
+    patches: float  # distance of patches; 0 for the truth
     consistency: float  # dB
 
     @classmethod
@@ -90,13 +95,17 @@ class Scores:
             who: the subjects.
             made: images [V,3,S,S] in [0,1] of each subject.
         """
-        pairs = [(pictures.clamp(0, 1), subject) for pictures, subject in zip(made, who, strict=True)]
-        agreed = [consistency(pictures, subject.views.depth, subject.cameras) for pictures, subject in pairs]
+        pictures = torch.cat(made).clamp(0, 1)
+        truth, _, alpha, _, face = (torch.cat(images) for images in zip(*(s.views for s in who), strict=True))
+        agreed = [consistency(views.clamp(0, 1), s.views.depth, s.cameras) for views, s in zip(made, who, strict=True)]
         return cls(
             name,
-            torch.cat([psnr(pictures, subject.views.rgb) for pictures, subject in pairs]).mean().item(),
-            torch.cat([ssim(pictures, subject.views.rgb) for pictures, subject in pairs]).mean().item(),
-            torch.tensor(agreed).nanmean().item(),
+            psnr=psnr(pictures, truth).mean().item(),
+            ssim=ssim(pictures, truth).mean().item(),
+            face=face_psnr(pictures, truth, face).nanmean().item(),
+            sharpness=sharpness(pictures, truth, alpha).mean().item(),
+            patches=patch_distance(pictures, truth),
+            consistency=torch.tensor(agreed).nanmean().item(),
         )
 
 
@@ -189,6 +198,15 @@ class Evaluation:
             views = heads.render(trained_on, self.cameras.w2c, size, fov=self.cameras.fov).rgb.mean(0)
             return [views] * len(self.subjects)
 
+        def nearest(subject: Subject) -> Tensor:
+            """Render the views of the training head whose portrait is most like the subject's."""
+            known = heads.make_heads(heads.TRAIN_IDENTITIES[:NEAREST_OF])
+            portraits = heads.render(known, portrait_camera(subject.identity).w2c, NEAREST_SIZE).rgb[:, 0]
+            own = F.interpolate(subject.portrait[None], NEAREST_SIZE, mode="area")
+            index = int((portraits - own).square().flatten(1).mean(1).argmin())
+            head = heads.make_heads([heads.TRAIN_IDENTITIES[index]])
+            return heads.render(head, self.cameras.w2c, size, fov=self.cameras.fov).rgb[0]
+
         def codec(subject: Subject) -> Tensor:
             return self.pipe.decode(self.pipe.encode(subject.views.rgb)).cpu()
 
@@ -198,6 +216,7 @@ class Evaluation:
                 self._score("codec round trip", lambda: [codec(subject) for subject in self.subjects]),
                 self._score("copy of the portrait", lambda: [s.portrait.expand_as(s.views.rgb) for s in self.subjects]),
                 self._score("mean picture", mean),
+                self._score("nearest training head", lambda: [nearest(subject) for subject in self.subjects]),
             ]
 
     def ablations(self, only: Iterable[str] | None = None) -> list[Scores]:
@@ -255,5 +274,10 @@ def table(lines: Iterable[Scores]) -> str:
     """Format lines as a table for a terminal."""
     lines = list(lines)
     width = max(len(line.name) for line in lines)
-    head = f"{'':{width}}  PSNR dB   SSIM  consistency dB"
-    return "\n".join([head, *(f"{s.name:{width}}  {s.psnr:7.2f}  {s.ssim:5.3f}  {s.consistency:14.2f}" for s in lines)])
+    head = f"{'':{width}}  PSNR dB   SSIM  face dB  sharpness  patches  consistency dB"
+    rows = [
+        f"{s.name:{width}}  {s.psnr:7.2f}  {s.ssim:5.3f}  {s.face:7.2f}  {s.sharpness:9.2f}  {s.patches:7.0f}"
+        f"  {s.consistency:14.2f}"
+        for s in lines
+    ]
+    return "\n".join([head, *rows])

@@ -1,4 +1,4 @@
-"""Measures of image quality: PSNR, SSIM, and consistency between views."""
+"""Measures of image quality: PSNR, also of the face alone, SSIM, sharpness, distance of patches, consistency."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from gafext.cameras import Cameras
 
 SAME_DEPTH = 0.02  # world units: two views see the same surface point if their depths differ by less
 STEEP = 0.15  # world units over 3 pixels: a larger range is an edge, or a surface seen at a grazing angle
+FACE_MARGIN = 1 / 64  # of the image's side: the surroundings of eyes, brows, nose and lips that count as the face
+# Of `patch_distance`: patches per image and level, their side in pixels, directions, largest side of the last level.
+PATCHES, PATCH, DIRECTIONS, SMALLEST = 128, 7, 512, 16
 _NO_ERROR = 1e-10  # 100 dB
 
 
@@ -55,6 +58,92 @@ def ssim(left: Tensor, right: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (variances + c2))
     return similarity.flatten(1).mean(1)
+
+
+def face_psnr(left: Tensor, right: Tensor, face: Tensor) -> Tensor:
+    """Compute the PSNR of each image over its face.
+
+    Args:
+        left: [N,3,H,W], clamped to [0,1].
+        right: [N,3,H,W] in [0,1].
+        face: [N,1,H,W], positive on eyes, brows, nose and lips (`Renders.face`); FACE_MARGIN around them counts too.
+
+    Returns:
+        [N] in dB; NaN where no face is seen.
+    """
+    margin = round(FACE_MARGIN * face.shape[-1])
+    seen = F.max_pool2d((face > 0).float(), 2 * margin + 1, 1, padding=margin)
+    error = ((left.clamp(0, 1) - right).square().mean(1, keepdim=True) * seen).flatten(1).sum(1)
+    return -10 * (error / seen.flatten(1).sum(1)).clamp(min=_NO_ERROR).log10()
+
+
+def sharpness(left: Tensor, right: Tensor, alpha: Tensor) -> Tensor:
+    """Compute the share of the true image's gradient energy that each image has, inside the silhouette.
+
+    Sum of squared differences of neighbouring pixels of `left`, over that of `right`. Blurred images have less than 1,
+    noisy ones more. The silhouette itself does not count: its edge is most of a picture's energy.
+
+    Args:
+        left: [N,3,H,W], clamped to [0,1].
+        right: [N,3,H,W] in [0,1], the true images.
+        alpha: [N,1,H,W] in [0,1].
+
+    Returns:
+        [N], 0 or more.
+    """
+    inside = -F.max_pool2d(-(alpha > 0.999).float(), 3, 1, padding=1)
+
+    def energy(picture: Tensor) -> Tensor:
+        along = (picture.diff(dim=-2).square() * inside[..., 1:, :]).flatten(1).sum(1)
+        return along + (picture.diff(dim=-1).square() * inside[..., 1:]).flatten(1).sum(1)
+
+    return energy(left.clamp(0, 1)) / energy(right)
+
+
+def patch_distance(left: Tensor, right: Tensor) -> float:
+    """Compare two sets of images by their patches on all scales: a perceptual distance that needs no trained network.
+
+    Sliced Wasserstein distance of PATCH x PATCH patches of the levels of a Laplacian pyramid, mean over levels. Unlike
+    in the paper both sets are normalised by the true one's moments of each colour, so that missing contrast counts.
+    Patches and directions are always the same.
+
+    Args:
+        left: [N,3,S,S], clamped to [0,1].
+        right: [N,3,S,S] in [0,1], the true images.
+
+    Returns:
+        Distance times 1000; 0 for the same images.
+
+    Source: Karras, Aila, Laine, Lehtinen: Progressive growing of GANs, 2018, section 5.
+    """
+    numbers = torch.Generator().manual_seed(0)
+    distances = []
+    for ours, true in zip(_laplacian(left.clamp(0, 1)), _laplacian(right), strict=True):
+        places = torch.randint((true.shape[-1] - PATCH + 1) ** 2, (len(true), 1, PATCHES), generator=numbers)
+        made, wanted = (_chosen(F.unfold(level, PATCH), places) for level in (ours, true))
+        mean, spread = (moment(wanted, dim=(0, 2), keepdim=True) for moment in (torch.mean, torch.std))
+        patches = [((chosen - mean) / spread.clamp(min=1e-8)).flatten(1) for chosen in (made, wanted)]
+        directions = torch.randn(3 * PATCH**2, DIRECTIONS, generator=numbers)
+        directions = directions / directions.norm(dim=0)
+        one, other = ((patch @ directions).sort(dim=0).values for patch in patches)
+        distances.append((one - other).abs().mean().item())
+    return 1000 * sum(distances) / len(distances)
+
+
+def _laplacian(pictures: Tensor) -> list[Tensor]:
+    """Split [N,3,S,S] into the differences of successive halvings; the last level is the image of SMALLEST pixels."""
+    levels = []
+    while pictures.shape[-1] > SMALLEST:
+        half = F.avg_pool2d(pictures, 2)
+        levels.append(pictures - F.interpolate(half, pictures.shape[-2:], mode="bilinear"))
+        pictures = half
+    return [*levels, pictures]
+
+
+def _chosen(patches: Tensor, places: Tensor) -> Tensor:
+    """Choose patches [N,147,P] at places [N,1,n]: [N n,3,49]."""
+    chosen = patches.gather(2, places.expand(-1, patches.shape[1], -1))
+    return chosen.movedim(1, 2).flatten(0, 1).unflatten(1, (3, -1))
 
 
 def _range(depth: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ _BEARDED = 0.2  # probability
 PAIRED = ("eye", "lid", "brow", "ear", "strand")  # left and right
 _SINGLE = ("skull", "jaw", "neck", "chest", "bridge", "tip", "upper_lip", "lower_lip", "cap", "mane", "knot", "beard")
 PARTS = (*_SINGLE, *(f"{part}_{side}" for part in PAIRED for side in ("left", "right")))
+FACE = tuple(name for name in PARTS if name.split("_")[0] in ("eye", "lid", "brow", "upper", "lower", "bridge", "tip"))
 CLIPPED = ("cap", "beard", "lid_left", "lid_right")
 
 

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gafext.cameras import DEFAULT_FOV, Cameras
-from gafext.heads.identity import CLIPPED, PARTS, Heads, neutral_head
+from gafext.heads.identity import CLIPPED, FACE, PARTS, Heads, neutral_head
 
 BACKGROUND = 1.0  # white, as the background that `gafext.images` gives transparent portraits
 _CLIPPED = [PARTS.index(name) for name in CLIPPED]
+_FACE = [PARTS.index(name) for name in FACE]
 _EYES = [PARTS.index(name) for name in ("eye_left", "eye_right")]
 _PUPIL, _IRIS = 0.95, 0.80  # cosines of their angular radii
 _CPU_VIEWS = 1  # per batch: its tensors fit a core's cache
@@ -32,6 +33,7 @@ class Renders(NamedTuple):
     normals: Tensor  # [N,V,3,S,S]: n/2 + 1/2 in the viewer's axes (x right, y up, z to the viewer); background 0.5
     alpha: Tensor  # [N,V,1,S,S] in [0,1]
     depth: Tensor  # [N,V,1,S,S]: camera z of the nearest surface, infinite on the background
+    face: Tensor  # [N,V,1,S,S] in [0,1]: the share of eyes, lids, brows, nose and lips
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def render(
         size: S, height and width in pixels.
         fov: field of view of all cameras, in degrees.
         intrinsics: [3,3] of all cameras in pixels, in place of `fov`.
-        supersample: rays per pixel along each axis; colour, normal and alpha are their means, depth their minimum.
+        supersample: rays per pixel along each axis; depth is their minimum, all else their mean.
 
     Returns:
         The images, float32 on the heads' device.
@@ -107,8 +109,8 @@ def _quadratic(matrix: Tensor) -> Tensor:
     return torch.stack([factor * matrix[..., i, j] for i, j, factor in entries], dim=-1)
 
 
-def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Trace B views of the heads at indices `rows`: RGB, encoded normals, alpha and depth, [B,channels,pixels] each."""
+def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tensor, ...]:
+    """Trace B views of the heads at indices `rows`; returns the channels of Renders, [B,channels,pixels] each."""
     rotation, eye = w2c[:, :3, :3], -(w2c[:, :3, :3].transpose(1, 2) @ w2c[:, :3, 3:])[..., 0]  # [B,3,3], [B,3]
     inverse = heads.inverse[rows]
     to_sphere = inverse @ rotation[:, None].transpose(2, 3)  # [B,P,3,3]
@@ -159,7 +161,10 @@ def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tenso
     flip = normal.new_tensor([0.5, -0.5, -0.5])[:, None]
     alpha = hit[:, None].float()
     rgb = torch.where(hit[:, None], colour, BACKGROUND)
-    return rgb, torch.where(hit[:, None], normal * flip + 0.5, 0.5), alpha, depth[:, None]
+    features = torch.zeros(len(PARTS), device=rays.device)
+    features[_FACE] = 1
+    face = features[part].where(hit, 0)[:, None]
+    return rgb, torch.where(hit[:, None], normal * flip + 0.5, 0.5), alpha, depth[:, None], face
 
 
 def _look_up(table: Tensor, part: Tensor) -> tuple[Tensor, ...]:
@@ -168,9 +173,9 @@ def _look_up(table: Tensor, part: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pool(channels: tuple[Tensor, ...], size: int, supersample: int) -> tuple[Tensor, ...]:
-    """Reshape flat pixels to images; colour, normal and alpha are means over a pixel's rays, depth is the minimum."""
-    rgb, normals, alpha, depth = (c.unflatten(2, (size * supersample, -1)) for c in channels)
+    """Reshape flat pixels to images; depth is the minimum over a pixel's rays, the others are means."""
+    rgb, normals, alpha, depth, face = (c.unflatten(2, (size * supersample, -1)) for c in channels)
     if supersample == 1:
-        return rgb, normals, alpha, depth
-    means = [F.avg_pool2d(picture, supersample) for picture in (rgb, normals, alpha)]
-    return *means, -F.max_pool2d(-depth, supersample)
+        return rgb, normals, alpha, depth, face
+    rgb, normals, alpha, face = (F.avg_pool2d(picture, supersample) for picture in (rgb, normals, alpha, face))
+    return rgb, normals, alpha, -F.max_pool2d(-depth, supersample), face

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gafext import heads
 from gafext.cameras import orbit
 from gafext.cli import main
 from gafext.evaluation import Evaluation, Scores, portrait_camera, subjects, table
-from gafext.evaluation.measures import consistency, psnr, ssim
+from gafext.evaluation.measures import consistency, face_psnr, patch_distance, psnr, sharpness, ssim
 
 
 @pytest.fixture
@@ -36,6 +37,43 @@ def test_ssim_of_known_pictures():
     assert ssim(picture, 1 - picture).item() < 0
     slightly, more = (picture + amount * torch.randn_like(picture) for amount in (0.05, 0.3))
     assert 1 > ssim(slightly, picture).item() > ssim(more, picture).item() > 0
+
+
+def test_the_face_alone_is_compared():
+    truth, face = torch.full((2, 3, 64, 64), 0.5), torch.zeros(2, 1, 64, 64)
+    face[0, :, 20:30, 20:30] = 1
+    wrong = truth.clone()
+    wrong[:, :, 40:] += 0.4  # not on the face
+    wrong[:, :, 19:31, 19:31] += 0.1  # on it, with its margin
+    found = face_psnr(wrong, truth, face)
+    assert found[0].item() == pytest.approx(20, abs=1e-3) and found[1].isnan()
+    wrong[:, :, 19, 19:31] = 0.5  # a twelfth of it is right
+    assert face_psnr(wrong, truth, face)[0].item() == pytest.approx(20 - 10 * math.log10(11 / 12), abs=1e-3)
+
+
+def test_sharpness_is_the_share_of_the_gradients_inside_the_silhouette():
+    torch.manual_seed(0)
+    truth, alpha = torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
+    alpha[:, :, 8:24, 8:24] = 1
+    assert sharpness(truth, truth, alpha).item() == pytest.approx(1)
+    assert sharpness(truth / 2 + 0.25, truth, alpha).item() == pytest.approx(0.25, abs=1e-4)
+    blurred = torch.nn.functional.avg_pool2d(truth, 3, 1, padding=1)
+    assert sharpness(blurred, truth, alpha).item() < 0.3
+    white = torch.where(alpha > 0, truth, 1.0)  # the background and the edge to it do not count
+    assert sharpness(white, truth, alpha).item() == pytest.approx(1)
+
+
+def test_patches_tell_blur_from_a_shift():
+    who = heads.make_heads(range(4))
+    truth = heads.render(who, orbit(1).w2c, 64).rgb[:, 0]
+    assert patch_distance(truth, truth) == 0
+    blurred = torch.nn.functional.avg_pool2d(truth, 5, 1, padding=2, count_include_pad=False)
+    others = heads.render(heads.make_heads(range(4, 8)), orbit(1).w2c, 64).rgb[:, 0]
+    shifted = truth.roll(2, -1)
+    assert 0 < patch_distance(shifted, truth) < 0.7 * patch_distance(blurred, truth)
+    assert psnr(shifted, truth).mean() < psnr(blurred, truth).mean()  # for which PSNR has no eyes
+    assert patch_distance(others, truth) > 0
+    assert patch_distance(blurred, truth) == patch_distance(blurred, truth)
 
 
 def test_consistency_compares_the_same_surface_point():
@@ -67,11 +105,22 @@ def test_an_evaluation_may_pass_over_heads(pipe):
 
 
 def test_scores_of_the_truth_are_the_best(evaluation):
-    truth, codec, copy, mean = evaluation.baselines()
-    assert truth.psnr > 90 and truth.ssim > 0.999
-    for other in (codec, copy, mean):
-        assert other.psnr < truth.psnr and other.ssim < truth.ssim
+    truth, codec, copy, mean, nearest = evaluation.baselines()
+    assert truth.psnr > 90 and truth.ssim > 0.999 and truth.face > 90
+    assert truth.sharpness == pytest.approx(1) and truth.patches == 0
+    for other in (codec, copy, mean, nearest):
+        assert other.psnr < truth.psnr and other.ssim < truth.ssim and other.face < truth.face and other.patches > 0
     assert copy.name == "copy of the portrait" and mean.name == "mean picture"
+    assert nearest.name == "nearest training head" and nearest.psnr > copy.psnr
+
+
+def test_the_nearest_training_head_of_a_training_head_is_itself(evaluation):
+    (subject,) = evaluation.subjects
+    who = heads.make_heads([heads.TRAIN_IDENTITIES[17]])
+    portrait = heads.render(who, portrait_camera(subject.identity).w2c, 32).rgb[0, 0]
+    views = heads.render(who, evaluation.cameras.w2c, 32)
+    evaluation.subjects = [replace(subject, portrait=portrait, views=heads.Renders(*(images[0] for images in views)))]
+    assert evaluation.baselines()[-1].psnr > 90
 
 
 def test_no_image_tokens_means_that_the_portrait_does_not_matter(pipe, evaluation):
@@ -117,8 +166,8 @@ def test_every_line_of_the_ablations(evaluation, monkeypatch):
 
 
 def test_table_has_a_row_per_line():
-    lines = [Scores("one", 20.0, 0.5, math.nan), Scores("another", 9.25, 0.125, 30.0)]
-    assert table(lines).splitlines()[2].split() == ["another", "9.25", "0.125", "30.00"]
+    lines = [Scores("one", 20.0, 0.5, 19.0, 1.0, 0.0, math.nan), Scores("another", 9.25, 0.125, 8.5, 0.625, 41.7, 30.0)]
+    assert table(lines).splitlines()[2].split() == ["another", "9.25", "0.125", "8.50", "0.62", "42", "30.00"]
 
 
 def test_the_command(checkpoint, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from helpers import ROOT
 from safetensors.torch import load_file
 
-from gafext import LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
+from gafext import AutoencoderKL, LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.cameras import Cameras, orbit
 from gafext.evaluation import subjects
 from gafext.schedulers import schedule
@@ -23,10 +24,12 @@ def scripts():
     """The modules of examples/mini, with a rung that is quick."""
     sys.path.insert(0, str(FOLDER))
     import data
+    import initial
     import rungs
     import train_unet
     import train_upsampler
     import train_vae
+    import what_blurs
 
     sys.path.remove(str(FOLDER))
     small = rungs.RUNGS["cpu"]
@@ -45,7 +48,11 @@ def scripts():
         **{"vae_batch": 8, "unet_batch": 8, "upsampler_batch": 2},
         **{"upsampler_pool": 4, "upsampler_fresh": 1, "pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
     )
-    yield {"data": data, "rungs": rungs, "vae": train_vae, "unet": train_unet, "upsampler": train_upsampler}
+    yield {"data": data, "initial": initial, "rungs": rungs, "what_blurs": what_blurs} | {
+        "vae": train_vae,
+        "unet": train_unet,
+        "upsampler": train_upsampler,
+    }
     del rungs.RUNGS["test"]
 
 
@@ -87,6 +94,47 @@ def test_only_training_identities_are_drawn(scripts, monkeypatch):
         scripts["data"].draw_heads(50, scripts["data"].generator(0, step), "cpu")
     drawn = torch.cat(drawn).tolist()
     assert set(drawn) <= set(heads.TRAIN_IDENTITIES) and len(set(drawn)) > 990
+
+
+def test_some_portraits_look_like_photographs(scripts):
+    random = scripts["data"].generator(0, 0)
+    taken = heads.render(
+        scripts["data"].draw_heads(40, random, "cpu"), scripts["data"].portrait_cameras(40, random), 32
+    )
+    plain, alpha = taken.rgb[:, 0], taken.alpha[:, 0]
+    made = scripts["data"].photographic(plain, alpha, random)
+    assert made.shape == plain.shape and made.min() >= 0 and made.max() <= 1
+    changed = (made - plain).abs().flatten(1).amax(1) > 0.02
+    assert 10 <= changed.sum() <= 30 and torch.equal(made[~changed], plain[~changed])
+    corners = made[changed][:, :, :3, :3].flatten(1).mean(1)
+    assert (corners < 0.9).sum() >= 5  # a background that is not white
+    colours = ((plain - made) * (alpha > 0.9)).sum(dim=(2, 3)) / (alpha > 0.9).sum(dim=(2, 3))
+    assert 0.02 < colours[changed].abs().mean() < 0.3  # but still that person
+
+
+def test_the_face_counts_more(scripts):
+    face = torch.zeros(1, 1, 64, 64)
+    face[:, :, 16:24, 16:24] = 1
+    weights = scripts["data"].face_weights(face, 8)
+    assert weights.shape == (1, 1, 8, 8) and weights[0, 0, 2, 2] == 1 + scripts["data"].FACE_WEIGHT
+    assert weights[0, 0, 5, 5] == 1 and 1 < weights[0, 0, 3, 2] < 2  # the margin
+
+
+def test_weights_are_carried_over_to_a_network_with_one_more_level(scripts):
+    rungs, carry_over = scripts["rungs"], scripts["initial"].carry_over
+    torch.manual_seed(0)
+    shallow, deep = (MultiViewUNet(rungs.RUNGS[name].unet) for name in ("cpu", "sharp"))
+    before = {key: value.clone() for key, value in deep.state_dict().items()}
+    copied = carry_over(deep, shallow.state_dict())
+    now, small = deep.state_dict(), shallow.state_dict()
+    for level in (0, 1):
+        conv = "resnets.0.conv2.weight"
+        assert torch.equal(now[f"down_blocks.{level + 1}.{conv}"], small[f"down_blocks.{level}.{conv}"])
+        assert torch.equal(now[f"up_blocks.{level}.{conv}"], small[f"up_blocks.{level}.{conv}"])
+    for key in (f"down_blocks.0.{conv}", f"up_blocks.2.{conv}", "conv_in.weight"):  # the new level, and another shape
+        assert torch.equal(now[key], before[key])
+    assert 200 < copied < len(small)
+    assert carry_over(shallow, small) == len(small)
 
 
 def test_the_unet_is_trained_on_what_the_solvers_undo(scripts):
@@ -168,6 +216,29 @@ def test_the_autoencoder_learns(scripts, tmp_path, monkeypatch):
     assert losses[-1] < 0.7 * losses[0]
     assert curves[-1]["images_32"] > 14
     assert {"images_32", "normals_32", "images_64", "latent_std"} <= set(curves[-1])
+
+
+def test_the_decoder_alone_goes_on(scripts, trained, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copytree(trained / "model" / "vae", tmp_path / "model" / "vae")
+    before = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae")
+    train(scripts["vae"], tmp_path, "--steps", 3, "--decoder-only")
+    after = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae")
+    assert after.config == before.config  # the latents are scaled as those that a U-Net was trained on
+    now = after.state_dict()
+    changed = [key for key, value in before.state_dict().items() if not torch.equal(value, now[key])]
+    assert changed and all(key.startswith(("decoder.", "post_quant_conv.")) for key in changed)
+
+
+def test_what_blurs_scores_every_part(scripts, trained):
+    pipe = MultiViewDiffusionPipeline.from_pretrained(trained / "model", device="cpu")
+    parts = scripts["what_blurs"].Parts(pipe, subjects(1, 32, first=100), subjects(1, 64, first=100))
+    lines = {line.name: line for line in parts.lines("held out")}
+    assert lines["held out: codec"].psnr > 5 and len(lines) == 14
+    # Where there is hardly any noise, even this network leaves what it is given.
+    clean = parts.one_step(parts.who[0], 0)
+    assert (clean - parts.codec(parts.who[0])).abs().mean() < 0.05
+    assert (parts.one_step(parts.who[0], 999) - parts.codec(parts.who[0])).abs().mean() > 0.05
 
 
 def test_the_unet_learns(scripts, trained, tmp_path, monkeypatch):

@@ -60,13 +60,20 @@ def test_shapes_ranges_and_background():
     cameras = orbit(3)
     made = heads.render(heads.make_heads([1, 2]), cameras.w2c, 32)
     assert made.rgb.shape == made.normals.shape == (2, 3, 3, 32, 32)
-    assert made.alpha.shape == made.depth.shape == (2, 3, 1, 32, 32)
+    assert made.alpha.shape == made.depth.shape == made.face.shape == (2, 3, 1, 32, 32)
     for picture in made[:3]:
         assert picture.dtype == torch.float32 and picture.min() >= 0 and picture.max() <= 1
     empty = made.alpha[:, :, 0] == 0
     assert 0.3 < empty.float().mean() < 0.8
     assert (made.rgb.movedim(2, -1)[empty] == 1).all() and (made.normals.movedim(2, -1)[empty] == 0.5).all()
     assert made.depth[:, :, 0][empty].isinf().all() and made.depth[made.alpha > 0].isfinite().all()
+
+
+def test_the_face_is_seen_from_the_front():
+    front, back = heads.render(heads.make_heads([1]), orbit(2).w2c, 64).face[0, :, 0]
+    assert 0.01 < front.mean() < 0.1 and front.min() == 0 and front.max() == 1 and back.max() == 0
+    rows, columns = front.nonzero().T
+    assert rows.min() > 15 and rows.max() < 45 and columns.min() > 20 and columns.max() < 44
 
 
 def test_supersampling_is_the_mean_of_neighbouring_rays():
