@@ -14,7 +14,7 @@ ASSETS = Path(__file__).parents[2] / "gafext" / "assets"
 CARD = """\
 # The built-in model of gafext
 
-Trained from nothing by `examples/mini` (rung "{rung}") on {hardware}: {training}.
+Trained from {origin} by `examples/mini` (rung "{rung}") on {hardware}: {training}.
 Autoencoder, image encoder, multi-view U-Net and latent upsampler, {parameters:.1f} M parameters in float16; pictures of
 {size} pixels, {large} upsampled.
 
@@ -38,6 +38,7 @@ def main() -> None:
     add("out", type=Path, help="output folder of train_all.sh, with eval.json of `gafext eval`")
     add("--rung", required=True)
     add("--hardware", required=True, metavar="TEXT")
+    add("--origin", default="nothing", metavar="TEXT", help="of the weights that --start carried over")
     args = parser.parse_args()
     shutil.rmtree(ASSETS / "model", ignore_errors=True)
     shutil.copytree(args.out / "model", ASSETS / "model")
@@ -55,6 +56,7 @@ def main() -> None:
     card = CARD.format(
         rung=args.rung,
         hardware=args.hardware,
+        origin=args.origin,
         training="; ".join(stages),
         parameters=sum(file.stat().st_size for file in files) / 2e6,
         size=size,

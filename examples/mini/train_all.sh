@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains all of the built-in model in one time box; run again, it goes on where it was stopped.
-# train_all.sh [--device cuda|cpu] [--rung gpu|cpu] [--budget-minutes 18] [--out mini] [--seed 0]
+# train_all.sh [--device cuda|cpu] [--rung gpu|cpu|sharp] [--budget-minutes 18] [--out mini] [--seed 0] [--start MODEL]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-device=cuda rung= budget=18 out=mini seed=0
+device=cuda rung= budget=18 out=mini seed=0 start=()
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=$2 ;;
@@ -11,6 +11,7 @@ while [ $# -gt 0 ]; do
         --budget-minutes) budget=$2 ;;
         --out) out=$2 ;;
         --seed) seed=$2 ;;
+        --start) start=(--start "$2") ;;
         *) echo "train_all.sh: unknown option $1" >&2; exit 2 ;;
     esac
     shift 2
@@ -25,7 +26,7 @@ train() {
     minutes=$("$python" -c "print($budget * $2)")
     echo "== $1: $minutes minutes"
     "$python" "$here/train_$1.py" --rung "$rung" --device "$device" --out "$out" --seed "$seed" --minutes "$minutes" \
-        --checkpoint-every 60 --measure-every 180
+        --checkpoint-every 60 --measure-every 180 "${start[@]}"
 }
 train vae 0.25
 train unet 0.57
