@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                 made = torch.cat([averaged["vae"].decode(part) for part in mean.split(8)]) / 2 + 0.5
                 numbers[f"{kind}_{size}"] = psnr(made, wanted).mean().item()
                 numbers[f"{kind}_face_{size}"] = face_psnr(made, wanted, renders.face[:, 0]).nanmean().item()
-                numbers[f"{kind}_sharpness_{size}"] = sharpness(made, wanted, renders.alpha[:, 0]).mean().item()
+                numbers[f"{kind}_sharpness_{size}"] = sharpness(made, wanted, renders.alpha[:, 0])
                 if size == rung.image_size:
                     moments.append((mean.mean().item(), mean.std().item()))
                     rows += [wanted[:16], made[:16].clamp(0, 1)]

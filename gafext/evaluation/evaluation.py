@@ -103,7 +103,7 @@ class Scores:
             psnr=psnr(pictures, truth).mean().item(),
             ssim=ssim(pictures, truth).mean().item(),
             face=face_psnr(pictures, truth, face).nanmean().item(),
-            sharpness=sharpness(pictures, truth, alpha).mean().item(),
+            sharpness=sharpness(pictures, truth, alpha),
             patches=patch_distance(pictures, truth),
             consistency=torch.tensor(agreed).nanmean().item(),
         )

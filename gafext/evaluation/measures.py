@@ -77,11 +77,12 @@ def face_psnr(left: Tensor, right: Tensor, face: Tensor) -> Tensor:
     return -10 * (error / seen.flatten(1).sum(1)).clamp(min=_NO_ERROR).log10()
 
 
-def sharpness(left: Tensor, right: Tensor, alpha: Tensor) -> Tensor:
-    """Compute the share of the true image's gradient energy that each image has, inside the silhouette.
+def sharpness(left: Tensor, right: Tensor, alpha: Tensor) -> float:
+    """Compute the share of the true images' gradient energy that a set of images has, inside the silhouettes.
 
     Sum of squared differences of neighbouring pixels of `left`, over that of `right`. Blurred images have less than 1,
-    noisy ones more. The silhouette itself does not count: its edge is most of a picture's energy.
+    noisy ones more. The silhouette itself does not count: its edge is most of a picture's energy. All images have one
+    sum, because backs of heads, which have hardly any energy, would lead a mean of their shares.
 
     Args:
         left: [N,3,H,W], clamped to [0,1].
@@ -89,15 +90,15 @@ def sharpness(left: Tensor, right: Tensor, alpha: Tensor) -> Tensor:
         alpha: [N,1,H,W] in [0,1].
 
     Returns:
-        [N], 0 or more.
+        Share, 0 or more.
     """
     inside = -F.max_pool2d(-(alpha > 0.999).float(), 3, 1, padding=1)
 
     def energy(picture: Tensor) -> Tensor:
-        along = (picture.diff(dim=-2).square() * inside[..., 1:, :]).flatten(1).sum(1)
-        return along + (picture.diff(dim=-1).square() * inside[..., 1:]).flatten(1).sum(1)
+        along = (picture.diff(dim=-2).square() * inside[..., 1:, :]).sum()
+        return along + (picture.diff(dim=-1).square() * inside[..., 1:]).sum()
 
-    return energy(left.clamp(0, 1)) / energy(right)
+    return (energy(left.clamp(0, 1)) / energy(right)).item()
 
 
 def patch_distance(left: Tensor, right: Tensor) -> float:
