@@ -11,6 +11,7 @@ assembly a plain branch of its own where GAFEXT_EMULATOR is defined.
 
 import ctypes
 import functools
+import importlib
 import re
 import subprocess
 import warnings
@@ -55,8 +56,7 @@ class Emulated:
 
 def emulate_all(processor: str) -> torch.library.Library:
     """Have torch.ops.gafext run on this processor, for as long as the result lives."""
-    import gafext.ops  # noqa: F401  registers what is overridden
-
+    importlib.import_module("gafext.ops")  # registers what is overridden
     library = torch.library.Library("gafext", "IMPL")
     emulated = functools.cache(Emulated)
     for name in _operations():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gafext.config import CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
 
@@ -129,23 +129,6 @@ RUNGS = {
         fresh_heads=1,
         fresh_every=3,
     ),
-    "sharp": Rung(
-        image_size=128,
-        vae=_vae((16, 32, 64), groups=2),
-        image_encoder=_clip(96, 8, layers=2),
-        unet=_unet(32, (32, 64, 96), (False, False, True)),
-        upsampler=_upsampler((32, 64, 64)),
-        vae_batch=8,
-        unet_batch=24,
-        upsampler_batch=4,
-        upsampler_pool=256,
-        upsampler_fresh=1,
-        pool_heads=160,
-        fresh_heads=1,
-        fresh_every=10,
-        upsampler_fresh_every=3,
-        vae_rate=5e-4,
-    ),
     "gpu": Rung(
         image_size=128,
         vae=_vae((32, 64, 64), groups=4),
@@ -161,3 +144,15 @@ RUNGS = {
         fresh_heads=24,
     ),
 }
+RUNGS["sharp"] = replace(
+    RUNGS["cpu"],
+    image_size=128,
+    image_encoder=_clip(96, 8, layers=2),
+    unet=_unet(32, (32, 64, 96), (False, False, True)),
+    vae_batch=8,
+    upsampler_batch=4,
+    upsampler_fresh=1,
+    fresh_every=10,
+    upsampler_fresh_every=3,
+    vae_rate=5e-4,
+)

@@ -18,24 +18,12 @@ from torch.nn import functional as F
 from train_unet import diffuse
 
 from gafext import MultiViewDiffusionPipeline, heads
-from gafext.cameras import orbit
-from gafext.evaluation import Scores, Subject, as_portrait, portrait_camera, subjects, table
+from gafext.evaluation import Scores, Subject, as_portrait, subjects, table
 from gafext.models.clip import MEAN, STD
 from gafext.schedulers import schedule
 
 LEVELS = (999, 900, 750, 500, 250, 100)  # timesteps
 FIRST = 100
-
-
-def seen_in_training(count: int, size: int) -> list[Subject]:
-    """Render portraits and views of training heads, as `gafext.evaluation.subjects` does of held-out ones."""
-    made, cameras = [], orbit(4)
-    for identity in heads.TRAIN_IDENTITIES[:count]:
-        head = heads.make_heads([identity])
-        views = heads.render(head, cameras.w2c, size, fov=cameras.fov)
-        portrait = heads.render(head, portrait_camera(identity).w2c, size).rgb[0, 0]
-        made.append(Subject(identity, portrait, cameras, heads.Renders(*(images[0] for images in views))))
-    return made
 
 
 class Parts:
@@ -103,8 +91,9 @@ def main() -> None:
     pipe = MultiViewDiffusionPipeline.from_pretrained(args.model, device="cpu")
     size = pipe.unet.config.sample_size * pipe.vae.config.factor
     lines: list[Scores] = []
-    for name, of in (("held out", lambda n, s: subjects(n, s, first=FIRST)), ("trained", seen_in_training)):
-        for line in Parts(pipe, of(args.heads, size), of(args.heads, 2 * size)).lines(name):
+    for name, chosen in (("held out", {"first": FIRST}), ("trained", {"of": heads.TRAIN_IDENTITIES})):
+        small, large = (subjects(args.heads, side, **chosen) for side in (size, 2 * size))
+        for line in Parts(pipe, small, large).lines(name):
             lines.append(line)
             print(table([line]).splitlines()[-1], flush=True)
     print(table(lines))

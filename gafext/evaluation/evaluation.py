@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -44,21 +44,29 @@ def portrait_camera(identity: int) -> Cameras:
     return orbit(1, elevation=PORTRAIT_ELEVATION * elevation, azimuth_start=PORTRAIT_AZIMUTH * azimuth)
 
 
-def subjects(count: int, size: int, cameras: Cameras | None = None, *, first: int = 0) -> list[Subject]:
+def subjects(
+    count: int,
+    size: int,
+    cameras: Cameras | None = None,
+    *,
+    first: int = 0,
+    of: Sequence[int] = heads.TEST_IDENTITIES,
+) -> list[Subject]:
     """Render portraits and views of held-out heads.
 
     Args:
         count: number of heads, at least 1.
         size: side of the images in pixels.
         cameras: cameras of the views; None: an orbit of 4.
-        first: number of held-out identities to skip.
+        first: number of identities to skip.
+        of: identities to take them from.
 
     Raises:
         ValueError: `count` is over the number of identities.
     """
-    identities = list(heads.TEST_IDENTITIES[first : first + count])
+    identities = list(of[first : first + count])
     if count < 1 or len(identities) < count:
-        raise ValueError(f"heads: expected 1 to {len(heads.TEST_IDENTITIES) - first}, got {count}")
+        raise ValueError(f"heads: expected 1 to {len(of) - first}, got {count}")
     cameras = cameras or orbit(4)
     made = []
     for identity in identities:
