@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import shlex
 import statistics
 import sys
@@ -12,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ROOT, doubling
+from helpers import doubling
 
 from gafext import ops
 from gafext.bench import command
@@ -239,19 +238,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         text = capsys.readouterr().err
         assert text.startswith("gafext: error: ") and text.count("\n") == 1
         assert any(part in text for part in message.split("|"))
-
-
-def test_the_readmes_command_and_figure(capsys):
-    readme = (ROOT / "README.md").read_text()
-    with pytest.raises(SystemExit):
-        main(["bench", "--help"])
-    text = capsys.readouterr().out
-    options = {
-        word for command in re.findall(r"gafext bench([^`\n]*)", readme) for word in re.findall("--[a-z]+", command)
-    }
-    assert "--json" in options and not [option for option in options if option not in text]
-    figures = re.findall(r"\]\((benchmarks/.*?)\)", readme)
-    assert figures and all((ROOT / figure).is_file() for figure in figures)
 
 
 def test_what_is_over_the_time_is_left_out_and_named(tmp_path, capsys):

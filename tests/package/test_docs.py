@@ -1,5 +1,6 @@
-"""The pages of docs/: their code runs, and their pictures are what their commands draw."""
+"""The pages of docs/: links lead somewhere, numbers are those of the JSON, pictures are what their commands draw."""
 
+import inspect
 import re
 import runpy
 import sys
@@ -8,25 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from pages import PAGES, blocks, prose, slug
 
+import gafext.ops
 from gafext.cameras import PRESETS
 from gafext.models.int8 import is_quantized, unsupported_reasons
 from gafext.options import parser
 from gafext.output import FORMATS
 
-PAGE = (ROOT / "docs" / "cameras.md").read_text()
+DOCS = ROOT / "docs"
+PAGE = (DOCS / "cameras.md").read_text()
 
 
 def run_code(page):
-    """Run the one block of Python of a page, and return its names."""
-    text = (ROOT / "docs" / page).read_text()
-    [block] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    """Run the first block of Python of a page, and return its names."""
     names: dict = {}
-    exec(compile(block, page, "exec"), names)
+    exec(compile(blocks("python", pages=[DOCS / page])[0].code, page, "exec"), names)
     return names
 
 
-def test_the_code_runs(tmp_path, monkeypatch):
+def test_the_cameras_of_the_page_see_the_nose(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run_code("cameras.md")
     u, v, w = names["u"], names["v"], names["w"]
@@ -58,3 +60,62 @@ def test_the_drawing_is_drawn(tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / "docs" / "draw_cameras.py"), run_name="__main__")
     texts = [re.findall(r"<!-- (.+?) -->", path.read_text()) for path in (tmp_path / name, ROOT / "docs" / name)]
     assert "view 2" in texts[0] and texts[0] == texts[1]
+
+
+def test_the_signatures_are_the_real_ones():
+    documented = re.findall(r"^gafext\.ops\.(\w+)\((.*?)\)", (DOCS / "operations.md").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in documented) == sorted(gafext.ops.__all__)
+    for name, parameters in documented:
+        real = inspect.signature(getattr(gafext.ops, name))
+        plain = real.replace(
+            parameters=[p.replace(annotation=inspect.Parameter.empty) for p in real.parameters.values()],
+            return_annotation=inspect.Signature.empty,
+        )
+        assert str(plain) == f"({parameters})"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", prose(target), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in map(slug, headings), link
+
+
+@pytest.fixture(scope="module")
+def fill():
+    return runpy.run_path(str(DOCS / "fill.py"))
+
+
+def test_the_numbers_are_those_of_the_json(fill, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fill.py", "--check"])
+    assert fill["main"]() == 0, capsys.readouterr()
+
+
+def test_another_number_is_noticed(fill):
+    known, page = fill["values"](), (DOCS / "memory.md").read_text()
+    assert fill["filled"](page, known) == page
+    changed = page.replace("0.83 GiB", "0.84 GiB")
+    assert changed != page and fill["filled"](changed, known) == page
+    with pytest.raises(KeyError, match="no_such_value"):
+        fill["filled"]("<!--=no_such_value-->1<!--/-->", known)
+
+
+def test_no_line_of_a_paragraph_begins_with_a_marker(fill):
+    """GitHub would show that line as HTML."""
+    for page in fill["PAGES"]:
+        for match in fill["MARKER"].finditer(page.read_text()):
+            assert "\n" in match[2] or match.string[match.start() - 1] != "\n", (page, match[1])
+
+
+def test_no_sentence_is_said_twice():
+    said: dict = {}
+    for page in PAGES:
+        text = re.sub(r"^(\||#|```).*$|<!--.*?-->", "", prose(page), flags=re.MULTILINE)
+        for sentence in re.split(r"(?<=[.:])\s", " ".join(text.split())):
+            if len(sentence) > 60:
+                assert said.setdefault(sentence, page) == page, (sentence, said[sentence], page)
