@@ -1,5 +1,6 @@
 """The pages of docs/: links lead somewhere, numbers are those of the JSON, pictures are what their commands draw."""
 
+import ast
 import inspect
 import re
 import runpy
@@ -119,3 +120,20 @@ def test_no_sentence_is_said_twice():
         for sentence in re.split(r"(?<=[.:])\s", " ".join(text.split())):
             if len(sentence) > 60:
                 assert said.setdefault(sentence, page) == page, (sentence, said[sentence], page)
+
+
+def message_templates():
+    """Every string of gafext's source, with … for what is filled in."""
+    for path in (ROOT / "gafext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_questions_are_headed_by_messages_of_the_source():
+    headings = re.findall(r"^## (.*)$", (DOCS / "questions.md").read_text(), re.MULTILINE)
+    assert len(headings) > 10 and headings.pop() == "Other questions"
+    templates = list(message_templates())
+    assert not [heading for heading in headings if not any(heading in template for template in templates)]

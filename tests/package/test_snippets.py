@@ -97,7 +97,7 @@ def assert_names_exist(command):
         assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
     elif program == "pytest":
         assert all((ROOT / word).is_file() for word in words if "/" in word)
-    elif program in ("source", "pre-commit"):
+    elif program in ("source", "pre-commit", "mkdocs"):
         return
     else:
         script = ROOT / (words.pop(0) if program in ("python", "python3") else command[0])
