@@ -19,6 +19,7 @@ from gafext.options import parser
 from gafext.output import FORMATS
 
 DOCS = ROOT / "docs"
+KERNELS = ("flash-attention.svg", "hopper.svg", "cross-view.svg", "winograd.svg")
 PAGE = (DOCS / "cameras.md").read_text()
 
 
@@ -53,14 +54,17 @@ def test_every_name_is_in_the_tables(capsys):
     assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", PAGE)) <= known
 
 
-def test_the_drawing_is_drawn(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "script, argument, drawn",
+    [("draw_cameras.py", "cameras.svg", ["cameras.svg"]), ("draw_kernels.py", ".", [f"inside/{n}" for n in KERNELS])],
+)
+def test_drawings_are_drawn(script, argument, drawn, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra dev")
-    [name] = re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGE)
-    assert (ROOT / "docs" / name).is_file()
-    monkeypatch.setattr(sys, "argv", ["draw_cameras.py", str(tmp_path / name)])
-    runpy.run_path(str(ROOT / "docs" / "draw_cameras.py"), run_name="__main__")
-    texts = [re.findall(r"<!-- (.+?) -->", path.read_text()) for path in (tmp_path / name, ROOT / "docs" / name)]
-    assert "view 2" in texts[0] and texts[0] == texts[1]
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / argument)])
+    runpy.run_path(str(DOCS / script), run_name="__main__")
+    for name in drawn:
+        ours, new = (re.findall(r"<!-- (.+?) -->", p.read_text()) for p in (DOCS / name, tmp_path / Path(name).name))
+        assert len(new) > 10 and new == ours
 
 
 def test_the_signatures_are_the_real_ones():
