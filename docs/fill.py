@@ -275,9 +275,16 @@ def values() -> dict[str, str]:
     cold, epyc = Races(f"ops-{RAPIDS}-cold"), Races(f"ops-{EPYC}-cross-view")
     longest = result("lengths-cpu-amd-epyc-avx2-1-thread")["races"][-1]["contestants"]
     mib = {row["name"]: row["peak_mib"] for row in longest}
+    [compiled] = Races(f"ops-{RAPIDS}").speedups(
+        "cross_view_attention", "sdpa compiled", "elementwise compiled", where="^4 views, 32x32"
+    )
+    small = result(f"pipeline-built-in-{EPYC}")["contestants"]
     found, four = peaks(), {"shape": "V=4,", "mode": "cold"}
     known = {
         "five": "; ".join(f"{name} {ratio:.1f}" for name, ratio in five_bars()),
+        "five.compiled": f"{compiled:.1f}",
+        "small.diffusers": f"{small['stock']['stages']['all']['times_gafext']:.2f}",
+        "small.openvino": f"{small['openvino']['stages']['all']['times_gafext']:.2f}",
         "operations": operations(),
         "cold.copy": span(cold.of_copy(**four)),
         "cold.sdpa": span(cold.speedups("cross_view_attention", "sdpa", **four)),
