@@ -230,6 +230,25 @@ def pipeline() -> str:
     return table(["seconds", *stages, "in all", "relative"], lines)
 
 
+def profile() -> str:
+    kinds = result(f"profile-{EPYC}-float32")["kinds"]
+    lines = [
+        [kind["kind"], f"{100 * kind['share']:.1f} %", f"{kind['of_limit']:.2f}" if "of_limit" in kind else ""]
+        for kind in kinds
+        if kind["share"] > 0.001
+    ]
+    return table(["", "of the time", "of the limit"], lines)
+
+
+def samplers() -> str:
+    lines = []
+    for race in result("samplers-cpu-amd-epyc-avx2-1-thread")["races"]:
+        ours, theirs = race["contestants"]
+        views = race["shape"].partition(",")[0].removeprefix("V=")
+        lines.append([race["op"].removesuffix(" step"), views, f"{ours['median_ms']:.2f}", f"{theirs['speedup']:.1f}"])
+    return table(["sampler", "views", "ms", "times faster"], lines)
+
+
 def scores(lines: list[dict], *columns: str) -> str:
     """Tabulate lines of `gafext eval`."""
     named = {
@@ -270,7 +289,8 @@ def built_in() -> dict[str, str]:
 
 def values() -> dict[str, str]:
     """Everything that pages may name."""
-    unet, whole = result(f"unet-{RAPIDS}")["unet"]["sdpa"], result(f"full-size-{RAPIDS}")["seconds_in_all"]
+    unet, int8 = (result(f"unet-{RAPIDS}")["unet"][name] for name in ("sdpa", "int8"))
+    whole = result(f"full-size-{RAPIDS}")["seconds_in_all"]
     drop_in, peers = result(f"drop-in-{EPYC}")["unet"], result(f"peers-{EPYC}")["unet"]
     cold, epyc = Races(f"ops-{RAPIDS}-cold"), Races(f"ops-{EPYC}-cross-view")
     longest = result("lengths-cpu-amd-epyc-avx2-1-thread")["races"][-1]["contestants"]
@@ -292,11 +312,15 @@ def values() -> dict[str, str]:
         "unet.times": f"{unet['times_auto']:.1f}",
         "unet.quartiles": " and ".join(f"{end:.1f}" for end in unet["quartiles"]),
         "unet.difference": f"{unet['largest_difference']:.0e}",
+        "unet.int8": f"{int8['times_auto']:.2f}",
+        "unet.int8_difference": f"{100 * int8['relative_difference']:.1f} %",
         "whole.ours": f"{whole['auto']:.0f}",
         "whole.theirs": f"{whole['sdpa']:.0f}",
         "peers": compared(peers, "gafext float32", {name: name for name in peers}),
         "drop_in": f"{drop_in['accelerated']['times_stock']:.2f}",
         "drop_in_table": compared(drop_in, "stock", DROP_IN),
+        "profile": profile(),
+        "samplers": samplers(),
         "pipeline": pipeline(),
         "presets": presets(),
         "precision": precision(),
