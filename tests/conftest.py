@@ -12,9 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_configure(config):
     if processor := os.environ.get("GAFEXT_EMULATED_CPU"):
-        from emulated_cpu import emulate_all
+        from emulated_arm import PROCESSORS, OnArm
+        from emulated_cpu import Emulated, emulate_all
 
-        config.emulated_operations = emulate_all(processor)
+        config.emulated_operations = emulate_all(processor, OnArm if processor in PROCESSORS else Emulated)
 
 
 @pytest.fixture(autouse=True)

@@ -54,11 +54,11 @@ class Emulated:
         return ctypes.c_int64.in_dll(self._dll, "emulated_tile_products").value
 
 
-def emulate_all(processor: str) -> torch.library.Library:
+def emulate_all(processor: str, emulated: type = Emulated) -> torch.library.Library:
     """Have torch.ops.gafext run on this processor, for as long as the result lives."""
     importlib.import_module("gafext.ops")  # registers what is overridden
     library = torch.library.Library("gafext", "IMPL")
-    emulated = functools.cache(Emulated)
+    emulated = functools.cache(emulated)
     for name in _operations():
         kernel = functools.partial(_call, emulated, name, processor)
         with warnings.catch_warnings():

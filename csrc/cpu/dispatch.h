@@ -5,6 +5,12 @@
 #include "../types.h"
 #include "runtime.h"
 
+// What every processor of a kind has: on Arm NEON.
+#ifdef __aarch64__
+#define GAFEXT_BASELINE neon
+#else
+#define GAFEXT_BASELINE portable
+#endif
 #ifdef GAFEXT_X86
 #define GAFEXT_IF_X86(...) __VA_ARGS__
 #else
@@ -28,14 +34,14 @@
 // declares what csrc/cpu/scale_add.cpp defines in namespace gafext::GAFEXT_ISA, once per instruction set, and defines
 // cpu::scale_add(x, y, scale, out, count), which calls the copy for instruction_set().
 #define GAFEXT_CPU_KERNEL(result, name, ...)                                                                        \
-  GAFEXT_COPY(portable, result name(__VA_ARGS__))                                                                   \
+  GAFEXT_COPY(GAFEXT_BASELINE, result name(__VA_ARGS__))                                                                   \
   GAFEXT_IF_X86(GAFEXT_COPY(avx2, result name(__VA_ARGS__)))                                                        \
   GAFEXT_IF_X86(GAFEXT_COPY(avx512, result name(__VA_ARGS__)))                                                      \
   GAFEXT_IF_AMX(GAFEXT_COPY(amx, result name(__VA_ARGS__)))                                                         \
   namespace cpu {                                                                                                   \
   constexpr auto name = [](const auto&... args) -> result {                                                         \
     using Copy = result (*)(__VA_ARGS__);                                                                           \
-    constexpr Copy copies[] = {portable::name, GAFEXT_IF_X86(avx2::name, avx512::name, ) GAFEXT_IF_AMX(amx::name)}; \
+    constexpr Copy copies[] = {GAFEXT_BASELINE::name, GAFEXT_IF_X86(avx2::name, avx512::name, ) GAFEXT_IF_AMX(amx::name)}; \
     return copies[static_cast<int>(instruction_set())](args...);                                                    \
   };                                                                                                                \
   }

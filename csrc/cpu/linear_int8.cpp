@@ -1,7 +1,7 @@
 // A linear layer with 8-bit weights, whose inputs are rounded to 8 bits row by row.
 //
 // First every row of x is rounded, once, to the words that integers.h multiplies: pairs of 16-bit numbers, or quads of
-// unsigned 8-bit ones, which are 128 too large. Then a unit of work is kColumns output columns times a block of rows. It
+// 8-bit ones, which are unsigned and 128 too large where the instruction wants them so. Then a unit of work is kColumns output columns times a block of rows. It
 // takes slices of kDepth features:
 //
 //   weights  transposed, and widened for pairs    [panel, words, kPanel], 32 KB, in the L2 cache
@@ -48,9 +48,9 @@ template <Products kind>
 class Product {
   static constexpr int64_t kNumbers = per_word(kind);
   static constexpr int64_t kWords = kDepth / kNumbers;  // of a slice
-  static constexpr int32_t kShift = is_quads(kind) ? 128 : 0;
-  using Number = typename Left<is_quads(kind)>::Number;  // of x
-  using Numbers = typename Left<is_quads(kind)>::Vector;
+  static constexpr int32_t kShift = is_shifted(kind) ? 128 : 0;
+  using Number = typename Left<is_quads(kind), is_shifted(kind)>::Number;  // of x
+  using Numbers = typename Left<is_quads(kind), is_shifted(kind)>::Vector;
 
  public:
   explicit Product(const LinearInt8Args& args) : args_(args), plan_(args, kNumbers) {
@@ -183,7 +183,10 @@ void linear_int8(const LinearInt8Args& args) {
 #if defined(__AVX512F__)
   if (has_vnni()) return Product<Products::kQuadsVnni>(args).run();
 #endif
-#if defined(__AVX2__)
+#if defined(__aarch64__)
+  if (has_dot_products()) return Product<Products::kSignedQuads>(args).run();
+#endif
+#if defined(__AVX2__) || defined(__aarch64__)
   Product<Products::kPairs>(args).run();
 #else
   Product<Products::kQuads>(args).run();  // as slow as the plain code that it is; it tests what VNNI runs

@@ -15,6 +15,11 @@
 #ifdef GAFEXT_AMX
 #include <sys/syscall.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -46,6 +51,19 @@ bool has_amx() {
 }
 #endif
 
+#ifdef GAFEXT_X86
+constexpr InstructionSet kBestFirst[] = {InstructionSet::kAmx, InstructionSet::kAvx512, InstructionSet::kAvx2,
+                                         InstructionSet::kBaseline};
+constexpr char kBaselineName[] = "portable", kNames[] = "portable, avx2, avx512 or amx";
+#else
+constexpr InstructionSet kBestFirst[] = {InstructionSet::kBaseline};
+#ifdef __aarch64__
+constexpr char kBaselineName[] = "neon", kNames[] = "neon, on this processor";
+#else
+constexpr char kBaselineName[] = "portable", kNames[] = "portable, on this processor";
+#endif
+#endif
+
 bool supported(InstructionSet set) {
 #ifdef GAFEXT_X86
   __builtin_cpu_init();  // the queries below cover the operating system's support too
@@ -62,19 +80,17 @@ bool supported(InstructionSet set) {
              supported(InstructionSet::kAvx2);
     case InstructionSet::kAvx2:  // every processor with AVX2 and FMA has F16C, which older compilers cannot ask for
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case InstructionSet::kPortable:
+    case InstructionSet::kBaseline:
       return true;
   }
 #endif
-  return set == InstructionSet::kPortable;
+  return set == InstructionSet::kBaseline;
 }
 
 InstructionSet choose() {
-  constexpr InstructionSet best_first[] = {InstructionSet::kAmx, InstructionSet::kAvx512, InstructionSet::kAvx2,
-                                           InstructionSet::kPortable};
   const char* wanted = std::getenv("GAFEXT_INSTRUCTION_SET");
   const bool any = wanted == nullptr || *wanted == '\0';
-  for (InstructionSet set : best_first) {
+  for (InstructionSet set : kBestFirst) {
     const bool named = !any && std::string(wanted) == name_of(set);
     if ((any || named) && supported(set)) return set;
     if (named) {
@@ -82,7 +98,7 @@ InstructionSet choose() {
                                ": this processor or this build has no such kernels");
     }
   }
-  throw std::runtime_error("GAFEXT_INSTRUCTION_SET=" + std::string(wanted) + ": must be portable, avx2, avx512 or amx");
+  throw std::runtime_error("GAFEXT_INSTRUCTION_SET=" + std::string(wanted) + ": must be " + kNames);
 }
 
 }  // namespace
@@ -95,6 +111,9 @@ InstructionSet instruction_set() {
 bool multiplies_bfloat16() {
 #ifdef GAFEXT_X86
   return instruction_set() >= InstructionSet::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kBfloat16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBfloat16) != 0;
 #else
   return false;
 #endif
@@ -119,6 +138,19 @@ bool has_vnni() {
 #endif
 }
 
+bool has_dot_products() {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, which older headers lack
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+
 bool has_amx_int8() {
 #ifdef GAFEXT_AMX
   static const bool has = instruction_set() == InstructionSet::kAmx && processor_has(kInt8Products);
@@ -131,8 +163,14 @@ bool has_amx_int8() {
 const char* int8_products() {
   if (has_amx_int8()) return "AMX; AVX512_VNNI for few rows";
   if (has_vnni()) return "AVX512_VNNI";
+  if (has_dot_products()) return "SDOT";
   if (instruction_set() >= InstructionSet::kAvx512) return "AVX-512, as 16 bits";
-  return instruction_set() == InstructionSet::kAvx2 ? "AVX2, as 16 bits" : "plain C++";
+  if (instruction_set() == InstructionSet::kAvx2) return "AVX2, as 16 bits";
+#ifdef __aarch64__
+  return "NEON, as 16 bits";
+#else
+  return "plain C++";
+#endif
 }
 
 const char* name_of(InstructionSet set) {
@@ -144,7 +182,7 @@ const char* name_of(InstructionSet set) {
     case InstructionSet::kAvx2:
       return "avx2";
     default:
-      return "portable";
+      return kBaselineName;
   }
 }
 

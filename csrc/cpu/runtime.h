@@ -8,15 +8,17 @@
 
 namespace gafext {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx };  // in dispatch.h's order; kAmx: AVX-512 and AMX tiles
+// In dispatch.h's order. kBaseline: portable, on Arm neon; kAmx: AVX-512 and AMX tiles.
+enum class InstructionSet { kBaseline, kAvx2, kAvx512, kAmx };
 
 // The one that the kernels run with: the best that this processor has, or the one that the environment variable
-// GAFEXT_INSTRUCTION_SET names (portable, avx2, avx512, amx). Throws std::runtime_error if that is unknown or
-// unsupported.
+// GAFEXT_INSTRUCTION_SET names (portable, avx2, avx512, amx; on Arm neon). Throws std::runtime_error if that is unknown
+// or unsupported.
 InstructionSet instruction_set();
 
-// Whether the processor has AVX512_BF16 and, as a rule, AMX. PyTorch's libraries then multiply bfloat16 matrices
-// several times as fast as geglu's kernels, which multiply float32 or its three bfloat16 terms.
+// Whether the processor has AVX512_BF16 and, as a rule, AMX, or Arm's FEAT_BF16 on Linux. PyTorch's libraries then
+// multiply bfloat16 matrices several times as fast as geglu's kernels, which multiply float32 or its three bfloat16
+// terms.
 bool multiplies_bfloat16();
 
 // Whether PyTorch's libraries multiply float16 matrices faster than float32 ones: with AVX512_FP16, and on Arm.
@@ -24,6 +26,9 @@ bool multiplies_float16();
 
 // Whether the processor multiplies and adds 8-bit integers in one instruction, AVX512_VNNI, and may use it.
 bool has_vnni();
+
+// Whether the processor multiplies and adds four 8-bit integers in one instruction of NEON, FEAT_DotProd.
+bool has_dot_products();
 
 // Whether the kernels run with AMX and the processor multiplies 8-bit integers on its tiles.
 bool has_amx_int8();

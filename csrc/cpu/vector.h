@@ -1,7 +1,7 @@
 // The vector that the CPU kernels are written in: kLanes float32, with GCC's and clang's vector extensions.
 //
 // Every kernel source is compiled once for each instruction set, with GAFEXT_ISA naming it (portable, avx2, avx512,
-// amx); the width follows from the compiler's flags. Everything lives in the namespace of that name, and nothing here
+// amx, neon); the width follows from the compiler's flags. Everything lives in the namespace of that name, and nothing here
 // or in the kernels instantiates a std:: template: the linker merges inline functions of one name, and could keep the
 // copy with AVX-512 code for all processors.
 #pragma once
@@ -14,6 +14,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -87,6 +89,8 @@ GAFEXT_INLINE Vec load(const BFloat16* from) {
   return bit_cast<Vec>(bit_cast<BitVec>(_mm512_cvtepu16_epi32(load_bits<__m256i>(from))) << 16);  // GCC 12: 2 halves
 #elif defined(__AVX2__)
   return bit_cast<Vec>(bit_cast<BitVec>(_mm256_cvtepu16_epi32(load_bits<__m128i>(from))) << 16);
+#elif defined(__aarch64__)
+  return bit_cast<Vec>(vshll_n_u16(load_bits<uint16x4_t>(from), 16));
 #else
   return bit_cast<Vec>(__builtin_convertvector(load_bits<HalfBits>(from), BitVec) << 16);
 #endif
@@ -97,6 +101,8 @@ GAFEXT_INLINE Vec load(const Float16* from) {
   return bit_cast<Vec>(_mm512_cvtph_ps(load_bits<__m256i>(from)));
 #elif defined(__F16C__)
   return bit_cast<Vec>(_mm256_cvtph_ps(load_bits<__m128i>(from)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec>(vcvt_f32_f16(load_bits<float16x4_t>(from)));
 #else
   const BitVec half = __builtin_convertvector(load_bits<HalfBits>(from), BitVec);
   const BitVec magnitude = (half & 0x7fff) << 13;
@@ -111,6 +117,9 @@ GAFEXT_INLINE Vec load(const int8_t* from) {
   return bit_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(from))));
 #elif defined(__AVX2__)
   return bit_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from))));
+#elif defined(__aarch64__)
+  const int16x8_t wide = vmovl_s8(vcreate_s8(load_bits<uint32_t>(from)));
+  return bit_cast<Vec>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))));
 #else
   return Vec{float(from[0]), float(from[1]), float(from[2]), float(from[3])};
 #endif
@@ -141,6 +150,8 @@ GAFEXT_INLINE void store(Float16* to, Vec v) {
   const __m256i out = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
   const __m128i out = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  const float16x4_t out = vcvt_f16_f32(bit_cast<float32x4_t>(v));
 #else
   const BitVec bits = bit_cast<BitVec>(v), magnitude = bits & 0x7fffffff;
   const BitVec normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -188,8 +199,12 @@ GAFEXT_INLINE Vec exp2_of(Vec x) {
   const Vec fraction = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), 0x01));  // x - floor(x)
 #else
   x = x < -127.0f ? broadcast(-127.0f) : x;
+#if defined(__aarch64__)
+  const IntVec whole = bit_cast<IntVec>(vcvtmq_s32_f32(bit_cast<float32x4_t>(x)));
+#else
   IntVec whole = __builtin_convertvector(x, IntVec);
   whole += IntVec(__builtin_convertvector(whole, Vec) > x);  // towards zero to floor: a true comparison is -1
+#endif
   const Vec fraction = x - __builtin_convertvector(whole, Vec);
 #endif
   Vec p = broadcast(0.0018671312f);
@@ -285,6 +300,12 @@ GAFEXT_INLINE Vec sum_pairs(Vec a, Vec b, Lanes<I...>) {
 // Lane i of the result is the sum of the lanes of rows[i]: log2(kLanes) rounds that halve the rows.
 template <int kBit = kLanes / 2>
 GAFEXT_INLINE Vec sums_of(Vec (&rows)[kLanes]) {
+#if defined(__aarch64__)
+  const auto add_pairs = [](auto a, auto b) __attribute__((always_inline)) {
+    return vpaddq_f32(bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b));
+  };
+  return bit_cast<Vec>(add_pairs(add_pairs(rows[0], rows[1]), add_pairs(rows[2], rows[3])));
+#else
   GAFEXT_UNROLL
   for (int i = 0; i < kBit; ++i) rows[i] = sum_pairs<kBit>(rows[i], rows[i + kBit], AllLanes());
   if constexpr (kBit > 1) {
@@ -292,6 +313,7 @@ GAFEXT_INLINE Vec sums_of(Vec (&rows)[kLanes]) {
   } else {
     return rows[0];
   }
+#endif
 }
 
 // One number out of all lanes, by folding the vector in halves.
