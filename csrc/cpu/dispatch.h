@@ -33,15 +33,16 @@
 //
 // declares what csrc/cpu/scale_add.cpp defines in namespace gafext::GAFEXT_ISA, once per instruction set, and defines
 // cpu::scale_add(x, y, scale, out, count), which calls the copy for instruction_set().
-#define GAFEXT_CPU_KERNEL(result, name, ...)                                                                        \
-  GAFEXT_COPY(GAFEXT_BASELINE, result name(__VA_ARGS__))                                                                   \
-  GAFEXT_IF_X86(GAFEXT_COPY(avx2, result name(__VA_ARGS__)))                                                        \
-  GAFEXT_IF_X86(GAFEXT_COPY(avx512, result name(__VA_ARGS__)))                                                      \
-  GAFEXT_IF_AMX(GAFEXT_COPY(amx, result name(__VA_ARGS__)))                                                         \
-  namespace cpu {                                                                                                   \
-  constexpr auto name = [](const auto&... args) -> result {                                                         \
-    using Copy = result (*)(__VA_ARGS__);                                                                           \
-    constexpr Copy copies[] = {GAFEXT_BASELINE::name, GAFEXT_IF_X86(avx2::name, avx512::name, ) GAFEXT_IF_AMX(amx::name)}; \
-    return copies[static_cast<int>(instruction_set())](args...);                                                    \
-  };                                                                                                                \
+#define GAFEXT_CPU_KERNEL(result, name, ...)                                                        \
+  GAFEXT_COPY(GAFEXT_BASELINE, result name(__VA_ARGS__))                                            \
+  GAFEXT_IF_X86(GAFEXT_COPY(avx2, result name(__VA_ARGS__)))                                        \
+  GAFEXT_IF_X86(GAFEXT_COPY(avx512, result name(__VA_ARGS__)))                                      \
+  GAFEXT_IF_AMX(GAFEXT_COPY(amx, result name(__VA_ARGS__)))                                         \
+  namespace cpu {                                                                                   \
+  constexpr auto name = [](const auto&... args) -> result {                                         \
+    using Copy = result (*)(__VA_ARGS__);                                                           \
+    constexpr Copy copies[] = {GAFEXT_BASELINE::name,                                               \
+                               GAFEXT_IF_X86(avx2::name, avx512::name, ) GAFEXT_IF_AMX(amx::name)}; \
+    return copies[static_cast<int>(instruction_set())](args...);                                    \
+  };                                                                                                \
   }

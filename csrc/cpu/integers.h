@@ -21,7 +21,9 @@ namespace gafext::GAFEXT_ISA {
 enum class Products { kPairs, kPairsVnni, kQuads, kQuadsVnni, kSignedQuads };
 
 // Whether the left operand is unsigned, and so 128 too large.
-constexpr bool is_shifted(Products products) { return products == Products::kQuads || products == Products::kQuadsVnni; }
+constexpr bool is_shifted(Products products) {
+  return products == Products::kQuads || products == Products::kQuadsVnni;
+}
 constexpr bool is_quads(Products products) { return is_shifted(products) || products == Products::kSignedQuads; }
 constexpr int64_t per_word(Products products) { return is_quads(products) ? 4 : 2; }
 
@@ -82,9 +84,7 @@ GAFEXT_INLINE void add_products(IntVec& sum, IntVec a, IntVec b) {
 #if defined(__ARM_FEATURE_DOTPROD)
     sum = bit_cast<IntVec>(vdotq_s32(bit_cast<int32x4_t>(sum), bit_cast<int8x16_t>(a), bit_cast<int8x16_t>(b)));
 #else  // this source is for processors without it too, so only the assembler may know of it
-    __asm__(".arch armv8.2-a+dotprod\n\tsdot %[sum].4s, %[a].16b, %[b].16b"
-            : [sum] "+w"(sum)
-            : [a] "w"(a), [b] "w"(b));
+    __asm__(".arch armv8.2-a+dotprod\n\tsdot %[sum].4s, %[a].16b, %[b].16b" : [sum] "+w"(sum) : [a] "w"(a), [b] "w"(b));
 #endif
     return;
   }

@@ -19,6 +19,7 @@ _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
 MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU has AVX512_BF16 or Arm's BF16, and may use it
 MULTIPLIES_FLOAT16 = _BUILD["multiplies_float16"]  # AVX512_FP16, or it is no x86
+INT8_PRODUCTS = _BUILD["int8_products"]
 # Ten times the lowest compute capability that the kernels were compiled for.
 _OLDEST_GPU = min((int(re.findall(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0)
 

@@ -65,8 +65,8 @@ def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     reasons = slower_in_float32(x, weight)
-    if _common.INSTRUCTION_SET == "portable":
-        reasons.append("the portable kernels have no products of 16-bit integers")
+    if _common.INSTRUCTION_SET in ("portable", "neon"):
+        reasons.append(f"the {_common.INSTRUCTION_SET} kernels have no fast products of 16-bit integers")
     return reasons
 
 

@@ -80,8 +80,10 @@ def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
 
 def slower_than_float32() -> list[str]:
     """List why a linear layer in float32 is faster on this processor; empty when it is not."""
-    portable = _common.INSTRUCTION_SET == "portable"
-    return ["without AVX2 there are no fast products of small integers: float32 is faster"] if portable else []
+    has_products = {"portable": False, "neon": _common.INT8_PRODUCTS == "SDOT"}.get(_common.INSTRUCTION_SET, True)
+    if has_products:
+        return []
+    return ["without AVX2 or SDOT there are no fast products of small integers: float32 is faster"]
 
 
 def _kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:

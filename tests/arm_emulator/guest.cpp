@@ -24,8 +24,8 @@ namespace gafext {
 GAFEXT_KERNELS  // KERNEL(void, geglu, GegluArgs) ...
 #undef KERNEL
 
-template <typename Args, typename Kernel>
-int64_t run(const Kernel& kernel, const Call& call) {
+    template <typename Args, typename Kernel>
+    int64_t run(const Kernel& kernel, const Call& call) {
   Args args;
   memcpy(&args, call.args, sizeof(args));
   if constexpr (__is_same(decltype(kernel(args)), void)) {

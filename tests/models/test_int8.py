@@ -58,9 +58,12 @@ def test_weights_take_a_quarter_of_the_memory():
     assert sum(buffer.nbytes for buffer in layer.buffers()) < 0.26 * linear.weight.nbytes
 
 
-def test_portable_code_is_refused_with_the_reason(pretend_cpu):
-    pretend_cpu("portable")
-    assert unsupported_reasons(torch.device("cpu"))[0].startswith("without AVX2 there are no fast products")
+@pytest.mark.parametrize("instruction_set", ["portable", "neon"])
+def test_slow_products_are_refused_with_the_reason(pretend_cpu, instruction_set):
+    pretend_cpu(instruction_set, int8_products="SDOT")
+    assert bool(unsupported_reasons(torch.device("cpu"))) == (instruction_set == "portable")
+    pretend_cpu(instruction_set, int8_products="NEON, as 16 bits")
+    assert unsupported_reasons(torch.device("cpu"))[0].startswith("without AVX2 or SDOT there are no fast products")
     with pytest.raises(ValueError, match="got int8: without AVX2"):
         quantize_transformers(nn.Linear(2, 2))
 

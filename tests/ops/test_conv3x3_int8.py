@@ -206,9 +206,11 @@ def test_wide_convolutions_run_the_kernel(pretend_cpu):
         assert ("gafext::conv3x3_int8" in called(ops.conv3x3_int8, *inputs, backend=backend)) == used
         exact = reference_conv3x3_int8(*inputs)
         assert (ops.conv3x3_int8(*inputs, backend=backend) - exact).norm() < 0.01 * exact.norm()
-    pretend_cpu("portable")
-    assert slower_reasons(*wide[:2]) == ["the portable kernels have no products of 16-bit integers"]
-    assert torch.equal(ops.conv3x3_int8(*wide), reference_conv3x3_int8(*wide))
+    for instruction_set in ("portable", "neon"):
+        pretend_cpu(instruction_set)
+        reason = f"the {instruction_set} kernels have no fast products of 16-bit integers"
+        assert slower_reasons(*wide[:2]) == [reason]
+        assert torch.equal(ops.conv3x3_int8(*wide), reference_conv3x3_int8(*wide))
 
 
 def test_gradients_are_pytorchs():
