@@ -65,7 +65,7 @@ def build_arm() -> Path:
 
 
 def run_arm(processor: str, **environment: str) -> subprocess.CompletedProcess:
-    """Have the program say what it found: the instruction set, the integer products, and whether bfloat16's are fast."""
+    """Have the program say what it found: the instruction set, the integer products, and bfloat16's."""
     command = [_QEMU, "-cpu", PROCESSORS[processor], build_arm()]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 
