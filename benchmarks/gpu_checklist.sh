@@ -16,7 +16,7 @@ mkdir -p "$results"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 export PATH=$PATH:/usr/local/cuda/bin:/usr/local/cuda/extras/compute-sanitizer  # where nvcc may be and CMake does not look
 declare -A process begun
-failed=()
+passed=() failed=()
 
 # begin NAME SECONDS COMMAND...: start a step, within its limit and the time that is left.
 begin() {
@@ -49,6 +49,7 @@ finish() {
     tail -n 15 "$work/$name" | cut -c 1-200 | sed 's/^/    /'
     return 1
   fi
+  passed+=("$name")
 }
 
 step() {
@@ -86,6 +87,8 @@ for tool in "${checks[@]}"; do
 done
 for name in tests "${checks[@]}"; do finish "$name"; done
 [ -n "$sanitizer" ] || echo "absent memcheck, racecheck: this machine has no compute-sanitizer"
+# What `gafext doctor` says of such a card from the next commit on.
+step card 20 python3 benchmarks/verify_card.py --passed "${passed[@]}" --failed "${failed[@]}" --json "$results/card-$device.json"
 
 # In processes of their own: what one kernel breaks on the GPU, the others do not feel.
 bench=(python3 -m gafext bench --device cuda --rounds 7 --cold)

@@ -21,21 +21,25 @@ def _import_installed() -> None:
     spec.loader.exec_module(module)
 
 
-if _util.find_spec("gafext._C") is None:  # Python was started in a clone, and finds this folder first
-    _import_installed()
-else:
-    from gafext import cameras, ops
-    from gafext.assets import PORTRAIT
-    from gafext.integrations import accelerate, restore
-    from gafext.models.clip import CLIPVisionEncoder
-    from gafext.models.unet import MultiViewUNet
-    from gafext.models.vae import AutoencoderKL
-    from gafext.pipeline import MultiViewDiffusionPipeline, MultiViewOutput
-    from gafext.schedulers import DDIMScheduler
-    from gafext.upsampler import LatentUpsampler
-    from gafext.versions import version
+try:
+    if _util.find_spec("gafext._C") is None:  # Python was started in a clone, and finds this folder first
+        _import_installed()
+    else:
+        from gafext import cameras, ops
+        from gafext.assets import PORTRAIT
+        from gafext.integrations import accelerate, restore
+        from gafext.models.clip import CLIPVisionEncoder
+        from gafext.models.unet import MultiViewUNet
+        from gafext.models.vae import AutoencoderKL
+        from gafext.pipeline import MultiViewDiffusionPipeline, MultiViewOutput
+        from gafext.schedulers import DDIMScheduler
+        from gafext.upsampler import LatentUpsampler
+        from gafext.versions import version
 
-    __version__ = version()
+        __version__ = version()
+except Exception:
+    if _sys.argv[1:2] != ["doctor"]:  # `gafext doctor` imports them again, and says what is wrong and what to do
+        raise
 
 __all__ = [
     "PORTRAIT",

@@ -1,4 +1,4 @@
-"""The command line: `gafext generate`, `demo`, `assemble`, `eval`, `bench` and `info`."""
+"""The command line: `gafext generate`, `demo`, `assemble`, `eval`, `bench`, `info` and `doctor`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
 from gafext.checkpoints.memory import default_device
 from gafext.conditions import DEFAULT_SAMPLE_SIZE, DEFAULT_VIEWS, RunOptions
+from gafext.doctor.command import doctor
 from gafext.families import family_name
 from gafext.guidance import check_guidance_interval, check_guidance_scale
 from gafext.images import load_image, load_images, read_image, remove_background, to_square_tensor
@@ -335,6 +336,7 @@ _COMMANDS = {
     "eval": _eval,
     "bench": _bench,
     "info": _info,
+    "doctor": doctor,
 }
 
 

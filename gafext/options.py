@@ -6,6 +6,7 @@ import argparse
 
 from gafext import cameras, ops
 from gafext.bench import SUITES
+from gafext.doctor import command as doctor
 from gafext.ops.backend import BACKENDS
 from gafext.output import FORMATS, TURNTABLES
 from gafext.pipeline import UPSAMPLE
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     info.add_argument("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")
+    doctor.add_options(commands.add_parser("doctor", help=doctor.HELP, epilog=doctor.EXIT_CODES))
     return result
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from gafext import _C
 from gafext.versions import versions
 
 QUIET = 0.05  # share of the cores that others may use before times are no longer trustworthy
@@ -25,6 +24,8 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_t
 
 def environment(device: str) -> dict:
     """Describe everything that is needed to judge or repeat the numbers."""
+    from gafext import _C  # here: `gafext doctor` describes machines on which it does not load
+
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": platform.platform(),

@@ -18,7 +18,7 @@ from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.upsampler import LatentUpsampler
 
-_CERTAIN = 1.3
+CERTAIN = 1.3
 """Multiple of the free memory that an estimate has to exceed for a run to be refused; the estimate is that exact."""
 
 
@@ -138,15 +138,7 @@ class PipelineMemory:
         if free is None:
             return
         free += sum(_weight_bytes(network, on=device) for network in self._networks)
-        work = Workload(
-            rows=portraits * views,
-            passes=passes,
-            size=size,
-            decoded_size=size * (1 + doubled),
-            decoded_rows=1 if self.vae.use_slicing else portraits * views,
-            tile=self.vae.latent_tile,
-            itemsize=self.unet.dtype.itemsize,
-        )
+        work = self._workload(portraits=portraits, views=views, passes=passes, size=size, doubled=doubled)
         offload = None if self._offload is None else self._offload.sequential
         needed = self._needed_bytes(work, offload)
         if needed <= free:
@@ -166,9 +158,31 @@ class PipelineMemory:
         enough = [choice for choice, bytes_then in choices.items() if bytes_then <= free]
         advice = ", ".join(enough[:-1]) + " or " * (len(enough) > 1) + enough[-1] if enough else "use a larger machine"
         message = f"memory: the run needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free on {device}: {advice}"
-        if needed >= _CERTAIN * free:
+        if needed >= CERTAIN * free:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
+
+    def estimate_bytes(self, *, portraits: int, views: int, passes: int, size: int, doubled: bool) -> float:
+        """Estimate what a run needs on its device, weights included, in bytes.
+
+        Args:
+            portraits, views, passes: their product is the U-Net's batch.
+            size: side of the U-Net's latents.
+            doubled: whether they are doubled before they are decoded.
+        """
+        work = self._workload(portraits=portraits, views=views, passes=passes, size=size, doubled=doubled)
+        return self._needed_bytes(work, None if self._offload is None else self._offload.sequential)
+
+    def _workload(self, *, portraits: int, views: int, passes: int, size: int, doubled: bool) -> Workload:
+        return Workload(
+            rows=portraits * views,
+            passes=passes,
+            size=size,
+            decoded_size=size * (1 + doubled),
+            decoded_rows=1 if self.vae.use_slicing else portraits * views,
+            tile=self.vae.latent_tile,
+            itemsize=self.unet.dtype.itemsize,
+        )
 
     def _needed_bytes(self, work: Workload, offload: bool | None) -> float:
         """Estimate what a run needs on its device: weights, of which offloading leaves a network or a block there."""

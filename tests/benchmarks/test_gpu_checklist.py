@@ -71,7 +71,8 @@ def checklist(tmp_path):
     return run
 
 
-STEPS = ["build", "info", "hopper", "tests", "memcheck", "racecheck", "attention", "others"]
+STEPS = ["build", "info", "hopper", "tests", "memcheck", "racecheck", "card", "attention", "others"]
+BEFORE = STEPS[: STEPS.index("card")]
 STEPS += ["attention-mma", "unet", "float16", "pipeline", "lengths", "samplers"]
 
 
@@ -88,9 +89,12 @@ def test_all_steps_run_in_their_order(checklist):
     assert {(words[2], words[-1]) for words in sanitized} == {("memcheck", "all"), ("racecheck", "mma")}
     assert "--op cross_view_attention --op geglu --seconds" in commands
     files = sorted(path.name for path in out.iterdir())
-    assert len(files) == 9 and "attention-bfloat16-NVIDIA-H100-80GB-HBM3.json" in files
+    assert len(files) == 10 and "attention-bfloat16-NVIDIA-H100-80GB-HBM3.json" in files
     summary = commands.splitlines()[-1]
-    assert "summary.py" in summary and all(name in summary for name in files if name.endswith("json"))
+    assert "summary.py" in summary and all(
+        name in summary for name in files if name.endswith("json") and "card" not in name
+    )
+    assert "verify_card.py --passed build info hopper tests memcheck racecheck --failed --json" in commands
     log = (out / "checklist.log").read_text()
     assert [line.split()[1].strip(",") for line in log.splitlines() if line.startswith("== ")] == STEPS
 
@@ -107,6 +111,8 @@ def test_a_failure_is_named_and_the_others_run(checklist, word, steps):
     status, output, commands, _ = checklist(fail=word)
     assert status == 1
     assert output.splitlines()[-1] == f"failed: {steps}"
+    card = next(line for line in commands.splitlines() if "verify_card.py" in line)
+    assert card.split("--failed ")[1].split("--json")[0].split() == [step for step in steps.split() if step in BEFORE]
     assert "    went wrong" in output and "summary.py" in commands and "unet" in commands
 
 
