@@ -141,11 +141,12 @@ inline cudaError_t device_attribute(int& value, cudaDeviceAttr attribute) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(&value, attribute, device) : error;
 }
 
-// Whether the current device's tensor cores multiply this type: Turing's only float16.
+// Whether the current device's tensor cores multiply this type as mma_16x8x16 does: Turing's only float16, Volta's none.
 inline bool multiplies_matrices(DType dtype) {
-  int major = 0;
+  int major = 0, minor = 0;
   if (device_attribute(major, cudaDevAttrComputeCapabilityMajor) != cudaSuccess) return false;
-  return dtype == DType::kFloat16 || (dtype == DType::kBFloat16 && major >= 8);
+  if (device_attribute(minor, cudaDevAttrComputeCapabilityMinor) != cudaSuccess) return false;
+  return (dtype == DType::kFloat16 && 10 * major + minor >= 75) || (dtype == DType::kBFloat16 && major >= 8);
 }
 
 // kernel<<<blocks, threads, shared_bytes, stream>>>(args...), blocks along x alone, whose limit is 2^31 - 1 and not

@@ -86,7 +86,8 @@ __device__ inline float reciprocal_approximate(float x) {
   return result;
 }
 
-// c += A B with float32 accumulation, over the 32 lanes of a warp. Two products of half the depth on Turing.
+// c += A B with float32 accumulation, over the 32 lanes of a warp. Two products of half the depth on Turing. Volta has
+// neither these products nor ldmatrix: kernels that use them are not launched there.
 __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
@@ -94,12 +95,14 @@ __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const 
       "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
+#elif __CUDA_ARCH__ >= 750
   for (int k = 0; k < 2; ++k) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
   }
+#else
+  __trap();
 #endif
 }
 
@@ -119,17 +122,25 @@ __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const 
 // Four 8 x 8 matrices of 2-byte elements from shared memory: lane 8 i + r gives the address of row r of matrix i, 16
 // bytes, 16-byte aligned; r[i] is then (row lane / 4, columns 2 (lane % 4) and the next) of matrix i.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+#if __CUDA_ARCH__ >= 750
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
+#else
+  __trap();
+#endif
 }
 // The same, each matrix transposed.
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+#if __CUDA_ARCH__ >= 750
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
+#else
+  __trap();
+#endif
 }
 
 // 16 bytes from global to shared memory, both 16-byte aligned; zeros, and nothing is read, where !inside. They have
