@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Sequence
 
 from gafext.doctor.findings import examine
@@ -38,4 +40,11 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="gafext doctor", description=HELP, epilog=EXIT_CODES)
     add_options(parser)
-    return doctor(parser.parse_args(argv[1:]))
+    args = parser.parse_args(argv[1:])
+    try:
+        code = doctor(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

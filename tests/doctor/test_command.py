@@ -179,6 +179,12 @@ def test_an_instruction_set_that_is_not_there():
     assert "unset GAFEXT_INSTRUCTION_SET" in text
 
 
+def test_a_reader_that_stops_early(copy):
+    command = f"{sys.executable} -S -m gafext doctor | head -n 0; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=copy, capture_output=True, text=True, timeout=60, env={})
+    assert done.returncode in (0, 1) and done.stderr == ""
+
+
 def test_other_commands_still_raise(copy):
     """The doctor alone goes on without the extension."""
     command = [sys.executable, "-S", "-m", "gafext", "info"]

