@@ -222,6 +222,7 @@ def _generate(args: argparse.Namespace) -> int:
         "strength": args.strength,
         "eta": args.eta,
         "upsample": args.upsample,
+        "crop": not args.no_crop,
     }
     saving = {"formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
     inputs = {"cameras": views, "normal_maps": normals}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from gafext.families import Family, family_of
 from gafext.mesh import Mesh
 from gafext.models.attention import KeyValue
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.head_detector import HeadDetector
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.unet import Conditioning, MultiViewUNet
 from gafext.noise import view_noise
@@ -26,6 +28,8 @@ from gafext.schedulers import Scheduler
 
 DEFAULT_SAMPLE_SIZE = 32
 DEFAULT_VIEWS = 4
+WELL_CENTRED, WELL_SIZED = 0.12, 1.25
+"""Distance of a head from the centre, of the portrait's side, and factor of its size, at which it is not cropped."""
 LABEL_STEP = 2**20 + 1
 """Argument `step` of `view_noise` for the noise of class labels; the upsampler's is one less."""
 
@@ -49,6 +53,7 @@ class RunOptions(TypedDict, total=False):
     upsample: str
     output_type: str
     matte: bool
+    crop: bool
 
 
 @dataclass(frozen=True)
@@ -300,14 +305,15 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def load_portraits(
-    image: Any, copies: int, *, background: imaging.Colour, matte: bool
+    image: Any, copies: int, *, background: imaging.Colour, matte: bool, detector: HeadDetector | None = None
 ) -> tuple[bool, list[PIL.Image.Image]]:
-    """Load the portraits of a call, with a warning for each whose background is not plain.
+    """Load the portraits of a call, with a warning for each that is cropped or whose background is not plain.
 
     Args:
         image: a portrait, or a list or stack of portraits.
         copies: how often to return each: the call's num_images_per_prompt.
         background, matte: those of `load_image`.
+        detector: finds the head that a portrait is cropped to; None: portraits are not cropped.
 
     Returns:
         Whether the call returns a list, and the portraits.
@@ -325,6 +331,8 @@ def load_portraits(
         name = (getattr(item, "filename", "") or f"image[{index}]") if several else "image"
         read = imaging.read_image(item, name=name)
         portrait = imaging.load_image(read, name=name, background=background, matte=matte)
+        if detector is not None:
+            portrait = _crop_to_head(portrait, detector, name)
         if not matte and read.mode == "RGB" and imaging.background_spread(portrait) > imaging.MAX_BACKGROUND_SPREAD:
             warnings.warn(
                 f"{name}: the background is not plain, and may appear in the views: remove it with matte=True "
@@ -335,6 +343,24 @@ def load_portraits(
     if not portraits:
         raise ValueError("image: expected at least one portrait, got an empty list")
     return several or copies > 1, portraits
+
+
+def _crop_to_head(portrait: PIL.Image.Image, detector: HeadDetector, name: str) -> PIL.Image.Image:
+    """Crop a portrait to its head unless its centre square frames it well, or no head is found."""
+    box = detector.find(torch.from_numpy(np.array(portrait)).permute(2, 0, 1).float() / 255)
+    whole = min(portrait.size)
+    if box is None:
+        warnings.warn(f"{name}: no head is found, and the centre square is taken", stacklevel=5)
+        return portrait
+    away = max(abs(box.x - portrait.width / 2), abs(box.y - portrait.height / 2)) / whole
+    if away < WELL_CENTRED and 1 / WELL_SIZED < box.side / whole < WELL_SIZED:
+        return portrait
+    warnings.warn(
+        f"{name}: cropped to the head, a square of {box.side:.0f} pixels around ({box.x:.0f}, {box.y:.0f}); crop=False "
+        "(--no-crop) takes the centre square",
+        stacklevel=5,
+    )
+    return imaging.crop_square(portrait, x=box.x, y=box.y, side=box.side)
 
 
 def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Cameras:

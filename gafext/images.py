@@ -151,6 +151,21 @@ def to_square_tensor(images: Sequence[Image.Image], size: int) -> Tensor:
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
+def crop_square(image: Image.Image, *, x: float, y: float, side: float) -> Image.Image:
+    """Cut a square out of an RGB image; beyond the image's border, its outermost pixels are repeated.
+
+    Args:
+        image: RGB image of any size.
+        x, y: centre of the square, in pixels from the top left corner.
+        side: of the square, in pixels.
+    """
+    length = max(MIN_SIDE, round(side))
+    left, top = round(x - length / 2), round(y - length / 2)
+    rows = np.arange(top, top + length).clip(0, image.height - 1)
+    columns = np.arange(left, left + length).clip(0, image.width - 1)
+    return Image.fromarray(np.asarray(image)[rows[:, None], columns])
+
+
 def to_numpy(images: Tensor) -> np.ndarray:
     """Convert images [V,3,H,W] in [0,1] to diffusers' output_type="np": array [V,H,W,3] float32, clamped."""
     return images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -91,6 +91,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "the bundled portrait",
     )
     add("--batch", type=int, default=1, metavar="N", help="portraits that are denoised together; default: 1")
+    add(
+        "--no-crop",
+        action="store_true",
+        default=None,
+        help="take the portrait's centre square, also where the head is elsewhere",
+    )
     add("--matte", action="store_true", help="remove the portrait's background, with rembg (pip install gafext[matte])")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--subfolder", metavar="NAME", help="folder inside the model's that is the checkpoint")

@@ -63,6 +63,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             that of the unconditional pass first; None: zeros.
         guidance_scale: default of a call, 1.0 to 20.0.
         image_normalizer, image_noising_scheduler: what FaceLift's class labels are made with.
+        head_detector: finds the head that a portrait is cropped to; None: the centre square is taken.
 
     Raises:
         CheckpointError: the components do not fit together.
@@ -140,6 +141,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         upsample: str = "auto",
         output_type: str = "pil",
         matte: bool = False,
+        crop: bool = True,
     ) -> Run:
         """Validate the arguments of a call and encode all inputs that are constant over its steps.
 
@@ -175,6 +177,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
                 resize them.
             output_type: "pil", "np", "pt" or "latent".
             matte: remove the background of portraits without transparency, with rembg; the family's takes its place.
+            crop: crop portraits to the head, of a checkpoint with a head_detector, where it is far from filling them.
 
         Returns:
             The run, for `denoise`.
@@ -195,7 +198,13 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         check_choice("upsample", upsample, UPSAMPLE)
         given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
         cameras = resolve_cameras(cameras, num_views, family)
-        is_batch, portraits = load_portraits(image, num_images_per_prompt, background=family.background, matte=matte)
+        is_batch, portraits = load_portraits(
+            image,
+            num_images_per_prompt,
+            background=family.background,
+            matte=matte,
+            detector=self.head_detector if crop else None,
+        )
         rows, seed = len(portraits) * len(cameras), resolve_seeds(generator, portraits=len(portraits))
         timesteps = set_timesteps(solver, steps, strength=strength, noised=renders is not None)
         size = latent_size(latents, rows=rows, channels=self.vae.config.latent_channels, config=self.unet.config)

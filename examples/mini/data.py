@@ -24,7 +24,8 @@ def draw_heads(count: int, random: torch.Generator, device: torch.device | str) 
     return heads.make_heads(torch.randint(numbers.start, numbers.stop, (count,), generator=random), device)
 
 
-def _between(low: float, high: float, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+def between(low: float, high: float, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """Draw numbers of the shape, float64, uniform in [low, high)."""
     return low + (high - low) * torch.rand(shape, generator=random, dtype=torch.float64)
 
 
@@ -38,21 +39,21 @@ def _matrices(azimuth: Tensor, elevation: Tensor, radius: Tensor) -> Tensor:
 
 def view_cameras(count: int, views: int, random: torch.Generator) -> Tensor:
     """Draw cameras [count,views,4,4]: orbits as of the command line for 2/3 of the heads, else random frontal views."""
-    start = torch.where(_between(0, 1, (count, 1), random) < 0.4, 0.0, _between(-180, 180, (count, 1), random))
+    start = torch.where(between(0, 1, (count, 1), random) < 0.4, 0.0, between(-180, 180, (count, 1), random))
     orbit = start + torch.arange(views) * 360 / views
-    orbits = _between(0, 1, (count, 1), random) < 2 / 3
-    azimuth = torch.where(orbits, orbit, _between(-100, 100, (count, views), random))
-    level = _between(0, 1, (count, 1), random) < 0.4
-    elevation = torch.where(level, 0.0, _between(-10, 25, (count, 1), random)).expand(-1, views)
-    elevation = torch.where(orbits, elevation, _between(-15, 25, (count, views), random))
-    usual = _between(0, 1, (count, 1), random) < 0.6
-    radius = torch.where(usual, RADIUS, _between(3.7, 4.4, (count, 1), random)).expand(-1, views)
+    orbits = between(0, 1, (count, 1), random) < 2 / 3
+    azimuth = torch.where(orbits, orbit, between(-100, 100, (count, views), random))
+    level = between(0, 1, (count, 1), random) < 0.4
+    elevation = torch.where(level, 0.0, between(-10, 25, (count, 1), random)).expand(-1, views)
+    elevation = torch.where(orbits, elevation, between(-15, 25, (count, views), random))
+    usual = between(0, 1, (count, 1), random) < 0.6
+    radius = torch.where(usual, RADIUS, between(3.7, 4.4, (count, 1), random)).expand(-1, views)
     return _matrices(azimuth, elevation, radius)
 
 
 def portrait_cameras(count: int, random: torch.Generator) -> Tensor:
     """Draw frontal cameras [count,1,4,4] for portraits."""
-    azimuth, elevation = _between(-30, 30, (count, 1), random), _between(-10, 10, (count, 1), random)
+    azimuth, elevation = between(-30, 30, (count, 1), random), between(-10, 10, (count, 1), random)
     return _matrices(azimuth, elevation, torch.full_like(azimuth, RADIUS))
 
 
@@ -84,7 +85,7 @@ def photographic(portraits: Tensor, alpha: Tensor, random: torch.Generator) -> T
     count, device = len(portraits), portraits.device
 
     def numbers(low: float, high: float, *shape: int) -> Tensor:
-        return _between(low, high, (count, *shape), random).float().to(device)
+        return between(low, high, (count, *shape), random).float().to(device)
 
     zoom, shift, turn = numbers(0.85, 1.2), numbers(-0.12, 0.12, 2), torch.deg2rad(numbers(-8, 8))
     cos, sin = zoom * turn.cos(), zoom * turn.sin()

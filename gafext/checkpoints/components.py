@@ -18,6 +18,7 @@ from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.head_detector import HeadDetector
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.int8 import check_move, is_quantized, quantize, require_supported
 from gafext.models.unet import MultiViewUNet
@@ -47,12 +48,14 @@ class PipelineComponents(PipelineAdapters):
         guidance_scale: float = 7.5,
         image_normalizer: ImageNormalizer | None = None,
         image_noising_scheduler: Scheduler | None = None,
+        head_detector: HeadDetector | None = None,
     ):
         self.unet, self.vae, self.scheduler, self.image_encoder = unet, vae, scheduler, image_encoder
         self.upsampler, self.prompt_embeds = upsampler, prompt_embeds
         check_guidance_scale(guidance_scale)
         self.guidance_scale = guidance_scale
         self.image_normalizer, self.image_noising_scheduler = image_normalizer, image_noising_scheduler
+        self.head_detector = head_detector
         self.attention_backend = "auto"
         self._progress_bar_config: dict[str, Any] = {}
         self.origin: dict[str, Any] = {"model": "memory"}
@@ -234,8 +237,8 @@ class PipelineComponents(PipelineAdapters):
     def components(self) -> dict[str, Any]:
         """Arguments of the constructor: `MultiViewDiffusionPipeline(**pipe.components)` shares all components."""
         names = ("unet", "vae", "scheduler", "image_encoder", "upsampler", "prompt_embeds", "guidance_scale")
-        labels = ("image_normalizer", "image_noising_scheduler")
-        return {name: getattr(self, name) for name in (*names, *labels)}
+        others = ("image_normalizer", "image_noising_scheduler", "head_detector")
+        return {name: getattr(self, name) for name in (*names, *others)}
 
     @property
     def _networks(self) -> list[torch.nn.Module]:

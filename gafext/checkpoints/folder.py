@@ -19,6 +19,7 @@ from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.head_detector import HeadDetector
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
@@ -26,7 +27,9 @@ from gafext.schedulers import DDIMScheduler, Scheduler, scheduler_from_pretraine
 from gafext.schedulers.schedule import shift_snr
 from gafext.upsampler import LatentUpsampler
 
-NetworkType = TypeVar("NetworkType", MultiViewUNet, AutoencoderKL, CLIPVisionEncoder, LatentUpsampler, ImageNormalizer)
+NetworkType = TypeVar(
+    "NetworkType", MultiViewUNet, AutoencoderKL, CLIPVisionEncoder, LatentUpsampler, ImageNormalizer, HeadDetector
+)
 
 _LIBRARIES = {
     "unet": "gafext",
@@ -36,6 +39,7 @@ _LIBRARIES = {
     "upsampler": "gafext",
     "image_normalizer": "diffusers",
     "image_noising_scheduler": "diffusers",
+    "head_detector": "gafext",
 }
 """Library that `model_index.json` names for each saved component."""
 
@@ -116,6 +120,7 @@ def load_parts(
         "upsampler": load(LatentUpsampler, "upsampler") if has("upsampler") else None,
         "prompt_embeds": prompt_embeds(folder, unet, variant=variant),
         "guidance_scale": guidance_scale,
+        "head_detector": load(HeadDetector, "head_detector") if has("head_detector") else None,
         **labels,
     }
 
