@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gafext import AutoencoderKL, MultiViewDiffusionPipeline
+from gafext.models.head_detector import HeadDetector
 
 GUIDANCE_SCALE = 1.5
 
@@ -33,6 +34,8 @@ def load_vae(out: Path, device: torch.device) -> AutoencoderKL:
 def export(out: Path, **parts: object) -> None:
     """Write components of a pipeline into the folder, keeping its other components."""
     folder = out / "model"
+    if (folder / "head_detector").is_dir():  # trained without a pipeline around it
+        parts["head_detector"] = HeadDetector.from_pretrained(folder / "head_detector")
     parts = {name: half(part) if isinstance(part, nn.Module) else part for name, part in parts.items()}
     if (folder / "model_index.json").exists():
         pipeline = MultiViewDiffusionPipeline.from_pretrained(folder, dtype=torch.float16, device="cpu")

@@ -29,6 +29,7 @@ train() {
         --checkpoint-every 60 --measure-every 180 "${start[@]}"
 }
 train vae 0.25
-train unet 0.57
+train head_detector 0.06
+train unet 0.51
 train upsampler 0.10
 du -sh "$out/model"

@@ -16,7 +16,7 @@ from gafext import heads
 from gafext.cameras import DEFAULT_FOV, look_at_origin
 from gafext.models.head_detector import SURE, HeadDetector, HeadDetectorConfig
 
-HEADS, SCENES, PICTURES = 1200, 400, 3072  # drawn before the first step
+HEADS, SCENES, PICTURES, HELD_OUT = 1200, 400, 3072, 384  # drawn before the first step
 BATCH, FRESH = 48, 8  # pictures of a step, and of them new ones: composing one takes as long as training on five
 SIZE, WIDE = 160, 1.5  # pixels of a drawn head, and side of its frame, of a portrait's
 SHOULDERS = 0.85  # of a drawn head's side; below, the chest would narrow, and its row is repeated
@@ -161,10 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     detector = HeadDetector(config).to(memory_format=torch.channels_last)
     start = generator(args.seed + 1, 0)
     drawn, scenes = chest_portraits(HEADS, start), scenery(SCENES, 128, start)
-    parts = [compose(256, drawn, scenes, config.image_size, start) for _ in range(0, PICTURES, 256)]
+    counts = [len(part) for part in torch.arange(PICTURES).split(256)]
+    parts = [compose(count, drawn, scenes, config.image_size, start) for count in counts]
     pool = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     pool[0] = pool[0].half()
-    held_out = compose(384, drawn, scenes, config.image_size, generator(args.seed + 2, 0))
+    held_out = compose(HELD_OUT, drawn, scenes, config.image_size, generator(args.seed + 2, 0))
 
     def loss(step: int) -> Tensor:
         random = generator(args.seed, step)

@@ -26,6 +26,7 @@ def scripts():
     import data
     import initial
     import rungs
+    import train_head_detector
     import train_unet
     import train_upsampler
     import train_vae
@@ -49,6 +50,7 @@ def scripts():
         **{"upsampler_pool": 4, "upsampler_fresh": 1, "pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
     )
     yield {"data": data, "initial": initial, "rungs": rungs, "what_blurs": what_blurs} | {
+        "head_detector": train_head_detector,
         "vae": train_vae,
         "unet": train_unet,
         "upsampler": train_upsampler,
@@ -64,7 +66,10 @@ def train(script, out, *more):
 def trained(scripts, tmp_path_factory):
     """A folder in which each stage was trained for a few steps, in turn."""
     out = tmp_path_factory.mktemp("mini")
-    for stage in ("vae", "unet", "upsampler"):
+    few = {"HEADS": 4, "SCENES": 4, "PICTURES": 12, "HELD_OUT": 16, "BATCH": 8, "FRESH": 2}
+    for name, value in few.items():
+        setattr(scripts["head_detector"], name, value)
+    for stage in ("vae", "head_detector", "unet", "upsampler"):
         train(scripts[stage], out, "--steps", 3)
     return out
 
