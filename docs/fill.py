@@ -45,8 +45,8 @@ def span(numbers, digits: int = 1) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+    head, *lines = (f"| {' | '.join(line)} |" for line in [heads, *rows])
+    return "\n\n" + "\n".join([head, "|---" * len(heads) + "|", *lines]) + "\n\n"
 
 
 class Races:
