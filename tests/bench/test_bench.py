@@ -68,14 +68,17 @@ def test_the_json_follows_from_its_times(tmp_path, capsys):
 
 
 def test_memory_over_the_length_of_the_sequence(tmp_path, capsys):
-    """Of flash attention it doubles with the length, of standard attention it quadruples."""
-    written = measured(tmp_path, "--suite", "lengths", "--shape", "1024x1024", "--shape", "2048x2048")
+    """Of flash attention it doubles with the length, of standard attention it quadruples.
+
+    Standard attention has two or three matrices of scores at once, as malloc happens to give them back.
+    """
+    written = measured(tmp_path, "--suite", "lengths", "--shape", "1024x1024", "--shape", "4096x4096")
     if "peak_mib" not in written["races"][0]["contestants"][0]:
         pytest.skip("this system does not say how much memory a process has had")
     short, long = ({row["name"]: row["peak_mib"] for row in race["contestants"]} for race in written["races"])
     assert list(long) == ["gafext", "standard", "sdpa"]
-    scores = 2048**2 * 4 / 2**20
-    assert scores < long["standard"] < 4 * scores and long["standard"] > 3 * short["standard"]
+    scores = 4096**2 * 4 / 2**20
+    assert scores < long["standard"] < 4 * scores and long["standard"] > 3**2 * short["standard"]
     assert long["gafext"] < scores / 4
     assert f"{long['standard']:.1f} MiB" in capsys.readouterr().out
 

@@ -1,9 +1,9 @@
 """Whether the CUDA kernels were verified on a card: from records alone."""
 
 import json
+from pathlib import Path
 
-from helpers import ROOT
-
+import gafext
 from gafext.doctor.cards import VERIFIED_CARDS, verification, verified_cards
 
 RECORD = {"card": "NVIDIA H100", "capability": "9.0", "date": "2026-12-01", "versions": {}, "failed": ["hopper"]}
@@ -11,7 +11,8 @@ RECORD["passed"] = ["tests", "memcheck"]
 
 
 def test_the_table_is_part_of_the_package_and_holds_records():
-    assert VERIFIED_CARDS.is_relative_to(ROOT / "gafext") and isinstance(json.loads(VERIFIED_CARDS.read_text()), list)
+    assert VERIFIED_CARDS.is_relative_to(Path(gafext.__file__).parent)
+    assert isinstance(json.loads(VERIFIED_CARDS.read_text()), list)
     assert all({"card", "capability", "date", "versions", "passed", "failed"} <= set(card) for card in verified_cards())
 
 

@@ -31,7 +31,7 @@ def lines(evaluation):
 
 def test_the_weights_are_small():
     files = list(MODEL.rglob("*.safetensors"))
-    assert len(files) == 5 and sum(file.stat().st_size for file in files) < 15e6
+    assert len(files) == 6 and sum(file.stat().st_size for file in files) < 15e6
 
 
 def test_the_codec_keeps_colours_and_normals(lines, evaluation):

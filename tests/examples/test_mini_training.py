@@ -263,7 +263,7 @@ def test_the_stages_make_a_checkpoint_folder(trained):
     output = pipe(portrait, num_views=2, num_inference_steps=2, generator=0, progress_bar=False)
     assert [image.size for image in output.images] == [(64, 64)] * 2
     files = list((trained / "model").rglob("*.safetensors"))
-    assert len(files) == 5
+    assert len(files) == 6 and pipe.head_detector is not None
     assert {t.dtype for path in files for t in load_file(path).values()} == {torch.float16}
 
 
