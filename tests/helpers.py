@@ -1,6 +1,9 @@
 """Comparisons, inputs of the operations, edits of files. Without diffusers, which a GPU machine may lack."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -310,3 +313,12 @@ def assert_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module | dict[s
     ours, theirs = ours.state_dict(), theirs.state_dict() if isinstance(theirs, torch.nn.Module) else theirs
     assert ours.keys() == theirs.keys()
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+
+
+def assert_operations_pass_on(processor: str, operations: Iterable[str], selection: str) -> None:
+    """Run the tests of operations that pytest's -k selects, in a process whose kernels run on an emulated processor."""
+    files = [f"tests/ops/test_{operation}.py" for operation in operations]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", selection]
+    environment = {**os.environ, "GAFEXT_EMULATED_CPU": processor}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,49 +1,23 @@
 """The CPU kernels on emulated Arm processors (tests/emulated_arm.py): the operations' own tests pass there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from emulated_arm import PROCESSORS, OnArm, needs_arm, run_arm
-from helpers import ROOT
+from helpers import assert_operations_pass_on
 
 from gafext.ops.linear_int8 import quantize_weight
 
 pytestmark = needs_arm
 
-OPERATIONS = [
-    "conv3x3",
-    "conv3x3_int8",
-    "cross_view_attention",
-    "flash_attention",
-    "geglu",
-    "group_norm_silu",
-    "linear",
-]
-OPERATIONS += ["linear_int8"]
+OPERATIONS = ("conv3x3", "conv3x3_int8", "cross_view_attention", "flash_attention")
+OPERATIONS += ("geglu", "group_norm_silu", "linear", "linear_int8")
 KERNELS = "odd or strides or nan or infinity or finite or huge or empty or residual or overflow or same_bits or exact"
 TOO_LARGE_OR_ELSEWHERE = "emulator or compile or opcheck or where_it_is_used or 2000 or 2048 or every_instruction_set"
 
 
 def test_the_tests_of_the_operations_pass():
     """Sizes, strides, what is empty or not finite, each against float64 or PyTorch on this machine."""
-    environment = {**os.environ, "GAFEXT_EMULATED_CPU": "neon_sdot"}
-    files = [f"tests/ops/test_{operation}.py" for operation in OPERATIONS]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *files,
-        "-k",
-        f"({KERNELS}) and not ({TOO_LARGE_OR_ELSEWHERE})",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_operations_pass_on("neon_sdot", OPERATIONS, f"({KERNELS}) and not ({TOO_LARGE_OR_ELSEWHERE})")
 
 
 @pytest.mark.parametrize(("processor", "products"), [("neon", "NEON, as 16 bits"), ("neon_sdot", "SDOT")])

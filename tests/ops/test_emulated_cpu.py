@@ -1,13 +1,9 @@
 """Operations on emulated processors (tests/emulated_cpu.py): their own tests pass there, and tiles multiply."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from emulated_cpu import PROCESSORS, Emulated, needs_compiler
-from helpers import ROOT
+from helpers import assert_operations_pass_on
 
 from gafext.ops.linear_int8 import quantize_weight
 
@@ -17,12 +13,8 @@ pytestmark = needs_compiler
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_the_tests_of_the_operations_pass(processor):
     """Sizes, strides, threads, what is empty or not finite; compiled graphs and misuse are the same everywhere."""
-    files = [f"tests/ops/test_{operation}.py" for operation in ("linear_int8", "conv3x3_int8")]
-    environment = {**os.environ, "GAFEXT_EMULATED_CPU": processor}
     kernels = "not compile and not opcheck and not every_instruction_set and not bad_input"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", kernels]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_operations_pass_on(processor, ("linear_int8", "conv3x3_int8"), kernels)
 
 
 @pytest.mark.parametrize("rows, products", [(31, 0), (32, 8), (100, 32)])

@@ -48,6 +48,18 @@ def test_a_photograph_is_cropped(pipe, photograph):
     assert not torch.equal(cropped.images, uncropped.images)
 
 
+def test_the_size_of_a_photograph_does_not_matter(pipe, photograph):
+    """Of 14 and of 0.1 megapixels the same part is cut, and the detector sees no more than 512 pixels across."""
+    seen, find = [], pipe.head_detector.find
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="cropped to the head"):
+        patch.setattr(pipe.head_detector, "find", lambda picture: (seen.append(picture.shape), find(picture))[1])
+        small = pipe.prepare(photograph, **SHORT).portraits[0]
+        large = pipe.prepare(photograph.resize((4800, 2880)), **SHORT).portraits[0]
+    assert abs(large.width / 12 - small.width) < 4 and max(seen[1]) <= 512
+    left, right = (np.asarray(picture.resize((64, 64)), dtype=float) for picture in (small, large))
+    assert np.abs(left - right).mean() < 8
+
+
 def test_portraits_as_of_training_are_left_alone(pipe):
     drawn = [
         heads.render(heads.make_heads([identity]), portrait_camera(identity).w2c, 128).rgb[0, 0]
