@@ -1,4 +1,4 @@
-"""The command line: `gafext generate`, `demo`, `assemble`, `eval`, `bench`, `info` and `doctor`."""
+"""The command line: `gafext generate`, `demo`, `assemble`, `train`, `eval`, `bench`, `info` and `doctor`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,12 @@ def _assemble(args: argparse.Namespace) -> int:
         pipeline.save_pretrained(folder)
     print(f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.0f} M parameters in the U-Net: {args.out}")
     return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from gafext.training.command import train_command
+
+    return train_command(args)
 
 
 def _pictures(folder: str | None, *, count: int | None, name: str) -> list[PIL.Image.Image] | None:
@@ -334,6 +340,7 @@ _COMMANDS = {
     "generate": _generate,
     "demo": _demo,
     "assemble": _assemble,
+    "train": _train,
     "eval": _eval,
     "bench": _bench,
     "info": _info,

@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_demo(commands)
     _add_assemble(commands)
+    _add_train(commands)
     _add_eval(commands)
     _add_bench(commands)
     info = commands.add_parser(
@@ -198,6 +199,48 @@ def _add_assemble(commands: argparse._SubParsersAction) -> None:
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--dtype", choices=_DTYPES, default="float32", help="dtype of the weights written; default: float32")
     add("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train an assembled checkpoint on folders of posed pictures of heads",
+        description="Train a checkpoint that assemble wrote. DATA has folders of GaussianAvatars (transforms_*.json, "
+        "as VHAP writes them) or with a transforms.json, at any depth. A run resumes at the last checkpoint in --out; "
+        "accelerate launch runs it on several devices. Needs accelerate (pip install gafext[train]).",
+        epilog=EXIT_CODES,
+    )
+    add = train.add_argument
+    add("data", metavar="DATA", help="folder of training data")
+    add("--check", action="store_true", help="say what is there and what is broken, write the index, and stop")
+    add("--parent", metavar="DIR", help="checkpoint folder that assemble wrote")
+    add("--out", metavar="DIR", help="folder for the trained checkpoint (model/), log, checkpoints and pictures")
+    add("--cache", metavar="DIR", help="folder for the index and the encoded data; default: cache/ in --out")
+    add("--train", choices=("new", "all"), default="new", help="new: the layers that assemble added; default: new")
+    add("--steps", type=int, default=10000, metavar="N", help="steps of the optimizer; default: 10000")
+    add("--batch", type=int, default=4, metavar="B", help="heads per batch, over all devices; default: 4")
+    add("--views", type=int, default=4, metavar="V", help="views per head; default: 4")
+    add("--rate", type=float, default=1e-4, metavar="R", help="learning rate; default: 1e-4")
+    add("--warmup", type=int, default=200, metavar="N", help="steps over which the rate rises; default: 200")
+    add("--gamma", type=float, default=5.0, metavar="G", help="of the min-SNR weights of the loss; default: 5")
+    add("--ema", type=float, default=0.999, metavar="D", help="decay of the averaged weights; default: 0.999")
+    for name, value, text in (
+        ("near", 0.3, "whose views are neighbours instead of spread"),
+        ("apart", 0.3, "of which each view has a noise level of its own"),
+        ("drop-image", 0.1, "without image tokens"),
+        ("drop-all", 0.05, "without image tokens, normals and pose"),
+        ("blindfold", 0.4, "of which a random half of the views sees no portrait"),
+    ):
+        add(f"--{name}", type=float, default=value, metavar="F", help=f"fraction of heads {text}; default: {value}")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches per step of the optimizer; default: 1")
+    add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, more time")
+    add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision; default: no")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints; default: 500")
+    add("--validation", type=int, default=1, metavar="N", help="heads held out, the last by name; default: 1")
+    add("--validation-steps", type=int, default=25, metavar="N", help="denoising steps of their views; default: 25")
+    add("--portrait-angle", type=float, default=35.0, metavar="D", help="degrees from the front; default: 35")
+    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add("--cpu", action="store_true", help="train on the CPU")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:

@@ -138,5 +138,5 @@ def test_commands_in_sentences(page):
     """Their options exist, and their values are possible."""
     for text in re.findall(r"`(gafext [a-z]+[^`…]*)`", prose(page)):
         words = shlex.split(text.replace("\n", " "))[1:]
-        needed = ["--out", "DIR", "--parent", "DIR"] if words[0] == "assemble" else []
+        needed = {"assemble": ["--out", "DIR", "--parent", "DIR"], "train": ["DATA"]}.get(words[0], [])
         parser().parse_args([*words, *needed])

@@ -1,0 +1,1 @@
+"""Training of multi-view checkpoints on folders of posed pictures: `gafext train`."""

@@ -1,0 +1,112 @@
+"""Batches of a training run: which heads, views, noise and dropped conditions a step has, by seed and step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a step's batch is drawn; fractions are of the heads.
+
+    Attributes:
+        batch: heads per step, over all processes.
+        views: views per head.
+        near: heads whose views are neighbours, instead of spread over all cameras.
+        apart: heads of which each view has a noise level of its own.
+        drop_image: heads without image tokens, for guidance.
+        drop_all: heads without image tokens, normals and pose.
+        blindfold: heads of which each view sees the portrait or not, so that the others have to tell it.
+    """
+
+    batch: int = 4
+    views: int = 4
+    near: float = 0.3
+    apart: float = 0.3
+    drop_image: float = 0.1
+    drop_all: float = 0.05
+    blindfold: float = 0.4
+
+
+@dataclass
+class Batch:
+    """Inputs of a step for B heads of V views, on the CPU; rows are heads, views fastest."""
+
+    latents: Tensor  # [B,V,C,h,w]
+    normals: Tensor  # [B,V,C,h,w]
+    pose: Tensor  # [B,V,pose_dim]
+    features: Tensor  # [B,T,D]
+    noise: Tensor  # [B,V,C,h,w]
+    timesteps: Tensor  # [B,V]
+    sees: Tensor  # [B,V] of 0 and 1: the view attends to the portrait
+
+    def part(self, index: int, count: int) -> Batch:
+        """Return the share of one of `count` processes."""
+        return Batch(*(getattr(self, entry.name).chunk(count)[index] for entry in fields(self)))
+
+
+def choose_views(pose: Tensor, count: int, *, near: bool, random: torch.Generator) -> Tensor:
+    """Choose views of a head: a random one, and the nearest to it, or random ones.
+
+    Args:
+        pose: [V,12 or 16], rows of w2c matrices.
+        count: number of views; views repeat if there are fewer.
+        near: whether they are neighbours.
+        random: source of the choice.
+
+    Returns:
+        [count] indices.
+    """
+    order = torch.randperm(len(pose), generator=random)
+    if near:
+        matrices = pose[:, :12].unflatten(1, (3, 4))
+        places = -(matrices[:, :, :3].mT @ matrices[:, :, 3:])[..., 0]  # -R^T t
+        order = (places - places[order[0]]).norm(dim=1).argsort(stable=True)
+    return order.repeat(-(-count // len(order)))[:count]
+
+
+def draw_batch(
+    encoded: Sequence[dict[str, Tensor]], step: int, sampling: Sampling, *, seed: int, timesteps: int
+) -> Batch:
+    """Draw the whole batch of a step, which is the same on every process and after a resume.
+
+    Args:
+        encoded: heads, as of `encode_heads`.
+        step: number of the step.
+        sampling: how to draw.
+        seed: seed of the run.
+        timesteps: number of training timesteps, T.
+    """
+    random = torch.Generator().manual_seed((seed << 32) + step)
+    count, views = sampling.batch, sampling.views
+
+    def chance(fraction: float, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=random) < fraction
+
+    rows = []
+    for near in chance(sampling.near, count).tolist():
+        head = encoded[int(torch.randint(len(encoded), (1,), generator=random))]
+        chosen = choose_views(head["pose"], views, near=near, random=random)
+        portrait = int(torch.randint(len(head["features"]), (1,), generator=random))
+        rows.append((*(head[name][chosen] for name in ("latents", "normals", "pose")), head["features"][portrait]))
+    latents, normals, pose, features = map(torch.stack, zip(*rows, strict=True))
+    times = torch.randint(timesteps, (count, views), generator=random)
+    times = torch.where(chance(sampling.apart, count, 1), times, times[:, :1])
+    every = chance(sampling.drop_all, count, 1)
+    hidden = every | chance(sampling.drop_image, count, 1)
+    partly = chance(sampling.blindfold, count, 1)
+    sees = torch.where(partly, chance(0.5, count, views), True) & ~hidden
+    keep = (~every).to(latents.dtype)
+    return Batch(
+        latents=latents,
+        normals=normals * keep[..., None, None, None],
+        pose=pose * keep[..., None],
+        features=features,
+        noise=torch.randn(latents.shape, generator=random),
+        timesteps=times,
+        sees=sees.to(latents.dtype),
+    )
