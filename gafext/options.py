@@ -216,12 +216,21 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--parent", metavar="DIR", help="checkpoint folder that assemble wrote")
     add("--out", metavar="DIR", help="folder for the trained checkpoint (model/), log, checkpoints and pictures")
     add("--cache", metavar="DIR", help="folder for the index and the encoded data; default: cache/ in --out")
-    add("--train", choices=("new", "all"), default="new", help="new: the layers that assemble added; default: new")
+    add(
+        "--train",
+        choices=("new", "lora", "all"),
+        default="new",
+        help="new: the layers that assemble added; lora: also low-rank updates of the parent's attention; default: new",
+    )
+    add("--rank", type=int, default=16, metavar="R", help="of these updates; default: 16")
     add("--steps", type=int, default=10000, metavar="N", help="steps of the optimizer; default: 10000")
+    add("--minutes", type=float, metavar="M", help="end earlier, after this time")
     add("--batch", type=int, default=4, metavar="B", help="heads per batch, over all devices; default: 4")
     add("--views", type=int, default=4, metavar="V", help="views per head; default: 4")
     add("--rate", type=float, default=1e-4, metavar="R", help="learning rate; default: 1e-4")
     add("--warmup", type=int, default=200, metavar="N", help="steps over which the rate rises; default: 200")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="rate after that; default: constant")
+    add("--adam-8bit", action="store_true", help="keep the optimizer's moments in 8 bits; needs bitsandbytes")
     add("--gamma", type=float, default=5.0, metavar="G", help="of the min-SNR weights of the loss; default: 5")
     add("--ema", type=float, default=0.999, metavar="D", help="decay of the averaged weights; default: 0.999")
     for name, value, text in (
@@ -237,7 +246,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision; default: no")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints; default: 500")
     add("--validation", type=int, default=1, metavar="N", help="heads held out, the last by name; default: 1")
+    add("--validate-every", type=int, default=0, metavar="N", help="steps between validations; default: at the end")
     add("--validation-steps", type=int, default=25, metavar="N", help="denoising steps of their views; default: 25")
+    add("--guidance", type=float, metavar="G", help="scale of these views and of the result; default: parent's")
     add("--portrait-angle", type=float, default=35.0, metavar="D", help="degrees from the front; default: 35")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--cpu", action="store_true", help="train on the CPU")

@@ -38,7 +38,9 @@ class Lens(NamedTuple):
         return [[fx / self.size, 0, cx / self.size], [0, fy / self.size, cy / self.size], [0, 0, 1]]
 
 
-def read_transforms(path: str | Path, *, convention: str | None = None, fov: float | None = None) -> Cameras:
+def read_transforms(
+    path: str | Path, *, convention: str | None = None, fov: float | None = None, pad: bool = False
+) -> Cameras:
     """Read cameras from a file or folder that another program wrote.
 
     - JSON with `frames` of camera-to-world matrices `transform_matrix`, OpenGL axes: nerfstudio's transforms.json
@@ -55,6 +57,7 @@ def read_transforms(path: str | Path, *, convention: str | None = None, fov: flo
         path: the file or folder.
         convention: one of `CONVENTIONS`, for bare matrices.
         fov: field of view in degrees, for matrices in a file without one.
+        pad: of pictures in a JSON file that are not square, return the cameras after padding both sides to a square.
 
     Returns:
         The cameras, in the world of the file.
@@ -70,18 +73,20 @@ def read_transforms(path: str | Path, *, convention: str | None = None, fov: flo
         if path.suffix in (".npz", ".npy"):
             return _read_matrices(path, convention, fov)
         values = json.loads(path.read_text(encoding="utf-8"))
-        return _read_bare(values, convention, fov) if isinstance(values, list) else _read_frames(values, path.parent)
+        return (
+            _read_bare(values, convention, fov) if isinstance(values, list) else _read_frames(values, path.parent, pad)
+        )
     except CameraError as error:
         raise CameraError(f"{path}: {error}") from None
     except _UNREADABLE as error:
         raise CameraError(f"{path}: not readable as cameras ({type(error).__name__}: {error})") from None
 
 
-def _read_frames(values: Mapping[str, Any], folder: Path) -> Cameras:
+def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool = False) -> Cameras:
     frames = values["frames"]
     if not frames:
         raise CameraError("frames: expected at least one, got none")
-    lenses = [_lens({**values, **frame}, view) for view, frame in enumerate(frames)]
+    lenses = [_lens({**values, **frame}, view, pad) for view, frame in enumerate(frames)]
     if all("w2c" in frame for frame in frames):
         return _cameras(np.array([frame["w2c"] for frame in frames], dtype=np.float64), "opencv-w2c", lenses)
     c2w = np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64)
@@ -91,7 +96,7 @@ def _read_frames(values: Mapping[str, Any], folder: Path) -> Cameras:
     return _cameras(c2w, "opengl-c2w", lenses, Tracking.of(folder, frames))
 
 
-def _lens(values: Mapping[str, Any], view: int) -> Lens:
+def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
     """Read the intrinsics of a frame, whose own values go before those of the file."""
     for name in _DISTORTION:
         value = values.get(name, 0)
@@ -102,7 +107,7 @@ def _lens(values: Mapping[str, Any], view: int) -> Lens:
         raise CameraError(f"frame {view}: expected a pinhole camera, got camera_model {model!r}")
     focal = values.get("fl_x", values.get("fx"))
     width, height = values.get("w"), values.get("h")
-    if None not in (width, height) and width != height:
+    if None not in (width, height) and width != height and not pad:
         raise CameraError(f"frame {view}: expected square pictures, got {width} x {height}; crop or pad them first")
     size = width or height
     if focal is None:
@@ -114,8 +119,11 @@ def _lens(values: Mapping[str, Any], view: int) -> Lens:
     if size is None:
         raise CameraError(f"frame {view}: expected w and h beside the focal length, got none")
     focal_y = values.get("fl_y", values.get("fy"))
-    centre = values.get("cx", size / 2), values.get("cy", size / 2)
-    return Lens((focal, focal if focal_y is None else focal_y), centre, size)
+    width, height = width or size, height or size
+    side = max(width, height)
+    x, y = values.get("cx", width / 2), values.get("cy", height / 2)
+    centre = x + (side - width) / 2, y + (side - height) / 2
+    return Lens((focal, focal if focal_y is None else focal_y), centre, side)
 
 
 def _cameras(matrices: np.ndarray, convention: str, lenses: list[Lens], tracking: Tracking | None = None) -> Cameras:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from gafext.training.latents import TENSORS, EncodedHead
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Batch:
         """Return the share of one of `count` processes."""
         return Batch(*(getattr(self, entry.name).chunk(count)[index] for entry in fields(self)))
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on another device."""
+        return Batch(*(getattr(self, entry.name).to(device) for entry in fields(self)))
+
 
 def choose_views(pose: Tensor, count: int, *, near: bool, random: torch.Generator) -> Tensor:
     """Choose views of a head: a random one, and the nearest to it, or random ones.
@@ -69,13 +76,11 @@ def choose_views(pose: Tensor, count: int, *, near: bool, random: torch.Generato
     return order.repeat(-(-count // len(order)))[:count]
 
 
-def draw_batch(
-    encoded: Sequence[dict[str, Tensor]], step: int, sampling: Sampling, *, seed: int, timesteps: int
-) -> Batch:
+def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *, seed: int, timesteps: int) -> Batch:
     """Draw the whole batch of a step, which is the same on every process and after a resume.
 
     Args:
-        encoded: heads, as of `encode_heads`.
+        encoded: heads.
         step: number of the step.
         sampling: how to draw.
         seed: seed of the run.
@@ -90,10 +95,10 @@ def draw_batch(
     rows = []
     for near in chance(sampling.near, count).tolist():
         head = encoded[int(torch.randint(len(encoded), (1,), generator=random))]
-        chosen = choose_views(head["pose"], views, near=near, random=random)
-        portrait = int(torch.randint(len(head["features"]), (1,), generator=random))
-        rows.append((*(head[name][chosen] for name in ("latents", "normals", "pose")), head["features"][portrait]))
-    latents, normals, pose, features = map(torch.stack, zip(*rows, strict=True))
+        chosen = choose_views(head.pose, views, near=near, random=random)
+        portrait = int(torch.randint(head.portraits, (1,), generator=random))
+        rows.append(head.read(chosen.tolist(), portrait))
+    latents, normals, pose, features = (torch.stack([row[name] for row in rows]) for name in TENSORS)
     times = torch.randint(timesteps, (count, views), generator=random)
     times = torch.where(chance(sampling.apart, count, 1), times, times[:, :1])
     every = chance(sampling.drop_all, count, 1)
@@ -110,3 +115,30 @@ def draw_batch(
         timesteps=times,
         sees=sees.to(latents.dtype),
     )
+
+
+class Steps(Dataset):
+    """Batches by number, for a DataLoader whose processes read ahead: one process's part of `draw_batch`.
+
+    Args:
+        encoded, sampling, seed, timesteps: as for `draw_batch`.
+        process: index of the process.
+        processes: number of processes.
+    """
+
+    def __init__(
+        self,
+        encoded: Sequence[EncodedHead],
+        sampling: Sampling,
+        *,
+        seed: int,
+        timesteps: int,
+        process: int,
+        processes: int,
+    ):
+        self.encoded, self.sampling, self.seed, self.timesteps = encoded, sampling, seed, timesteps
+        self.process, self.processes = process, processes
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = draw_batch(self.encoded, step, self.sampling, seed=self.seed, timesteps=self.timesteps)
+        return batch.part(self.process, self.processes)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gafext.training.batches import Sampling
 from gafext.training.data import read_heads, write_index
+from gafext.training.settings import Settings
 
 OptionsType = TypeVar("OptionsType")
 
@@ -21,14 +23,22 @@ def train_command(args: argparse.Namespace) -> int:
     for name in ("parent", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name}: expected a folder, got none")
-    for name in ("steps", "batch", "views", "accumulate", "save_every", "validation_steps"):
+    for name in ("steps", "rank", "batch", "views", "accumulate", "save_every", "validation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a whole number above 0, got {getattr(args, name)}")
-    if args.validation < 0:
-        raise ValueError(f"--validation: expected 0 heads or more, got {args.validation}")
+    for name in ("warmup", "validation", "validate_every"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(args, name)}")
+    for name in ("near", "apart", "drop_image", "drop_all", "blindfold", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a fraction, 0 to 1, got {getattr(args, name)}")
+    for name in ("rate", "gamma", "minutes"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name}: expected a number over 0, got {value}")
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("train: expected accelerate, which is not installed: pip install gafext[train]")
-    from gafext.training.train import Settings, train
+    from gafext.training.train import train
 
     scores = train(
         args.data,

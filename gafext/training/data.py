@@ -4,79 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from gafext import images
-from gafext.cameras import Cameras, orbit, read_transforms
+from gafext.cameras import read_transforms
 from gafext.errors import CameraError
+from gafext.training.checks import faults_of
+from gafext.training.head import Head
 
 _RIGID_TOLERANCE = 1e-4
-
-
-@dataclass
-class Head:
-    """One head at one moment, from V cameras.
-
-    Attributes:
-        name: its folder relative to the data folder, and the timestep where a folder has several.
-        pictures: V files.
-        masks: V files of the foreground, or None where a picture has none.
-        normals: V files of camera-space normals n/2 + 1/2, or none at all.
-        w2c: [V,4,4].
-        intrinsics: [V,3,3] of pictures of side 1.
-    """
-
-    name: str
-    pictures: list[Path] = field(default_factory=list)
-    masks: list[Path | None] = field(default_factory=list)
-    normals: list[Path] = field(default_factory=list)
-    w2c: list[Tensor] = field(default_factory=list)
-    intrinsics: list[Tensor] = field(default_factory=list)
-
-    @property
-    def cameras(self) -> Cameras:
-        return Cameras(torch.stack(self.w2c), intrinsics=torch.stack(self.intrinsics), size=1)
-
-    def portraits(self, degrees: float) -> list[int]:
-        """List the views within an angle of the front (+z), or the nearest one if there are none."""
-        front = orbit(1).c2w[0, :3, 3]
-        places = self.cameras.c2w[:, :3, 3]
-        angles = torch.rad2deg(torch.cosine_similarity(places, front[None]).clamp(-1, 1).acos())
-        near = (angles <= degrees).nonzero().flatten().tolist()
-        return near or [int(angles.argmin())]
-
-    def picture(self, view: int) -> Image.Image:
-        """Load a picture over white, where a mask or its own transparency says so."""
-        mask = self.masks[view]
-        if mask is None:
-            return images.load_image(self.pictures[view])
-        picture = images.load_image(self.pictures[view])
-        with Image.open(mask) as alpha:
-            return Image.composite(picture, Image.new("RGB", picture.size, images.WHITE), alpha.convert("L"))
-
-    def describe(self) -> dict[str, Any]:
-        """Return the head's line of `index.json`."""
-        return {
-            "name": self.name,
-            "pictures": [str(path) for path in self.pictures],
-            "masks": [None if path is None else str(path) for path in self.masks],
-            "normals": [str(path) for path in self.normals],
-            "w2c": torch.stack(self.w2c).tolist(),
-            "intrinsics": torch.stack(self.intrinsics).tolist(),
-        }
 
 
 def read_heads(root: str | Path) -> tuple[list[Head], list[str]]:
     """Read the heads below a folder, and list what is wrong with them.
 
     A folder with `transforms_*.json` or `transforms.json` is one head per `timestep_index`. Pictures have to be there,
-    square and of one size per head; the cameras of one `camera_index` have to agree over the timesteps.
+    and of one size per head; the cameras of one `camera_index` have to agree over the timesteps, and those of a head on
+    where the foreground is.
 
     Args:
         root: such a folder, or one that has them at any depth.
@@ -95,7 +41,7 @@ def read_heads(root: str | Path) -> tuple[list[Head], list[str]]:
         found, wrong = _read_folder(folder, root)
         faults += wrong
         for head in found:
-            own = _faults(head)
+            own = faults_of(head)
             faults += own
             heads += [] if own else [head]
     if not heads and not faults:
@@ -117,12 +63,12 @@ def _read_folder(folder: Path, root: Path) -> tuple[list[Head], list[str]]:
     faults, seen, poses = [], set(), {}
     for file in files:
         try:
-            cameras = read_transforms(file)
-            frames = json.loads(file.read_text(encoding="utf-8"))["frames"]
+            cameras = read_transforms(file, pad=True)
+            values = json.loads(file.read_text(encoding="utf-8"))
         except CameraError as error:
             faults.append(str(error))
             continue
-        for view, frame in enumerate(frames):
+        for view, frame in enumerate(values["frames"]):
             path = frame.get("file_path")
             if path is None:
                 faults.append(f"{file}: frame {view}: expected file_path, got none")
@@ -137,6 +83,8 @@ def _read_folder(folder: Path, root: Path) -> tuple[list[Head], list[str]]:
             head = heads.setdefault(time, Head(f"{name}/{time}" if "timestep_index" in frame else name))
             picture = _with_extension(folder / path)
             head.pictures.append(picture)
+            own = {**values, **frame}
+            head.sizes.append((own["w"], own["h"]) if "w" in own and "h" in own else None)
             mask = frame.get("fg_mask_path") or frame.get("mask_path")
             head.masks.append(None if mask is None else folder / mask)
             normal = folder / "normals" / picture.name
@@ -148,22 +96,3 @@ def _read_folder(folder: Path, root: Path) -> tuple[list[Head], list[str]]:
 
 def _with_extension(path: Path) -> Path:
     return path if path.is_file() or path.suffix else path.with_name(path.name + ".png")
-
-
-def _faults(head: Head) -> list[str]:
-    """List what is wrong with the files of one head."""
-    faults, sizes = [], set()
-    for path in [*head.pictures, *(mask for mask in head.masks if mask is not None), *head.normals]:
-        try:
-            with Image.open(path) as image:
-                sizes.add(image.size)
-        except OSError:
-            faults.append(f"{path}: expected a picture, got {'a damaged one' if path.is_file() else 'no such file'}")
-    if len(sizes) > 1 or any(width != height for width, height in sizes):
-        got = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-        faults.append(f"{head.name}: expected square pictures, masks and normals of one size, got {got}")
-    if head.normals and len(head.normals) != len(head.pictures):
-        faults.append(f"{head.name}: expected {len(head.pictures)} normal maps or none, got {len(head.normals)}")
-    if len(head.pictures) < 2:
-        faults.append(f"{head.name}: expected at least 2 views, got {len(head.pictures)}")
-    return faults

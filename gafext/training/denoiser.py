@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gafext.config.scheduler import NoiseScheduleConfig
-from gafext.models.blocks import MultiViewSpatialTransformer, ResnetBlock2D
 from gafext.models.unet import MultiViewUNet
 from gafext.schedulers import schedule
 from gafext.training.batches import Batch
 
-TRAINED = ("new", "all")
-_NEW = re.compile(r"\.(norm_cv|attn_cv|norm_ip|attn_ip)\.|^(image_projection|class_embedding)\.|^conv_in\.weight$")
-
 
 def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
-    """Compute the weights of the squared error by min-SNR: min(SNR, γ) / SNR for ε, / (SNR + 1) for v.
+    """Compute the weights of the squared error by min-SNR: min(SNR, γ) / SNR for ε, min(SNR + 1, γ) / (SNR + 1) for v.
+
+    The paper has min(SNR, γ) / (SNR + 1) for v, which is 0 without signal: a schedule that ends without (arXiv
+    2305.08891) would not learn the first step of generation, which decides the background.
 
     Args:
         alphas_cumprod: ᾱ of each row, [N].
@@ -31,39 +27,15 @@ def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) 
     Returns:
         [N] float32.
 
-    Source: arXiv 2303.09556 section 3.4; for v, its appendix.
+    Source: arXiv 2303.09556 section 3.4; for v, its appendix, and diffusers: examples/text_to_image.
     """
     # SNR = ᾱ/(1 - ᾱ); written so that neither zero signal nor zero noise divides by 0.
     noise = 1 - alphas_cumprod
     if prediction_type == "epsilon":
         return (gamma * noise / alphas_cumprod.clamp(min=1e-12)).clamp(max=1)
-    least = torch.minimum(alphas_cumprod / noise.clamp(min=1e-12), torch.full_like(noise, gamma))
-    return least * noise if prediction_type == "v_prediction" else least
-
-
-def choose_trained(unet: MultiViewUNet, which: str) -> None:
-    """Set `requires_grad` of the U-Net's weights.
-
-    Args:
-        unet: the U-Net.
-        which: "new": what `gafext assemble` adds, of conv_in the channels of the normal latents alone; or "all".
-    """
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(which == "all" or _NEW.search(name) is not None)
-    if which == "new":
-        old = unet.config.out_channels
-
-        def keep_old(gradient: Tensor) -> Tensor:
-            return torch.cat([torch.zeros_like(gradient[:, :old]), gradient[:, old:]], dim=1)
-
-        unet.conv_in.weight.register_hook(keep_old)
-
-
-def checkpoint_blocks(unet: MultiViewUNet) -> None:
-    """Recompute the residual and transformer blocks in the backward pass instead of keeping their activations."""
-    for module in unet.modules():
-        if isinstance(module, (ResnetBlock2D, MultiViewSpatialTransformer)):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+    if prediction_type == "v_prediction":
+        return (gamma * noise).clamp(max=1)  # SNR + 1 = 1/(1 - ᾱ)
+    return (alphas_cumprod / noise.clamp(min=1e-12)).clamp(max=gamma)
 
 
 class Denoiser(nn.Module):
@@ -91,9 +63,14 @@ class Denoiser(nn.Module):
 
     def _blindfold(self, attn_ip: nn.Module, inputs: object, attended: Tensor) -> Tensor | None:
         # A view that the hook blinds equals one of the unconditional pass, which has no image attention.
-        return None if self._sees is None else attended * self._sees.to(attended.dtype)
+        if self._sees is None or not attn_ip.training:
+            return None
+        return attended * self._sees.to(attended.dtype)
 
-    def release(self) -> None:
+    def __enter__(self) -> Denoiser:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Give the U-Net back: every view sees the portrait again."""
         for hook in self._hooks:
             hook.remove()

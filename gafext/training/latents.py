@@ -8,14 +8,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gafext import images
 from gafext.families import family_of
 from gafext.heads import head_normals
 from gafext.pipeline import MultiViewDiffusionPipeline
-from gafext.training.data import Head
+from gafext.training.head import Head
+
+TENSORS = ("latents", "normals", "pose", "features")
+
+
+class EncodedHead:
+    """One file of `encode_head`, of which a step reads the rows that it needs.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self.pose: Tensor = file.get_tensor("pose")  # [V,pose_dim]
+            self.portraits: int = file.get_slice("features").get_shape()[0]
+
+    def read(self, views: Sequence[int], portrait: int) -> dict[str, Tensor]:
+        """Read `TENSORS` of some views and one portrait: latents and normals [V,C,h,w], pose [V,P], features [T,D]."""
+        with safe_open(self.path, "pt") as file:
+            rows = {"features": file.get_slice("features")[portrait], "pose": self.pose[list(views)]}
+            for name in ("latents", "normals"):
+                every = file.get_slice(name)
+                rows[name] = torch.stack([every[view] for view in views])
+        return rows
 
 
 def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float) -> str:
@@ -52,7 +78,7 @@ def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, 
     assert encoder is not None  # `check_parent` requires it
     cameras, views = head.cameras, [head.picture(view) for view in range(len(head.pictures))]
     if head.normals:
-        normals = images.to_square_tensor([images.load_image(path) for path in head.normals], size)
+        normals = images.to_square_tensor([head.normal_map(view) for view in range(len(views))], size)
     else:
         normals = head_normals(cameras, size)
     chosen = [views[view] for view in head.portraits(degrees)]
@@ -68,15 +94,15 @@ def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, 
 
 def encode_heads(
     heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, folder: Path, *, size: int, degrees: float
-) -> list[dict[str, Tensor]]:
-    """Encode heads, or read those that are already in a folder named after `cache_key`.
+) -> list[EncodedHead]:
+    """Encode heads, or find those that are already in a folder named after `cache_key`.
 
     Args:
         heads, pipeline, size, degrees: as for `cache_key`.
         folder: folder for the caches of any data and parents.
 
     Returns:
-        Tensors of `encode_head`, on the CPU.
+        The encoded heads.
     """
     shards = folder / cache_key(heads, pipeline, size=size, degrees=degrees)
     shards.mkdir(parents=True, exist_ok=True)
@@ -88,5 +114,5 @@ def encode_heads(
             temporary = path.with_suffix(".tmp")
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
             temporary.replace(path)  # whole or not at all: a killed run resumes here
-        encoded.append(load_file(path))
+        encoded.append(EncodedHead(path))
     return encoded

@@ -2,99 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-import shutil
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from gafext import images
-from gafext.atomic import whole_folder
-from gafext.cameras import Cameras
 from gafext.conditions import latent_size
 from gafext.errors import CheckpointError
-from gafext.evaluation.measures import psnr, ssim
-from gafext.models.unet import MultiViewUNet
-from gafext.output import MultiViewOutput
+from gafext.guidance import check_guidance_scale
 from gafext.pipeline import MultiViewDiffusionPipeline
-from gafext.training.batches import Batch, Sampling, draw_batch
-from gafext.training.data import Head, read_heads, write_index
-from gafext.training.denoiser import Denoiser, checkpoint_blocks, choose_trained
-from gafext.training.latents import encode_heads
-
-_STATE = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a run that are not its files or its `Sampling`.
-
-    Attributes:
-        train: weights to train, "new" or "all".
-        steps: steps of the optimizer.
-        rate: learning rate of AdamW.
-        warmup: steps over which it rises.
-        gamma: of min-SNR.
-        ema: decay of the averaged weights, which are saved.
-        accumulate: batches per step of the optimizer.
-        checkpointing: recompute blocks in the backward pass.
-        precision: "no", "fp16" or "bf16".
-        save_every: steps between checkpoints.
-        validation: heads that are held out, the last ones by name.
-        validation_steps: denoising steps of their views.
-        portrait_angle: degrees from the front within which a view may be the portrait.
-        seed: seed of everything that is drawn.
-        cpu: train on the CPU.
-    """
-
-    train: str = "new"
-    steps: int = 10000
-    rate: float = 1e-4
-    warmup: int = 200
-    gamma: float = 5.0
-    ema: float = 0.999
-    accumulate: int = 1
-    checkpointing: bool = False
-    precision: str = "no"
-    save_every: int = 500
-    validation: int = 1
-    validation_steps: int = 25
-    portrait_angle: float = 35.0
-    seed: int = 0
-    cpu: bool = False
-
+from gafext.training.batches import Batch, Sampling, Steps
+from gafext.training.checkpoints import Average, resume, save
+from gafext.training.data import read_heads, write_index
+from gafext.training.denoiser import Denoiser
+from gafext.training.head import Head
+from gafext.training.latents import EncodedHead, encode_heads
+from gafext.training.settings import Settings
+from gafext.training.trained import choose_trained, merge_updates, recomputing
+from gafext.training.validation import publish, validate
 
 SAMPLING, SETTINGS = Sampling(), Settings()
-
-
-class Average:
-    """Exponential moving average of the trained weights."""
-
-    def __init__(self, unet: MultiViewUNet, decay: float):
-        self.decay, self.steps = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in unet.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, unet: MultiViewUNet) -> None:
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        own = dict(unet.named_parameters())
-        for name, weight in self.weights.items():
-            weight.lerp_(own[name].detach(), 1 - decay)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": torch.tensor(self.steps), **self.weights}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.steps = int(state["steps"])
-        for name, weight in self.weights.items():
-            weight.copy_(state[name])
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_READERS = 2  # processes that read ahead of a GPU; on the CPU they would take the training's cores
 
 
 def check_parent(pipeline: MultiViewDiffusionPipeline) -> None:
@@ -121,7 +61,8 @@ def train(
     Args:
         data: folder of heads, as for `read_heads`.
         parent: checkpoint folder.
-        out: folder for `model/` (the trained checkpoint), `log.jsonl`, checkpoints and pictures of held-out heads.
+        out: folder for `model/` (the trained checkpoint), `log.jsonl`, TensorBoard's events where it is installed,
+            checkpoints and pictures of held-out heads.
         cache: folder for the encoded data; None: `out`/cache.
         sampling: how batches are drawn.
         settings: everything else.
@@ -130,193 +71,215 @@ def train(
         PSNR in dB and SSIM of the held-out heads; empty without any.
 
     Raises:
-        ValueError: the data has faults, or the batch does not divide among the processes.
+        ValueError: the data has faults, the batch does not divide among the processes, the loss is not finite, or
+            Accelerate is set to divide the weights among processes.
         CheckpointError: the parent cannot be read, or has not been assembled.
     """
     out = Path(out)
-    accelerator = Accelerator(
-        cpu=settings.cpu,
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulate,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.train == "all")],
-    )
-    processes = accelerator.num_processes
-    if sampling.batch % processes:
-        raise ValueError(f"batch: expected a multiple of the {processes} processes, got {sampling.batch}")
+    if settings.guidance is not None:
+        check_guidance_scale(settings.guidance)
+    accelerator = _accelerator(out, settings)
+    if sampling.batch % accelerator.num_processes:
+        count = accelerator.num_processes
+        raise ValueError(f"batch: expected a multiple of the {count} processes, got {sampling.batch}")
     heads, faults = read_heads(data)
     if faults:
         raise ValueError(f"{faults[0]} ({len(faults)} faults; gafext train --check lists them)")
     if len(heads) <= settings.validation:
         raise ValueError(f"data: expected more than the {settings.validation} heads held out, got {len(heads)}")
+    known, held_out = heads[: len(heads) - settings.validation], heads[len(heads) - settings.validation :]
     pipeline = MultiViewDiffusionPipeline.from_pretrained(parent, device=accelerator.device)
     check_parent(pipeline)
-    size = latent_size(None, rows=1, channels=1, config=pipeline.unet.config) * pipeline.vae.config.factor
-    known, held_out = heads[: len(heads) - settings.validation], heads[len(heads) - settings.validation :]
+    if settings.guidance is not None:
+        pipeline.guidance_scale = settings.guidance
     folder = out / "cache" if cache is None else Path(cache)
-    options = {"size": size, "degrees": settings.portrait_angle}
+    size = latent_size(None, rows=1, channels=1, config=pipeline.unet.config) * pipeline.vae.config.factor
     with accelerator.main_process_first():  # the others read what it has written
         if accelerator.is_main_process:
             write_index(folder / "index.json", heads)
-        encoded = encode_heads(known, pipeline, folder, **options)
-    _run(accelerator, pipeline, encoded, out, sampling, settings)
-    scores = {}
+        encoded = encode_heads(known, pipeline, folder, size=size, degrees=settings.portrait_angle)
+    run = Run(accelerator, pipeline, out, held_out, sampling=sampling, settings=settings)
+    scores = run.take_steps(encoded)
     if accelerator.is_main_process:
-        scores = validate(pipeline, held_out, out / "validation", settings, views=sampling.views) if held_out else {}
-        _publish(pipeline, out / "model", parent, settings, scores)
+        publish(pipeline, out / "model", parent, settings, run.step, scores)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return scores
 
 
-def _run(
-    accelerator: Accelerator,
-    pipeline: MultiViewDiffusionPipeline,
-    encoded: list[dict[str, Tensor]],
-    out: Path,
-    sampling: Sampling,
-    settings: Settings,
-) -> None:
-    """Take the steps, and leave the averaged weights in the pipeline."""
-    unet = pipeline.unet.train()
-    choose_trained(unet, settings.train)
-    if settings.checkpointing:
-        checkpoint_blocks(unet)
-    average = Average(unet, settings.ema)
-    trained = [p for p in unet.parameters() if p.requires_grad]
+def _accelerator(out: Path, settings: Settings) -> Accelerator:
+    watched = importlib.util.find_spec("tensorboard") is not None
+    accelerator = Accelerator(
+        cpu=settings.cpu,
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.train == "all")],
+        log_with="tensorboard" if watched else None,
+        project_dir=out,
+    )
+    if accelerator.distributed_type in _SHARDED:
+        raise ValueError(
+            f"accelerate: expected whole weights on every device, got {accelerator.distributed_type.value}"
+        )
+    if watched:
+        accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     # Without weight decay: it would change the channels of conv_in that "new" leaves alone.
-    optimizer = torch.optim.AdamW(trained, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
-    config = pipeline.solver.config
-    denoiser = Denoiser(unet, config, prompt_embeds=pipeline.prompt_embeds, gamma=settings.gamma)
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
-    accelerator.register_for_checkpointing(average)
-    step = _resume(accelerator, out)
-    waited, start, first = 0.0, time.monotonic(), step
-    while step < settings.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * min(1.0, (step + 1) / max(settings.warmup, 1))
-        losses = []
-        for micro in range(settings.accumulate):
-            before = time.monotonic()
-            number = step * settings.accumulate + micro
-            batch = draw_batch(
-                encoded, number, sampling, seed=settings.seed, timesteps=config.num_train_timesteps
-            ).part(accelerator.process_index, accelerator.num_processes)
-            batch = Batch(*(getattr(batch, entry.name).to(accelerator.device) for entry in fields(batch)))
-            waited += time.monotonic() - before
-            with accelerator.accumulate(model):
-                loss = model(batch)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(accelerator.reduce(loss.detach(), "mean"))
-        step += 1
-        average.update(unet)
-        _log(accelerator, out, step, torch.stack(losses).mean().item())
-        if step % settings.save_every == 0 or step == settings.steps:
-            _save(accelerator, out, step)
-    seconds = time.monotonic() - start
-    if step > first:
-        seen = (step - first) * sampling.batch * settings.accumulate
-        accelerator.print(f"{seen / seconds:.2f} heads per second, {100 * waited / seconds:.0f} % waiting for data")
-    unet.load_state_dict(average.weights, strict=False)
-    denoiser.release()
-    unet.eval()
+    options: dict[str, Any] = {"lr": settings.rate, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    if not settings.adam_8bit:
+        return torch.optim.AdamW(parameters, **options)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("adam_8bit: expected bitsandbytes, which is not installed: pip install bitsandbytes")
+    return importlib.import_module("bitsandbytes.optim").AdamW8bit(parameters, **options)
 
 
-def _log(accelerator: Accelerator, out: Path, step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step}: lower --rate, and run again from the last checkpoint")
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "loss": loss}) + "\n")
-
-
-def _save(accelerator: Accelerator, out: Path, step: int) -> None:
-    """Write a checkpoint and remove those before it."""
-    temporary, final = out / f"{_STATE}.tmp", out / f"{_STATE}-{step:08d}"
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)  # whole or not at all
-        for old in _checkpoints(out)[:-1]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob(f"{_STATE}-*") if path.is_dir())
-
-
-def _resume(accelerator: Accelerator, out: Path) -> int:
-    """Load the last checkpoint; return its step, or 0 without one."""
-    found = _checkpoints(out)
-    if not found:
-        return 0
-    accelerator.load_state(str(found[-1]))
-    step = int(found[-1].name.rpartition("-")[2])
-    if accelerator.is_main_process and (out / "log.jsonl").is_file():  # steps after it are taken again
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    accelerator.print(f"{found[-1]}: resumed at step {step}")
-    return step
-
-
-@torch.no_grad()
-def validate(
-    pipeline: MultiViewDiffusionPipeline, heads: list[Head], folder: Path, settings: Settings, *, views: int
-) -> dict[str, float]:
-    """Generate views of held-out heads, write them beside the true ones, and measure them.
+class Run:
+    """Steps of a run.
 
     Args:
-        pipeline: the pipeline.
-        heads: the heads.
-        folder: folder for one picture per head: generated views above the true ones.
-        settings: denoising steps, angle of the portrait, seed.
-        views: number of views, spread over the cameras of a head.
-
-    Returns:
-        Mean PSNR in dB and SSIM.
+        accelerator: devices and processes.
+        pipeline: the parent, whose U-Net is trained in place.
+        out: folder of the run.
+        held_out: heads of the validation.
+        sampling, settings: as for `train`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = []
-    for index, head in enumerate(heads):
-        chosen = torch.linspace(0, len(head.pictures) - 1, min(views, len(head.pictures))).round().long().tolist()
-        cameras = Cameras(head.cameras.w2c[chosen], intrinsics=head.cameras.intrinsics(1)[chosen], size=1)
-        output = pipeline(
-            head.picture(head.portraits(settings.portrait_angle)[0]),
-            cameras,
-            [head.normals[view] for view in chosen] if head.normals else None,
-            num_views=len(chosen),
-            num_inference_steps=settings.validation_steps,
-            generator=settings.seed,
-            upsample="none",
-            output_type="pt",
-            progress_bar=False,
-        )
-        assert isinstance(output, MultiViewOutput) and isinstance(output.images, Tensor)  # of one portrait, as asked
-        made = output.images.cpu()
-        true = images.to_square_tensor([head.picture(view) for view in chosen], made.shape[-1])
-        scores.append((psnr(made, true).mean(), ssim(made, true).mean()))
-        rows = torch.cat([torch.cat(list(made), dim=2), torch.cat(list(true), dim=2)], dim=1)
-        images.to_pil(rows[None])[0].save(folder / f"{index:03d}.png")
-    means = torch.tensor(scores).mean(0).tolist()
-    return {"psnr": means[0], "ssim": means[1]}
 
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipeline: MultiViewDiffusionPipeline,
+        out: Path,
+        held_out: list[Head],
+        *,
+        sampling: Sampling,
+        settings: Settings,
+    ):
+        self.accelerator, self.pipeline, self.out, self.held_out = accelerator, pipeline, out, held_out
+        self.sampling, self.settings = sampling, settings
+        self.unet, config = pipeline.unet, pipeline.solver.config
+        choose_trained(self.unet, settings.train, rank=settings.rank, seed=settings.seed)
+        self.trained = [p for p in self.unet.parameters() if p.requires_grad]
+        self.average = Average(self.unet, settings.ema)
+        self.timesteps = config.num_train_timesteps
+        self.denoiser = Denoiser(self.unet, config, prompt_embeds=pipeline.prompt_embeds, gamma=settings.gamma)
+        self.model, self.optimizer = accelerator.prepare(self.denoiser, _optimizer(self.trained, settings))
+        accelerator.register_for_checkpointing(self.average)
+        self.step = resume(accelerator, out)
+        self.waited = 0.0
 
-def _publish(
-    pipeline: MultiViewDiffusionPipeline, folder: Path, parent: str | Path, settings: Settings, scores: dict[str, float]
-) -> None:
-    """Write the trained checkpoint with a model card."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with whole_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary)
-        measured = ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "not measured"
-        (temporary / "README.md").write_text(
-            f"# Multi-view head checkpoint\n\nTrained by `gafext train` from `{parent}`: {settings.steps} steps, "
-            f"weights trained: {settings.train}, seed {settings.seed}.\nHeld-out heads: {measured}.\n",
-            encoding="utf-8",
+    def take_steps(self, encoded: list[EncodedHead]) -> dict[str, float]:
+        """Take the steps that are left, leave the averaged weights in the U-Net, and return the last validation."""
+        batches, first, start = self._batches(encoded), self.step, time.monotonic()
+        bar = tqdm(total=self.settings.steps, initial=first, disable=not self.accelerator.is_main_process, unit="step")
+        scores, validated = {}, -1
+        with recomputing(self.unet, self.settings.checkpointing), self.denoiser:
+            while not self._done(start):
+                loss = self._step(batches)
+                self._log(loss)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+                if self.step % self.settings.save_every == 0:
+                    save(self.accelerator, self.out, self.step)
+                if self.settings.validate_every and self.step % self.settings.validate_every == 0:
+                    scores, validated = self._validate(), self.step
+        bar.close()
+        if self.step > first:
+            seen = (self.step - first) * self.sampling.batch * self.settings.accumulate
+            seconds = time.monotonic() - start
+            share = 100 * self.waited / seconds
+            self.accelerator.print(f"{seen / seconds:.2f} heads per second, {share:.0f} % waiting for data")
+            save(self.accelerator, self.out, self.step)
+        if validated != self.step:
+            scores = self._validate()
+        self.average.exchange(self.unet)
+        merge_updates(self.unet)
+        self.unet.eval()
+        return scores
+
+    def _batches(self, encoded: list[EncodedHead]) -> Iterator[Batch]:
+        steps = Steps(
+            encoded,
+            self.sampling,
+            seed=self.settings.seed,
+            timesteps=self.timesteps,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
         )
+        accumulate = self.settings.accumulate
+        numbers = range(self.step * accumulate, self.settings.steps * accumulate)
+        workers = 0 if self.accelerator.device.type == "cpu" else _READERS
+        return iter(DataLoader(steps, batch_size=None, sampler=numbers, num_workers=workers))
+
+    def _done(self, start: float) -> bool:
+        if self.step >= self.settings.steps or self.settings.minutes is None:
+            return self.step >= self.settings.steps
+        passed = torch.tensor((time.monotonic() - start) / 60, device=self.accelerator.device)
+        mean = cast(Tensor, self.accelerator.reduce(passed, "mean"))  # the same on every process
+        return mean.item() >= self.settings.minutes
+
+    def _step(self, batches: Iterator[Batch]) -> float:
+        """Take a step of the optimizer; return the loss of the whole batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate_at(self.step)
+        self.unet.train()
+        losses = []
+        for _ in range(self.settings.accumulate):
+            before = time.monotonic()
+            batch = next(batches).to(self.accelerator.device)
+            self.waited += time.monotonic() - before
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(batch)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.trained, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            losses.append(self.accelerator.reduce(loss.detach(), "mean"))
+        self.step += 1
+        self.average.update(self.unet)
+        return torch.stack(losses).mean().item()
+
+    def _log(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {self.step}: lower --rate, and run again from the last checkpoint"
+            )
+        self.accelerator.log({"loss": loss}, step=self.step)
+        self._write(loss=loss)
+
+    def _write(self, **numbers: float) -> None:
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **numbers}) + "\n")
+
+    def _validate(self) -> dict[str, float]:
+        """Measure the averaged weights on the held-out heads."""
+        if not self.held_out:
+            return {}
+        scores: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            with self._averaged():
+                folder = self.out / "validation"
+                scores, pictures = validate(
+                    self.pipeline, self.held_out, folder, self.settings, views=self.sampling.views
+                )
+            self.accelerator.log(scores, step=self.step)
+            for tracker in self.accelerator.trackers:
+                tracker.log_images({"held out": pictures}, step=self.step, dataformats="NHWC")
+            self._write(**scores)
+        self.accelerator.wait_for_everyone()
+        return scores
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Use the averaged weights."""
+        self.average.exchange(self.unet)
+        self.unet.eval()
+        try:
+            yield
+        finally:
+            self.average.exchange(self.unet)

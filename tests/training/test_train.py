@@ -1,20 +1,33 @@
 """`gafext train` at a tiny size: it learns, resumes, agrees over processes, and keeps what it should not touch."""
 
+import contextlib
 import json
+import math
 import os
+import re
 import runpy
+import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import diffusers
+import numpy as np
+import psutil
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, max_abs_diff
+from pages import blocks
 from PIL import Image
 from small_checkpoints import SD_SCHEDULE, run, stock_clip, stock_unet, stock_vae
+from tensorboard.backend.event_processing import event_accumulator
 
 from gafext import MultiViewDiffusionPipeline
 from gafext.cli import main
+from gafext.training.data import read_heads
+from gafext.training.denoiser import min_snr_weights
+from gafext.training.settings import Settings
 
 write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
 OPTIONS = ("--cpu", "--batch", "2", "--views", "2", "--warmup", "1", "--rate", "1e-3", "--validation-steps", "2")
@@ -41,13 +54,14 @@ def command(files, out, *options):
 
 
 def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
 def whole(files):
-    """Losses and folder of four steps at once."""
-    assert main(command(files, files / "whole", "--steps", "4")) == 0
+    """Folder of eight steps at once."""
+    assert main(command(files, files / "whole", "--steps", "8")) == 0
     return files / "whole"
 
 
@@ -56,28 +70,54 @@ def test_a_resumed_run_has_the_same_losses_and_weights(files, whole):
     assert main(command(files, out, "--steps", "2", "--save-every", "2")) == 0
     with (out / "log.jsonl").open("a") as log:  # the step that a killed run took after its checkpoint
         log.write('{"step": 3, "loss": 0.0}\n')
-    assert main(command(files, out, "--steps", "4")) == 0
-    assert losses(out) == losses(whole) and len(losses(out)) == 4
+    assert main(command(files, out, "--steps", "8")) == 0
+    assert losses(out) == losses(whole) and len(losses(out)) == 8
     ours, theirs = (MultiViewDiffusionPipeline.from_pretrained(f / "model").unet.state_dict() for f in (out, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_two_processes_agree_with_one(files, whole):
+def test_two_processes_agree_with_one_even_if_one_is_killed(files, whole):
+    """The run of a killed process ends with an error that names it; the next one resumes."""
     out = files / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(
-        [*launch, "-m", "gafext", *command(files, out, "--steps", "4")], env=environment, check=True, cwd=ROOT
-    )
+    options = {"env": environment, "cwd": ROOT, "text": True, "stderr": subprocess.PIPE}
+
+    def words(*options):
+        return [*launch, "-m", "gafext", *command(files, out, "--save-every", "2", *options)]
+
+    with subprocess.Popen(words("--steps", "100000"), start_new_session=True, **options) as killed:
+        try:
+            while not (out / "checkpoint-00000002").is_dir():
+                assert killed.poll() is None, killed.stderr.read()
+                time.sleep(0.02)
+            ranks = {child.environ()["RANK"]: child for child in psutil.Process(killed.pid).children()}
+            ranks["1"].kill()
+            _, errors = killed.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.returncode == 1 and "Signal 9 (SIGKILL)" in errors
+    subprocess.run(words("--steps", "8"), check=True, **options)
     assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def test_checkpointing_and_the_cache_change_no_loss(files, whole):
     out, cache = files / "recomputed", whole / "cache"
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
-    assert main(command(files, out, "--steps", "4", "--checkpointing", "--cache", str(cache))) == 0
-    assert losses(out) == pytest.approx(losses(whole), rel=1e-6)
+    assert main(command(files, out, "--steps", "3", "--checkpointing", "--cache", str(cache))) == 0
+    assert losses(out) == pytest.approx(losses(whole)[:3], rel=1e-6)
     assert before and {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == before
+
+
+def test_bfloat16_is_near_float32(files, whole):
+    """In a process of its own: Accelerate has one precision per process."""
+    out = files / "bfloat16"
+    words = [sys.executable, "-m", "gafext", *command(files, out, "--steps", "1", "--precision", "bf16")]
+    subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )  # Accelerate has one precision a process
+    assert losses(out)[0] != losses(whole)[0] and losses(out)[0] == pytest.approx(losses(whole)[0], rel=1e-2)
 
 
 def test_new_leaves_the_parents_weights_as_they_are(files, whole):
@@ -91,6 +131,28 @@ def test_new_leaves_the_parents_weights_as_they_are(files, whole):
     assert len(list((whole / "validation").glob("*.png"))) == 1
 
 
+def test_lora_adds_a_low_rank_to_the_parents_attention(files):
+    out = files / "lora"
+    options = ("--steps", "3", "--train", "lora", "--rank", "2", "--validate-every", "2", "--schedule", "cosine")
+    assert main(command(files, out, *options)) == 0
+    parent, child = (MultiViewDiffusionPipeline.from_pretrained(f) for f in (files / "parent", out / "model"))
+    before, after = parent.unet.state_dict(), child.unet.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])} & stock_unet().state_dict().keys()
+    adapted = {name for name in before if re.search(r"attn[12]\.to_(q|k|v|out\.0)\.weight", name)}
+    # Without text, attn2 has nothing to attend to: its keys and values get no gradient.
+    attn1 = {name for name in adapted if ".attn1." in name}
+    assert {"conv_in.weight"} | attn1 <= changed <= {"conv_in.weight"} | adapted
+    for name in adapted:
+        assert torch.linalg.matrix_rank(after[name].double() - before[name].double(), rtol=1e-3) <= 2
+    lines = list(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+    assert [(line["step"], "psnr" in line) for line in lines] == [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1)]
+    events = event_accumulator.EventAccumulator(str(next((out / "tensorboard").iterdir()).parent))
+    events.Reload()
+    assert len(events.Scalars("loss")) == 3 and [event.step for event in events.Scalars("psnr")] == [2, 3]
+    assert len(events.Images("held out")) == 2
+
+
 def test_the_loss_falls_on_one_head(files):
     out = files / "fit"
     options = ("--steps", "60", "--train", "all", "--validation", "2", "--rate", "2e-3", "--near", "0")
@@ -99,20 +161,105 @@ def test_the_loss_falls_on_one_head(files):
     assert sum(found[-15:]) < 0.7 * sum(found[:15])
 
 
-@pytest.mark.parametrize("fault", ["missing", "size", "camera", "none"])
-def test_check_names_what_is_broken(fault, tmp_path, capsys):
-    write_heads(tmp_path / "data", 1, views=3, size=32, normals=False)
-    folder = tmp_path / "data" / "head_000"
+def broken(data, fault):
+    """Break head_000 of three views."""
+    folder = data / "head_000"
+    path = folder / "transforms_train.json"
+    values = json.loads(path.read_text())
+    frames = values["frames"]
     if fault == "missing":
         (folder / "images" / "00000_01.png").unlink()
+    elif fault == "damaged":
+        (folder / "images" / "00000_01.png").write_bytes(b"not a picture")
     elif fault == "size":
         Image.new("RGB", (16, 16)).save(folder / "images" / "00000_01.png")
+    elif fault == "shape":
+        values["h"] = 24
     elif fault == "camera":
-        values = json.loads((folder / "transforms_train.json").read_text())
-        values["frames"][1]["camera_index"] = 0
-        (folder / "transforms_train.json").write_text(json.dumps(values))
-    words = {"missing": "00000_01.png: expected a picture, got no such file", "size": "16 x 16, 32 x 32"}
-    words |= {"camera": "camera_index 0 disagrees", "none": "1 heads, 3 views"}
+        frames[1]["camera_index"] = 0
+    elif fault == "pose":  # of a camera beside the head that looks past it
+        frames[1]["transform_matrix"][2][3] += 1.5
+    elif fault == "mask":
+        Image.new("RGB", (32, 32)).save(folder / "fg_masks" / "00000_01.png")
+    path.write_text(json.dumps(values))
+
+
+FAULTS = {
+    "none": "1 heads, 4 views, 0 heads with normal maps, 0 faults",
+    "missing": "00000_01.png: expected a picture, got no such file",
+    "damaged": "00000_01.png: expected a picture, got a damaged one",
+    "size": "head_000/0: expected pictures, masks and normals of one size, got 16 x 16, 32 x 32",
+    "shape": "head_000/0: expected pictures of 32 x 24, as w and h say, got 32 x 32",
+    "camera": "frame 1: camera_index 0 disagrees with its pose in another frame",
+    "pose": "00000_01.png: expected its foreground where the other cameras put it",
+    "mask": "head_000/0: expected a foreground in each mask, got an empty one",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_names_what_is_broken(fault, tmp_path, capsys):
+    write_heads(tmp_path / "data", 1, views=4, size=32, normals=False)
+    broken(tmp_path / "data", fault)
     code = main(["train", str(tmp_path / "data"), "--check", "--cache", str(tmp_path / "cache")])
-    assert code == (fault != "none") and words[fault] in capsys.readouterr().out
+    assert code == (fault != "none") and FAULTS[fault] in capsys.readouterr().out
     assert (tmp_path / "cache" / "index.json").is_file()
+
+
+def test_pictures_that_are_not_square_are_padded(tmp_path):
+    """A column of 8 pixels cut off each side and padded again is the same head, with the same cameras."""
+    write_heads(tmp_path / "data", 1, views=3, size=32)
+    (whole,), _ = read_heads(tmp_path / "data")
+    pictures, normals = ([getattr(whole, name)(view) for view in range(3)] for name in ("picture", "normal_map"))
+    folder = tmp_path / "data" / "head_000"
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            image.crop((8, 0, 24, 32)).save(path)
+    values = json.loads((folder / "transforms_train.json").read_text())
+    focal = 16 / math.tan(values.pop("camera_angle_x") / 2)
+    values |= {"w": 16, "h": 32, "fl_x": focal, "fl_y": focal, "cx": 8, "cy": 16}
+    (folder / "transforms_train.json").write_text(json.dumps(values))
+    (cut,), faults = read_heads(tmp_path / "data")
+    assert not faults and max_abs_diff(cut.cameras.intrinsics(32), whole.cameras.intrinsics(32)) < 1e-5
+    for view in range(3):
+        for made, true in ((cut.picture(view), pictures[view]), (cut.normal_map(view), normals[view])):
+            made, true = np.asarray(made), np.asarray(true)
+            assert made.shape == true.shape and (made[:, 8:24] == true[:, 8:24]).all()
+            assert (np.abs(made[:, :8].astype(int) - true[0, 0]) <= 1).all()  # the background
+
+
+def test_rate_and_weights():
+    settings = Settings(rate=1.0, warmup=4, steps=14, schedule="cosine")
+    assert [settings.rate_at(step) for step in (0, 3, 4, 9, 14)] == pytest.approx([0.25, 1, 1, 0.5, 0])
+    alphas = torch.tensor([0.0, 0.5, 0.99, 1.0])  # SNR 0, 1, 99, infinite
+    assert min_snr_weights(alphas, "v_prediction", 5.0).tolist() == pytest.approx([1, 1, 0.05, 0], abs=1e-6)
+    assert min_snr_weights(alphas, "epsilon", 5.0).tolist() == pytest.approx([1, 1, 5 / 99, 0], abs=1e-6)
+    assert min_snr_weights(alphas, "sample", 5.0).tolist() == pytest.approx([0, 1, 5, 5], abs=1e-6)
+
+
+def test_bad_arguments_are_named(files, tmp_path, capsys):
+    for options, message in {
+        ("--validation", "3"): "data: expected more than the 3 heads held out, got 3",
+        ("--near", "2"): "--near: expected a fraction, 0 to 1, got 2.0",
+        ("--rate", "nan"): "--rate: expected a number over 0, got nan",
+        ("--adam-8bit",): "adam_8bit: expected bitsandbytes, which is not installed",
+    }.items():
+        assert main(command(files, tmp_path / "out", *options)) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_the_pages_commands(tmp_path):
+    """At a tiny size: 3 heads, two steps."""
+    [block] = [block for block in blocks("bash", pages=[ROOT / "docs" / "train.md"]) if block.comment == "train"]
+    small = {"--heads 128": "--heads 3", "--views 8": "--views 4", "--size 64": "--size 32", "--steps 600": "--steps 2"}
+    small |= {"--validation 4": "--validation 1 --validation-steps 2", "--heads 6 --ablations": "--heads 1 --steps 2"}
+    code = block.code
+    for whole, part in small.items():
+        assert whole in code
+        code = code.replace(whole, part)
+    code = code.replace("examples/", f"{ROOT}/examples/").replace("gafext ", "python -m gafext ")
+    code = code.replace("python ", f"{shlex.quote(sys.executable)} ")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True, cwd=tmp_path, env=environment)
+    lines = {line["name"]: line["psnr"] for line in json.loads((tmp_path / "trained.json").read_text())["lines"]}
+    assert lines["generated"] > 0 and (tmp_path / "trained" / "model" / "model_index.json").is_file()

@@ -1,0 +1,82 @@
+"""Faults of one head of the training data: its files, their sizes, and whether its cameras agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gafext.training.head import Head
+
+_FARTHEST = 0.25  # of a picture's side: a head's foreground has its centre nearer than this to where the others put it
+
+
+def faults_of(head: Head) -> list[str]:
+    """List what is wrong with one head, one sentence per fault."""
+    faults = _of_files(head)
+    if head.normals and len(head.normals) != len(head.pictures):
+        faults.append(f"{head.name}: expected {len(head.pictures)} normal maps or none, got {len(head.normals)}")
+    if len(head.pictures) < 2:
+        faults.append(f"{head.name}: expected at least 2 views, got {len(head.pictures)}")
+    return faults or _of_cameras(head)
+
+
+def _of_files(head: Head) -> list[str]:
+    faults, sizes = [], set()
+    for path in [*head.pictures, *(mask for mask in head.masks if mask is not None), *head.normals]:
+        try:
+            with Image.open(path) as image:
+                sizes.add(image.size)
+        except OSError:
+            faults.append(f"{path}: expected a picture, got {'a damaged one' if path.is_file() else 'no such file'}")
+    if len(sizes) > 1:
+        got = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        faults.append(f"{head.name}: expected pictures, masks and normals of one size, got {got}")
+    for width, height in sizes if len(sizes) == 1 else ():
+        for known in set(head.sizes):
+            wide, high = known or (1, 1)  # without w and h, the cameras are those of squares
+            if abs(width * high - height * wide) > max(wide, high):  # a pixel of rounding is allowed
+                wanted = f"{wide} x {high}, as w and h say" if known else "squares, because the file has no w and h"
+                faults.append(f"{head.name}: expected pictures of {wanted}, got {width} x {height}")
+    return faults
+
+
+def _of_cameras(head: Head) -> list[str]:
+    """Compare where each view sees the foreground's centre with where the others see it."""
+    views = [view for view, mask in enumerate(head.masks) if mask is not None]
+    if len(views) < 3:
+        return []
+    seen = torch.stack([_centre(head, view) for view in views])
+    if not seen.isfinite().all():
+        return [f"{head.name}: expected a foreground in each mask, got an empty one"]
+    projections = torch.stack([head.intrinsics[view].double() @ head.w2c[view][:3].double() for view in views])
+    # A point p on the ray of a view solves (P_0 - x P_2) p = 0 and (P_1 - y P_2) p = 0.
+    rows = projections[:, :2] - seen[:, :, None] * projections[:, 2:]  # [V,2,4]
+    errors = []
+    for view in range(len(views)):
+        others = torch.cat([rows[:view], rows[view + 1 :]]).flatten(0, 1)
+        point = torch.linalg.lstsq(others[:, :3], -others[:, 3:]).solution
+        x, y, depth = (projections[view, :, :3] @ point + projections[view, :, 3:]).flatten()
+        placed = torch.stack([x, y]) / depth
+        errors.append((placed - seen[view]).norm() if depth > 0 else torch.tensor(torch.inf).double())
+    worst = int(torch.stack(errors).argmax())
+    if errors[worst] <= _FARTHEST:
+        return []
+    return [
+        f"{head.pictures[views[worst]]}: expected its foreground where the other cameras put it, got it "
+        f"{100 * errors[worst]:.0f} % of the side away: a wrong pose, picture or mask"
+    ]
+
+
+def _centre(head: Head, view: int) -> Tensor:
+    """Compute the centre (x, y) of a view's mask in the padded square of side 1; NaN if it is empty."""
+    mask = head.masks[view]
+    assert mask is not None
+    with Image.open(mask) as image:
+        alpha = torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float64))
+    height, width = alpha.shape
+    side = max(height, width)
+    x = (torch.arange(width).double() + 0.5 + (side - width) / 2) / side
+    y = (torch.arange(height).double() + 0.5 + (side - height) / 2) / side
+    return torch.stack([(alpha.sum(0) * x).sum(), (alpha.sum(1) * y).sum()]) / alpha.sum()

@@ -1,0 +1,85 @@
+"""One head of the training data: its pictures and cameras."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gafext import images
+from gafext.cameras import Cameras, orbit
+
+_NO_NORMAL = (128, 128, 128)  # of a zero vector
+
+
+@dataclass
+class Head:
+    """One head at one moment, from V cameras.
+
+    Attributes:
+        name: its folder relative to the data folder, and the timestep where a folder has several.
+        pictures: V files.
+        sizes: V widths and heights for which the cameras are, or None where the file has none.
+        masks: V files of the foreground, or None where a picture has none.
+        normals: V files of camera-space normals n/2 + 1/2, or none at all.
+        w2c: [V,4,4].
+        intrinsics: [V,3,3] of pictures of side 1, after padding to squares.
+    """
+
+    name: str
+    pictures: list[Path] = field(default_factory=list)
+    sizes: list[tuple[int, int] | None] = field(default_factory=list)
+    masks: list[Path | None] = field(default_factory=list)
+    normals: list[Path] = field(default_factory=list)
+    w2c: list[Tensor] = field(default_factory=list)
+    intrinsics: list[Tensor] = field(default_factory=list)
+
+    @property
+    def cameras(self) -> Cameras:
+        return Cameras(torch.stack(self.w2c), intrinsics=torch.stack(self.intrinsics), size=1)
+
+    def portraits(self, degrees: float) -> list[int]:
+        """List the views within an angle of the front (+z), or the nearest one if there are none."""
+        front = orbit(1).c2w[0, :3, 3]
+        places = self.cameras.c2w[:, :3, 3]
+        angles = torch.rad2deg(torch.cosine_similarity(places, front[None]).clamp(-1, 1).acos())
+        near = (angles <= degrees).nonzero().flatten().tolist()
+        return near or [int(angles.argmin())]
+
+    def picture(self, view: int) -> Image.Image:
+        """Load a picture over white, where a mask or its own transparency says so, padded with white to a square."""
+        picture, mask = images.load_image(self.pictures[view]), self.masks[view]
+        if mask is not None:
+            with Image.open(mask) as alpha:
+                white = Image.new("RGB", picture.size, images.WHITE)
+                picture = Image.composite(picture, white, alpha.convert("L"))
+        return _square(picture, images.WHITE)
+
+    def normal_map(self, view: int) -> Image.Image:
+        """Load a normal map, padded to a square with the value of a background."""
+        return _square(images.load_image(self.normals[view]), _NO_NORMAL)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the head's line of `index.json`."""
+        return {
+            "name": self.name,
+            "pictures": [str(path) for path in self.pictures],
+            "masks": [None if path is None else str(path) for path in self.masks],
+            "normals": [str(path) for path in self.normals],
+            "w2c": torch.stack(self.w2c).tolist(),
+            "intrinsics": torch.stack(self.intrinsics).tolist(),
+        }
+
+
+def _square(picture: Image.Image, colour: images.Colour) -> Image.Image:
+    """Pad a picture on both sides to a square."""
+    side = max(picture.size)
+    if picture.size == (side, side):
+        return picture
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square

@@ -1,0 +1,84 @@
+"""Held-out heads of a run: their views, measured and drawn, and the folder that is published."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gafext import images
+from gafext.atomic import whole_folder
+from gafext.cameras import Cameras
+from gafext.evaluation.measures import psnr, ssim
+from gafext.output import MultiViewOutput
+from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.training.head import Head
+from gafext.training.settings import Settings
+
+
+@torch.no_grad()
+def validate(
+    pipeline: MultiViewDiffusionPipeline, heads: list[Head], folder: Path, settings: Settings, *, views: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """Generate views of held-out heads, write them beside the true ones, and measure them.
+
+    Args:
+        pipeline: the pipeline.
+        heads: the heads.
+        folder: folder for one picture per head: generated views above the true ones.
+        settings: denoising steps, angle of the portrait, seed.
+        views: number of views, spread over the cameras of a head.
+
+    Returns:
+        Mean PSNR in dB and SSIM, by name; and the pictures, [heads,H,W,3] uint8.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, pictures = [], []
+    for index, head in enumerate(heads):
+        chosen = torch.linspace(0, len(head.pictures) - 1, min(views, len(head.pictures))).round().long().tolist()
+        cameras = Cameras(head.cameras.w2c[chosen], intrinsics=head.cameras.intrinsics(1)[chosen], size=1)
+        output = pipeline(
+            head.picture(head.portraits(settings.portrait_angle)[0]),
+            cameras,
+            [head.normal_map(view) for view in chosen] if head.normals else None,
+            num_views=len(chosen),
+            num_inference_steps=settings.validation_steps,
+            generator=settings.seed,
+            upsample="none",
+            crop=False,
+            output_type="pt",
+            progress_bar=False,
+        )
+        assert isinstance(output, MultiViewOutput) and isinstance(output.images, Tensor)  # of one portrait, as asked
+        made = output.images.cpu()
+        true = images.to_square_tensor([head.picture(view) for view in chosen], made.shape[-1])
+        scores.append((psnr(made, true).mean(), ssim(made, true).mean()))
+        rows = torch.cat([torch.cat(list(made), dim=2), torch.cat(list(true), dim=2)], dim=1)
+        picture = images.to_pil(rows[None])[0]
+        picture.save(folder / f"{index:03d}.png")
+        pictures.append(np.asarray(picture))
+    means = torch.tensor(scores).mean(0).tolist()
+    return {"psnr": means[0], "ssim": means[1]}, np.stack(pictures)
+
+
+def publish(
+    pipeline: MultiViewDiffusionPipeline,
+    folder: Path,
+    parent: str | Path,
+    settings: Settings,
+    steps: int,
+    scores: dict[str, float],
+) -> None:
+    """Write the trained checkpoint with a model card."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with whole_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary)
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "not measured"
+        (temporary / "README.md").write_text(
+            f"# Multi-view head checkpoint\n\nTrained by `gafext train` from `{parent}`: {steps} steps, "
+            f"weights trained: {settings.train}, seed {settings.seed}.\nHeld-out heads: {measured}.\n",
+            encoding="utf-8",
+        )
