@@ -275,6 +275,16 @@ def built_in() -> dict[str, str]:
     } | {f"lost.{name}": f"{generated['psnr'] - line['psnr']:.1f}" for name, line in changed.items()}
 
 
+def trained() -> str:
+    """What `gafext train` makes of the small parent of examples/train in ten minutes."""
+    [before] = [line for line in load("examples/train/parent.json")["lines"] if line["name"] == "generated"]
+    after = load("examples/train/trained.json")["lines"]
+    wanted = ("copy of the portrait", "mean picture", "generated", "generated, no normal maps given")
+    wanted += ("no image tokens", "attn_cv off", "zero normals", "wrong cameras")
+    lines = [before | {"name": "the untrained parent"}, *(line for line in after if line["name"] in wanted)]
+    return scores(lines, "psnr", "ssim", "face", "consistency")
+
+
 def values() -> dict[str, str]:
     """Everything that pages may name."""
     unet, int8 = (result(f"unet-{RAPIDS}")["unet"][name] for name in ("sdpa", "int8"))
@@ -309,6 +319,7 @@ def values() -> dict[str, str]:
         "drop_in_table": compared(drop_in, "stock", DROP_IN),
         "profile": profile(),
         "samplers": samplers(),
+        "trained": trained(),
         "pipeline": pipeline(),
         "presets": presets(),
         "precision": precision(),
