@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from gafext.errors import CheckpointError
 from gafext.models.unet import MultiViewUNet
+from gafext.training.settings import Settings
 
 _STATE = "checkpoint"
+_SETTINGS = "settings.json"
+_WEIGHTS = ("train", "rank", "adam_8bit")  # settings that decide which tensors a checkpoint has
 
 
 class Average:
@@ -49,10 +54,12 @@ class Average:
             weight.copy_(state[name])
 
 
-def save(accelerator: Accelerator, out: Path, step: int) -> None:
+def save(accelerator: Accelerator, out: Path, step: int, settings: Settings) -> None:
     """Write a checkpoint and remove those before it."""
     temporary, final = out / f"{_STATE}.tmp", out / f"{_STATE}-{step:08d}"
     accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        (temporary / _SETTINGS).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
@@ -66,11 +73,22 @@ def _checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in out.glob(f"{_STATE}-*") if path.is_dir())
 
 
-def resume(accelerator: Accelerator, out: Path) -> int:
-    """Load the last checkpoint; return its step, or 0 without one."""
+def resume(accelerator: Accelerator, out: Path, settings: Settings) -> int:
+    """Load the last checkpoint; return its step, or 0 without one.
+
+    Raises:
+        CheckpointError: its run trained other weights.
+    """
     found = _checkpoints(out)
     if not found:
         return 0
+    before = json.loads((found[-1] / _SETTINGS).read_text(encoding="utf-8"))
+    for name in _WEIGHTS:
+        if before[name] != getattr(settings, name):
+            got = getattr(settings, name)
+            raise CheckpointError(
+                f"{found[-1]}: expected {name} {before[name]}, as before, got {got}; choose another --out"
+            )
     accelerator.load_state(str(found[-1]))
     step = int(found[-1].name.rpartition("-")[2])
     if accelerator.is_main_process and (out / "log.jsonl").is_file():  # steps after it are taken again

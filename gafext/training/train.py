@@ -73,11 +73,14 @@ def train(
     Raises:
         ValueError: the data has faults, the batch does not divide among the processes, the loss is not finite, or
             Accelerate is set to divide the weights among processes.
-        CheckpointError: the parent cannot be read, or has not been assembled.
+        CheckpointError: the parent cannot be read, or has not been assembled; or a checkpoint in `out` is of a run that
+            trained other weights.
     """
     out = Path(out)
     if settings.guidance is not None:
         check_guidance_scale(settings.guidance)
+    if settings.adam_8bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("adam_8bit: expected bitsandbytes, which is not installed: pip install bitsandbytes")
     accelerator = _accelerator(out, settings)
     if sampling.batch % accelerator.num_processes:
         count = accelerator.num_processes
@@ -121,8 +124,6 @@ def _accelerator(out: Path, settings: Settings) -> Accelerator:
         raise ValueError(
             f"accelerate: expected whole weights on every device, got {accelerator.distributed_type.value}"
         )
-    if watched:
-        accelerator.init_trackers("tensorboard")
     return accelerator
 
 
@@ -131,8 +132,6 @@ def _optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.
     options: dict[str, Any] = {"lr": settings.rate, "betas": (0.9, 0.99), "weight_decay": 0.0}
     if not settings.adam_8bit:
         return torch.optim.AdamW(parameters, **options)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("adam_8bit: expected bitsandbytes, which is not installed: pip install bitsandbytes")
     return importlib.import_module("bitsandbytes.optim").AdamW8bit(parameters, **options)
 
 
@@ -167,7 +166,9 @@ class Run:
         self.denoiser = Denoiser(self.unet, config, prompt_embeds=pipeline.prompt_embeds, gamma=settings.gamma)
         self.model, self.optimizer = accelerator.prepare(self.denoiser, _optimizer(self.trained, settings))
         accelerator.register_for_checkpointing(self.average)
-        self.step = resume(accelerator, out)
+        self.step = resume(accelerator, out, settings)
+        if accelerator.log_with:
+            accelerator.init_trackers("tensorboard")
         self.waited = 0.0
 
     def take_steps(self, encoded: list[EncodedHead]) -> dict[str, float]:
@@ -182,7 +183,7 @@ class Run:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
                 if self.step % self.settings.save_every == 0:
-                    save(self.accelerator, self.out, self.step)
+                    save(self.accelerator, self.out, self.step, self.settings)
                 if self.settings.validate_every and self.step % self.settings.validate_every == 0:
                     scores, validated = self._validate(), self.step
         bar.close()
@@ -191,7 +192,7 @@ class Run:
             seconds = time.monotonic() - start
             share = 100 * self.waited / seconds
             self.accelerator.print(f"{seen / seconds:.2f} heads per second, {share:.0f} % waiting for data")
-            save(self.accelerator, self.out, self.step)
+            save(self.accelerator, self.out, self.step, self.settings)
         if validated != self.step:
             scores = self._validate()
         self.average.exchange(self.unet)

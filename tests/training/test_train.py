@@ -236,7 +236,7 @@ def test_rate_and_weights():
     assert min_snr_weights(alphas, "sample", 5.0).tolist() == pytest.approx([0, 1, 5, 5], abs=1e-6)
 
 
-def test_bad_arguments_are_named(files, tmp_path, capsys):
+def test_bad_arguments_are_named(files, whole, tmp_path, capsys):
     for options, message in {
         ("--validation", "3"): "data: expected more than the 3 heads held out, got 3",
         ("--near", "2"): "--near: expected a fraction, 0 to 1, got 2.0",
@@ -245,7 +245,9 @@ def test_bad_arguments_are_named(files, tmp_path, capsys):
     }.items():
         assert main(command(files, tmp_path / "out", *options)) == 1
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out").exists()
+    assert main(command(files, whole, "--train", "all")) == 1
+    assert "expected train new, as before, got all" in capsys.readouterr().err
 
 
 def test_the_pages_commands(tmp_path):
