@@ -205,15 +205,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train",
         help="train an assembled checkpoint on folders of posed pictures of heads",
-        description="Train a checkpoint that assemble wrote. DATA has folders of GaussianAvatars (transforms_*.json, "
-        "as VHAP writes them) or with a transforms.json, at any depth. A run resumes at the last checkpoint in --out; "
-        "accelerate launch runs it on several devices. Needs accelerate (pip install gafext[train]).",
+        description="Train a checkpoint that assemble wrote, or ImageDream's. DATA has folders of GaussianAvatars "
+        "(transforms_*.json, as VHAP writes them) or with a transforms.json, at any depth. A run resumes at the last "
+        "checkpoint in --out; accelerate launch runs it on several devices. Needs the extra train.",
         epilog=EXIT_CODES,
     )
     add = train.add_argument
     add("data", metavar="DATA", help="folder of training data")
     add("--check", action="store_true", help="say what is there and what is broken, write the index, and stop")
-    add("--parent", metavar="DIR", help="checkpoint folder that assemble wrote")
+    add("--parent", metavar="DIR", help="checkpoint folder that assemble wrote, or of ImageDream")
     add("--out", metavar="DIR", help="folder for the trained checkpoint (model/), log, checkpoints and pictures")
     add("--cache", metavar="DIR", help="folder for the index and the encoded data; default: cache/ in --out")
     add(

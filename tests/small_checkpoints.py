@@ -8,8 +8,15 @@ import numpy as np
 import torch
 from helpers import max_abs_diff, randomized
 from PIL import Image
+from plain_imagedream import IMAGEDREAM, write
 from safetensors.torch import save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 
 from gafext.config import SD_X2_UNET, UNetConfig
 from gafext.models.k_unet import KUNet
@@ -161,6 +168,29 @@ def save_checkpoint(folder, *, multi_view=True, prediction_type="epsilon", seed=
         **SD_SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
     ).save_pretrained(folder / "scheduler")
     return folder
+
+
+def save_imagedream(folder, config=IMAGEDREAM, *, seed=0):
+    """The folder that ashawkey/imagedream-ipmv-diffusers is: LDM keys, a CLIP tower without projection, CLIP-H text."""
+    folder.mkdir(exist_ok=True)
+    state = write(folder / "unet", config, seed=seed)
+    torch.manual_seed(seed)
+    stock_vae(seed=None).save_pretrained(folder / "vae")
+    sizes = {"num_hidden_layers": 2, "hidden_act": "gelu"}
+    text = {**sizes, "hidden_size": 40, "intermediate_size": 80, "num_attention_heads": 2, "vocab_size": 49408}
+    stock_clip(text, kind=CLIPTextModel, seed=None).save_pretrained(folder / "text_encoder")
+    vision = {**sizes, "hidden_size": 1280, "intermediate_size": 64, "num_attention_heads": 16, "patch_size": 56}
+    stock_clip(vision, kind=CLIPVisionModel, seed=None).save_pretrained(folder / "image_encoder")
+    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULE, clip_sample=False, steps_offset=1)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "MVDreamPipeline",
+        "image_encoder": ["transformers", "CLIPVisionModel"],
+        "requires_safety_checker": False,
+        "unet": ["mv_unet", "MultiViewUNetModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return state
 
 
 def save_upsampler(folder):

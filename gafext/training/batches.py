@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gafext.training.latents import TENSORS, EncodedHead
+from gafext.training.latents import EncodedHead
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Sampling:
         apart: heads of which each view has a noise level of its own.
         drop_image: heads without image tokens, for guidance.
         drop_all: heads without image tokens, normals and pose.
-        blindfold: heads of which each view sees the portrait or not, so that the others have to tell it.
+        blindfold: heads of which each view sees the portrait or not, so that the others have to tell it; not for U-Nets
+            in which all views attend to an extra frame of the portrait.
     """
 
     batch: int = 4
@@ -40,20 +41,25 @@ class Batch:
     """Inputs of a step for B heads of V views, on the CPU; rows are heads, views fastest."""
 
     latents: Tensor  # [B,V,C,h,w]
-    normals: Tensor  # [B,V,C,h,w]
     pose: Tensor  # [B,V,pose_dim]
     features: Tensor  # [B,T,D]
     noise: Tensor  # [B,V,C,h,w]
     timesteps: Tensor  # [B,V]
     sees: Tensor  # [B,V] of 0 and 1: the view attends to the portrait
+    normals: Tensor | None = None  # [B,V,C,h,w], of a U-Net that takes them
+    reference: Tensor | None = None  # [B,C,h,w], of a U-Net with the portrait's latents as an extra frame
 
     def part(self, index: int, count: int) -> Batch:
         """Return the share of one of `count` processes."""
-        return Batch(*(getattr(self, entry.name).chunk(count)[index] for entry in fields(self)))
+        return self._each(lambda tensor: tensor.chunk(count)[index])
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
-        return Batch(*(getattr(self, entry.name).to(device) for entry in fields(self)))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
 
 
 def choose_views(pose: Tensor, count: int, *, near: bool, random: torch.Generator) -> Tensor:
@@ -98,7 +104,8 @@ def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *,
         chosen = choose_views(head.pose, views, near=near, random=random)
         portrait = int(torch.randint(head.portraits, (1,), generator=random))
         rows.append(head.read(chosen.tolist(), portrait))
-    latents, normals, pose, features = (torch.stack([row[name] for row in rows]) for name in TENSORS)
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    latents, normals, reference = stacked["latents"], stacked.get("normals"), stacked.get("reference")
     times = torch.randint(timesteps, (count, views), generator=random)
     times = torch.where(chance(sampling.apart, count, 1), times, times[:, :1])
     every = chance(sampling.drop_all, count, 1)
@@ -108,9 +115,10 @@ def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *,
     keep = (~every).to(latents.dtype)
     return Batch(
         latents=latents,
-        normals=normals * keep[..., None, None, None],
-        pose=pose * keep[..., None],
-        features=features,
+        normals=None if normals is None else normals * keep[..., None, None, None],
+        reference=reference,
+        pose=stacked["pose"] * keep[..., None],
+        features=stacked["features"],
         noise=torch.randn(latents.shape, generator=random),
         timesteps=times,
         sees=sees.to(latents.dtype),

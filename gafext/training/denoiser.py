@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gafext.config.scheduler import NoiseScheduleConfig
+from gafext.families import family_of
 from gafext.models.unet import MultiViewUNet
 from gafext.schedulers import schedule
 from gafext.training.batches import Batch
@@ -42,7 +43,7 @@ class Denoiser(nn.Module):
     """Loss of a batch.
 
     Args:
-        unet: a U-Net of GAF's family.
+        unet: a U-Net of GAF's or ImageDream's family.
         config: its noise schedule and type of prediction.
         prompt_embeds: text of all rows [1,T,C]; None: zeros.
         gamma: of `min_snr_weights`.
@@ -55,11 +56,10 @@ class Denoiser(nn.Module):
         self.unet, self.prediction_type, self.gamma = unet, cast(str, config.prediction_type), gamma
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod(config), persistent=False)
         self.register_buffer("prompt_embeds", prompt_embeds, persistent=False)
+        self.family = family_of(unet.config)
         self._sees: Tensor | None = None
-        self._hooks = []
-        for block in unet.transformer_blocks():
-            assert block.attn_ip is not None  # `check_parent` requires it
-            self._hooks.append(block.attn_ip.register_forward_hook(self._blindfold))
+        blocks = unet.transformer_blocks() if unet.config.image_attention == "block" else []
+        self._hooks = [block.attn_ip.register_forward_hook(self._blindfold) for block in blocks if block.attn_ip]
 
     def _blindfold(self, attn_ip: nn.Module, inputs: object, attended: Tensor) -> Tensor | None:
         # A view that the hook blinds equals one of the unconditional pass, which has no image attention.
@@ -78,23 +78,56 @@ class Denoiser(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Compute the loss of a batch on the weights' device: the weighted mean squared error, a number."""
         views = batch.latents.shape[1]
-        latents, noise, normals, pose = (
-            t.flatten(0, 1) for t in (batch.latents, batch.noise, batch.normals, batch.pose)
-        )
+        latents, noise, pose = (t.flatten(0, 1) for t in (batch.latents, batch.noise, batch.pose))
         times = batch.timesteps.flatten()
         alphas = self.alphas_cumprod[times]
         signal, level = alphas.sqrt().view(-1, 1, 1, 1), (1 - alphas).sqrt().view(-1, 1, 1, 1)
         targets = {"epsilon": noise, "v_prediction": signal * noise - level * latents, "sample": latents}
-        sample = torch.cat([signal * latents + level * noise, normals], dim=1)
+        sample = signal * latents + level * noise
+        if batch.normals is not None:
+            sample = torch.cat([sample, batch.normals.flatten(0, 1)], dim=1)
         self._sees = batch.sees.view(-1, 1, 1)
+        if batch.reference is None:
+            predicted = self._predict(sample, times, pose, batch.features, views)
+        else:
+            predicted = self._with_reference(sample, times, pose, batch, views)
+        error = (predicted.float() - targets[self.prediction_type]).square().flatten(1).mean(1)
+        return (error * min_snr_weights(alphas, self.prediction_type, self.gamma)).mean()
+
+    def _predict(
+        self,
+        sample: Tensor,
+        times: Tensor,
+        pose: Tensor,
+        features: Tensor,
+        frames: int,
+        reference: Tensor | None = None,
+    ) -> Tensor:
         projection = self.unet.image_projection
-        predicted = self.unet(
+        return self.unet(
             sample,
             times,
             self.prompt_embeds,
             pose=pose,
-            image_embeds=batch.features if projection is None else projection(batch.features),
-            num_views=views,
-        ).float()
-        error = (predicted - targets[self.prediction_type]).square().flatten(1).mean(1)
-        return (error * min_snr_weights(alphas, self.prediction_type, self.gamma)).mean()
+            image_embeds=features if projection is None else projection(features),
+            num_views=frames,
+            reference_latents=reference,
+        )
+
+    def _with_reference(self, sample: Tensor, times: Tensor, pose: Tensor, batch: Batch, views: int) -> Tensor:
+        """Predict with the portrait as a frame more; heads without image have zero features, as in generation."""
+        assert batch.reference is not None
+
+        def framed(rows: Tensor, last: Tensor) -> Tensor:
+            rows = rows.unflatten(0, (-1, views))
+            return torch.cat([rows, last.expand_as(rows[:, :1])], dim=1).flatten(0, 1)
+
+        sees = batch.sees.amax(1)  # [B]
+        blind = self.family.unconditional_reference(batch.reference)
+        reference = torch.where(sees.view(-1, 1, 1, 1) > 0, batch.reference, blind)
+        times = framed(times, times.unflatten(0, (-1, views))[:, :1])
+        # The U-Net replaces the extra frame's latents, and its pose is zero.
+        sample, pose = framed(sample, torch.zeros_like(sample[:1])), framed(pose, torch.zeros_like(pose[:1]))
+        features = batch.features * sees.view(-1, 1, 1)
+        predicted = self._predict(sample, times, pose, features, views + 1, reference)
+        return predicted.unflatten(0, (-1, views + 1))[:, :views].flatten(0, 1)

@@ -18,8 +18,6 @@ from gafext.heads import head_normals
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.head import Head
 
-TENSORS = ("latents", "normals", "pose", "features")
-
 
 class EncodedHead:
     """One file of `encode_head`, of which a step reads the rows that it needs.
@@ -33,15 +31,16 @@ class EncodedHead:
         with safe_open(path, "pt") as file:
             self.pose: Tensor = file.get_tensor("pose")  # [V,pose_dim]
             self.portraits: int = file.get_slice("features").get_shape()[0]
+            self.names = frozenset(file.keys())
 
     def read(self, views: Sequence[int], portrait: int) -> dict[str, Tensor]:
-        """Read `TENSORS` of some views and one portrait: latents and normals [V,C,h,w], pose [V,P], features [T,D]."""
+        """Read some views and one portrait, as in `Batch` without B."""
         with safe_open(self.path, "pt") as file:
-            rows = {"features": file.get_slice("features")[portrait], "pose": self.pose[list(views)]}
-            for name in ("latents", "normals"):
+            rows = {name: file.get_slice(name)[portrait] for name in self.names & {"features", "reference"}}
+            for name in self.names & {"latents", "normals"}:
                 every = file.get_slice(name)
                 rows[name] = torch.stack([every[view] for view in views])
-        return rows
+        return {**rows, "pose": self.pose[list(views)]}
 
 
 def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float) -> str:
@@ -72,24 +71,32 @@ def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, 
         head, pipeline, size, degrees: as for `cache_key`.
 
     Returns:
-        latents, normals [V,C,h,w] and pose [V,pose_dim]; features [P,T,D] of the P portraits.
+        latents [V,C,h,w], and normals if the U-Net takes them; pose [V,pose_dim]; features [P,T,D] of the P portraits,
+        and their latents, reference [P,C,h,w], for a U-Net with an extra frame.
     """
     unet, encoder = pipeline.unet, pipeline.image_encoder
+    family = family_of(unet.config)
     assert encoder is not None  # `check_parent` requires it
     cameras, views = head.cameras, [head.picture(view) for view in range(len(head.pictures))]
-    if head.normals:
-        normals = images.to_square_tensor([head.normal_map(view) for view in range(len(views))], size)
-    else:
-        normals = head_normals(cameras, size)
     chosen = [views[view] for view in head.portraits(degrees)]
     pixels = torch.cat([encoder.preprocess(portrait) for portrait in chosen]).to(encoder.device, encoder.dtype)
     output = "last_hidden_state" if unet.image_projection is None else unet.image_projection.clip_output
-    return {
+    tensors = {
         "latents": pipeline.encode(images.to_square_tensor(views, size)),
-        "normals": pipeline.encode(normals),
-        "pose": family_of(unet.config).poses(unet.config, cameras).float(),
+        "pose": family.poses(unet.config, cameras)[: len(views)].float(),  # without the extra frame's
         "features": getattr(encoder(pixels), output).float(),
     }
+    if unet.config.in_channels > unet.config.out_channels:
+        tensors["normals"] = pipeline.encode(_normals(head, size))
+    if family.has_reference_frame(unet.config):
+        tensors["reference"] = pipeline.encode(images.to_square_tensor(chosen, size))
+    return tensors
+
+
+def _normals(head: Head, size: int) -> Tensor:
+    if not head.normals:
+        return head_normals(head.cameras, size)
+    return images.to_square_tensor([head.normal_map(view) for view in range(len(head.normals))], size)
 
 
 def encode_heads(

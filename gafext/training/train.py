@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gafext.conditions import latent_size
 from gafext.errors import CheckpointError
+from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.batches import Batch, Sampling, Steps
@@ -37,14 +38,29 @@ _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 _READERS = 2  # processes that read ahead of a GPU; on the CPU they would take the training's cores
 
 
-def check_parent(pipeline: MultiViewDiffusionPipeline) -> None:
-    """Raise a CheckpointError unless the parent has what `gafext assemble` adds, all of which is trained."""
+def check_parent(pipeline: MultiViewDiffusionPipeline, which: str) -> None:
+    """Raise an error unless the parent can be trained.
+
+    Args:
+        pipeline: the parent.
+        which: weights to train, as `Settings.train`.
+
+    Raises:
+        CheckpointError: it neither has what `gafext assemble` adds nor is ImageDream's.
+        ValueError: there are no new layers to train.
+    """
     config = pipeline.unet.config
+    if family_of(config).has_reference_frame(config):
+        if which == "new":
+            raise ValueError("train: expected lora or all for ImageDream's checkpoint, without new layers, got new")
+        return
     attends = all(
         block.attn_ip is not None and block.attn_cv is not None for block in pipeline.unet.transformer_blocks()
     )
     if not attends or config.pose_dim is None or config.in_channels != 2 * config.out_channels:
-        raise CheckpointError("parent: expected a checkpoint that gafext assemble wrote, got another; run it first")
+        raise CheckpointError(
+            "parent: expected ImageDream's checkpoint, or one that gafext assemble wrote, got another; run it first"
+        )
 
 
 def train(
@@ -56,7 +72,7 @@ def train(
     sampling: Sampling = SAMPLING,
     settings: Settings = SETTINGS,
 ) -> dict[str, float]:
-    """Train a checkpoint that `gafext assemble` wrote; a run whose `out` has a checkpoint resumes there.
+    """Train a checkpoint of `gafext assemble` or ImageDream's; a run whose `out` has a checkpoint resumes there.
 
     Args:
         data: folder of heads, as for `read_heads`.
@@ -92,7 +108,7 @@ def train(
         raise ValueError(f"data: expected more than the {settings.validation} heads held out, got {len(heads)}")
     known, held_out = heads[: len(heads) - settings.validation], heads[len(heads) - settings.validation :]
     pipeline = MultiViewDiffusionPipeline.from_pretrained(parent, device=accelerator.device)
-    check_parent(pipeline)
+    check_parent(pipeline, settings.train)
     if settings.guidance is not None:
         pipeline.guidance_scale = settings.guidance
     folder = out / "cache" if cache is None else Path(cache)

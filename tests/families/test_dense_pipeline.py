@@ -1,48 +1,23 @@
 """ImageDream's and MVDream's folders through the whole pipeline, against the loop written out in plain PyTorch."""
 
-import json
-
 import diffusers
 import numpy as np
 import pytest
 import torch
 from helpers import max_abs_diff
-from plain_imagedream import IMAGEDREAM, MVDREAM, Plain, write
+from plain_imagedream import IMAGEDREAM, MVDREAM, Plain
 from safetensors.torch import save_file
-from small_checkpoints import SD_SCHEDULE, assert_conditional_pass_alone, portrait, run, stock_clip, stock_vae
+from small_checkpoints import assert_conditional_pass_alone, portrait, run, save_imagedream
 from transformers import CLIPTextModel, CLIPVisionModel
 
 import gafext
 from gafext.errors import CheckpointError
 
 
-def save_checkpoint(folder, config, *, seed=0):
-    """The folder that ashawkey/imagedream-ipmv-diffusers is: LDM keys, a CLIP tower without projection, CLIP-H text."""
-    folder.mkdir(exist_ok=True)
-    state = write(folder / "unet", config, seed=seed)
-    torch.manual_seed(seed)
-    stock_vae(seed=None).save_pretrained(folder / "vae")
-    sizes = {"num_hidden_layers": 2, "hidden_act": "gelu"}
-    text = {**sizes, "hidden_size": 40, "intermediate_size": 80, "num_attention_heads": 2, "vocab_size": 49408}
-    stock_clip(text, kind=CLIPTextModel, seed=None).save_pretrained(folder / "text_encoder")
-    vision = {**sizes, "hidden_size": 1280, "intermediate_size": 64, "num_attention_heads": 16, "patch_size": 56}
-    stock_clip(vision, kind=CLIPVisionModel, seed=None).save_pretrained(folder / "image_encoder")
-    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULE, clip_sample=False, steps_offset=1)
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "MVDreamPipeline",
-        "image_encoder": ["transformers", "CLIPVisionModel"],
-        "requires_safety_checker": False,
-        "unet": ["mv_unet", "MultiViewUNetModel"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return state
-
-
 @pytest.fixture(scope="module")
 def imagedream(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagedream")
-    return folder, Plain(save_checkpoint(folder, IMAGEDREAM))
+    return folder, Plain(save_imagedream(folder, IMAGEDREAM))
 
 
 @torch.no_grad()
@@ -110,7 +85,7 @@ def test_the_conditional_pass_alone(imagedream):
 
 
 def test_mvdream_runs_and_says_that_it_does_not_look(tmp_path):
-    save_checkpoint(tmp_path, MVDREAM)
+    save_imagedream(tmp_path, MVDREAM)
     with pytest.warns(UserWarning, match="does not look at the portrait"):
         pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
     assert run(pipe).images.shape == (4, 3, 32, 32)

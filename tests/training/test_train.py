@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -20,13 +21,27 @@ import torch
 from helpers import ROOT, max_abs_diff
 from pages import blocks
 from PIL import Image
-from small_checkpoints import SD_SCHEDULE, run, stock_clip, stock_unet, stock_vae
+from small_checkpoints import (
+    SD_SCHEDULE,
+    SIZE,
+    run,
+    save_checkpoint,
+    save_imagedream,
+    stock_clip,
+    stock_unet,
+    stock_vae,
+)
 from tensorboard.backend.event_processing import event_accumulator
 
 from gafext import MultiViewDiffusionPipeline
+from gafext.cameras import Cameras
 from gafext.cli import main
+from gafext.predictor import Predictor
+from gafext.schedulers.schedule import alphas_cumprod
+from gafext.training.batches import Batch
 from gafext.training.data import read_heads
-from gafext.training.denoiser import min_snr_weights
+from gafext.training.denoiser import Denoiser, min_snr_weights
+from gafext.training.latents import encode_head
 from gafext.training.settings import Settings
 
 write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
@@ -151,6 +166,62 @@ def test_lora_adds_a_low_rank_to_the_parents_attention(files):
     events.Reload()
     assert len(events.Scalars("loss")) == 3 and [event.step for event in events.Scalars("psnr")] == [2, 3]
     assert len(events.Images("held out")) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gaf", "imagedream"])
+def test_a_step_predicts_as_the_pipeline_does(kind, files, tmp_path):
+    """The loss is zero where the noise is what the pipeline predicts, of a head's portrait, cameras and normals."""
+    if kind == "gaf":
+        save_checkpoint(tmp_path)
+    else:
+        save_imagedream(tmp_path)
+    pipe = MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    pipe.unet.train()
+    head = read_heads(files / "data")[0][0]
+    size = SIZE * pipe.vae.config.factor
+    encoded = encode_head(head, pipe, size=size, degrees=1.0)
+    cameras = Cameras(head.cameras.w2c, intrinsics=head.cameras.intrinsics(1), size=1)
+    noised, normals = torch.randn(4, 4, SIZE, SIZE), [head.normal_map(view) for view in range(4)]
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": noised, "upsample": "none", "crop": False}
+    run = pipe.prepare(head.picture(0), cameras, normals if kind == "gaf" else None, **options)
+    timestep = int(run.timesteps[1])
+    predicted = Predictor(pipe.unet, run)(noised, timestep)
+    alpha = alphas_cumprod(pipe.solver.config)[timestep]
+    batch = Batch(
+        latents=((noised - (1 - alpha).sqrt() * predicted) / alpha.sqrt())[None],
+        pose=encoded["pose"][None],
+        features=encoded["features"][:1],
+        noise=predicted[None],
+        timesteps=torch.full((1, 4), timestep),
+        sees=torch.ones(1, 4),
+        normals=encoded["normals"][None] if kind == "gaf" else None,
+        reference=encoded["reference"][:1] if kind == "imagedream" else None,
+    )
+    with Denoiser(pipe.unet, pipe.solver.config, prompt_embeds=pipe.prompt_embeds, gamma=5.0) as denoiser:
+        assert predicted.square().mean() > 1e-3 and denoiser(batch) < 1e-9
+        assert denoiser(replace(batch, sees=torch.zeros(1, 4))) > 1e-6  # the portrait matters
+
+
+def test_low_rank_updates_of_imagedream(files, tmp_path, capsys):
+    save_imagedream(tmp_path / "parent")
+    words = [
+        "train",
+        str(files / "data"),
+        "--parent",
+        str(tmp_path / "parent"),
+        "--out",
+        str(tmp_path / "out"),
+        *OPTIONS,
+    ]
+    assert main([*words, "--steps", "2"]) == 1
+    assert "expected lora or all" in capsys.readouterr().err
+    assert main([*words, "--steps", "2", "--train", "lora", "--rank", "2"]) == 0
+    parent, child = (MultiViewDiffusionPipeline.from_pretrained(tmp_path / f) for f in ("parent", "out/model"))
+    before, after = parent.unet.state_dict(), child.unet.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(".attn1.to_q." in name for name in changed) and any("image_projection." in name for name in changed)
+    assert not any(".resnets." in name or name.startswith("conv_") for name in changed)
 
 
 def test_the_loss_falls_on_one_head(files):
