@@ -332,7 +332,7 @@ def load_portraits(
     for index, item in enumerate(items):
         name = (getattr(item, "filename", "") or f"image[{index}]") if several else "image"
         read = imaging.read_image(item, name=name)
-        portrait = imaging.load_image(read, name=name, background=background, matte=matte)
+        portrait = imaging.flatten(read, background=background, matte=matte)
         if detector is not None:
             portrait = _crop_to_head(portrait, detector, name)
         if not matte and read.mode == "RGB" and imaging.background_spread(portrait) > imaging.MAX_BACKGROUND_SPREAD:

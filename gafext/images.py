@@ -68,7 +68,11 @@ def load_image(
     Raises:
         ImageError: the image cannot be read, its shape, dtype or range is not accepted, or rembg is not installed.
     """
-    image = read_image(image, name=name)
+    return flatten(read_image(image, name=name), background=background, matte=matte)
+
+
+def flatten(image: Image.Image, *, background: Colour = WHITE, matte: bool = False) -> Image.Image:
+    """Composite an image that `read_image` returned over a background, as `load_image` does."""
     if matte and image.mode == "RGB":
         image = remove_background(image)
     if image.mode == "RGB":
