@@ -41,6 +41,7 @@ from gafext.versions import versions
 from gafext.watch.events import StepEvents, print_event
 from gafext.watch.preview import LatentToRGB, Preview
 from gafext.watch.stages import Stages
+from gafext.watch.terminal import picture_writer
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -198,9 +199,9 @@ def _preview(args: argparse.Namespace, pipeline: MultiViewDiffusionPipeline, por
     """Return the callback of --preview, with colours fitted to the portrait."""
     picture = to_square_tensor([load_image(portrait)], DEFAULT_SAMPLE_SIZE * pipeline.vae.config.factor)
     out = Path(args.out).absolute()
-    return Preview(
-        out.with_name(f"{out.name}.preview.png"), LatentToRGB(picture, pipeline.encode(picture)), every=args.preview
-    )
+    show = None if args.quiet else picture_writer(os.environ)
+    to_rgb = LatentToRGB(picture, pipeline.encode(picture))
+    return Preview(out.with_name(f"{out.name}.preview.png"), to_rgb, every=args.preview, show=show)
 
 
 @_warnings_in_one_line()

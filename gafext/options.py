@@ -148,7 +148,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
     add("--profile", action="store_true", help="print time and peak memory of each stage, and add them to run.json")
-    add("--preview", type=int, metavar="N", help="every N steps, add a row of the views to the picture OUT.preview.png")
+    add(
+        "--preview",
+        type=int,
+        metavar="N",
+        help="every N steps, add a row of the views to the picture OUT.preview.png, and show it in kitty and iTerm2",
+    )
     add(
         "--offload",
         choices=("model", "sequential"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,14 +54,22 @@ class Preview:
         path: picture to write; complete at any time.
         to_rgb: colours of latents.
         every: steps from row to row; above 0.
+        show: called with each new row; None for none.
     """
 
     tensor_inputs: ClassVar[tuple[str, ...]] = ("pred_original_sample",)
 
-    def __init__(self, path: Path, to_rgb: LatentToRGB, *, every: int):
+    def __init__(
+        self,
+        path: Path,
+        to_rgb: LatentToRGB,
+        *,
+        every: int,
+        show: Callable[[PIL.Image.Image], None] | None = None,
+    ):
         if every < 1:
             raise ValueError(f"preview: expected a whole number of steps above 0, got {every}")
-        self.path, self.to_rgb, self.every = path, to_rgb, every
+        self.path, self.to_rgb, self.every, self.show = path, to_rgb, every, show
         self._rows: list[np.ndarray] = []
 
     def __call__(self, pipeline: Any, step: int, timestep: float, tensors: dict[str, Tensor]) -> None:
@@ -68,6 +77,8 @@ class Preview:
             self._rows.append(_row(self.to_rgb(tensors["pred_original_sample"])))
             with replace_whole(self.path.parent) as temporary:
                 PIL.Image.fromarray(np.concatenate(self._rows)).save(temporary / self.path.name)
+            if self.show is not None:
+                self.show(PIL.Image.fromarray(self._rows[-1]))
 
 
 def _row(colours: Tensor) -> np.ndarray:

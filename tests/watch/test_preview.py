@@ -44,6 +44,17 @@ def test_the_picture_grows_by_a_row(tmp_path):
         Preview(path, preview.to_rgb, every=0)
 
 
+def test_each_new_row_is_shown(tmp_path):
+    rows = []
+    to_rgb = LatentToRGB(torch.rand(1, 3, 32, 32), normal(1, 4, 8, 8))
+    preview = Preview(tmp_path / "preview.png", to_rgb, every=2, show=rows.append)
+    for step in range(5):
+        preview(None, step, 1.0, {"pred_original_sample": normal(3, 4, 8, 8, seed=step)})
+    assert [row.size for row in rows] == [(192, 64)] * 2
+    whole = Image.open(tmp_path / "preview.png")
+    assert [row.tobytes() for row in rows] == [whole.crop((0, y, 192, y + 64)).tobytes() for y in (0, 64)]
+
+
 def test_generate_writes_previews_beside_the_folder_and_the_same_views(checkpoint, tmp_path, capsys):
     portrait(0).save(tmp_path / "portrait.png")
     words = ["generate", str(tmp_path / "portrait.png"), "--model", str(checkpoint), "--steps", "4", "--views", "2"]
