@@ -34,6 +34,7 @@ from gafext.noise import resolve_seed
 from gafext.options import EVAL_STEPS, parser
 from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_formats
 from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.portraits.batch import check_batch_size
 from gafext.portraits.command import generate_portraits
 from gafext.portraits.jobs import PICTURES, is_many
 from gafext.schedulers import MAX_STEPS, check_eta
@@ -145,8 +146,7 @@ def _check_early(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and getattr(args, needs) is None:
             option, needs = (name.replace("_", "-") for name in (option, needs))
             raise ValueError(f"--{option}: expected --{needs} with it")
-    if args.batch < 1:
-        raise ValueError(f"--batch: expected a whole number above 0, got {args.batch}")
+    check_batch_size(args.batch, name="--batch")
     if is_many(args.portrait):
         if args.profile or args.preview is not None:
             raise ValueError(f"--{'profile' if args.profile else 'preview'}: expected one portrait, got several")

@@ -91,7 +91,13 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="image of a head; several, or a folder of them: each gets a folder in --out (docs/portraits.md); default: "
         "the bundled portrait",
     )
-    add("--batch", type=int, default=1, metavar="N", help="portraits that are denoised together; default: 1")
+    add(
+        "--batch",
+        type=_count_or_auto,
+        default=1,
+        metavar="N",
+        help="portraits that are denoised together; auto: 1 on a CPU, else as many as memory holds; default: 1",
+    )
     add(
         "--no-crop",
         action="store_true",
@@ -159,6 +165,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         choices=("model", "sequential"),
         help="keep the weights in main memory, but those of a network, or of a block, in use; default: on the device",
     )
+
+
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

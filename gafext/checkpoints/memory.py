@@ -134,10 +134,9 @@ class PipelineMemory:
         Raises:
             ValueError: the estimate is 1.3 times what is free, or more.
         """
-        device, free = self.unet.device, free_bytes(self.unet.device)
+        device, free = self.unet.device, self.available_bytes()
         if free is None:
             return
-        free += sum(_weight_bytes(network, on=device) for network in self._networks)
         work = self._workload(portraits=portraits, views=views, passes=passes, size=size, doubled=doubled)
         offload = None if self._offload is None else self._offload.sequential
         needed = self._needed_bytes(work, offload)
@@ -161,6 +160,11 @@ class PipelineMemory:
         if needed >= CERTAIN * free:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
+
+    def available_bytes(self) -> float | None:
+        """Return what the device has for runs, the weights that are there included; None if it does not say."""
+        free = free_bytes(self.unet.device)
+        return None if free is None else free + sum(_weight_bytes(one, on=self.unet.device) for one in self._networks)
 
     def estimate_bytes(self, *, portraits: int, views: int, passes: int, size: int, doubled: bool) -> float:
         """Estimate what a run needs on its device, weights included, in bytes.

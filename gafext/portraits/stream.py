@@ -24,6 +24,7 @@ from gafext.images import read_image
 from gafext.noise import resolve_seed
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
+from gafext.portraits.batch import automatic_batch_size, check_batch_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,7 +90,7 @@ class PipelineStream:
         cameras: Any = None,
         normal_maps: Any = None,
         *,
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         **options: Unpack[RunOptions],
     ) -> Iterator[PortraitResult]:
         """Generate the views of many portraits, and yield the results in order, each as soon as it is there.
@@ -102,7 +103,8 @@ class PipelineStream:
             images: portraits, as `prepare` takes one; may be endless, and is read as the stream goes on.
             cameras, normal_maps, options: those of `prepare`, the same for every portrait, without `latents` and
                 `num_images_per_prompt`. A list as `generator` has one seed per portrait.
-            batch_size: portraits that are denoised together. On CPUs more than 1 saves no time.
+            batch_size: portraits that are denoised together. On CPUs more than 1 saves no time. "auto": 1 on a CPU,
+                else as many as the free memory holds, see `gafext.portraits.batch`.
 
         Yields:
             One result per portrait; a portrait that cannot be read has an error in place of the output.
@@ -119,15 +121,15 @@ def stream(
     cameras: Any = None,
     normal_maps: Any = None,
     *,
-    batch_size: int = 1,
+    batch_size: int | str = 1,
     hooks: Hooks | None = None,
     **options: Unpack[RunOptions],
 ) -> Generator[PortraitResult]:
     """Do what `PipelineStream.map` does, with hooks."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected a whole number above 0, got {batch_size!r}")
+    check_batch_size(batch_size)
     if refused := sorted(options.keys() & {"latents", "num_images_per_prompt"}):
         raise ValueError(f"{', '.join(refused)}: expected none for a stream of portraits")
+    count = automatic_batch_size(pipeline, cameras, options) if isinstance(batch_size, str) else batch_size
     hooks, generator = hooks or Hooks(), options.pop("generator", None)
     encoder = copy.copy(pipeline)
     encoder.scheduler = copy.deepcopy(pipeline.scheduler)  # it has the state of a run, and the loop's is under way
@@ -184,7 +186,7 @@ def stream(
     threads = torch.get_num_threads()
     try:
         with _thread() as reading, beside() as encoding, beside() as decoding, _thread() as writing:
-            opened = _one_ahead(reading.submit(read, batch) for batch in _batches(images, generator, batch_size))
+            opened = _one_ahead(reading.submit(read, batch) for batch in _batches(images, generator, count))
             prepared = (encoding.submit(prepare, future) for future in opened)
             following, behind = next(prepared, None), deque()
             while following is not None:
