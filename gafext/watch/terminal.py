@@ -25,8 +25,8 @@ def picture_writer(
 
     Source: sw.kovidgoyal.net/kitty/graphics-protocol; iterm2.com/documentation-images.html.
     """
-    stream = sys.stderr if stream is None else stream
-    if not stream.isatty() or "TMUX" in environment or environment.get("TERM", "").startswith("screen"):
+    terminal = sys.stderr if stream is None else stream
+    if not terminal.isatty() or "TMUX" in environment or environment.get("TERM", "").startswith("screen"):
         return None  # a multiplexer swallows the sequences
     if "KITTY_WINDOW_ID" in environment or environment.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
         encode = _kitty
@@ -38,8 +38,8 @@ def picture_writer(
     def show(picture: PIL.Image.Image) -> None:
         file = io.BytesIO()
         picture.save(file, "PNG")
-        stream.write(f"\n{encode(file.getvalue())}\n")
-        stream.flush()
+        terminal.write(f"\n{encode(file.getvalue())}\n")
+        terminal.flush()
 
     return show
 
