@@ -133,10 +133,11 @@ def _gpus(found: dict[str, Any]) -> list[dict[str, Any]]:
         gpus.append({"device": f"cuda:{index}", "name": gpu.name, "capability": capability, "verified": known})
         oldest = min((int(arch.split("-")[0]) for arch in build["cuda_architectures"]), default=0)
         if 10 * gpu.major + gpu.minor < oldest:
-            again = "A build on this machine" if (gpu.major, gpu.minor) >= (7, 5) else "A build with CUDA 12"
+            again = "on this machine" if (gpu.major, gpu.minor) >= (7, 5) else "with CUDA 12"
+            advice = f". A build {again} has kernels for {capability}" if gpu.major >= 7 else ""
             notes.append(
                 f"cuda:{index} has compute capability {capability}, and this build ({build['cuda_compiler']}) has "
-                f"kernels for {oldest / 10} and later: PyTorch's operations run. {again} has kernels for {capability}"
+                f"kernels for {oldest / 10} and later: PyTorch's operations run{advice}"
             )
     return gpus + ([{"device": "mps", "name": "Apple GPU"}] if torch.backends.mps.is_available() else [])
 
