@@ -22,7 +22,8 @@ trap 'rm -rf "$work"' EXIT
 # of its own, which always says no, the wheel runs on every system that torch's own wheels run on.
 echo 'char __libc_single_threaded = 0;' | ${CC:-gcc} -x c -fPIC -fvisibility=hidden -c -o "$build/single_threaded.o" -
 GAFEXT_CUDA=OFF LDFLAGS="$build/single_threaded.o" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-1} \
-  "$python" -m pip wheel --no-build-isolation --no-deps -C install.strip=true -C build-dir="$build" -w "$work" .
+  "$python" -m pip wheel --no-build-isolation --no-deps -w "$work" . \
+  --config-settings=install.strip=true --config-settings=build-dir="$build" # -C is of pip 23.1
 
 # torch's libraries, its OpenMP runtime among them: a second one in the process would have threads of its own.
 "$python" -m auditwheel repair --plat "manylinux_2_28_$(uname -m)" -w "$out" --exclude 'libtorch*.so' \
