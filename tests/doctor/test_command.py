@@ -124,6 +124,14 @@ def test_a_card_below_the_compiled_architectures(volta, capsys):
     assert code == 1 and any("cuda" in problem.lower() for problem in found["problems"])  # nothing runs on it here
 
 
+def test_a_build_for_other_cards(volta, capsys, monkeypatch):
+    volta("90")
+    ada = SimpleNamespace(name="L4", major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: ada)
+    [note] = [note for note in examined(capsys)[1]["notes"] if "8.9" in note]
+    assert "has kernels for 9.0 and later" in note and "A build on this machine has kernels for 8.9" in note
+
+
 def test_a_build_for_the_card_needs_no_excuse(volta, capsys):
     volta("70-real", "75-real")
     assert not [note for note in examined(capsys)[1]["notes"] if "7.0" in note]
