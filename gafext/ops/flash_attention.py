@@ -203,24 +203,23 @@ def attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
     *,
     scale: float | None,
     is_causal: bool = False,
-    needed: tuple[bool, bool, bool],
+    needed: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of attention over the last two dimensions, in float32 (FlashAttention, appendix B.2).
 
-    With P the weights: dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale dS K, dK = scale dS^T Q.
+    With P the weights: dV = P^T dO, dS = scale P * (dO V^T - rowsum(P * dO V^T)), dQ = dS K, dK = dS^T Q.
     """
     dtype = query.dtype
-    grad, query, key, value, out = (t.float() for t in (grad, query, key, value, out))
+    grad, query, key, value = (t.float() for t in (grad, query, key, value))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     weights = attention_weights(query, key, scale=factor, is_causal=is_causal)  # [..., Lq, Lk]
     grad_query = grad_key = grad_value = None
     if needed[0] or needed[1]:
-        delta = (grad * out).sum(dim=-1, keepdim=True)  # [..., Lq, 1]
-        grad_scores = factor * weights * (grad @ value.transpose(-1, -2) - delta)
+        grad_weights = grad @ value.transpose(-1, -2)
+        grad_scores = factor * weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
         grad_query = (grad_scores @ key).to(dtype) if needed[0] else None
         grad_key = (grad_scores.transpose(-1, -2) @ query).to(dtype) if needed[1] else None
     if needed[2]:
@@ -244,7 +243,7 @@ torch.library.impl("gafext::flash_attention", "MPS", _sdpa)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs, output)
+    ctx.save_for_backward(*inputs)
     ctx.options = keyword_only_inputs
 
 
