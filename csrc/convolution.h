@@ -16,14 +16,14 @@ inline PixelStrides pixel_strides(const Tensor& image) { return {image.stride(0)
 
 // Calls kernel(args) with the tensors' memory in `args`, and returns its output.
 template <typename Args, typename Kernel>
-Tensor convolve(const char* op, Args args, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                const Kernel& kernel) {
+Tensor convolve(const char* op, Args args, const Tensor& x, const Tensor& weight, int64_t out_channels,
+                std::optional<Tensor> bias, const Kernel& kernel, const char* name = "x") {
   require(x.size(1) >= 1, op, ": channels must be at least 1, got ", shape_of(x));
-  check_channels_last(op, {"x", x});
+  check_channels_last(op, {name, x});
   const Tensor taps = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   args.batch = x.size(0), args.in_channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
-  args.out_channels = weight.size(0);
+  args.out_channels = out_channels;
   args.x_stride = pixel_strides(x);
   const int64_t channels = args.out_channels, row = channels * args.width;
   Tensor out = empty_strided(x, {args.batch, channels, args.height, args.width}, {row * args.height, 1, row, channels});

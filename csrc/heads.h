@@ -39,12 +39,16 @@ void set_inputs(Args& args, const Tensor& query, const Tensor& key, const Tensor
 
 // Uninitialised and like the query, in the memory of (batch, length, heads, head_dim), so that the caller's transpose
 // and reshape to (batch, length, heads * head_dim) are free.
-template <typename Args>
-Tensor make_output(Args& args, const Tensor& query) {
+inline Tensor empty_heads(const Tensor& query) {
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2), dim = query.size(3);
   const int64_t row = at_least_one(heads) * at_least_one(dim);
-  Tensor out =
-      empty_strided(query, {batch, heads, length, dim}, {at_least_one(length) * row, at_least_one(dim), row, 1});
+  return empty_strided(query, {batch, heads, length, dim}, {at_least_one(length) * row, at_least_one(dim), row, 1});
+}
+
+// The result of the kernel with these arguments.
+template <typename Args>
+Tensor make_output(Args& args, const Tensor& query) {
+  Tensor out = empty_heads(query);
   args.out = out.mutable_data_ptr();
   args.out_stride = head_strides(out);
   return out;

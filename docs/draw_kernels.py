@@ -132,7 +132,7 @@ def cross_view() -> Figure:
     plain(
         memory, "Memory of q, k, v and out: (view, position, head, D); a cell is D numbers", (-2.2, 15.2), (-3.9, 1.5)
     )
-    quad = int(constant("cpu/cross_view_attention.cpp", "kQuad"))
+    quad = int(constant("cpu/cross_view_tiles.h", "kQuad"))
     for query in range(views):
         for key in range(quad):
             box(tile, key, -query, 1, 1, BLUE if query == 1 else "white", f"{quad * query + key}", alpha=0.8)

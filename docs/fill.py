@@ -162,6 +162,18 @@ def compared(rows: dict, baseline: str, names: dict[str, str]) -> str:
     return table(["", "seconds of a pass", "relative", "quartiles", "difference"], lines)
 
 
+def train_step() -> str:
+    lines = []
+    for name, rows in result("train-step-cpu-amd-epyc-avx2-1-thread")["cases"].items():
+        ours, theirs = rows["gafext"], rows["pytorch"]
+        low, high = ours["quartiles"]
+        ratio = [f"{1 / ours['times_pytorch']:.2f}", f"{1 / high:.2f} to {1 / low:.2f}"]
+        seconds = [f"{1000 * row['median']:.0f}" for row in (theirs, ours)]
+        lines.append([name, *seconds, *ratio, f"{ours['relative_difference']:.0e}"])
+    heads = ["forward and backward", "PyTorch, ms", "gafext, ms", "times faster", "quartiles", "difference"]
+    return table(heads, lines)
+
+
 def presets() -> str:
     columns = {
         "PSNR dB": "psnr:.2f",
@@ -318,6 +330,7 @@ def values() -> dict[str, str]:
         "drop_in": f"{drop_in['accelerated']['times_stock']:.2f}",
         "drop_in_table": compared(drop_in, "stock", DROP_IN),
         "profile": profile(),
+        "train_step": train_step(),
         "samplers": samplers(),
         "trained": trained(),
         "pipeline": pipeline(),

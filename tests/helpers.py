@@ -182,6 +182,51 @@ def assert_gradients(functions: Iterable[Callable], reference: Callable, *tensor
             torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
 
 
+def assert_gradients_as_exact(
+    ours: Callable,
+    reference: Callable,
+    grad: torch.Tensor,
+    *tensors: torch.Tensor,
+    torchs: Callable | None = None,
+) -> None:
+    """Check gradients: at most twice the error of autograd's through PyTorch's own operation, against float64.
+
+    Args:
+        ours: ours(grad, *tensors) computes them, a tensor each.
+        reference: the formula of the operation itself, for float64.
+        grad: of the operation's result.
+        tensors: the operation's.
+        torchs: PyTorch's own operation; the formula by default.
+    """
+
+    def through(function, grad, tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(function(*leaves), leaves, grad)
+
+    exact = through(reference, grad.double(), [tensor.double() for tensor in tensors])
+    theirs = through(torchs or reference, grad, tensors)
+    with torch.no_grad():
+        results = ours(grad, *tensors)
+    for mine, their, right, tensor in zip(results, theirs, exact, tensors, strict=True):
+        assert mine.shape == tensor.shape and mine.dtype == tensor.dtype
+        if mine.numel():
+            error, allowed = ((t.double() - right).abs().max().item() for t in (mine, their))
+            assert error <= 2 * allowed + 1e-6, f"{error} against PyTorch's {allowed}"
+
+
+def assert_second_gradients(function: Callable, reference: Callable, *tensors: torch.Tensor) -> None:
+    """Gradients of the gradients are those of the reference in float64."""
+
+    def second(function, tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+
+    exact = second(reference, [tensor.double() for tensor in tensors])
+    for mine, right in zip(second(function, tensors), exact, strict=True):
+        assert max_abs_diff(mine, right) <= 1e-5 * right.abs().max().item()
+
+
 def assert_same_when_compiled(function: Callable, inputs: Iterable[tuple], *, backend: str) -> None:
     """One graph for every size gives the bits of the function itself."""
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)

@@ -64,24 +64,44 @@ void transform_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, flo
   }
 }
 
+// From one channel to the next of the weight's first dimension.
+int64_t weight_row(const Conv3x3Args& args) {
+  return (args.is_gradient ? args.out_channels : args.in_channels) * kTaps;
+}
+
+// The taps of input channel `channel` and output channel `column`.
+template <typename T>
+const T* first_weight(const Conv3x3Args& args, int64_t channel, int64_t column) {
+  const int64_t first = args.is_gradient ? channel : column, second = args.is_gradient ? column : channel;
+  return static_cast<const T*>(args.weight) + first * weight_row(args) + second * kTaps;
+}
+
 // The transformed weights of input channels [channel, channel + depth) and output channels [column, column + count).
 template <typename T>
 void transform_weights(const Conv3x3Args& args, int64_t channel, int64_t depth, int64_t column, int64_t count,
                        const Scratch& scratch) {
-  const int64_t row = args.in_channels * kTaps;  // of one output channel
-  const T* weight = static_cast<const T*>(args.weight);
+  const T* weight = first_weight<T>(args, channel, column);
+  const int64_t row = weight_row(args);
   for (int64_t c = 0; c < kColumns; c += kLanes) {
-    transpose_rows(scratch.taps + c, kColumns, weight + (column + c) * row + channel * kTaps, row,
-                   max_of(0, min_of(kLanes, count - c)), depth * kTaps);
+    const int64_t lanes = max_of(0, min_of(kLanes, count - c));
+    if (!args.is_gradient) {
+      transpose_rows(scratch.taps + c, kColumns, weight + c * row, row, lanes, depth * kTaps);
+      continue;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      transpose_rows(scratch.taps + k * kTaps * kColumns + c, kColumns, weight + k * row + c * kTaps, kTaps, lanes,
+                     kTaps);
+    }
   }
   for (int64_t k = 0; k < depth; ++k) {
     for (int64_t c = 0; c < kColumns; c += kLanes) {
-      const float* taps = scratch.taps + k * kTaps * kColumns + c;
+      const float* taps = scratch.taps + (k * kTaps + (args.is_gradient ? kTaps - 1 : 0)) * kColumns + c;
+      const int64_t next = args.is_gradient ? -kColumns : kColumns;  // from tap to tap
       Vec rows[3][kIn];
       GAFEXT_UNROLL
       for (int i = 0; i < 3; ++i) {
-        transform_weight(load(taps + (3 * i) * kColumns), load(taps + (3 * i + 1) * kColumns),
-                         load(taps + (3 * i + 2) * kColumns), rows[i]);
+        transform_weight(load(taps + (3 * i) * next), load(taps + (3 * i + 1) * next), load(taps + (3 * i + 2) * next),
+                         rows[i]);
       }
       float* to = scratch.weight + c / kPanel * kDepth * kPanel + k * kPanel + c % kPanel;
       GAFEXT_UNROLL
@@ -161,9 +181,10 @@ void convolve(const Conv3x3Args& args, const Plan& plan, const float* input, int
   for (int64_t channel = 0; channel < args.in_channels; channel += kDepth) {
     const int64_t depth = min_of(kDepth, args.in_channels - channel), after = channel + depth;
     transform_weights<T>(args, channel, depth, column, count, scratch);
-    const Prefetcher next(static_cast<const T*>(args.weight) + (column * args.in_channels + after) * kTaps,
-                          args.in_channels * kTaps * sizeof(T), count,
-                          min_of(kDepth, args.in_channels - after) * kTaps * sizeof(T), calls);
+    const int64_t coming = min_of(kDepth, args.in_channels - after);
+    const Prefetcher next(first_weight<T>(args, after, column), weight_row(args) * sizeof(T),
+                          args.is_gradient ? coming : count, (args.is_gradient ? count : coming) * kTaps * sizeof(T),
+                          calls);
     multiply_slice(plan, input + channel * kPoints * plan.block, tiles, depth, channel == 0, next, scratch);
   }
   for (int64_t tile = 0; tile < tiles; ++tile) write_tile<T>(args, plan, first + tile, tile, column, count, scratch);

@@ -44,6 +44,19 @@ struct GatedPanels {
   }
 };
 
+// gelu(g) = g cdf(g) and its slope, cdf(g) + g pdf(g).
+struct GeluAndSlope {
+  Vec gelu, slope;
+
+  GAFEXT_INLINE explicit GeluAndSlope(Vec gate) {
+    constexpr float kPdfAtZero = 0.39894228f;  // 1 / sqrt(2 pi)
+    const Vec tail = normal_tail(gate < 0.0f ? -gate : gate);
+    const Vec cdf = gate > 0.0f ? 1.0f - tail : tail;
+    gelu = gate * cdf;
+    slope = cdf + gate * (kPdfAtZero * exp2_of(gate * gate * (-0.5f * kLog2E)));
+  }
+};
+
 }  // namespace
 
 void geglu(const GegluArgs& args) {
@@ -76,6 +89,37 @@ void geglu_gate(const GegluGateArgs& args) {
         }
         const int64_t rest = args.inner - c;
         if (rest > 0) store_first(out + c, load_first(value + c, rest) * gelu_of(load_first(gate + c, rest)), rest);
+      }
+    });
+  });
+}
+
+void geglu_gate_backward(const GegluGateBackwardArgs& args) {
+  const int64_t block = max_of(1, kGateFloats / max_of(args.inner, 1)), blocks = ceil_div(args.rows, block);
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    parallel_for(args.inner == 0 ? 0 : blocks, [&](int64_t, int64_t unit) {
+      for (int64_t r = unit * block; r < min_of(args.rows, (unit + 1) * block); ++r) {
+        const T *value = static_cast<const T*>(args.projected) + r * args.projected_stride, *gate = value + args.inner;
+        const T* grad = static_cast<const T*>(args.grad) + r * args.grad_stride;
+        T *grad_value = static_cast<T*>(args.out) + r * 2 * args.inner, *grad_gate = grad_value + args.inner;
+        int64_t c = 0;
+        for (; c + kLanes <= args.inner; c += kLanes) {
+          __builtin_prefetch(value + c + kGateAhead);
+          __builtin_prefetch(gate + c + kGateAhead);
+          __builtin_prefetch(grad + c + kGateAhead);
+          prefetch_to_write(grad_value + c + kGateAhead);
+          prefetch_to_write(grad_gate + c + kGateAhead);
+          const GeluAndSlope at(load(gate + c));
+          store(grad_value + c, load(grad + c) * at.gelu);
+          store(grad_gate + c, load(grad + c) * load(value + c) * at.slope);
+        }
+        if (const int64_t rest = args.inner - c; rest > 0) {
+          const GeluAndSlope at(load_first(gate + c, rest));
+          const Vec factor = load_first(grad + c, rest);
+          store_first(grad_value + c, factor * at.gelu, rest);
+          store_first(grad_gate + c, factor * load_first(value + c, rest) * at.slope, rest);
+        }
       }
     });
   });

@@ -220,12 +220,9 @@ GAFEXT_INLINE Vec exp2_of(Vec x) {
 #endif
 }
 
-// gelu(g) = g/2 (1 + erf(g / sqrt 2)) = max(g, 0) - |g| 2^Q(|g|), where 2^Q(a) = erfc(a / sqrt 2) / 2. Q is fitted so
-// that the absolute error stays below 1e-8 (apart from float32 rounding of the terms); beyond 14 the term is 0. At
-// -infinity it is infinity times 0, NaN, as in PyTorch's gelu.
-GAFEXT_INLINE Vec gelu_of(Vec gate) {
-  const Vec capped = gate > 16.0f ? broadcast(16.0f) : gate;
-  const Vec magnitude = capped < 0.0f ? -capped : capped;
+// erfc(a / sqrt 2) / 2 for a >= 0, the normal distribution's tail beyond a, as 2^Q(a). Q is fitted so that the absolute
+// error of a 2^Q(a) stays below 1e-8; beyond 14 it is 0.
+GAFEXT_INLINE Vec normal_tail(Vec magnitude) {
   const Vec a = magnitude > 16.0f ? broadcast(16.0f) : magnitude;
   Vec q = broadcast(-1.6903895e-06f);
   q = q * a + 2.508314e-05f;
@@ -236,7 +233,15 @@ GAFEXT_INLINE Vec gelu_of(Vec gate) {
   q = q * a - 0.45911545f;
   q = q * a - 1.1511233f;
   q = q * a - 0.99999887f;
-  return (gate > 0.0f ? gate : Vec{}) - magnitude * exp2_of(q);
+  return exp2_of(q);
+}
+
+// gelu(g) = g/2 (1 + erf(g / sqrt 2)) = max(g, 0) - |g| tail(|g|). At -infinity it is infinity times 0, NaN, as in
+// PyTorch's gelu.
+GAFEXT_INLINE Vec gelu_of(Vec gate) {
+  const Vec capped = gate > 16.0f ? broadcast(16.0f) : gate;
+  const Vec magnitude = capped < 0.0f ? -capped : capped;
+  return (gate > 0.0f ? gate : Vec{}) - magnitude * normal_tail(magnitude);
 }
 
 // 0, 1, ..., kLanes - 1 as template arguments, for the shuffles. (std::integer_sequence is a std:: template.)

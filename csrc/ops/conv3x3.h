@@ -22,6 +22,9 @@ struct Conv3x3Args {
   int64_t batch, height, width, in_channels, out_channels;
   PixelStrides x_stride, residual_stride;
   int64_t bias_stride;  // from image to image
+  // Instead of `weight`, a convolution's whose input gradient this is: the memory is (in_channels, out_channels, 3, 3),
+  // and the taps are counted from the last.
+  bool is_gradient;
   DType dtype;
 };
 

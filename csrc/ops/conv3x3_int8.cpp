@@ -23,7 +23,7 @@ Tensor conv3x3_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& 
   const Tensor scales = torch::stable::contiguous(scale);
   Conv3x3Int8Args args{};
   args.scale = static_cast<const float*>(scales.const_data_ptr());
-  return convolve(op, args, x, weight, bias, cpu::conv3x3_int8);
+  return convolve(op, args, x, weight, weight.size(0), bias, cpu::conv3x3_int8);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("conv3x3_int8", TORCH_BOX(&conv3x3_int8_on_cpu)); }

@@ -6,6 +6,7 @@
 namespace gafext {
 
 GAFEXT_CPU_KERNEL(void, cross_view_attention, const CrossViewAttentionArgs& args)
+GAFEXT_CPU_KERNEL(void, cross_view_attention_backward, const CrossViewAttentionBackwardArgs& args)
 
 namespace {
 
@@ -13,11 +14,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
   m.def(
       "cross_view_attention(Tensor query, Tensor key, Tensor value, SymInt num_views, *, float? scale=None) "
       "-> Tensor");
+  m.def(
+      "cross_view_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, SymInt num_views, *, "
+      "float? scale=None) -> (Tensor, Tensor, Tensor)");
 }
 
 CrossViewAttentionArgs check_cross_view_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                  int64_t num_views, std::optional<double> scale) {
-  const char* op = "cross_view_attention";
+                                                  int64_t num_views, std::optional<double> scale,
+                                                  const char* op = "cross_view_attention") {
   const Named q{"query", query}, k{"key", key}, v{"value", value};
   check_heads_shape(op, q);
   check_equal_shape(op, q, k);
@@ -44,7 +48,32 @@ Tensor cross_view_attention_on_cpu(const Tensor& query, const Tensor& key, const
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) { m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu)); }
+std::tuple<Tensor, Tensor, Tensor> cross_view_attention_backward_on_cpu(const Tensor& grad, const Tensor& query,
+                                                                        const Tensor& key, const Tensor& value,
+                                                                        int64_t num_views,
+                                                                        std::optional<double> scale) {
+  const char* op = "cross_view_attention_backward";
+  const CrossViewAttentionArgs forward = check_cross_view_attention(query, key, value, num_views, scale, op);
+  check_equal_shape(op, {"query", query}, {"grad", grad});
+  check_same_kind(op, {"query", query}, {"grad", grad});
+  const Tensor rows = grad.size(3) > 1 && grad.stride(3) != 1 ? torch::stable::contiguous(grad) : grad;
+  CrossViewAttentionBackwardArgs args{};
+  args.grad = rows.const_data_ptr(), args.query = forward.query, args.key = forward.key, args.value = forward.value;
+  args.grad_stride = head_strides(rows), args.query_stride = forward.query_stride;
+  args.key_stride = forward.key_stride, args.value_stride = forward.value_stride;
+  args.batch = forward.batch, args.views = forward.views, args.heads = forward.heads, args.length = forward.length;
+  args.head_dim = forward.head_dim, args.scale = forward.scale, args.dtype = forward.dtype;
+  const Tensor grad_query = empty_heads(query), grad_key = empty_heads(query), grad_value = empty_heads(query);
+  args.grad_query = grad_query.mutable_data_ptr(), args.grad_key = grad_key.mutable_data_ptr();
+  args.grad_value = grad_value.mutable_data_ptr(), args.out_stride = head_strides(grad_query);
+  cpu::cross_view_attention_backward(args);
+  return {grad_query, grad_key, grad_value};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
+  m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cpu));
+  m.impl("cross_view_attention_backward", TORCH_BOX(&cross_view_attention_backward_on_cpu));
+}
 
 #ifdef GAFEXT_WITH_CUDA
 

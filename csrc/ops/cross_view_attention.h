@@ -21,6 +21,17 @@ struct CrossViewAttentionArgs {
   DType dtype;
 };
 
+// The gradients of that. With P the weights: dV = P^T dO, dS = scale P * (dO V^T - rowsum(P * dO V^T)), dQ = dS K,
+// dK = dS^T Q (FlashAttention, arXiv 2205.14135, appendix B.2); P is computed anew.
+struct CrossViewAttentionBackwardArgs {
+  const void *grad, *query, *key, *value;
+  void *grad_query, *grad_key, *grad_value;
+  int64_t batch, views, heads, length, head_dim;
+  HeadStrides grad_stride, query_stride, key_stride, value_stride, out_stride;  // the last: of all three results
+  float scale;
+  DType dtype;
+};
+
 #ifdef GAFEXT_WITH_CUDA
 GAFEXT_LOCAL cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);
 #endif

@@ -7,12 +7,14 @@ namespace gafext {
 
 GAFEXT_CPU_KERNEL(void, geglu, const GegluArgs& args)
 GAFEXT_CPU_KERNEL(void, geglu_gate, const GegluGateArgs& args)
+GAFEXT_CPU_KERNEL(void, geglu_gate_backward, const GegluGateBackwardArgs& args)
 
 namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
   m.def("geglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("geglu_gate(Tensor projected) -> Tensor");
+  m.def("geglu_gate_backward(Tensor grad, Tensor projected) -> Tensor");
 }
 
 // Sizes and dtype only: the tensors may still need a contiguous copy.
@@ -28,15 +30,19 @@ GegluArgs check_geglu(const Tensor& x, const Tensor& weight, const std::optional
   return args;
 }
 
+void check_projected(const char* op, const Tensor& projected) {
+  const int64_t last = projected.dim() - 1;
+  require(last >= 0 && projected.size(last) % 2 == 0, op, ": projected must have shape (..., 2 * inner), got ",
+          shape_of(projected));
+}
+
 // Checks `projected`, and calls kernel(args) with it or a contiguous copy of it.
 template <typename Kernel>
 Tensor gate(const Tensor& projected, const Kernel& kernel) {
-  const int64_t last = projected.dim() - 1;
-  require(last >= 0 && projected.size(last) % 2 == 0, "geglu_gate: projected must have shape (..., 2 * inner), got ",
-          shape_of(projected));
+  check_projected("geglu_gate", projected);
   GegluGateArgs args{};
   args.dtype = check_dtype("geglu_gate", projected);
-  args.rows = row_count(projected), args.inner = projected.size(last) / 2;
+  args.rows = row_count(projected), args.inner = projected.size(projected.dim() - 1) / 2;
   const Matrix rows(projected);
   Tensor out = empty_projection(projected, args.inner);
   args.projected = rows.tensor.const_data_ptr();
@@ -47,6 +53,26 @@ Tensor gate(const Tensor& projected, const Kernel& kernel) {
 }
 
 Tensor geglu_gate_on_cpu(const Tensor& projected) { return gate(projected, cpu::geglu_gate); }
+
+Tensor geglu_gate_backward_on_cpu(const Tensor& grad, const Tensor& projected) {
+  const char* op = "geglu_gate_backward";
+  check_projected(op, projected);
+  GegluGateBackwardArgs args{};
+  args.dtype = check_dtype(op, projected);
+  args.rows = row_count(projected), args.inner = projected.size(projected.dim() - 1) / 2;
+  bool matches = grad.dim() == projected.dim() && grad.size(grad.dim() - 1) == args.inner;
+  for (int64_t i = 0; matches && i + 1 < grad.dim(); ++i) matches = grad.size(i) == projected.size(i);
+  require(matches, op, ": grad must have shape (..., inner) to go with projected ", shape_of(projected), ", got ",
+          shape_of(grad));
+  check_same_kind(op, {"projected", projected}, {"grad", grad});
+  const Matrix grad_rows(grad), rows(projected);
+  Tensor out = empty_projection(projected, 2 * args.inner);
+  args.grad = grad_rows.tensor.const_data_ptr(), args.grad_stride = grad_rows.stride;
+  args.projected = rows.tensor.const_data_ptr(), args.projected_stride = rows.stride;
+  args.out = out.mutable_data_ptr();
+  cpu::geglu_gate_backward(args);
+  return out;
+}
 
 Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const GegluArgs args = check_geglu(x, weight, bias);
@@ -59,6 +85,7 @@ Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<T
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
   m.impl("geglu", TORCH_BOX(&geglu_on_cpu));
   m.impl("geglu_gate", TORCH_BOX(&geglu_gate_on_cpu));
+  m.impl("geglu_gate_backward", TORCH_BOX(&geglu_gate_backward_on_cpu));
 }
 
 #ifdef GAFEXT_WITH_CUDA

@@ -28,6 +28,17 @@ struct GegluGateArgs {
   DType dtype;
 };
 
+// The gradient of that for `projected`: [grad * gelu(gate), grad * value * gelu'(gate)].
+//
+//   grad (rows, inner)   projected (rows, 2 * inner)   out (rows, 2 * inner), contiguous
+struct GegluGateBackwardArgs {
+  const void *grad, *projected;
+  void* out;
+  int64_t rows, inner;
+  int64_t grad_stride, projected_stride;  // from row to row
+  DType dtype;
+};
+
 #ifdef GAFEXT_WITH_CUDA
 GAFEXT_LOCAL cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
 #endif

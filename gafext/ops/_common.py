@@ -146,16 +146,28 @@ def _cuda_reason(index: int | None) -> str:
     return ""
 
 
-def place_reasons(*tensors: Tensor | None) -> list[str]:
-    """List why the kernels do not support the tensors' device or their need of a gradient."""
-    device = next(t for t in tensors if t is not None).device
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd follows a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def place_reasons(*tensors: Tensor | None, fast_backward: bool = False) -> list[str]:
+    """List why the kernels do not support the tensors' device or their need of a gradient.
+
+    Args:
+        tensors: of one device and dtype.
+        fast_backward: the backward pass was measured to be faster than PyTorch's, in float32 on a CPU.
+    """
+    first = next(t for t in tensors if t is not None)
+    device = first.device
     reasons = []
     if device.type == "cuda":
         reason = _cuda_reason(device.index)
         reasons += [reason] if reason else []
     elif device.type not in ("cpu", "mps", "meta"):
         reasons.append(f"there is no kernel for {device.type} tensors")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    is_fast = fast_backward and device.type == "cpu" and first.dtype == torch.float32
+    if not is_fast and needs_gradient(*tensors):
         reasons.append("inputs need a gradient, and PyTorch's operation has the faster backward pass")
     return reasons
 
@@ -174,6 +186,20 @@ def call_without_gradient(op: Callable[..., Tensor], *args, **options) -> Tensor
     """Call an operation for inputs that need no gradient, bypassing its autograd kernel."""
     with _below_autograd():
         return op(*args, **options)
+
+
+def has_backward_kernel(grad: Tensor) -> bool:
+    """Return whether a backward pass runs its kernel: on a CPU, unless autograd follows it (create_graph=True)."""
+    return grad.is_cpu and not torch.is_grad_enabled()
+
+
+def refuse_second_order(op: str) -> None:
+    """Make differentiating an operation an error, which itself computes gradients."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"{op}: has no gradient; torch.autograd.grad(..., create_graph=True) does without it")
+
+    torch.library.register_autograd(f"gafext::{op}", refuse)
 
 
 def is_autocast(tensor: Tensor) -> bool:

@@ -65,22 +65,22 @@ def reference_cross_view_attention(
 
 def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
-    return _kernel_reasons(query, key, value, num_views) + _common.place_reasons(query, key, value)
+    return _kernel_reasons(query, key, value, num_views) + _common.place_reasons(query, key, value, fast_backward=True)
 
 
-def check_cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> None:
+def check_cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int, op: str = _OP) -> None:
     """Raise a ValueError for arguments that do not match; the messages are those of its file in csrc/ops."""
-    _common.check_heads_shape(_OP, "query", query)
-    _common.check_equal_shape(_OP, "query", query, "key", key)
-    _common.check_equal_shape(_OP, "query", query, "value", value)
-    _common.require(num_views >= 1, _OP, lambda: f"num_views must be at least 1, got {num_views}")
+    _common.check_heads_shape(op, "query", query)
+    _common.check_equal_shape(op, "query", query, "key", key)
+    _common.check_equal_shape(op, "query", query, "value", value)
+    _common.require(num_views >= 1, op, lambda: f"num_views must be at least 1, got {num_views}")
     _common.require(
         query.shape[0] % num_views == 0,
-        _OP,
+        op,
         lambda: f"the batch of query must be a multiple of num_views = {num_views}, got {tuple(query.shape)}",
     )
-    _common.check_same_kind(_OP, "query", query, "key", key)
-    _common.check_same_kind(_OP, "query", query, "value", value)
+    _common.check_same_kind(op, "query", query, "key", key)
+    _common.check_same_kind(op, "query", query, "value", value)
 
 
 def _are_views(query: Tensor, key: Tensor, num_views: int) -> bool:
@@ -135,16 +135,49 @@ def _mps(query, key, value, num_views, *, scale=None):
 torch.library.impl("gafext::cross_view_attention", "MPS", _mps)
 
 
+def cross_view_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None
+) -> tuple[Tensor, ...]:
+    """Compute the gradients of `cross_view_attention`, on a CPU without a score matrix in memory.
+
+    With P the weights of a position: dV = P^T dO, dS = scale P * (dO V^T - rowsum(P * dO V^T)), dQ = dS K, dK = dS^T Q.
+
+    Args:
+        grad: dO, [B*V,H,L,D], like query.
+        query: as in `cross_view_attention`, and so are key, value, num_views and scale.
+
+    Returns:
+        Gradients of query, key and value, [B*V,H,L,D].
+
+    Source: FlashAttention (arXiv 2205.14135), appendix B.2.
+    """
+    if _common.has_backward_kernel(grad):
+        return torch.ops.gafext.cross_view_attention_backward(grad, query, key, value, num_views, scale=scale)
+    grad, query, key, value = (views_last(t, num_views) for t in (grad, query, key, value))
+    return tuple(views_first(g) for g in attention_backward(grad, query, key, value, scale=scale) if g is not None)
+
+
+@torch.library.register_fake("gafext::cross_view_attention_backward")
+def _fake_backward(grad, query, key, value, num_views, *, scale=None):
+    op = "cross_view_attention_backward"
+    check_cross_view_attention(query, key, value, num_views, op)
+    _common.require_supported(op, _kernel_reasons(query, key, value, num_views))
+    _common.check_equal_shape(op, "query", query, "grad", grad)
+    _common.check_same_kind(op, "query", query, "grad", grad)
+    batch, heads, length, head_dim = query.shape
+    return tuple(query.new_empty(batch, length, heads, head_dim).transpose(1, 2) for _ in range(3))
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     query, key, value, ctx.num_views = inputs
-    ctx.save_for_backward(query, key, value, output)
+    ctx.save_for_backward(query, key, value)
     ctx.scale = keyword_only_inputs["scale"]
 
 
 def _backward(ctx, grad):
-    folded = (views_last(t, ctx.num_views) for t in (grad, *ctx.saved_tensors))
-    grads = attention_backward(*folded, scale=ctx.scale, needed=ctx.needs_input_grad[:3])
-    return *(None if g is None else views_first(g) for g in grads), None
+    query, key, value = ctx.saved_tensors
+    return *cross_view_attention_backward(grad, query, key, value, ctx.num_views, scale=ctx.scale), None
 
 
 torch.library.register_autograd("gafext::cross_view_attention", _backward, setup_context=_setup_context)
+_common.refuse_second_order("cross_view_attention_backward")

@@ -25,12 +25,17 @@ def convolve_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, s
     Returns:
         [batch, out_channels, out_height, out_width], channels-last.
     """
+    patches = patches_of(x, tuple(weight.shape[2:]), stride=stride, padding=padding)
+    return linear(patches, weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def patches_of(x: Tensor, kernel: tuple[int, ...], *, stride: int = 1, padding: int) -> Tensor:
+    """Copy what a kernel of (rows, columns) sees at each of its positions: [B,C,H,W] -> [B,h,w,C*rows*columns]."""
     pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-    rows, columns = weight.shape[2:]
+    rows, columns = kernel
     height, width = pixels.shape[1] - rows + 1, pixels.shape[2] - columns + 1
     taps = [pixels[:, i : i + height : stride, j : j + width : stride] for i in range(rows) for j in range(columns)]
-    patches = taps[0] if len(taps) == 1 else torch.stack(taps, dim=-1).flatten(3)  # [B,h,w,Cin*taps]
-    return linear(patches, weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return taps[0] if len(taps) == 1 else torch.stack(taps, dim=-1).flatten(3)
 
 
 def patches_are_faster(layer: nn.Conv2d, x: Tensor) -> bool:

@@ -238,6 +238,23 @@ def test_the_drop_in_race_compares_networks_that_agree(tmp_path, monkeypatch, ca
     assert all(row["largest_difference"] <= 1e-4 and len(row["seconds"]) == 2 for row in found.values())
 
 
+def test_training_steps_are_those_of_the_same_gradients(tmp_path, monkeypatch, capsys):
+    steps = script("train_step")
+    small = steps.operation(steps.ops.conv3x3, [(1, 128, 5, 6), (128, 128, 3, 3), (128,)], last=True)
+    resnet = steps.block(
+        steps.ResnetBlock2D(32, 32, time_channels=8, groups=4, eps=1e-5),
+        *(torch.randn(shape) for shape in ((2, 32, 4, 4), (2, 8))),
+    )
+    monkeypatch.setattr(steps, "CASES", {"small": lambda: small, "resnet": lambda: resnet})
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--rounds", "2", "--json", str(tmp_path / "a.json")])
+    steps.main()
+    found = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert list(found) == ["small", "resnet"]
+    for rows in found.values():
+        assert rows["pytorch"]["times_pytorch"] == 1 and len(rows["gafext"]["seconds"]) == 2
+        assert rows["gafext"]["relative_difference"] <= 1e-4
+
+
 def test_the_race_of_peers_compares_networks_that_agree(monkeypatch):
     peers = with_small_networks(script("peers"), monkeypatch)
     monkeypatch.setattr(peers.int8, "unsupported_reasons", lambda device: ["made up"])

@@ -10,14 +10,16 @@ from helpers import (
     assert_same_bits_on_any_number_of_threads,
     assert_same_when_compiled,
     assert_same_words,
+    assert_second_gradients,
     called,
     channels_last,
+    max_abs_diff,
 )
 
 from gafext import _C, ops
-from gafext.ops.conv3x3 import reference_conv3x3, slower_reasons, unsupported_reasons
+from gafext.ops.conv3x3 import reference_conv3x3, slower_reasons, unsupported_reasons, weight_gradient
 
-OP = torch.ops.gafext.conv3x3
+OP, INPUT_GRADIENT = torch.ops.gafext.conv3x3, torch.ops.gafext.conv3x3_input_gradient
 
 
 def conv3x3(x, weight, bias=None, residual=None):
@@ -252,3 +254,70 @@ def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason():
     for_few = reference_conv3x3 if on_amx else OP
     for inputs, kernel in ((few_channels, reference_conv3x3), (few_tiles, for_few), (enough, OP)):
         assert torch.equal(ops.conv3x3(*inputs), kernel(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 8, 5, 7, 7), (1, 63, 65, 9, 1), (3, 65, 33, 4, 5), (1, 1, 1, 1, 1), (1, 257, 130, 6, 11)], ids=str
+)
+def test_input_gradient_is_a_convolution(sizes, dtype):
+    """With the weight's other transpose and its taps reversed: the same bits."""
+    batch, channels, outputs, height, width = sizes
+    grad = channels_last(batch, outputs, height, width).to(dtype)
+    weight = (torch.randn(outputs, channels, 3, 3) * (9 * outputs) ** -0.5).to(dtype)
+    out = INPUT_GRADIENT(grad, weight)
+    assert torch.equal(out, OP(grad, weight.transpose(0, 1).flip(2, 3)))
+    exact = F.conv_transpose2d(grad.double(), weight.double(), padding=1)
+    assert max_abs_diff(out, exact) < {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+
+
+def test_input_gradient_of_nothing():
+    assert INPUT_GRADIENT(channels_last(0, 8, 5, 5), torch.zeros(8, 4, 3, 3)).shape == (0, 4, 5, 5)
+    assert INPUT_GRADIENT(channels_last(2, 8, 5, 0), torch.zeros(8, 4, 3, 3)).shape == (2, 4, 5, 0)
+
+
+def test_input_gradient_misuse_opcheck_and_threads():
+    grad, weight = channels_last(2, 40, 9, 13), torch.randn(40, 70, 3, 3)
+    for given, words in (
+        ((grad[0], weight), "grad must have shape (batch, channels, height, width), got (40, 9, 13)"),
+        (
+            (grad, weight[:39]),
+            "weight must have shape (40, in_channels, 3, 3) to go with grad (2, 40, 9, 13), got (39, 70, 3, 3)",
+        ),
+        ((grad, weight.half()), "weight must have the dtype of grad, float32, got float16"),
+        (
+            (grad.contiguous(), weight),
+            "grad must be channels-last, got a stride of 117 from channel to channel",
+        ),
+    ):
+        assert_refused(INPUT_GRADIENT, f"conv3x3_input_gradient: {words}", *given)
+    torch.library.opcheck(INPUT_GRADIENT.default, (grad, weight))
+    assert_same_bits_on_any_number_of_threads(INPUT_GRADIENT, grad, weight)
+    with pytest.raises(NotImplementedError, match="conv3x3_input_gradient: has no gradient"):
+        INPUT_GRADIENT(grad, weight.requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_training_runs_the_kernels_where_they_are_faster(with_bias):
+    x, weight, bias = (t.requires_grad_() for t in problem(2, 128, 130, 5, 6))
+    inputs = (x, weight, bias) if with_bias else (x, weight)
+    used = called(lambda: ops.conv3x3(*inputs).sum().backward())
+    assert {"gafext::conv3x3", "gafext::conv3x3_input_gradient"} <= used
+    assert_gradients((ops.conv3x3,), reference_conv3x3, *(t.detach() for t in inputs))
+    narrow = [t.requires_grad_() for t in problem(2, 127, 130, 5, 6)]
+    assert not any(name.startswith("gafext") for name in called(lambda: ops.conv3x3(*narrow).sum().backward()))
+
+
+def test_second_gradients_are_pytorchs():
+    assert_second_gradients(OP, reference_conv3x3, *problem(1, 128, 128, 5, 4)[:2])
+
+
+def test_the_weights_gradient_sums_over_as_many_images_as_fit():
+    grad, (x, weight, _) = channels_last(5, 128, 6, 7), problem(5, 128, 128, 6, 7)
+    exact = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    for images in (0, 2, 5):  # none: PyTorch's
+        floats = images * 9 * 128 * 42
+        with torch.no_grad():
+            used = called(weight_gradient, grad, x, weight, patch_floats=floats)
+            assert ("aten::convolution_backward" in used) == (images == 0)
+            assert max_abs_diff(weight_gradient(grad, x, weight, patch_floats=floats), exact) < 1e-4

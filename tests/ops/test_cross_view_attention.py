@@ -1,17 +1,23 @@
 """cross_view_attention against float64, against the layout's definition, and against misuse."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
     DTYPES,
+    LAYOUTS,
     assert_as_exact_as_torch,
     assert_gradients,
+    assert_gradients_as_exact,
     assert_no_copies,
     assert_refused,
     assert_same_bits_on_any_number_of_threads,
     assert_same_when_compiled,
     assert_same_words,
+    assert_second_gradients,
+    called,
     heads,
     heads_in_layout,
     mps_implementation,
@@ -27,6 +33,7 @@ from gafext.ops.cross_view_attention import (
 )
 
 OP = torch.ops.gafext.cross_view_attention
+BACKWARD = torch.ops.gafext.cross_view_attention_backward
 
 
 def position_by_position(query, key, value, num_views, *, scale=None):
@@ -235,3 +242,56 @@ def test_the_mps_route_has_the_values_and_the_memory_of_the_kernel():
     ours, mps = cross_view_attention(query, key, value, 3), mps_implementation(OP)(query, key, value, 3)
     assert mps.stride() == ours.stride()
     torch.testing.assert_close(mps, ours)
+
+
+def gradients(grad, *tensors, num_views, scale=None):
+    return BACKWARD(grad, *tensors, num_views, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 5, 8, 33, 64, 255])
+@pytest.mark.parametrize("num_views", [1, 2, 3, 4, 7, 32])
+def test_backward(num_views, head_dim, dtype):
+    *tensors, grad = (heads(2 * num_views, 3, 2, head_dim, dtype) for _ in range(4))
+    assert_backward_is_exact(grad, *tensors, num_views=num_views)
+
+
+@pytest.mark.parametrize("length", [1, 63, 65, 257])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_of_any_layout_and_length(layout, length):
+    *tensors, grad = heads_in_layout(layout, 4, 4, 3, length, 24)
+    assert_backward_is_exact(grad, *tensors, num_views=4, scale=-0.5)
+    assert_backward_is_exact(grad[..., :1].expand_as(grad), *tensors, num_views=2)  # as of a sum: strides of 0
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (4, 0, 5, 8), (4, 2, 0, 8)], ids=str)
+def test_backward_of_nothing(shape):
+    tensors = [torch.randn(shape) for _ in range(4)]
+    assert [grad.shape for grad in BACKWARD(*tensors, 2)] == [shape] * 3
+
+
+def assert_backward_is_exact(grad, *tensors, num_views, **options):
+    forms = [
+        functools.partial(form, num_views=num_views, **options)
+        for form in (gradients, reference_cross_view_attention, sdpa_cross_view_attention)
+    ]
+    assert_gradients_as_exact(*forms[:2], grad, *tensors, torchs=forms[2])
+
+
+def test_backward_misuse_opcheck_and_threads():
+    grad, query, key, value = (heads(4, 65, 2, 40) for _ in range(4))
+    words = "cross_view_attention_backward: grad must have the shape of query, (4, 2, 65, 40), got (4, 2, 64, 40)"
+    assert_refused(BACKWARD, words, grad[:, :, 1:], query, key, value, 2)
+    words = "cross_view_attention_backward: num_views must be in 1..32, got 33"
+    assert_refused(BACKWARD, words, *(heads(33, 2, 2, 8) for _ in range(4)), 33)
+    torch.library.opcheck(BACKWARD.default, (grad, query, key, value, 2), {"scale": 0.5})
+    assert_same_bits_on_any_number_of_threads(lambda *t: torch.stack(BACKWARD(*t, 2)), grad, query, key, value)
+
+
+def test_training_runs_the_kernels_and_second_gradients_the_formula():
+    tensors = [heads(6, 11, 2, 16).requires_grad_() for _ in range(3)]
+    used = called(lambda: cross_view_attention(*tensors, 3).sum().backward())
+    assert {"gafext::cross_view_attention", "gafext::cross_view_attention_backward"} <= used
+    assert_second_gradients(lambda *t: OP(*t, 3), lambda *t: reference_cross_view_attention(*t, 3), *tensors)
+    with pytest.raises(NotImplementedError, match="cross_view_attention_backward: has no gradient"):
+        BACKWARD(tensors[0].detach(), *tensors, 3)[0].sum().backward()

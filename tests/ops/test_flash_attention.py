@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from helpers import (
     DTYPES,
     HAS_CUDA,
+    LAYOUTS,
     assert_as_exact_as_torch,
     assert_gradients,
+    assert_gradients_as_exact,
     assert_no_copies,
     assert_same_bits_on_any_number_of_threads,
     assert_same_words,
+    assert_second_gradients,
     heads,
     heads_in_layout,
     mps_implementation,
@@ -23,7 +26,7 @@ from helpers import (
 )
 
 from gafext.ops import flash_attention
-from gafext.ops.flash_attention import reference_flash_attention, unsupported_reasons
+from gafext.ops.flash_attention import flash_attention_backward, reference_flash_attention, unsupported_reasons
 
 OP = torch.ops.gafext.flash_attention
 
@@ -375,6 +378,42 @@ def test_gradients(is_causal):
         for function in (OP, flash_attention, reference_flash_attention)
     )
     assert_gradients((ours, theirs), reference, *tensors)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 257), (63, 65), (257, 63)], ids=str)
+def test_backward(lengths, layout, is_causal):
+    query, grad = heads_in_layout(layout, 2, 2, 3, lengths[0], 24)
+    key, value = heads_in_layout(layout, 2, 2, 3, lengths[1], 24)
+    options = {"is_causal": is_causal, "scale": 0.3}
+    forms = [
+        functools.partial(form, **options)
+        for form in (flash_attention_backward, reference_flash_attention, F.scaled_dot_product_attention)
+    ]
+    for given in (grad, grad[..., :1].expand_as(grad)):  # that of a sum has strides of 0
+        assert_gradients_as_exact(*forms[:2], given, query, key, value, torchs=forms[2])
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)], ids=str)
+def test_backward_of_nothing(lengths):
+    query, key, value = (heads(2, n, 3, 8).requires_grad_() for n in (lengths[0], lengths[1], lengths[1]))
+    OP(query, key, value).sum().backward()
+    for tensor in (query, key, value):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+def test_backward_holds_no_score_matrix():
+    query, key, value = (heads(1, 2048, 2, 16).requires_grad_() for _ in range(3))
+    out = OP(query, key, value)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out.sum().backward()
+    assert max(event.cpu_memory_usage for event in profile.events()) < 2048 * 2048 * 4  # of one of the two heads
+
+
+def test_second_gradients_are_the_formulas():
+    tensors = [heads(2, length, 2, 16) for length in (33, 41, 41)]
+    assert_second_gradients(OP, reference_flash_attention, *tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,10 +8,12 @@ from helpers import (
     DTYPES,
     assert_as_exact_as_torch,
     assert_gradients,
+    assert_gradients_as_exact,
     assert_refused,
     assert_same_bits_on_any_number_of_threads,
     assert_same_when_compiled,
     assert_same_words,
+    assert_second_gradients,
     called,
     mps_implementation,
     on_devices,
@@ -21,6 +23,7 @@ from gafext.ops import geglu, geglu_gate
 from gafext.ops.geglu import reference_geglu, reference_geglu_gate, unsupported_reasons
 
 OP, GATE = torch.ops.gafext.geglu, torch.ops.gafext.geglu_gate
+GATE_BACKWARD = torch.ops.gafext.geglu_gate_backward
 
 
 def problem(rows, in_features, inner, dtype=torch.float32, device="cpu"):
@@ -225,3 +228,65 @@ def test_gate_misuse_gradient_and_opcheck():
     assert_gradients((GATE, geglu_gate), reference_geglu_gate, h)
     torch.library.opcheck(GATE.default, (h.requires_grad_(),))
     assert_same_when_compiled(geglu_gate, ((torch.randn(rows, 24),) for rows in (3, 9)), backend="aot_eager")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2,), (1, 126), (2, 63, 130), (65, 66), (257, 514), (3, 20000), (0, 8), (3, 0)], ids=str
+)
+def test_gate_backward(shape, dtype):
+    wide = 4 * torch.randn(*shape[:-1], shape[-1] + 6)
+    grad = torch.randn(*shape[:-1], shape[-1] // 2 + 3)[..., 3:].to(dtype)
+    for projected in (wide.to(dtype)[..., 3:-3], wide.to(dtype)[..., 3:-3].contiguous()):
+
+        def ours(grad, projected):
+            return (GATE_BACKWARD(grad, projected),)
+
+        assert_gradients_as_exact(ours, reference_geglu_gate, grad, projected)
+        assert_gradients_as_exact(ours, reference_geglu_gate, grad.flip(0), projected)
+
+
+def test_gate_backward_far_out():
+    """Where the slope is 0 or 1, or the density's square overflows; PyTorch's are NaN for infinite gates."""
+    gate = torch.tensor([-1e30, -100.0, -20.0, -13.0, 0.0, 13.0, 20.0, 100.0, 1e30, float("nan")])
+    projected = torch.cat([torch.full_like(gate, 3.0), gate])
+    grad_value, grad_gate = GATE_BACKWARD(torch.ones_like(gate), projected).chunk(2)
+    torch.testing.assert_close(grad_value, F.gelu(gate), equal_nan=True)
+    slopes = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, float("nan")])
+    torch.testing.assert_close(grad_gate, 3 * slopes, equal_nan=True)
+
+
+def test_gate_backward_misuse_opcheck_and_threads():
+    grad, projected = torch.randn(70, 300), torch.randn(70, 600)
+    for given, words in (
+        ((torch.zeros(3, 5), torch.zeros(3, 5)), "projected must have shape (..., 2 * inner), got (3, 5)"),
+        (
+            (torch.zeros(3, 5), torch.zeros(3, 8)),
+            "grad must have shape (..., inner) to go with projected (3, 8), got (3, 5)",
+        ),
+        ((grad.half(), projected), "grad must have the dtype of projected, float32, got float16"),
+        ((grad.double(), projected.double()), "dtype must be float32, float16 or bfloat16, got float64"),
+    ):
+        assert_refused(GATE_BACKWARD, f"geglu_gate_backward: {words}", *given)
+    torch.library.opcheck(GATE_BACKWARD.default, (grad[:5, :4], projected[:5, :8]))
+    assert_same_bits_on_any_number_of_threads(GATE_BACKWARD, grad, projected)
+
+
+def test_training_runs_the_gate_and_second_gradients_the_formula():
+    x, weight, bias = (t.requires_grad_() for t in problem(5, 8, 4))
+    assert "gafext::geglu_gate" in called(lambda: geglu(x, weight, bias))
+    assert "gafext::geglu_gate_backward" in called(lambda: geglu(x, weight, bias).sum().backward())
+    for function in (OP, geglu):
+        assert_second_gradients(function, reference_geglu, x, weight, bias)
+    out = GATE_BACKWARD(torch.randn(5, 4), torch.randn(5, 8).requires_grad_())
+    with pytest.raises(NotImplementedError, match="geglu_gate_backward: has no gradient"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_backward_pass_runs_the_kernel(backend):
+    h = torch.randn(9, 24, requires_grad=True)
+    compiled = torch.compile(geglu_gate, backend=backend, fullgraph=True)
+    out = compiled(h)
+    assert "gafext::geglu_gate_backward" in called(lambda: out.sum().backward())
+    assert_gradients((compiled,), reference_geglu_gate, h.detach())

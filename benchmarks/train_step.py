@@ -1,0 +1,120 @@
+"""Time a training step of single operations and of two blocks of SD 2.1's U-Net: gafext against PyTorch's operations.
+
+    python benchmarks/train_step.py [--rounds 7] [--case NAME ...] [--json FILE]
+
+A step is a forward and a backward pass for the inputs and the weights. Contestants take turns on one thread; times are
+CPU seconds of the process, because other processes may use the machine too. malloc keeps freed memory for both.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from race import Contestant, race, write
+from torch import Tensor
+
+from gafext import ops
+from gafext.bench.environment import environment
+from gafext.models.blocks import MultiViewTransformerBlock, ResnetBlock2D
+from gafext.ops.backend import set_attention_backend
+from gafext.ops.memory import keep_freed_memory
+
+BACKENDS = {"pytorch": "sdpa", "gafext": "auto"}
+
+
+def step(function: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Tensor:
+    """Run both passes; return the gradient of the first leaf."""
+    return torch.autograd.grad(function(), leaves, grad, allow_unused=True)[0]  # of attn2, no text uses but a bias
+
+
+def operation(function: Callable[..., Tensor], shapes: Sequence[tuple[int, ...]], *, last: bool = False, **options):
+    """Prepare an operation on random tensors of these shapes, images in channels-last memory if `last`."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator) * 0.05 for shape in shapes]
+    if last:
+        leaves[0] = leaves[0].contiguous(memory_format=torch.channels_last)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    grad = torch.randn(function(*leaves, **options).shape, generator=generator)
+
+    def prepared(backend: str) -> Callable[[], Tensor]:
+        return functools.partial(step, lambda: function(*leaves, backend=backend, **options), leaves, grad)
+
+    return prepared
+
+
+def across_views(query: Tensor, key: Tensor, value: Tensor, *, heads: int, views: int, backend: str = "auto") -> Tensor:
+    """Attend across views, from and to projections [B*V,L,H*D]."""
+    query, key, value = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return ops.cross_view_attention(query, key, value, views, backend=backend).transpose(1, 2).flatten(2)
+
+
+def block(module: torch.nn.Module, *inputs: Tensor, **options):
+    """Prepare a block; its weights get gradients too."""
+    leaves = [inputs[0].requires_grad_(), *module.parameters()]
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+
+    def prepared(backend: str) -> Callable[[], Tensor]:
+        def forward():
+            set_attention_backend(module, backend)
+            return module(*inputs, **options)
+
+        return functools.partial(step, forward, leaves, grad)
+
+    return prepared
+
+
+def transformer_block():
+    module = MultiViewTransformerBlock(640, 10, context_channels=1024)
+    return block(module, torch.randn(4, 256, 640), image_embeds=torch.randn(1, 257, 1024), num_views=4)
+
+
+def resnet_block():
+    module = ResnetBlock2D(640, 640, time_channels=1280, groups=32, eps=1e-5)
+    return block(module, torch.randn(4, 640, 16, 16), torch.randn(4, 1280))
+
+
+CASES: dict[str, Callable] = {
+    "attention across 4 views, 32x32, 320 channels": lambda: operation(
+        across_views, [(4, 1024, 320)] * 3, heads=5, views=4
+    ),
+    "GEGLU, 4096 rows of 320": lambda: operation(ops.geglu, [(4096, 320), (2560, 320), (2560,)]),
+    "GEGLU's gate, 4096 rows of 1280": lambda: operation(ops.geglu_gate, [(4096, 2560)]),
+    "3x3 convolution, 320 channels, 32x32": lambda: operation(
+        ops.conv3x3, [(4, 320, 32, 32), (320, 320, 3, 3), (320,)], last=True
+    ),
+    "3x3 convolution, 1280 channels, 8x8": lambda: operation(
+        ops.conv3x3, [(4, 1280, 8, 8), (1280, 1280, 3, 3), (1280,)], last=True
+    ),
+    "transformer block, 640 channels, 16x16": transformer_block,
+    "ResNet block, 640 channels, 16x16": resnet_block,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    result = {
+        "environment": environment("cpu"),
+        "command": f"python benchmarks/train_step.py --rounds {args.rounds} --json FILE",
+        "cases": {},
+    }
+    for name in args.case:
+        print(name)
+        prepared = CASES[name]()
+        makers = {key: Contestant(key, prepared(backend)).warmed_up for key, backend in BACKENDS.items()}
+        result["cases"][name] = race(makers, args.rounds, torch.device("cpu"), clock=time.process_time)
+    write(result, args.json)
+    print(json.dumps(result["cases"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
