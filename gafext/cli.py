@@ -359,7 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        print("gafext: interrupted; nothing was written", file=sys.stderr)
+        left = "the same command goes on at the last checkpoint" if args.command == "train" else "nothing was written"
+        print(f"gafext: interrupted; {left}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -62,11 +62,11 @@ class Batch:
         return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
 
 
-def choose_views(pose: Tensor, count: int, *, near: bool, random: torch.Generator) -> Tensor:
+def choose_views(places: Tensor, count: int, *, near: bool, random: torch.Generator) -> Tensor:
     """Choose views of a head: a random one, and the nearest to it, or random ones.
 
     Args:
-        pose: [V,12 or 16], rows of w2c matrices.
+        places: [V,3] positions of the cameras.
         count: number of views; views repeat if there are fewer.
         near: whether they are neighbours.
         random: source of the choice.
@@ -74,10 +74,8 @@ def choose_views(pose: Tensor, count: int, *, near: bool, random: torch.Generato
     Returns:
         [count] indices.
     """
-    order = torch.randperm(len(pose), generator=random)
+    order = torch.randperm(len(places), generator=random)
     if near:
-        matrices = pose[:, :12].unflatten(1, (3, 4))
-        places = -(matrices[:, :, :3].mT @ matrices[:, :, 3:])[..., 0]  # -R^T t
         order = (places - places[order[0]]).norm(dim=1).argsort(stable=True)
     return order.repeat(-(-count // len(order)))[:count]
 
@@ -101,7 +99,7 @@ def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *,
     rows = []
     for near in chance(sampling.near, count).tolist():
         head = encoded[int(torch.randint(len(encoded), (1,), generator=random))]
-        chosen = choose_views(head.pose, views, near=near, random=random)
+        chosen = choose_views(head.places, views, near=near, random=random)
         portrait = int(torch.randint(head.portraits, (1,), generator=random))
         rows.append(head.read(chosen.tolist(), portrait))
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -110,7 +108,7 @@ def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *,
     times = torch.where(chance(sampling.apart, count, 1), times, times[:, :1])
     every = chance(sampling.drop_all, count, 1)
     hidden = every | chance(sampling.drop_image, count, 1)
-    partly = chance(sampling.blindfold, count, 1)
+    partly = chance(sampling.blindfold if reference is None else 0.0, count, 1)
     sees = torch.where(partly, chance(0.5, count, views), True) & ~hidden
     keep = (~every).to(latents.dtype)
     return Batch(

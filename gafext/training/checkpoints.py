@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from gafext.training.settings import Settings
 
 _STATE = "checkpoint"
 _SETTINGS = "settings.json"
-_WEIGHTS = ("train", "rank", "adam_8bit")  # settings that decide which tensors a checkpoint has
+_WEIGHTS = ("train", "adam_8bit", "parent")  # what decides which tensors a checkpoint has
 
 
 class Average:
@@ -54,12 +56,21 @@ class Average:
             weight.copy_(state[name])
 
 
-def save(accelerator: Accelerator, out: Path, step: int, settings: Settings) -> None:
-    """Write a checkpoint and remove those before it."""
+def describe(unet: MultiViewUNet, settings: Settings) -> dict[str, Any]:
+    """Describe a run before its first step: the settings, and a digest of the parent's sizes and outer layers."""
+    digest = hashlib.sha256(repr(unet.config).encode())
+    for module in (unet.conv_in, unet.conv_out, unet.time_embedding):
+        for tensor in module.state_dict().values():
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return {**asdict(settings), "parent": digest.hexdigest()[:16]}
+
+
+def save(accelerator: Accelerator, out: Path, step: int, described: dict[str, Any]) -> None:
+    """Write a checkpoint, which keeps the description of its run, and remove those before it."""
     temporary, final = out / f"{_STATE}.tmp", out / f"{_STATE}-{step:08d}"
     accelerator.save_state(str(temporary))
     if accelerator.is_main_process:
-        (temporary / _SETTINGS).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+        (temporary / _SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
@@ -70,10 +81,10 @@ def save(accelerator: Accelerator, out: Path, step: int, settings: Settings) -> 
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob(f"{_STATE}-*") if path.is_dir())
+    return sorted(path for path in out.glob(f"{_STATE}-{'[0-9]' * 8}") if path.is_dir())
 
 
-def resume(accelerator: Accelerator, out: Path, settings: Settings) -> int:
+def resume(accelerator: Accelerator, out: Path, described: dict[str, Any]) -> int:
     """Load the last checkpoint; return its step, or 0 without one.
 
     Raises:
@@ -83,16 +94,25 @@ def resume(accelerator: Accelerator, out: Path, settings: Settings) -> int:
     if not found:
         return 0
     before = json.loads((found[-1] / _SETTINGS).read_text(encoding="utf-8"))
-    for name in _WEIGHTS:
-        if before[name] != getattr(settings, name):
-            got = getattr(settings, name)
+    for name in (*_WEIGHTS, *(["rank"] if described["train"] == "lora" else [])):
+        if before[name] != described[name]:
             raise CheckpointError(
-                f"{found[-1]}: expected {name} {before[name]}, as before, got {got}; choose another --out"
+                f"{found[-1]}: expected {name} {before[name]}, as before, got {described[name]}; choose another --out"
             )
     accelerator.load_state(str(found[-1]))
     step = int(found[-1].name.rpartition("-")[2])
-    if accelerator.is_main_process and (out / "log.jsonl").is_file():  # steps after it are taken again
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    if accelerator.is_main_process:
+        _shorten(out / "log.jsonl", step)
     accelerator.print(f"{found[-1]}: resumed at step {step}")
     return step
+
+
+def _shorten(log: Path, last: int) -> None:
+    """Remove the lines of steps that are taken again, and what a killed process left of a line."""
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            kept += [line] if json.loads(line)["step"] <= last and line.endswith("\n") else []
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(log)

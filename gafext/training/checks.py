@@ -12,23 +12,30 @@ from gafext.training.head import Head
 _FARTHEST = 0.25  # of a picture's side: a head's foreground has its centre nearer than this to where the others put it
 
 
-def faults_of(head: Head) -> list[str]:
-    """List what is wrong with one head, one sentence per fault."""
-    faults = _of_files(head)
+def faults_of(head: Head, *, thorough: bool) -> list[str]:
+    """List what is wrong with one head, one sentence per fault.
+
+    Args:
+        head: the head.
+        thorough: also decode the pictures, and compare the cameras with the masks.
+    """
+    faults = _of_files(head, decode=thorough)
     if head.normals and len(head.normals) != len(head.pictures):
         faults.append(f"{head.name}: expected {len(head.pictures)} normal maps or none, got {len(head.normals)}")
     if len(head.pictures) < 2:
         faults.append(f"{head.name}: expected at least 2 views, got {len(head.pictures)}")
-    return faults or _of_cameras(head)
+    return faults or (_of_cameras(head) if thorough else [])
 
 
-def _of_files(head: Head) -> list[str]:
+def _of_files(head: Head, *, decode: bool) -> list[str]:
     faults, sizes = [], set()
     for path in [*head.pictures, *(mask for mask in head.masks if mask is not None), *head.normals]:
         try:
             with Image.open(path) as image:
                 sizes.add(image.size)
-        except OSError:
+                if decode:
+                    image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises
             faults.append(f"{path}: expected a picture, got {'a damaged one' if path.is_file() else 'no such file'}")
     if len(sizes) > 1:
         got = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gafext.schedulers import MAX_STEPS
 from gafext.training.batches import Sampling
 from gafext.training.data import read_heads, write_index
 from gafext.training.settings import Settings
@@ -32,6 +33,9 @@ def train_command(args: argparse.Namespace) -> int:
     for name in ("near", "apart", "drop_image", "drop_all", "blindfold", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a fraction, 0 to 1, got {getattr(args, name)}")
+    for name, most in (("seed", 2**31 - 1), ("validation_steps", MAX_STEPS), ("portrait_angle", 180)):
+        if not 0 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')}: expected 0 to {most}, got {getattr(args, name)}")
     for name in ("rate", "gamma", "minutes"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -59,7 +63,7 @@ def _options(kind: type[OptionsType], args: argparse.Namespace) -> OptionsType:
 
 
 def _check(args: argparse.Namespace) -> int:
-    heads, faults = read_heads(args.data)
+    heads, faults = read_heads(args.data, thorough=True)
     views, normals = sum(len(head.pictures) for head in heads), sum(bool(head.normals) for head in heads)
     print(f"{len(heads)} heads, {views} views, {normals} heads with normal maps, {len(faults)} faults")
     for fault in faults:

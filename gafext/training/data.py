@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gafext.cameras import read_transforms
 from gafext.errors import CameraError
@@ -17,15 +19,17 @@ from gafext.training.head import Head
 _RIGID_TOLERANCE = 1e-4
 
 
-def read_heads(root: str | Path) -> tuple[list[Head], list[str]]:
+def read_heads(root: str | Path, *, thorough: bool = False) -> tuple[list[Head], list[str]]:
     """Read the heads below a folder, and list what is wrong with them.
 
-    A folder with `transforms_*.json` or `transforms.json` is one head per `timestep_index`. Pictures have to be there,
-    and of one size per head; the cameras of one `camera_index` have to agree over the timesteps, and those of a head on
-    where the foreground is.
+    A folder with `transforms_{train,val,test}.json`, or else `transforms.json`, is one head per `timestep_index`. Other
+    files of such names, as VHAP's `transforms_backup.json`, are not read. A picture that several files name, as VHAP's
+    unions do, counts once. Pictures have to be there, and of one size per head; the cameras of one `camera_index` have
+    to agree over the timesteps.
 
     Args:
         root: such a folder, or one that has them at any depth.
+        thorough: also decode every picture, and compare the cameras of a head on where the foreground is.
 
     Returns:
         Heads with nothing wrong in the order of their names, and one sentence per fault.
@@ -36,16 +40,16 @@ def read_heads(root: str | Path) -> tuple[list[Head], list[str]]:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of training data, got none")
-    heads, faults = [], []
+    heads, faults, seen = [], [], set()
     for folder in sorted({path.parent for path in root.rglob("transforms*.json")}):
-        found, wrong = _read_folder(folder, root)
+        found, wrong = _read_folder(folder, root, seen)
         faults += wrong
         for head in found:
-            own = faults_of(head)
+            own = faults_of(head, thorough=thorough)
             faults += own
             heads += [] if own else [head]
     if not heads and not faults:
-        faults.append(f"{root}: expected transforms_*.json or transforms.json in it or below, got none")
+        faults.append(f"{root}: expected transforms_train.json or transforms.json in it or below, got none")
     return heads, faults
 
 
@@ -55,13 +59,15 @@ def write_index(path: Path, heads: Sequence[Head]) -> None:
     path.write_text(json.dumps([head.describe() for head in heads], indent=1) + "\n", encoding="utf-8")
 
 
-def _read_folder(folder: Path, root: Path) -> tuple[list[Head], list[str]]:
-    # VHAP's splits hold different cameras and timesteps of one subject: all of them are read.
-    files = sorted(folder.glob("transforms_*.json")) or [folder / "transforms.json"]
-    heads: dict[Any, Head] = {}
+def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], list[str]]:
+    """Read the heads of one folder; `seen` are the pictures of all folders."""
+    # The splits hold different cameras and timesteps of one subject: all of them are read.
+    files = [folder / f"transforms_{split}.json" for split in ("train", "val", "test")]
+    files = [file for file in files if file.is_file()] or [folder / "transforms.json"]
+    heads: dict[int | str, Head] = {}
     name = root.name if folder == root else folder.relative_to(root).as_posix()
-    faults, seen, poses = [], set(), {}
-    for file in files:
+    faults, poses = [], {}
+    for file in files if files[0].is_file() else ():
         try:
             cameras = read_transforms(file, pad=True)
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -69,30 +75,51 @@ def _read_folder(folder: Path, root: Path) -> tuple[list[Head], list[str]]:
             faults.append(str(error))
             continue
         for view, frame in enumerate(values["frames"]):
-            path = frame.get("file_path")
-            if path is None:
-                faults.append(f"{file}: frame {view}: expected file_path, got none")
+            wrong = _wrong_types(frame)
+            if wrong:
+                faults.append(f"{file}: frame {view}: {wrong}")
                 continue
-            if path in seen:
+            picture = _with_extension(folder / frame["file_path"])
+            if os.path.normpath(picture) in seen:
                 continue
-            seen.add(path)
+            seen.add(os.path.normpath(picture))
             time, camera, w2c = frame.get("timestep_index", 0), frame.get("camera_index"), cameras.w2c[view]
             known = poses.setdefault(camera, w2c)
             if camera is not None and not torch.allclose(known, w2c, atol=_RIGID_TOLERANCE):
                 faults.append(f"{file}: frame {view}: camera_index {camera} disagrees with its pose in another frame")
             head = heads.setdefault(time, Head(f"{name}/{time}" if "timestep_index" in frame else name))
-            picture = _with_extension(folder / path)
-            head.pictures.append(picture)
-            own = {**values, **frame}
-            head.sizes.append((own["w"], own["h"]) if "w" in own and "h" in own else None)
-            mask = frame.get("fg_mask_path") or frame.get("mask_path")
-            head.masks.append(None if mask is None else folder / mask)
-            normal = folder / "normals" / picture.name
-            head.normals += [normal] if normal.is_file() else []
-            head.w2c.append(w2c)
-            head.intrinsics.append(cameras.intrinsics(1)[view])
-    return [heads[time] for time in sorted(heads)], faults
+            _add(head, {**values, **frame}, folder, picture, w2c, cameras.intrinsics(1)[view])
+    return [heads[time] for time in sorted(heads, key=lambda time: (isinstance(time, str), time))], faults
+
+
+def _wrong_types(frame: Any) -> str | None:
+    """Say which field of a frame is not what it should be; None if all are."""
+    for name, kinds in (
+        ("file_path", (str,)),
+        ("timestep_index", (int, str)),
+        ("camera_index", (int, str, type(None))),
+        ("fg_mask_path", (str, type(None))),
+        ("mask_path", (str, type(None))),
+    ):
+        if (name == "file_path" or name in frame) and not isinstance(frame.get(name), kinds):
+            return f"expected {name} of type {kinds[0].__name__}, got {frame.get(name)!r}"
+    return None
+
+
+def _add(head: Head, values: dict[str, Any], folder: Path, picture: Path, w2c: Tensor, lens: Tensor) -> None:
+    """Add a frame to its head."""
+    head.pictures.append(picture)
+    head.sizes.append((values["w"], values["h"]) if "w" in values and "h" in values else None)
+    mask = values.get("fg_mask_path") or values.get("mask_path")
+    head.masks.append(None if mask is None else folder / mask)
+    # Beside the pictures' folder too: the pictures of VHAP's unions are in other folders.
+    normals = [place / "normals" / picture.name for place in (folder, picture.parent.parent)]
+    head.normals += [normal for normal in normals if normal.is_file()][:1]
+    head.w2c.append(w2c)
+    head.intrinsics.append(lens)
 
 
 def _with_extension(path: Path) -> Path:
-    return path if path.is_file() or path.suffix else path.with_name(path.name + ".png")
+    """Add the extension that nerfstudio and Blender may leave out."""
+    named = [path.with_name(path.name + extension) for extension in ("", ".png", ".jpg", ".jpeg")]
+    return next((candidate for candidate in named if candidate.is_file()), path if path.suffix else named[1])

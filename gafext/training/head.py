@@ -54,9 +54,8 @@ class Head:
         """Load a picture over white, where a mask or its own transparency says so, padded with white to a square."""
         picture, mask = images.load_image(self.pictures[view]), self.masks[view]
         if mask is not None:
-            with Image.open(mask) as alpha:
-                white = Image.new("RGB", picture.size, images.WHITE)
-                picture = Image.composite(picture, white, alpha.convert("L"))
+            white = Image.new("RGB", picture.size, images.WHITE)
+            picture = Image.composite(picture, white, images.load_image(mask).convert("L"))
         return _square(picture, images.WHITE)
 
     def normal_map(self, view: int) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class EncodedHead:
         self.path = path
         with safe_open(path, "pt") as file:
             self.pose: Tensor = file.get_tensor("pose")  # [V,pose_dim]
+            self.places: Tensor = file.get_tensor("places")  # [V,3], of the cameras
             self.portraits: int = file.get_slice("features").get_shape()[0]
             self.names = frozenset(file.keys())
 
@@ -44,7 +46,7 @@ class EncodedHead:
 
 
 def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float) -> str:
-    """Compute a digest of what the encoded heads depend on: files and their times, cameras, weights of VAE and CLIP.
+    """Compute a digest of what encoded heads depend on: files and their times, cameras, VAE, CLIP, the U-Net's sizes.
 
     Args:
         heads: the heads.
@@ -52,12 +54,14 @@ def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, si
         size: side of the pictures in pixels.
         degrees: largest angle of a portrait from the front.
     """
-    digest = hashlib.sha256(json.dumps([size, degrees, [head.describe() for head in heads]]).encode())
+    networks = [network for network in (pipeline.vae, pipeline.image_encoder) if network is not None]
+    configs = [repr(network.config) for network in (pipeline.unet, *networks)]
+    digest = hashlib.sha256(json.dumps([size, degrees, configs, [head.describe() for head in heads]]).encode())
     for head in heads:
         for path in [*head.pictures, *(mask for mask in head.masks if mask), *head.normals]:
             digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-    for network in (pipeline.vae, pipeline.image_encoder):
-        for name, tensor in [] if network is None else network.state_dict().items():
+    for network in networks:
+        for name, tensor in network.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -71,8 +75,8 @@ def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, 
         head, pipeline, size, degrees: as for `cache_key`.
 
     Returns:
-        latents [V,C,h,w], and normals if the U-Net takes them; pose [V,pose_dim]; features [P,T,D] of the P portraits,
-        and their latents, reference [P,C,h,w], for a U-Net with an extra frame.
+        latents [V,C,h,w], and normals if the U-Net takes them; places [V,3] and pose [V,pose_dim] of the cameras;
+        features [P,T,D] of the P portraits, and for a U-Net with an extra frame their latents, reference [P,C,h,w].
     """
     unet, encoder = pipeline.unet, pipeline.image_encoder
     family = family_of(unet.config)
@@ -83,6 +87,7 @@ def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, 
     output = "last_hidden_state" if unet.image_projection is None else unet.image_projection.clip_output
     tensors = {
         "latents": pipeline.encode(images.to_square_tensor(views, size)),
+        "places": cameras.c2w[:, :3, 3],
         "pose": family.poses(unet.config, cameras)[: len(views)].float(),  # without the extra frame's
         "features": getattr(encoder(pixels), output).float(),
     }
@@ -118,7 +123,7 @@ def encode_heads(
         path = shards / f"{index:06d}.safetensors"
         if not path.is_file():
             tensors = encode_head(head, pipeline, size=size, degrees=degrees)
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # another run may write the same cache
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
             temporary.replace(path)  # whole or not at all: a killed run resumes here
         encoded.append(EncodedHead(path))

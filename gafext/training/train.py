@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.batches import Batch, Sampling, Steps
-from gafext.training.checkpoints import Average, resume, save
+from gafext.training.checkpoints import Average, describe, resume, save
 from gafext.training.data import read_heads, write_index
 from gafext.training.denoiser import Denoiser
 from gafext.training.head import Head
@@ -34,6 +35,7 @@ from gafext.training.trained import choose_trained, merge_updates, recomputing
 from gafext.training.validation import publish, validate
 
 SAMPLING, SETTINGS = Sampling(), Settings()
+_PATIENCE = timedelta(days=1)  # of processes that wait for the one that encodes or validates; a dead one ends the run
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _READERS = 2  # processes that read ahead of a GPU; on the CPU they would take the training's cores
 
@@ -93,6 +95,8 @@ def train(
             trained other weights.
     """
     out = Path(out)
+    if Path(parent).resolve() == (out / "model").resolve():
+        raise ValueError(f"parent: expected another folder than the result's, got {parent}")
     if settings.guidance is not None:
         check_guidance_scale(settings.guidance)
     if settings.adam_8bit and importlib.util.find_spec("bitsandbytes") is None:
@@ -132,7 +136,11 @@ def _accelerator(out: Path, settings: Settings) -> Accelerator:
         cpu=settings.cpu,
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.accumulate,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.train == "all")],
+        kwargs_handlers=[
+            # Without text, attn2 adds its bias alone: its other weights get no gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=settings.train != "new"),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
         log_with="tensorboard" if watched else None,
         project_dir=out,
     )
@@ -175,6 +183,7 @@ class Run:
         self.accelerator, self.pipeline, self.out, self.held_out = accelerator, pipeline, out, held_out
         self.sampling, self.settings = sampling, settings
         self.unet, config = pipeline.unet, pipeline.solver.config
+        self.described = describe(self.unet, settings)
         choose_trained(self.unet, settings.train, rank=settings.rank, seed=settings.seed)
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
         self.average = Average(self.unet, settings.ema)
@@ -182,7 +191,7 @@ class Run:
         self.denoiser = Denoiser(self.unet, config, prompt_embeds=pipeline.prompt_embeds, gamma=settings.gamma)
         self.model, self.optimizer = accelerator.prepare(self.denoiser, _optimizer(self.trained, settings))
         accelerator.register_for_checkpointing(self.average)
-        self.step = resume(accelerator, out, settings)
+        self.step = resume(accelerator, out, self.described)
         if accelerator.log_with:
             accelerator.init_trackers("tensorboard")
         self.waited = 0.0
@@ -193,22 +202,23 @@ class Run:
         bar = tqdm(total=self.settings.steps, initial=first, disable=not self.accelerator.is_main_process, unit="step")
         scores, validated = {}, -1
         with recomputing(self.unet, self.settings.checkpointing), self.denoiser:
-            while not self._done(start):
+            done = self._done(start)
+            while not done:
                 loss = self._step(batches)
                 self._log(loss)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
-                if self.step % self.settings.save_every == 0:
-                    save(self.accelerator, self.out, self.step, self.settings)
                 if self.settings.validate_every and self.step % self.settings.validate_every == 0:
                     scores, validated = self._validate(), self.step
+                done = self._done(start)
+                if done or self.step % self.settings.save_every == 0:
+                    save(self.accelerator, self.out, self.step, self.described)
         bar.close()
         if self.step > first:
             seen = (self.step - first) * self.sampling.batch * self.settings.accumulate
             seconds = time.monotonic() - start
             share = 100 * self.waited / seconds
             self.accelerator.print(f"{seen / seconds:.2f} heads per second, {share:.0f} % waiting for data")
-            save(self.accelerator, self.out, self.step, self.settings)
         if validated != self.step:
             scores = self._validate()
         self.average.exchange(self.unet)
@@ -286,7 +296,8 @@ class Run:
                 )
             self.accelerator.log(scores, step=self.step)
             for tracker in self.accelerator.trackers:
-                tracker.log_images({"held out": pictures}, step=self.step, dataformats="NHWC")
+                named = {f"held out {index}": picture[None] for index, picture in enumerate(pictures)}
+                tracker.log_images(named, step=self.step, dataformats="NHWC")
             self._write(**scores)
         self.accelerator.wait_for_everyone()
         return scores

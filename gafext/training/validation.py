@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from gafext.training.settings import Settings
 @torch.no_grad()
 def validate(
     pipeline: MultiViewDiffusionPipeline, heads: list[Head], folder: Path, settings: Settings, *, views: int
-) -> tuple[dict[str, float], np.ndarray]:
+) -> tuple[dict[str, float], list[np.ndarray]]:
     """Generate views of held-out heads, write them beside the true ones, and measure them.
 
     Args:
@@ -33,7 +33,7 @@ def validate(
         views: number of views, spread over the cameras of a head.
 
     Returns:
-        Mean PSNR in dB and SSIM, by name; and the pictures, [heads,H,W,3] uint8.
+        Mean PSNR in dB and SSIM, by name; and the pictures, [H,W,3] uint8.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores, pictures = [], []
@@ -62,7 +62,7 @@ def validate(
         picture.save(folder / f"{index:03d}.png")
         pictures.append(np.asarray(picture))
     means = torch.tensor(scores).mean(0).tolist()
-    return {"psnr": means[0], "ssim": means[1]}, np.stack(pictures)
+    return {"psnr": means[0], "ssim": means[1]}, pictures
 
 
 def publish(
@@ -74,8 +74,7 @@ def publish(
     scores: dict[str, float],
 ) -> None:
     """Write the trained checkpoint with a model card."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, replaceable=re.compile(".*")) as temporary:
         pipeline.save_pretrained(temporary)
         measured = ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "not measured"
         (temporary / "README.md").write_text(

@@ -1,0 +1,148 @@
+"""Training data: folders of VHAP and others, what is wrong with them, and which views a step takes."""
+
+import json
+import math
+import runpy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, edit_json, max_abs_diff
+from PIL import Image
+
+from gafext.cameras import orbit
+from gafext.cli import main
+from gafext.training.batches import choose_views
+from gafext.training.data import read_heads
+
+write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
+
+
+def broken(data, fault):
+    """Break head_000 of three views."""
+    folder = data / "head_000"
+    path = folder / "transforms_train.json"
+    values = json.loads(path.read_text())
+    frames = values["frames"]
+    if fault == "missing":
+        (folder / "images" / "00000_01.png").unlink()
+    elif fault == "damaged":
+        (folder / "images" / "00000_01.png").write_bytes(b"not a picture")
+    elif fault == "size":
+        Image.new("RGB", (16, 16)).save(folder / "images" / "00000_01.png")
+    elif fault == "shape":
+        values["h"] = 24
+    elif fault == "camera":
+        frames[1]["camera_index"] = 0
+    elif fault == "pose":  # of a camera beside the head that looks past it
+        frames[1]["transform_matrix"][2][3] += 1.5
+    elif fault == "mask":
+        Image.new("RGB", (32, 32)).save(folder / "fg_masks" / "00000_01.png")
+    path.write_text(json.dumps(values))
+
+
+FAULTS = {
+    "none": "1 heads, 4 views, 0 heads with normal maps, 0 faults",
+    "missing": "00000_01.png: expected a picture, got no such file",
+    "damaged": "00000_01.png: expected a picture, got a damaged one",
+    "size": "head_000/0: expected pictures, masks and normals of one size, got 16 x 16, 32 x 32",
+    "shape": "head_000/0: expected pictures of 32 x 24, as w and h say, got 32 x 32",
+    "camera": "frame 1: camera_index 0 disagrees with its pose in another frame",
+    "pose": "00000_01.png: expected its foreground where the other cameras put it",
+    "mask": "head_000/0: expected a foreground in each mask, got an empty one",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_names_what_is_broken(fault, tmp_path, capsys):
+    write_heads(tmp_path / "data", 1, views=4, size=32, normals=False)
+    broken(tmp_path / "data", fault)
+    code = main(["train", str(tmp_path / "data"), "--check", "--cache", str(tmp_path / "cache")])
+    assert code == (fault != "none") and FAULTS[fault] in capsys.readouterr().out
+    assert (tmp_path / "cache" / "index.json").is_file()
+
+
+def test_what_vhap_leaves_beside_the_splits(tmp_path):
+    """A backup of other cameras is not read, and a union's pictures, which are another folder's, count once."""
+    write_heads(tmp_path / "data", 1, views=4, size=32)
+    folder = tmp_path / "data" / "head_000"
+    (whole,), _ = read_heads(tmp_path / "data")
+    values = json.loads((folder / "transforms_train.json").read_text())
+    frames = values["frames"]
+    for split, part in (("train", frames[:2]), ("val", frames[2:]), ("test", frames[1:3])):
+        (folder / f"transforms_{split}.json").write_text(json.dumps({**values, "frames": part}))
+    moved = json.loads(json.dumps(values))
+    for frame in moved["frames"]:
+        frame["transform_matrix"][2][3] += 3
+    (folder / "transforms_backup.json").write_text(json.dumps(moved))
+    union = tmp_path / "data" / "union"
+    union.mkdir()
+    for frame in frames:
+        frame |= {name: f"../head_000/{frame[name]}" for name in ("file_path", "fg_mask_path")}
+    (union / "transforms_train.json").write_text(json.dumps(values))
+    (head,), faults = read_heads(tmp_path / "data", thorough=True)
+    assert not faults and torch.equal(head.cameras.w2c, whole.cameras.w2c) and len(head.normals) == 4
+    shutil.move(folder / "transforms_train.json", folder / "transforms_backup_2.json")
+    for split in ("val", "test"):
+        (folder / f"transforms_{split}.json").unlink()
+    (head,), faults = read_heads(tmp_path / "data")  # the union alone
+    assert not faults and head.name == "union/0" and len(head.normals) == 4
+
+
+@pytest.mark.parametrize(
+    "values", [{"timestep_index": None}, {"timestep_index": [1]}, {"file_path": 3}, {"fg_mask_path": 3}]
+)
+def test_fields_of_another_type_are_named(values, tmp_path):
+    write_heads(tmp_path / "data", 1, views=3, size=32)
+    path = tmp_path / "data" / "head_000" / "transforms_train.json"
+    edit_json(path, lambda whole: whole["frames"][1].update(values))
+    _, faults = read_heads(tmp_path / "data")
+    [name] = values
+    assert f"frame 1: expected {name} of type" in faults[0]
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    write_heads(tmp_path / "data", 1, views=3, size=32)
+    path = tmp_path / "data" / "head_000" / "fg_masks" / "00000_01.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    _, faults = read_heads(tmp_path / "data", thorough=True)
+    assert faults == [f"{path}: expected a picture, got a damaged one"]
+
+
+def test_extensions_that_are_left_out(tmp_path):
+    write_heads(tmp_path / "data", 1, views=3, size=32)
+    path = tmp_path / "data" / "head_000" / "transforms_train.json"
+    edit_json(path, lambda whole: [f.update(file_path=f["file_path"].removesuffix(".png")) for f in whole["frames"]])
+    (head,), faults = read_heads(tmp_path / "data")
+    assert not faults and all(picture.is_file() for picture in head.pictures)
+
+
+def test_near_views_are_neighbours():
+    """Of cameras on a circle, whatever the pose that the U-Net is given."""
+    places, random = orbit(16).c2w[:, :3, 3], torch.Generator().manual_seed(0)
+    for _ in range(5):
+        first, *others = choose_views(places, 3, near=True, random=random).tolist()
+        assert {(other - first) % 16 for other in others} == {1, 15}
+
+
+def test_pictures_that_are_not_square_are_padded(tmp_path):
+    """A column of 8 pixels cut off each side and padded again is the same head, with the same cameras."""
+    write_heads(tmp_path / "data", 1, views=3, size=32)
+    (whole,), _ = read_heads(tmp_path / "data")
+    pictures, normals = ([getattr(whole, name)(view) for view in range(3)] for name in ("picture", "normal_map"))
+    folder = tmp_path / "data" / "head_000"
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            image.crop((8, 0, 24, 32)).save(path)
+    values = json.loads((folder / "transforms_train.json").read_text())
+    focal = 16 / math.tan(values.pop("camera_angle_x") / 2)
+    values |= {"w": 16, "h": 32, "fl_x": focal, "fl_y": focal, "cx": 8, "cy": 16}
+    (folder / "transforms_train.json").write_text(json.dumps(values))
+    (cut,), faults = read_heads(tmp_path / "data")
+    assert not faults and max_abs_diff(cut.cameras.intrinsics(32), whole.cameras.intrinsics(32)) < 1e-5
+    for view in range(3):
+        for made, true in ((cut.picture(view), pictures[view]), (cut.normal_map(view), normals[view])):
+            made, true = np.asarray(made), np.asarray(true)
+            assert made.shape == true.shape and (made[:, 8:24] == true[:, 8:24]).all()
+            assert (np.abs(made[:, :8].astype(int) - true[0, 0]) <= 1).all()  # the background
