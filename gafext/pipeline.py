@@ -351,10 +351,15 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         shape = (self.vae.config.latent_channels, size, size)
         return view_noise(seed, portraits=portraits, views=views, shape=shape, step=step)
 
+    @property
+    def takes_normals(self) -> bool:
+        """The U-Net has channels for the latents of normal maps."""
+        extra = self.unet.config.in_channels != self.vae.config.latent_channels
+        return extra and not family_of(self.unet.config).reference_channels
+
     def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
         """Load or render normal maps [V,3,s,s] in [0,1]; None for a U-Net without normal latents."""
-        extra = self.unet.config.in_channels != self.vae.config.latent_channels
-        if not extra or family_of(self.unet.config).reference_channels:
+        if not self.takes_normals:
             if normal_maps is not None:
                 raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
             return None

@@ -175,16 +175,12 @@ class Evaluation:
         made = []
         for subject in self.subjects:
             maps = normals(subject)
-            maps = None if maps is None or not self._takes_normals else list(maps)
+            maps = None if maps is None or not self.pipe.takes_normals else list(maps)
             portrait = as_portrait(subject.portrait)
             output = call(portrait, cameras or self.cameras, maps, **{**self.options, **options})
             assert isinstance(output, MultiViewOutput) and isinstance(output.images, Tensor)  # output_type is "pt"
             made.append(output.images.cpu())
         return made
-
-    @property
-    def _takes_normals(self) -> bool:
-        return self.pipe.unet.config.in_channels > self.pipe.vae.config.latent_channels
 
     def _score(self, name: str, pictures: Callable[[], list[Tensor]]) -> Scores:
         self.progress(name)
@@ -245,7 +241,7 @@ class Evaluation:
         if any(block.attn_cv is not None for block in self.pipe.unet.transformer_blocks()):
             changed = {**parts, "unet": _without_cross_view(self.pipe.unet)}
             changes["attn_cv off"] = {"pipe": MultiViewDiffusionPipeline(**changed)}
-        if self._takes_normals:
+        if self.pipe.takes_normals:
             changes["zero normals"] = {"normals": lambda subject: torch.full_like(subject.views.normals, 0.5)}
         changes["wrong cameras"] = {"cameras": self.cameras.with_poses(self.cameras.w2c.roll(1, dims=0))}
         changes |= {f"{steps} steps": {"num_inference_steps": steps} for steps in STEPS}

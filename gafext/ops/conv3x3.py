@@ -232,7 +232,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, *, patch_floats: in
     images = patch_floats // max(9 * channels * positions, 1)  # at a time
     if not _common.has_backward_kernel(grad) or x.dtype != torch.float32 or not images or slower_reasons(x, weight):
         return _torchs_backward(grad, x, weight, [False, True, False])[1]
-    total = torch.zeros(weight.shape[0], 9 * channels)
+    total = weight.new_zeros(weight.shape[0], 9 * channels)
     for some_grad, some_x in zip(grad.split(images), x.split(images), strict=True):
         rows = some_grad.permute(0, 2, 3, 1).flatten(0, 2)  # [positions, out_channels]
         total.addmm_(rows.T, patches_of(some_x, (3, 3), padding=1).flatten(0, 2))

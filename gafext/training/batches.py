@@ -90,7 +90,7 @@ def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *,
         seed: seed of the run.
         timesteps: number of training timesteps, T.
     """
-    random = torch.Generator().manual_seed((seed << 32) + step)
+    random = torch.Generator().manual_seed(seed * 1_000_003 + step)  # the CPU's takes the lower 32 bits alone
     count, views = sampling.batch, sampling.views
 
     def chance(fraction: float, *shape: int) -> Tensor:

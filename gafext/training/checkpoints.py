@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gafext.errors import CheckpointError
 from gafext.models.unet import MultiViewUNet
+from gafext.training.latents import digest_weights
 from gafext.training.settings import Settings
 
 _STATE = "checkpoint"
@@ -57,11 +58,9 @@ class Average:
 
 
 def describe(unet: MultiViewUNet, settings: Settings) -> dict[str, Any]:
-    """Describe a run before its first step: the settings, and a digest of the parent's sizes and outer layers."""
+    """Describe a run before its first step: the settings, and a digest of the parent's U-Net."""
     digest = hashlib.sha256(repr(unet.config).encode())
-    for module in (unet.conv_in, unet.conv_out, unet.time_embedding):
-        for tensor in module.state_dict().values():
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    digest_weights(digest, unet)
     return {**asdict(settings), "parent": digest.hexdigest()[:16]}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -66,13 +68,16 @@ def _of_cameras(head: Head) -> list[str]:
         point = torch.linalg.lstsq(others[:, :3], -others[:, 3:]).solution
         x, y, depth = (projections[view, :, :3] @ point + projections[view, :, 3:]).flatten()
         placed = torch.stack([x, y]) / depth
-        errors.append((placed - seen[view]).norm() if depth > 0 else torch.tensor(torch.inf).double())
-    worst = int(torch.stack(errors).argmax())
+        errors.append((placed - seen[view]).norm().item() if depth > 0 else math.inf)
+    worst = max(range(len(views)), key=errors.__getitem__)
     if errors[worst] <= _FARTHEST:
         return []
+    got = "a camera that has them behind it"
+    if errors[worst] < math.inf:
+        got = f"it {100 * errors[worst]:.0f} % of the side away"
+    picture = head.pictures[views[worst]]
     return [
-        f"{head.pictures[views[worst]]}: expected its foreground where the other cameras put it, got it "
-        f"{100 * errors[worst]:.0f} % of the side away: a wrong pose, picture or mask"
+        f"{picture}: expected its foreground where the other cameras put it, got {got}: a wrong pose, picture or mask"
     ]
 
 

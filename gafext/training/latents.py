@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gafext import images
 from gafext.families import family_of
@@ -45,6 +45,13 @@ class EncodedHead:
         return {**rows, "pose": self.pose[list(views)]}
 
 
+def digest_weights(digest: hashlib._Hash, network: nn.Module) -> None:
+    """Add the names and the bits of a network's weights to a digest."""
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float) -> str:
     """Compute a digest of what encoded heads depend on: files and their times, cameras, VAE, CLIP, the U-Net's sizes.
 
@@ -61,9 +68,7 @@ def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, si
         for path in [*head.pictures, *(mask for mask in head.masks if mask), *head.normals]:
             digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest_weights(digest, network)
     return digest.hexdigest()[:16]
 
 
@@ -91,7 +96,7 @@ def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, 
         "pose": family.poses(unet.config, cameras)[: len(views)].float(),  # without the extra frame's
         "features": getattr(encoder(pixels), output).float(),
     }
-    if unet.config.in_channels > unet.config.out_channels:
+    if pipeline.takes_normals:
         tensors["normals"] = pipeline.encode(_normals(head, size))
     if family.has_reference_frame(unet.config):
         tensors["reference"] = pipeline.encode(images.to_square_tensor(chosen, size))
@@ -105,22 +110,28 @@ def _normals(head: Head, size: int) -> Tensor:
 
 
 def encode_heads(
-    heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, folder: Path, *, size: int, degrees: float
+    heads: Sequence[Head],
+    pipeline: MultiViewDiffusionPipeline,
+    folder: Path,
+    *,
+    size: int,
+    degrees: float,
+    every: slice = slice(None),
 ) -> list[EncodedHead]:
-    """Encode heads, or find those that are already in a folder named after `cache_key`.
+    """Encode heads, or find those that are already there.
 
     Args:
         heads, pipeline, size, degrees: as for `cache_key`.
-        folder: folder for the caches of any data and parents.
+        folder: folder named after `cache_key`.
+        every: the heads to encode; each keeps the file of its place in `heads`.
 
     Returns:
         The encoded heads.
     """
-    shards = folder / cache_key(heads, pipeline, size=size, degrees=degrees)
-    shards.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     encoded = []
-    for index, head in enumerate(heads):
-        path = shards / f"{index:06d}.safetensors"
+    for index, head in list(enumerate(heads))[every]:
+        path = folder / f"{index:06d}.safetensors"
         if not path.is_file():
             tensors = encode_head(head, pipeline, size=size, degrees=degrees)
             temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # another run may write the same cache

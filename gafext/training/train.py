@@ -29,13 +29,13 @@ from gafext.training.checkpoints import Average, describe, resume, save
 from gafext.training.data import read_heads, write_index
 from gafext.training.denoiser import Denoiser
 from gafext.training.head import Head
-from gafext.training.latents import EncodedHead, encode_heads
+from gafext.training.latents import EncodedHead, cache_key, encode_heads
 from gafext.training.settings import Settings
 from gafext.training.trained import choose_trained, merge_updates, recomputing
 from gafext.training.validation import publish, validate
 
 SAMPLING, SETTINGS = Sampling(), Settings()
-_PATIENCE = timedelta(days=1)  # of processes that wait for the one that encodes or validates; a dead one ends the run
+_PATIENCE = timedelta(days=1)  # of processes that wait for the one that validates; a dead one ends the run
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _READERS = 2  # processes that read ahead of a GPU; on the CPU they would take the training's cores
 
@@ -59,7 +59,7 @@ def check_parent(pipeline: MultiViewDiffusionPipeline, which: str) -> None:
     attends = all(
         block.attn_ip is not None and block.attn_cv is not None for block in pipeline.unet.transformer_blocks()
     )
-    if not attends or config.pose_dim is None or config.in_channels != 2 * config.out_channels:
+    if not attends or config.pose_dim is None or not pipeline.takes_normals:
         raise CheckpointError(
             "parent: expected ImageDream's checkpoint, or one that gafext assemble wrote, got another; run it first"
         )
@@ -116,11 +116,18 @@ def train(
     if settings.guidance is not None:
         pipeline.guidance_scale = settings.guidance
     folder = out / "cache" if cache is None else Path(cache)
+    if accelerator.is_main_process:
+        write_index(folder / "index.json", heads)
     size = latent_size(None, rows=1, channels=1, config=pipeline.unet.config) * pipeline.vae.config.factor
-    with accelerator.main_process_first():  # the others read what it has written
-        if accelerator.is_main_process:
-            write_index(folder / "index.json", heads)
-        encoded = encode_heads(known, pipeline, folder, size=size, degrees=settings.portrait_angle)
+    options = {"size": size, "degrees": settings.portrait_angle}
+    folder /= cache_key(known, pipeline, **options)
+    encode_heads(
+        known, pipeline, folder, **options, every=slice(accelerator.process_index, None, accelerator.num_processes)
+    )
+    accelerator.wait_for_everyone()
+    encoded = encode_heads(
+        known, pipeline, folder, **options
+    )  # those of the others, anew on a disk that they do not write
     run = Run(accelerator, pipeline, out, held_out, sampling=sampling, settings=settings)
     scores = run.take_steps(encoded)
     if accelerator.is_main_process:

@@ -37,14 +37,13 @@ def validate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores, pictures = [], []
-    takes_normals = pipeline.unet.config.in_channels > pipeline.unet.config.out_channels
     for index, head in enumerate(heads):
         chosen = torch.linspace(0, len(head.pictures) - 1, min(views, len(head.pictures))).round().long().tolist()
         cameras = Cameras(head.cameras.w2c[chosen], intrinsics=head.cameras.intrinsics(1)[chosen], size=1)
         output = pipeline(
             head.picture(head.portraits(settings.portrait_angle)[0]),
             cameras,
-            [head.normal_map(view) for view in chosen] if head.normals and takes_normals else None,
+            [head.normal_map(view) for view in chosen] if head.normals and pipeline.takes_normals else None,
             num_views=len(chosen),
             num_inference_steps=settings.validation_steps,
             generator=settings.seed,

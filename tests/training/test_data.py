@@ -13,7 +13,7 @@ from PIL import Image
 
 from gafext.cameras import orbit
 from gafext.cli import main
-from gafext.training.batches import choose_views
+from gafext.training.batches import Sampling, choose_views, draw_batch
 from gafext.training.data import read_heads
 
 write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
@@ -146,3 +146,40 @@ def test_pictures_that_are_not_square_are_padded(tmp_path):
             made, true = np.asarray(made), np.asarray(true)
             assert made.shape == true.shape and (made[:, 8:24] == true[:, 8:24]).all()
             assert (np.abs(made[:, :8].astype(int) - true[0, 0]) <= 1).all()  # the background
+
+
+class Encoded:
+    """A head of 16 cameras on a circle, whose latents are the numbers of its views."""
+
+    places, portraits = orbit(16).c2w[:, :3, 3], 3
+
+    def read(self, views, portrait):
+        latents = torch.tensor(views).float().view(-1, 1, 1, 1)
+        pose, features = torch.ones(len(views), 12), torch.full((2, 4), 1.0 + portrait)
+        return {"latents": latents, "normals": torch.ones_like(latents), "pose": pose, "features": features}
+
+
+def drawn(step=0, seed=0, **fractions):
+    nothing = dict.fromkeys(("near", "apart", "drop_image", "drop_all", "blindfold"), 0.0)
+    sampling = Sampling(batch=8, views=4, **{**nothing, **fractions})
+    return draw_batch([Encoded()], step, sampling, seed=seed, timesteps=1000)
+
+
+def test_each_fraction_changes_what_it_says():
+    plain = drawn()
+    assert plain.sees.all() and plain.normals.all() and plain.pose.all()
+    assert (plain.timesteps == plain.timesteps[:, :1]).all() and len(plain.timesteps[:, 0].unique()) == 8
+    assert set(plain.features.unique().tolist()) == {1.0, 2.0, 3.0}  # every portrait
+    image, every = drawn(drop_image=1.0), drawn(drop_all=1.0)
+    assert not image.sees.any() and image.normals.all() and image.pose.all()
+    assert not every.sees.any() and not every.normals.any() and not every.pose.any()
+    blind = drawn(blindfold=1.0).sees
+    assert 0.2 < blind.mean() < 0.8 and (blind != blind[:, :1]).any()
+    apart = drawn(apart=1.0).timesteps
+    assert (apart != apart[:, :1]).any(1).all()
+    views = drawn(near=1.0).latents.flatten(1)
+    steps = (views - views[:, :1] + 8) % 16 - 8
+    assert (steps.abs() <= 2).all() and (drawn().latents.flatten(1) - views).abs().max() > 2
+    for other in (drawn(step=1), drawn(seed=1)):
+        assert not torch.equal(other.noise, plain.noise) and not torch.equal(other.timesteps, plain.timesteps)
+    assert torch.equal(drawn().noise, plain.noise)

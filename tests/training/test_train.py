@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import ROOT
 from pages import blocks
+from safetensors.torch import load_file
 from small_checkpoints import (
     SD_SCHEDULE,
     SIZE,
@@ -39,7 +40,7 @@ from gafext.schedulers.schedule import alphas_cumprod
 from gafext.training.batches import Batch
 from gafext.training.data import read_heads
 from gafext.training.denoiser import Denoiser, min_snr_weights
-from gafext.training.latents import cache_key, encode_head
+from gafext.training.latents import cache_key, encode_head, encode_heads
 from gafext.training.settings import Settings
 
 write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
@@ -129,6 +130,21 @@ def test_checkpointing_and_the_cache_change_no_loss(files, whole):
     assert main(command(files, out, "--steps", "3", "--checkpointing", "--cache", str(cache))) == 0
     assert losses(out) == pytest.approx(losses(whole)[:3], rel=1e-6)
     assert before and {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == before
+
+
+def test_the_published_weights_are_the_averaged_ones(files, whole):
+    """Without averaging they are the last step's; the losses are the same either way, and others with another seed."""
+    out = files / "last"
+    assert main(command(files, out, "--steps", "8", "--ema", "0")) == 0 and losses(out) == losses(whole)
+
+    def differs(folder):
+        state = load_file(sorted(folder.glob("checkpoint-*"))[-1] / "model.safetensors")
+        ours = MultiViewDiffusionPipeline.from_pretrained(folder / "model").unet.state_dict()
+        return any(not torch.equal(ours[name], state[f"unet.{name}"]) for name in ours)
+
+    assert differs(whole) and not differs(out)
+    assert main(command(files, files / "seed", "--steps", "1", "--seed", "1", "--validation-steps", "1")) == 0
+    assert losses(files / "seed") != losses(whole)[:1]
 
 
 def test_bfloat16_is_near_float32(files, whole):
@@ -267,6 +283,16 @@ def test_bad_arguments_are_named(files, whole, tmp_path, capsys):
     assert "expected parent" in capsys.readouterr().err
     assert main(command(files, whole, "--parent", str(whole / "model"))) == 1
     assert "parent: expected another folder than the result's" in capsys.readouterr().err
+
+
+def test_processes_share_the_encoding(files, tmp_path):
+    pipe = MultiViewDiffusionPipeline.from_pretrained(files / "parent", device="cpu")
+    heads, _ = read_heads(files / "data")
+    encode_heads(heads, pipe, tmp_path, size=32, degrees=35.0, every=slice(1, None, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["000001.safetensors"]
+    written = (tmp_path / "000001.safetensors").stat().st_mtime_ns
+    assert len(encode_heads(heads, pipe, tmp_path, size=32, degrees=35.0)) == 3
+    assert (tmp_path / "000001.safetensors").stat().st_mtime_ns == written and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_cache_is_of_one_kind_of_parent(files, whole):

@@ -58,7 +58,7 @@ def test_iterm2_is_sent_a_file(picture, environment):
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"TERM": "xterm-256color"}, {**KITTY, "TMUX": "/tmp/tmux"}, {**ITERM2, "TERM": "screen-256color"}],
+    [{}, {"TERM": "xterm-256color"}, {**KITTY, "TMUX": "socket,1,0"}, {**ITERM2, "TERM": "screen-256color"}],
 )
 def test_other_terminals_are_sent_nothing(environment):
     assert picture_writer(environment, Terminal()) is None
