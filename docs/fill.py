@@ -201,6 +201,11 @@ def peaks() -> dict[tuple, dict]:
     return {(row["part"], row["rows"], row["size"]): row for row in result(f"memory-{EPYC}")["peaks"]}
 
 
+def whole_run(name: str) -> str:
+    run = result(f"whole-runs-{EPYC}")["runs"][name]
+    return f"{run['peak'] / 2**30:.1f} GiB in all, {run['before'] / 2**30:.1f} GiB of them weights"
+
+
 def memory() -> str:
     found = peaks()
 
@@ -338,6 +343,8 @@ def values() -> dict[str, str]:
         "precision": precision(),
         "memory": memory(),
         "memory.512": f"{found['unet', 8, 64]['bytes'] / 2**30:.2f}",
+        "memory.whole_32": whole_run("32 views, 256x256"),
+        "memory.whole_1024": whole_run("4 views, 1024x1024"),
         "memory.1024": f"{found['decoder', 1, 128]['bytes'] / 2**30:.2f}",
         "lengths.ours": f"{mib['gafext']:.0f} MiB",
         "lengths.standard": f"{mib['standard'] / 1024:.0f} GiB",
