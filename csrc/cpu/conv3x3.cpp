@@ -13,6 +13,7 @@
 // of 132 tiles spends 132 * 4 on it. So nothing is packed at load, and the only memory is scratch.
 #include "../ops/conv3x3.h"
 
+#include "amx/conv3x3.h"
 #include "conv3x3_winograd.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -214,7 +215,7 @@ void convolve_all(const Conv3x3Args& args) {
 }  // namespace
 
 void conv3x3(const Conv3x3Args& args) {
-  if (args.batch * args.height * args.width * args.out_channels == 0) return;
+  if (args.batch * args.height * args.width * args.out_channels == 0 || conv3x3_on_tiles(args)) return;
   with_element_type(args.dtype, [&](auto element) { convolve_all<decltype(element)>(args); });
 }
 

@@ -3,6 +3,7 @@
 #include "../ops/linear.h"
 
 #include "amx/linear.h"
+#include "amx/product.h"
 #include "panels.h"
 
 namespace gafext::GAFEXT_ISA {
@@ -35,6 +36,7 @@ struct PlainPanels {
 
 #if defined(__AMX_BF16__)
 
+template <typename T>
 struct PlainColumns {
   const LinearArgs& args;
 
@@ -45,29 +47,38 @@ struct PlainColumns {
     return {column, args.out_features - column};
   }
 
+  const T* out(int64_t row, int64_t tile) const {
+    return static_cast<const T*>(args.out) + row * args.out_features + tile * kBlock;
+  }
+
   void write(int64_t row, int64_t rows, int64_t tile, const float* sums) const {
     for (int64_t column = tile * kBlock, end = min_of(column + kBlock, args.out_features); column < end;
          column += kTileSide, sums += kTileSide) {
       const int64_t columns = end - column;
-      const float* biases = static_cast<const float*>(args.bias);
+      const T* biases = static_cast<const T*>(args.bias);
       const Vec bias = biases == nullptr ? Vec{} : load_up_to(biases + column, columns);
-      float* out = static_cast<float*>(args.out) + row * args.out_features + column;
+      T* out = static_cast<T*>(args.out) + row * args.out_features + column;
       for (int64_t r = 0; r < rows; ++r) {
         const Vec sum = load(sums + r * kBlock) + bias;
-        float* to = out + r * args.out_features;
-        columns >= kTileSide ? store(to, sum) : store_first(to, sum, columns);
+        T* to = out + r * args.out_features;
+        columns >= kTileSide ? store_rounded(to, sum) : store_first(to, sum, columns);
       }
     }
   }
 };
 
 bool linear_on_tiles(const LinearArgs& args) {
-  return args.in_features > 0 && AmxLinear<float, PlainColumns>(PlainColumns{args}).run();
+  return args.in_features > 0 && AmxLinear<float, PlainColumns<float>>(PlainColumns<float>{args}).run();
+}
+
+bool linear_in_bfloat16(const LinearArgs& args) {
+  return args.in_features > 0 && run_in_bfloat16(PlainColumns<BFloat16>{args});
 }
 
 #else
 
 bool linear_on_tiles(const LinearArgs&) { return false; }
+bool linear_in_bfloat16(const LinearArgs&) { return false; }
 
 #endif
 
@@ -76,6 +87,7 @@ bool linear_on_tiles(const LinearArgs&) { return false; }
 bool linear(const LinearArgs& args) {
   if (args.rows * args.out_features == 0) return true;
   if (args.dtype == DType::kFloat32) return linear_on_tiles(args);
+  if (args.dtype == DType::kBFloat16 && linear_in_bfloat16(args)) return true;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     PanelProduct<T, PlainPanels<T>>(PlainPanels<T>{args}).run();

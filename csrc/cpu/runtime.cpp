@@ -70,7 +70,7 @@ bool supported(InstructionSet set) {
   switch (set) {
     case InstructionSet::kAmx:
 #ifdef GAFEXT_AMX
-      return has_amx() && supported(InstructionSet::kAvx512);
+      return has_amx() && __builtin_cpu_supports("avx512bf16") && supported(InstructionSet::kAvx512);
 #else
       return false;
 #endif

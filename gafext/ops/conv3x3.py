@@ -115,8 +115,6 @@ def channel_reasons(x: Tensor) -> list[str]:
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     reasons = []
-    if x.dtype == torch.bfloat16 and _common.INSTRUCTION_SET == "amx":
-        reasons.append("AMX multiplies bfloat16, and PyTorch makes use of it")
     if min(weight.shape[:2]) < FEW_CHANNELS:
         reasons.append(f"fewer than {FEW_CHANNELS} channels: the transforms outweigh the products")
     batch, _, height, width = x.shape

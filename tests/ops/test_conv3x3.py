@@ -235,15 +235,6 @@ def test_the_network_uses_it_for_wide_convolutions_in_inference():
         torch.testing.assert_close(out, reference_conv3x3(*inputs), atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_goes_to_pytorch_where_tiles_multiply_it(pretend_cpu):
-    x, weight, _ = problem(4, 128, 128, 8, 8)
-    pretend_cpu("amx")
-    assert slower_reasons(x.bfloat16(), weight.bfloat16()) == ["AMX multiplies bfloat16, and PyTorch makes use of it"]
-    assert slower_reasons(x, weight) == slower_reasons(x.half(), weight.half()) == []
-    pretend_cpu("avx512")
-    assert slower_reasons(x.bfloat16(), weight.bfloat16()) == []
-
-
 def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason():
     few_channels, few_tiles, enough = problem(4, 127, 128, 8, 8), problem(3, 128, 128, 4, 4), problem(4, 128, 128, 4, 4)
     assert slower_reasons(*few_channels[:2]) == ["fewer than 128 channels: the transforms outweigh the products"]

@@ -14,7 +14,8 @@ pytestmark = needs_compiler
 def test_the_tests_of_the_operations_pass(processor):
     """Sizes, strides, threads, what is empty or not finite; compiled graphs and misuse are the same everywhere."""
     kernels = "not compile and not opcheck and not every_instruction_set and not bad_input"
-    assert_operations_pass_on(processor, ("linear_int8", "conv3x3_int8"), kernels)
+    bfloat16_on_tiles = ("conv3x3", "geglu", "linear") if processor == "amx" else ()
+    assert_operations_pass_on(processor, ("linear_int8", "conv3x3_int8", *bfloat16_on_tiles), kernels)
 
 
 @pytest.mark.parametrize("rows, products", [(31, 0), (32, 8), (100, 32)])
@@ -27,6 +28,18 @@ def test_tiles_multiply_from_a_block_of_rows_on(rows, products):
     out = operation(*inputs)
     assert operation.tile_products - before == products
     assert torch.equal(out, torch.ops.gafext.linear_int8(*inputs))
+
+
+def test_tiles_multiply_bfloat16_directly():
+    """conv3x3: 9 taps of 2 groups of channels, 2 pairs of columns, 2 of strips, the second of 33 pixels' third."""
+    x = torch.randn(1, 64, 3, 11).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(40, 64, 3, 3).bfloat16()
+    operation = Emulated("conv3x3", "amx")
+    before = operation.tile_products
+    out = operation(x, weight)
+    assert operation.tile_products - before == 9 * 2 * 2 * 2 * 4
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+    torch.testing.assert_close(out, exact.bfloat16(), atol=0.25, rtol=0.02)
 
 
 @pytest.mark.parametrize("sizes", [(65, 257, 63), (500, 1283, 90), (33, 31, 700)], ids=str)

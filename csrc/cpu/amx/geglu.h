@@ -6,6 +6,7 @@
 
 #include "../../ops/geglu.h"
 #include "linear.h"
+#include "product.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
@@ -22,6 +23,10 @@ struct GatedColumns {
     return {half * args.inner + column, args.inner - column};
   }
 
+  const T* out(int64_t row, int64_t tile) const {
+    return static_cast<const T*>(args.out) + row * args.inner + tile * kTileSide;
+  }
+
   void write(int64_t row, int64_t rows, int64_t tile, const float* sums) const {
     const int64_t column = tile * kTileSide, columns = min_of(kTileSide, args.inner - column);
     const T* bias = static_cast<const T*>(args.bias);
@@ -30,7 +35,7 @@ struct GatedColumns {
     T* out = static_cast<T*>(args.out) + row * args.inner + column;
     for (int64_t r = 0; r < rows; ++r, out += args.inner, sums += kBlock) {
       const Vec gated = (load(sums) + value_bias) * gelu_of(load(sums + kTileSide) + gate_bias);
-      columns == kTileSide ? store(out, gated) : store_first(out, gated, columns);
+      columns == kTileSide ? store_rounded(out, gated) : store_first(out, gated, columns);
     }
   }
 };
@@ -38,7 +43,12 @@ struct GatedColumns {
 // False where AMX does not pay, or a number is beyond what it multiplies like float32.
 template <typename T>
 bool geglu_on_tiles(const GegluArgs& args) {
-  return args.rows >= 64 && args.in_features > 0 && AmxLinear<T, GatedColumns<T>>(GatedColumns<T>{args}).run();
+  if (args.in_features == 0) return false;
+  return args.rows >= 64 && AmxLinear<T, GatedColumns<T>>(GatedColumns<T>{args}).run();
+}
+template <>
+bool geglu_on_tiles<BFloat16>(const GegluArgs& args) {
+  return args.in_features > 0 && run_in_bfloat16(GatedColumns<BFloat16>{args});
 }
 
 }  // namespace

@@ -110,6 +110,18 @@ GAFEXT_INLINE Vec load_up_to(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : count > 0 ? load_first(from, count) : Vec{};
 }
 
+// store(), of bfloat16 in one instruction, which takes subnormal numbers for zero as tile products do.
+template <typename T>
+GAFEXT_INLINE void store_rounded(T* to, Vec v) {
+  store(to, v);
+}
+#if defined(__AVX512BF16__) && !defined(GAFEXT_EMULATOR)
+GAFEXT_INLINE void store_rounded(BFloat16* to, Vec v) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
+  __builtin_memcpy(to, &rounded, sizeof(rounded));
+}
+#endif
+
 // 32 numbers as they lie in memory, what is missing is zero: word i holds numbers 2 i and 2 i + 1.
 GAFEXT_INLINE BitVec load_pairs_up_to(const BFloat16* from, int64_t count) {
   const __mmask32 wanted = count >= kTileDepth ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
@@ -230,6 +242,18 @@ class Spread {
 struct Strips {
   const uint32_t* words;
   int64_t stride;
+
+  GAFEXT_INLINE void advance(int64_t tile_words) { words += tile_words; }
+};
+
+// Strips whose tile i is whole, `offsets[i]` words beyond the strip's first.
+struct ScatteredStrips {
+  const uint32_t* first;
+  int64_t stride;
+  const int64_t* offsets;
+  const uint32_t* words = first + *offsets;
+
+  GAFEXT_INLINE void advance(int64_t) { words = first + *++offsets; }
 };
 
 // What tiles multiply: tile kSums += a left tile times a right one. The intrinsics are macros that want the tiles
@@ -272,8 +296,8 @@ class TermProducts {
   //   turn, Terms = 3   1     2     3     4     5     6        Terms = 2   1     2     3
   //   left              hi    hi    mid   mid   lo    hi                   hi    hi    mid
   //   right             lo    mid   mid   hi    hi    hi                   mid   hi    hi
-  template <int Columns, typename VectorWork>
-  GAFEXT_INLINE void multiply(Strips left, Strips right, int64_t steps, Sum* to, int64_t to_stride,
+  template <int Columns, typename Left = Strips, typename VectorWork>
+  GAFEXT_INLINE void multiply(Left left, Strips right, int64_t steps, Sum* to, int64_t to_stride,
                               VectorWork& vector_work) {
     __asm__ volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
     const auto load_left = [&](int term) __attribute__((always_inline)) {
@@ -305,7 +329,7 @@ class TermProducts {
         load_left(0), add_products(), vector_work();
       }
       if (step == steps) break;
-      left.words += step_words(Terms), right.words += step_words(Terms);
+      left.advance(step_words(Terms)), right.advance(step_words(Terms));
       load_left(0), load_right(Terms - 1), add_products();
     }
     unsaved_ = to;

@@ -1,0 +1,91 @@
+// A picture as AMX tiles take it for a 3x3 convolution: 16 neighbouring pixels are a tile, and so are they moved by a tap.
+//
+//   planes   [groups, copies, rows, line, 16 words]: a group is 64 bytes of channels, and a row of zeros comes before
+//            each picture, after each picture's last, and so between any two
+//
+// A strip is 16 pixels of a picture in their order, of which the last one's may be missing. Where rows are whole strips,
+// there is one copy, with a pixel of zeros before each row and after the last. Elsewhere strips continue in the next row,
+// and there are three copies, moved by -1, 0 and 1 pixels: no product is of a pixel that is not there but in the last
+// strip.
+#pragma once
+
+#include "tiles.h"
+
+#if defined(__AMX_BF16__)
+namespace gafext::GAFEXT_ISA {
+namespace {
+
+struct PictureSize {
+  int64_t batch, height, width;
+};
+
+class TiledPicture {
+ public:
+  static constexpr int64_t kTaps = 9;
+
+  TiledPicture(PictureSize size, int64_t groups)
+      : size_(size),
+        groups_(groups),
+        pixels_(size.height * size.width),
+        strips_(ceil_div(pixels_, kTileSide)),
+        copies_(size.width % kTileSide == 0 ? 1 : 3),
+        line_(copies_ == 1 ? size.width + 1 : size.width),
+        rows_(size.batch * (size.height + 1) + 1),
+        copy_words_((rows_ * line_ + kTileSide) * kTileSide) {}
+
+  int64_t strips() const { return size_.batch * strips_; }
+  int64_t words() const { return groups_ * group_words(); }
+  int64_t group_words() const { return copies_ * copy_words_; }
+
+  int64_t tap_words(int64_t tap) const {
+    const int64_t dy = tap / 3 - 1, dx = tap % 3 - 1;
+    return dy * line_ * kTileSide + (copies_ == 1 ? dx * kTileSide : (dx + 1) * copy_words_);
+  }
+
+  const uint32_t* strip(int64_t strip) const {
+    const int64_t first = strip % strips_ * kTileSide, row = strip / strips_ * (size_.height + 1) + 1;
+    return words_ +
+           (copies_ == 1 ? 1 + (row + first / size_.width) * line_ + first % size_.width : row * line_ + first) *
+               kTileSide;
+  }
+
+  // Of all strips' pixels, the number among all pixels; -1 for one that is missing.
+  int64_t pixel(int64_t row) const {
+    const int64_t strip = row / kTileSide, pixel = strip % strips_ * kTileSide + row % kTileSide;
+    return pixel < pixels_ ? strip / strips_ * pixels_ + pixel : -1;
+  }
+
+  // load(image, y, x, group) gives the 64 bytes of a pixel.
+  template <typename Load>
+  void fill(uint32_t* memory, const Load& load) {
+    words_ = memory;
+    parallel_for(rows_, [&](int64_t, int64_t row) {
+      for (int64_t group = 0; group < groups_; ++group) fill_row(row, group, load);
+    });
+  }
+
+ private:
+  template <typename Load>
+  void fill_row(int64_t row, int64_t group, const Load& load) {
+    const int64_t image = row / (size_.height + 1), y = row % (size_.height + 1) - 1;
+    uint32_t* to = words_ + group * group_words() + row * line_ * kTileSide;
+    for (int64_t copy = 0; copy < copies_; ++copy, to += copy_words_) {
+      const int64_t first = copies_ == 1 ? -1 : copy - 1;               // the x of the line's first pixel
+      const int64_t end = row + 1 < rows_ ? line_ : line_ + kTileSide;  // with what strips read beyond the last row
+      for (int64_t i = 0; i < end; ++i) {
+        const int64_t x = first + i;
+        const bool there = y >= 0 && x >= 0 && x < size_.width;
+        const BitVec words = there ? load(image, y, x, group) : BitVec{};
+        __builtin_memcpy(to + i * kTileSide, &words, sizeof(words));
+      }
+    }
+  }
+
+  const PictureSize size_;
+  const int64_t groups_, pixels_, strips_, copies_, line_, rows_, copy_words_;
+  uint32_t* words_ = nullptr;
+};
+
+}  // namespace
+}  // namespace gafext::GAFEXT_ISA
+#endif
