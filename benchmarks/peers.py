@@ -2,7 +2,8 @@
 
 All have the same random weights and inputs, 2 threads or as many as torch has, and results of [batch,4,size,size].
 torch.compile freezes the weights. OpenVINO gets static shapes; its 8 bits are NNCF's post-training quantization of
-weights and activations with the settings for transformers, and what they leave has the precision that OpenVINO prefers.
+weights and activations with the settings for transformers, and what they leave has the precision that OpenVINO prefers:
+bfloat16 where the processor multiplies it, as gafext's "int8-bfloat16" has.
 """
 
 import copy
@@ -26,7 +27,9 @@ from gafext.models.unet import MultiViewUNet
 
 PEERS = {"openvino": ("openvino", "nncf"), "diffusers": ("diffusers",), "compile": ("diffusers",)}
 """Packages that each needs."""
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "bfloat16", "int8", "int8-bfloat16")
+_PEERS_WITH = {"int8": ("openvino",), "int8-bfloat16": ()}
+"""Which peers have it, where not all have."""
 _CALIBRATION_TIMESTEPS = (981.0, 721.0, 461.0, 201.0)  # one batch of noise at each
 
 
@@ -91,13 +94,14 @@ class Field:
         return self._stock[dtype], self.inputs.to(dtype)
 
     def gafext(self, precision: str) -> Callable[[], Tensor]:
-        if precision == "int8":
+        if precision.startswith("int8"):
             int8.require_supported(torch.device("cpu"))
-        stock, inputs = self.stock("float32" if precision == "int8" else precision)
+        floats = {"int8": "float32", "int8-bfloat16": "bfloat16"}.get(precision, precision)
+        stock, inputs = self.stock(floats)
         with torch.device("meta"):
             network = MultiViewUNet(SD21_UNET).eval()
         network.load_state_dict(stock.unet.state_dict(), assign=True)
-        if precision == "int8":
+        if precision != floats:
             int8.quantize(network)
         return lambda: network(*inputs)
 
@@ -153,7 +157,7 @@ def makers(field: Field, peers: list[str], precisions: list[str]) -> dict[str, C
         (peer, precision)
         for precision in precisions
         for peer in ("gafext", *peers)
-        if precision != "int8" or peer in ("gafext", "openvino")
+        if peer == "gafext" or peer in _PEERS_WITH.get(precision, (peer,))
     ]
     names = {f"{peer} {precision}": (peer, precision) for peer, precision in pairs}
     return {name: maker(name, *pair) for name, pair in names.items()}

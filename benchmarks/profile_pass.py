@@ -108,11 +108,12 @@ def classify(name: str, tensors: list[Tensor], out: Tensor, args: tuple) -> tupl
 def unet_pass(network: str, dtype: str, batch: int, size: int) -> Callable[[], Tensor]:
     """Build a U-Net of SD 2.1's size with random weights, and return its pass of [batch,C,size,size] latents."""
     config = {"sd21": SD21_UNET, "multiview": SD21_MULTIVIEW_UNET}[network]
-    if dtype == "int8":
+    in_8_bits = dtype.startswith("int8")
+    if in_8_bits:
         int8.require_supported(torch.device("cpu"))
-    float_dtype = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    float_dtype = getattr(torch, {"int8": "float32", "int8-bfloat16": "bfloat16"}.get(dtype, dtype))
     unet = random_network(MultiViewUNet, config, torch.device("cpu"), float_dtype)
-    if dtype == "int8":
+    if in_8_bits:
         int8.quantize(unet)
     generator = torch.Generator().manual_seed(0)
 
@@ -208,7 +209,7 @@ def table(result: dict, most: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=("sd21", "multiview"), default="sd21")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8", "int8-bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=32, help="of the latents")
     parser.add_argument("--rounds", type=int, default=7)

@@ -78,21 +78,22 @@ inline void check_weight_and_bias(const char* op, const Tensor& x, const Tensor&
   if (bias) check_same_kind(op, {"x", x}, {"bias", *bias});
 }
 
-// Vectors with a number for each output of a weight whose own dtype is another one.
+// Vectors with a number for each output of a weight of 8 bits. The scale is float32, of float64 x float64.
 inline void check_per_channel(const char* op, const Tensor& x, const Tensor& weight, const Tensor& scale,
                               const std::optional<Tensor>& bias) {
   const auto check = [&](const Named& vector) {
     require(vector.tensor.dim() == 1 && vector.tensor.size(0) == weight.size(0), op, ": ", vector.name,
             " must have shape (", weight.size(0), ",) to go with weight ", shape_of(weight), ", got ",
             shape_of(vector.tensor));
-    check_same_kind(op, {"x", x}, vector);
+    require(vector.tensor.device() == x.device(), op, ": ", vector.name, " must be on the device of x");
   };
   check({"scale", scale});
-  if (bias) check({"bias", *bias});
-}
-
-inline void check_float32(const char* op, const Tensor& tensor) {
-  require(tensor.scalar_type() == ScalarType::Float, op, ": dtype must be float32, got ", dtype_name(tensor));
+  const ScalarType wanted = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  require(scale.scalar_type() == wanted, op, ": scale must have dtype ",
+          wanted == ScalarType::Double ? "float64" : "float32", ", got ", dtype_name(scale));
+  if (!bias) return;
+  check({"bias", *bias});
+  check_same_kind(op, {"x", x}, {"bias", *bias});
 }
 
 inline void check_equal_shape(const char* op, const Named& first, const Named& other) {

@@ -12,7 +12,36 @@ inline void check_convolution(const char* op, const Tensor& x, const Tensor& wei
           shape_of(weight));
 }
 
+inline void check_addends(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual) {
+  const int64_t batch = x.size(0), channels = weight.size(0);
+  if (bias) {
+    require(bias->dim() >= 1 && bias->dim() <= 2 && bias->size(bias->dim() - 1) == channels &&
+                (bias->dim() == 1 || bias->size(0) == batch),
+            op, ": bias must have shape (", channels, ",) or (", batch, ", ", channels, ") to go with x ", shape_of(x),
+            " and weight ", shape_of(weight), ", got ", shape_of(*bias));
+    check_same_kind(op, {"x", x}, {"bias", *bias});
+  }
+  if (residual) {
+    require(residual->dim() == 4 && residual->size(0) == batch && residual->size(1) == channels &&
+                residual->size(2) == x.size(2) && residual->size(3) == x.size(3),
+            op, ": residual must have shape (", batch, ", ", channels, ", ", x.size(2), ", ", x.size(3),
+            ") to go with x ", shape_of(x), " and weight ", shape_of(weight), ", got ", shape_of(*residual));
+    check_same_kind(op, {"x", x}, {"residual", *residual});
+  }
+}
+
 inline PixelStrides pixel_strides(const Tensor& image) { return {image.stride(0), image.stride(2), image.stride(3)}; }
+
+// Sets all of bias and residual but the bias's memory.
+template <typename Args>
+void set_addends(const char* op, Args& args, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual) {
+  if (bias && bias->dim() == 2) args.bias_stride = bias->size(1);
+  if (!residual) return;
+  check_channels_last(op, {"residual", *residual});
+  args.residual = residual->const_data_ptr();
+  args.residual_stride = pixel_strides(*residual);
+}
 
 // Calls kernel(args) with the tensors' memory in `args`, and returns its output.
 template <typename Args, typename Kernel>

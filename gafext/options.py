@@ -17,6 +17,7 @@ EXIT_CODES = "exit codes: 0 success, 1 unusable input, 2 invalid command line, 1
 EVAL_STEPS = 25
 _LEVELS = ("debug", "info", "warning", "error")
 _DTYPES = ("float32", "float16", "bfloat16")
+_IN_8_BITS = ("int8", "int8-bfloat16")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,9 +149,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--strength", type=float, default=1.0, metavar="S", help="fraction of the steps run on the renders; default: 1")
     add(
         "--dtype",
-        choices=(*_DTYPES, "int8"),
-        help="dtype of weights and activations; int8: only the U-Net's wide layers, on a CPU; default: float32, or "
-        "int8 if the checkpoint was saved so",
+        choices=(*_DTYPES, *_IN_8_BITS),
+        help="dtype of weights and activations; int8: only the U-Net's wide layers, on a CPU; int8-bfloat16: with "
+        "bfloat16 for the rest; default: float32, or int8 if the checkpoint was saved so",
     )
     add("--backend", choices=BACKENDS, default="auto", help="backend of attention and GEGLU; default: auto")
     add("--profile", action="store_true", help="print time and peak memory of each stage, and add them to run.json")
@@ -190,7 +191,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     add("--port", type=int, default=7860, metavar="N", help="port to listen on; default: 7860")
     add("--max-upload", type=float, default=10, metavar="MB", help="largest portrait file, in megabytes; default: 10")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
-    add("--dtype", choices=(*_DTYPES, "int8"), help="as of generate")
+    add("--dtype", choices=(*_DTYPES, *_IN_8_BITS), help="as of generate")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:

@@ -7,11 +7,11 @@
 // where |G|_p and |B|_p, constants of a point p, are the largest that the transforms make of 1, and max|d| is that of
 // a tile. Products of a slice of kChannels channels then fit 32 bits. Sums of slices are float32.
 //
-// A word holds the channels c and c + kLanes, so that vectors of channels need no shuffle. For AMX (amx/int16.h) the
-// upper and lower bytes of two words change places to become words of their own.
+// A word holds the channels c and c + kLanes, so that vectors of channels need no shuffle. With AMX,
+// amx/conv3x3_int8.h convolves directly.
 #include "../ops/conv3x3_int8.h"
 
-#include "amx/int16.h"
+#include "amx/conv3x3_int8.h"
 #include "conv3x3_winograd.h"
 #include "integers.h"
 
@@ -29,15 +29,6 @@ constexpr float kInputNorm[kIn] = {kA2 * kB2 + kA2 + kB2 + 1, (1 + kB2) * (1 + k
 constexpr float kNormAtA = (1 + kA + kA2) / (2 * kA2 * (kB2 - kA2)),
                 kNormAtB = (1 + kB + kB2) / (2 * kB2 * (kB2 - kA2));
 constexpr float kWeightNorm[kIn] = {1 / (kA2 * kB2), kNormAtA, kNormAtA, kNormAtB, kNormAtB, 1};
-
-// Whether the products run on AMX tiles, which take upper and lower bytes apart.
-bool on_tiles() {
-#if defined(__AMX_INT8__)
-  return has_amx_int8();
-#else
-  return false;
-#endif
-}
 
 // One thread's memory.
 struct Scratch {
@@ -58,30 +49,33 @@ GAFEXT_INLINE BitVec words_of(Vec low, Vec high, Vec factor) {
   return (bit_cast<BitVec>(low * factor + kShift) & 0xffff) | (bit_cast<BitVec>(high * factor + kShift) << 16);
 }
 
+template <typename T>
 struct Tile {
-  const float* from;
+  const T* from;
   int64_t y, x;
   bool inside;
 
   Tile(const Conv3x3Int8Args& args, const Plan& plan, int64_t tile) {
     const int64_t image = tile / (plan.tiles_y * plan.tiles_x);
     y = tile / plan.tiles_x % plan.tiles_y * kOut - 1, x = tile % plan.tiles_x * kOut - 1;
-    from = args.x + image * args.x_stride.image + y * args.x_stride.row + x * args.x_stride.column;
+    from =
+        static_cast<const T*>(args.x) + image * args.x_stride.image + y * args.x_stride.row + x * args.x_stride.column;
     inside = y >= 0 && x >= 0 && y + kIn <= args.height && x + kIn <= args.width;
   }
 };
 
 // max|d| of the tile's inputs; NaN where one is not finite, or too large for the transforms.
-float largest_of(const Conv3x3Int8Args& args, const Tile& tile) {
+template <typename T>
+float largest_of(const Conv3x3Int8Args& args, const Tile<T>& tile) {
   IntVec most[4] = {};
   for (int64_t i = max_of(0, -tile.y); i < min_of(kIn, args.height - tile.y); ++i) {
     for (int64_t j = max_of(0, -tile.x); j < min_of(kIn, args.width - tile.x); ++j) {
-      const float* at = tile.from + i * args.x_stride.row + j * args.x_stride.column;
+      const T* at = tile.from + i * args.x_stride.row + j * args.x_stride.column;
       int64_t c = 0;
       for (; c + 4 * kLanes <= args.in_channels; c += 4 * kLanes) {
         GAFEXT_UNROLL
         for (int v = 0; v < 4; ++v) {
-          const IntVec bits = load_bits<IntVec>(at + c + v * kLanes) & 0x7fffffff;
+          const IntVec bits = bit_cast<IntVec>(load(at + c + v * kLanes)) & 0x7fffffff;
           most[v] = bits > most[v] ? bits : most[v];
         }
       }
@@ -98,14 +92,15 @@ float largest_of(const Conv3x3Int8Args& args, const Tile& tile) {
   return bits < bit_cast<int32_t>(kHuge) ? bit_cast<float>(bits) : __builtin_nanf("");
 }
 
-GAFEXT_INLINE void transform(const Conv3x3Int8Args& args, const Tile& tile, int64_t channel, Vec (&v)[kIn][kIn]) {
+template <typename T>
+GAFEXT_INLINE void transform(const Conv3x3Int8Args& args, const Tile<T>& tile, int64_t channel, Vec (&v)[kIn][kIn]) {
   const int64_t lanes = max_of(0, min_of(kLanes, args.in_channels - channel));
   Vec columns[kIn][kIn];
   for (int j = 0; j < kIn; ++j) {
     Vec d[kIn], column[kIn];
     GAFEXT_UNROLL
     for (int i = 0; i < kIn; ++i) {
-      const float* at = tile.from + i * args.x_stride.row + j * args.x_stride.column + channel;
+      const T* at = tile.from + i * args.x_stride.row + j * args.x_stride.column + channel;
       const int64_t y = tile.y + i, x = tile.x + j;
       const bool there = tile.inside || (y >= 0 && y < args.height && x >= 0 && x < args.width);
       d[i] = !there ? Vec{} : lanes == kLanes ? load(at) : load_first(at, lanes);
@@ -118,8 +113,9 @@ GAFEXT_INLINE void transform(const Conv3x3Int8Args& args, const Tile& tile, int6
 }
 
 // The transformed input of one tile: to[depth, point, 0, :], where a depth has plan.block tiles. Returns max|d|.
+template <typename T>
 float transform_tile(const Conv3x3Int8Args& args, const Plan& plan, int64_t number, uint32_t* to) {
-  const Tile tile(args, plan, number);
+  const Tile<T> tile(args, plan, number);
   const float largest = largest_of(args, tile), factor = largest > kTiny ? kLimit / largest : 0.0f;
   for (int64_t c = 0; c < args.in_channels; c += kGroup) {
     Vec low[kIn][kIn], high[kIn][kIn];
@@ -135,12 +131,6 @@ float transform_tile(const Conv3x3Int8Args& args, const Plan& plan, int64_t numb
       }
     }
   }
-#if defined(__AMX_INT8__)
-  if (on_tiles()) {
-    const int64_t rows = plan.depths * kPoints;
-    for (int64_t i = 0; i < rows; ++i, to += plan.block * kDepth) separate_bytes(to, to + kLanes);
-  }
-#endif
   return largest;
 }
 
@@ -200,37 +190,6 @@ void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t words, float* c
   }
 }
 
-#if defined(__AMX_INT8__)
-// Of the transformed weights, of which `words` words are there; the rest become zero.
-void separate_weight_bytes(int64_t words, const Scratch& scratch) {
-  for (int64_t point = 0; point < kPoints; ++point) {
-    uint32_t *upper = scratch.weight + point * kPointStride, *lower = upper + kTileSide * kColumns;
-    for (int64_t i = 0; i < kTileSide * kColumns; i += kLanes) {
-      if (words <= kTileSide) store(reinterpret_cast<float*>(lower + i), Vec{});
-      separate_bytes(upper + i, lower + i);
-    }
-  }
-}
-
-// multiply_slice, below, on tiles.
-void multiply_slice_on_tiles(const Plan& plan, const uint32_t* input, int64_t tiles, bool first, Prefetcher next,
-                             const Scratch& scratch) {
-  static_assert(kPanel == kColumns && 2 * kTileSide == kDepth);
-  const TileState tiles_are_ours;
-  Int16Products products;
-  for (int64_t point = 0; point < kPoints; ++point) {
-    for (int64_t row = point * plan.block; row < point * plan.block + tiles; row += kTileSide) {
-      for (int64_t column = 0; column < kColumns; column += kTileSide) {
-        next.fetch();
-        products.multiply(input + row * kDepth, kDepth, scratch.weight + point * kPointStride + column, kColumns,
-                          scratch.products + row * kColumns + column, kColumns, !first);
-      }
-    }
-  }
-  products.finish();
-}
-#endif
-
 // products (+)= the 36 matrix products of one slice. `next` are the weights of the slice after it. Register tiles are
 // whole: the rows beyond `tiles` are scratch that nothing reads.
 void multiply_slice(const Plan& plan, const uint32_t* input, int64_t tiles, int64_t words, bool first, Prefetcher next,
@@ -252,12 +211,17 @@ void multiply_slice(const Plan& plan, const uint32_t* input, int64_t tiles, int6
 }
 
 // Output channels [column, column + count) of tile `tile`, whose products lie at row `row` of the block.
+template <typename T>
 void write_tile(const Conv3x3Int8Args& args, const Plan& plan, int64_t tile, int64_t row, float largest, int64_t column,
                 int64_t count, const Scratch& scratch) {
   const int64_t image = tile / (plan.tiles_y * plan.tiles_x);
   const int64_t y = tile / plan.tiles_x % plan.tiles_y * kOut, x = tile % plan.tiles_x * kOut;
   const int64_t rows = min_of(kOut, args.height - y), columns = min_of(kOut, args.width - x);
-  float* out = args.out + ((image * args.height + y) * args.width + x) * args.out_channels + column;
+  const PixelStrides& stride = args.residual_stride;
+  const T* biases = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + image * args.bias_stride;
+  const T* residual = static_cast<const T*>(args.residual);
+  if (residual != nullptr) residual += image * stride.image + y * stride.row + x * stride.column + column;
+  T* out = static_cast<T*>(args.out) + ((image * args.height + y) * args.width + x) * args.out_channels + column;
   for (int64_t c = 0; c < count; c += kLanes) {
     const int64_t lanes = min_of(kLanes, count - c);
     Vec half[kOut][kIn];
@@ -274,13 +238,17 @@ void write_tile(const Conv3x3Int8Args& args, const Plan& plan, int64_t tile, int
       for (int i = 0; i < kOut; ++i) half[i][j] = y_half[i];
     }
     const Vec scale = largest * load_first(args.scale + column + c, lanes);
-    const Vec bias = args.bias ? load_first(args.bias + column + c, lanes) : Vec{};
+    const Vec bias = biases != nullptr ? load_first(biases + column + c, lanes) : Vec{};
     for (int64_t i = 0; i < rows; ++i) {
       Vec v[kOut];
       transform_output(half[i], v);
-      float* to = out + i * args.width * args.out_channels + c;
+      T* to = out + i * args.width * args.out_channels + c;
       for (int64_t j = 0; j < columns; ++j, to += args.out_channels) {
-        const Vec value = v[j] * scale + bias;
+        Vec value = v[j] * scale + bias;
+        if (residual != nullptr) {
+          const T* from = residual + i * stride.row + j * stride.column + c;
+          value += lanes == kLanes ? load(from) : load_first(from, lanes);
+        }
         if (lanes == kLanes) {
           store(to, value);
         } else {
@@ -292,6 +260,7 @@ void write_tile(const Conv3x3Int8Args& args, const Plan& plan, int64_t tile, int
 }
 
 // One unit: `tiles` tiles from `first` on, output channels from `column` on.
+template <typename T>
 void convolve(const Conv3x3Int8Args& args, const Plan& plan, const uint32_t* input, const float* largest, int64_t first,
               int64_t tiles, int64_t column, const Scratch& scratch) {
   const int64_t count = min_of(kColumns, args.out_channels - column);
@@ -304,24 +273,15 @@ void convolve(const Conv3x3Int8Args& args, const Plan& plan, const uint32_t* inp
                           min_of(kChannels, args.in_channels - after) * kTaps, calls);
     const uint32_t* slice = input + channel / kChannels * kPoints * plan.block * kDepth;
     const int64_t words = round_up(depth, kGroup) / 2;
-#if defined(__AMX_INT8__)
-    if (on_tiles()) {
-      separate_weight_bytes(words, scratch);
-      multiply_slice_on_tiles(plan, slice, tiles, channel == 0, next, scratch);
-      continue;
-    }
-#endif
     multiply_slice(plan, slice, tiles, words, channel == 0, next, scratch);
   }
   for (int64_t tile = 0; tile < tiles; ++tile)
-    write_tile(args, plan, first + tile, tile, largest[tile], column, count, scratch);
+    write_tile<T>(args, plan, first + tile, tile, largest[tile], column, count, scratch);
 }
 
-}  // namespace
-
-void conv3x3_int8(const Conv3x3Int8Args& args) {
-  if (args.batch * args.height * args.width * args.out_channels == 0) return;
-  const Plan plan(args, kChannels, on_tiles() ? 16 : kTileRows);
+template <typename T>
+void convolve_all(const Conv3x3Int8Args& args) {
+  const Plan plan(args, kChannels);
   const int64_t most = round_up(plan.superblock * plan.block, kLanes);
   float* input = scratch(plan.input_floats + most + max_threads() * plan.thread_floats);
   float *largest = input + plan.input_floats, *memory = largest + most;
@@ -331,15 +291,31 @@ void conv3x3_int8(const Conv3x3Int8Args& args) {
     const int64_t tiles = min_of(plan.superblock * plan.block, plan.tiles - first);
     parallel_for(tiles, [&](int64_t, int64_t tile) {
       float* to = input + tile / plan.block * block_floats + tile % plan.block * kDepth;
-      largest[tile] = transform_tile(args, plan, first + tile, reinterpret_cast<uint32_t*>(to));
+      largest[tile] = transform_tile<T>(args, plan, first + tile, reinterpret_cast<uint32_t*>(to));
     });
     parallel_for(ceil_div(tiles, plan.block) * plan.columns, [&](int64_t thread, int64_t unit) {
       const int64_t block = unit / plan.columns, begin = block * plan.block;
-      convolve(args, plan, reinterpret_cast<uint32_t*>(input + block * block_floats), largest + begin, first + begin,
-               min_of(plan.block, tiles - begin), unit % plan.columns * kColumns,
-               Scratch(plan, memory + thread * plan.thread_floats));
+      convolve<T>(args, plan, reinterpret_cast<uint32_t*>(input + block * block_floats), largest + begin, first + begin,
+                  min_of(plan.block, tiles - begin), unit % plan.columns * kColumns,
+                  Scratch(plan, memory + thread * plan.thread_floats));
     });
   }
+}
+
+}  // namespace
+
+void conv3x3_int8(const Conv3x3Int8Args& args) {
+  if (args.batch * args.height * args.width * args.out_channels == 0) return;
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+#if defined(__AMX_INT8__)
+    if (args.taps_first) {
+      Conv3x3InInt8<T> problem(args);
+      return TileProduct(problem).run();
+    }
+#endif
+    convolve_all<T>(args);
+  });
 }
 
 }  // namespace gafext::GAFEXT_ISA

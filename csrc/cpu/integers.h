@@ -173,12 +173,13 @@ GAFEXT_INLINE IntVec round_to_int(Vec x) {
   return bit_cast<IntVec>(x + kShift) - bit_cast<int32_t>(kShift);
 }
 
-// How a row of float32 is rounded: q = x factor, and q stands for q scale, with |q| <= 127. For a row with an infinity or
+// How a row is rounded: q = x factor, and q stands for q scale, with |q| <= 127. For a row with an infinity or
 // NaN the scale is NaN, and so is the result.
 struct RowScale {
   float scale, factor;
 
-  RowScale(const float* x, int64_t count) {
+  template <typename T>
+  RowScale(const T* x, int64_t count) {
     IntVec most{};  // of the magnitudes, as integers: NaN is above infinity
     const auto add = [&](Vec v) {
       const IntVec magnitude = bit_cast<IntVec>(v) & 0x7fffffff;

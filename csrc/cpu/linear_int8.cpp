@@ -44,7 +44,7 @@ struct Plan {
   }
 };
 
-template <Products kind>
+template <Products kind, typename T>
 class Product {
   static constexpr int64_t kNumbers = per_word(kind);
   static constexpr int64_t kWords = kDepth / kNumbers;  // of a slice
@@ -72,7 +72,7 @@ class Product {
 
  private:
   void round_row(int64_t row) const {
-    const float* x = args_.x + row * args_.x_stride;
+    const T* x = static_cast<const T*>(args_.x) + row * args_.x_stride;
     const int64_t count = args_.in_features;
     const RowScale of_row(x, count);
     scales_[row] = of_row.scale;
@@ -116,7 +116,7 @@ class Product {
     auto* scale = reinterpret_cast<float*>(weight);  // and the bias; the weights are done with
     copy_row(scale, args_.scale + column, count);
     if (args_.bias != nullptr) {
-      copy_row(scale + kColumns, args_.bias + column, count);
+      copy_row(scale + kColumns, static_cast<const T*>(args_.bias) + column, count);
     } else {
       for (int64_t c = 0; c < kColumns; ++c) scale[kColumns + c] = 0.0f;
     }
@@ -157,7 +157,7 @@ class Product {
   void write(int64_t row, int64_t column, int64_t count, const int32_t* sums, const int32_t* column_sums,
              const float* scale) const {
     const float *bias = scale + kColumns, of_row = scales_[row];
-    float* out = args_.out + row * args_.out_features + column;
+    T* out = static_cast<T*>(args_.out) + row * args_.out_features + column;
     for (int64_t c = 0; c < count; c += kLanes, sums += kLanes) {
       IntVec sum = load_bits<IntVec>(sums);
       if constexpr (kShift != 0) sum -= kShift * load_bits<IntVec>(column_sums + c);
@@ -173,24 +173,29 @@ class Product {
   uint32_t* threads_;  // [thread_words] each
 };
 
+template <typename T>
+void multiply(const LinearInt8Args& args) {
+#if defined(__AMX_INT8__)
+  if (args.rows >= kFewestTileRows && args.in_features > 0 && has_amx_int8()) return LinearInt8OnTiles<T>(args).run();
+#endif
+#if defined(__AVX512F__)
+  if (has_vnni()) return Product<Products::kQuadsVnni, T>(args).run();
+#endif
+#if defined(__aarch64__)
+  if (has_dot_products()) return Product<Products::kSignedQuads, T>(args).run();
+#endif
+#if defined(__AVX2__) || defined(__aarch64__)
+  Product<Products::kPairs, T>(args).run();
+#else
+  Product<Products::kQuads, T>(args).run();  // as slow as the plain code that it is; it tests what VNNI runs
+#endif
+}
+
 }  // namespace
 
 void linear_int8(const LinearInt8Args& args) {
   if (args.rows * args.out_features == 0) return;
-#if defined(__AMX_INT8__)
-  if (args.rows >= kBlock && args.in_features > 0 && has_amx_int8()) return LinearInt8OnTiles(args).run();
-#endif
-#if defined(__AVX512F__)
-  if (has_vnni()) return Product<Products::kQuadsVnni>(args).run();
-#endif
-#if defined(__aarch64__)
-  if (has_dot_products()) return Product<Products::kSignedQuads>(args).run();
-#endif
-#if defined(__AVX2__) || defined(__aarch64__)
-  Product<Products::kPairs>(args).run();
-#else
-  Product<Products::kQuads>(args).run();  // as slow as the plain code that it is; it tests what VNNI runs
-#endif
+  with_element_type(args.dtype, [&](auto element) { multiply<decltype(element)>(args); });
 }
 
 }  // namespace gafext::GAFEXT_ISA

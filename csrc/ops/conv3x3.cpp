@@ -14,39 +14,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
   m.def("conv3x3_input_gradient(Tensor grad, Tensor weight) -> Tensor");
 }
 
-void check_addends(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual) {
-  const int64_t batch = x.size(0), channels = weight.size(0);
-  check_same_kind(op, {"x", x}, {"weight", weight});
-  if (bias) {
-    require(bias->dim() >= 1 && bias->dim() <= 2 && bias->size(bias->dim() - 1) == channels &&
-                (bias->dim() == 1 || bias->size(0) == batch),
-            op, ": bias must have shape (", channels, ",) or (", batch, ", ", channels, ") to go with x ", shape_of(x),
-            " and weight ", shape_of(weight), ", got ", shape_of(*bias));
-    check_same_kind(op, {"x", x}, {"bias", *bias});
-  }
-  if (residual) {
-    require(residual->dim() == 4 && residual->size(0) == batch && residual->size(1) == channels &&
-                residual->size(2) == x.size(2) && residual->size(3) == x.size(3),
-            op, ": residual must have shape (", batch, ", ", channels, ", ", x.size(2), ", ", x.size(3),
-            ") to go with x ", shape_of(x), " and weight ", shape_of(weight), ", got ", shape_of(*residual));
-    check_same_kind(op, {"x", x}, {"residual", *residual});
-  }
-}
-
 Tensor conv3x3_on_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                       std::optional<Tensor> residual) {
   const char* op = "conv3x3";
   check_convolution(op, x, weight);
+  check_same_kind(op, {"x", x}, {"weight", weight});
   check_addends(op, x, weight, bias, residual);
   Conv3x3Args args{};
   args.dtype = check_dtype(op, x);
-  if (bias && bias->dim() == 2) args.bias_stride = bias->size(1);
-  if (residual) {
-    check_channels_last(op, {"residual", *residual});
-    args.residual = residual->const_data_ptr();
-    args.residual_stride = pixel_strides(*residual);
-  }
+  set_addends(op, args, bias, residual);
   return convolve(op, args, x, weight, weight.size(0), bias, cpu::conv3x3);
 }
 

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from gafext.models.blocks import Conv2d, Conv3x3, MultiViewSpatialTransformer
 from gafext.models.int8_conv import Int8Conv3x3, Int8PatchConv
+from gafext.ops.backend import prefer
 from gafext.ops.conv3x3 import FEW_CHANNELS
-from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
+from gafext.ops.linear_int8 import geglu_int8, linear_int8, quantize_weight, slower_than_float32
 from gafext.weights import WeightFile
 
+IN_8_BITS: dict[str, torch.dtype | None] = {"int8": None, "int8-bfloat16": torch.bfloat16}
+"""Names of the dtypes in 8 bits, and what the rest has; None: float32, or as the checkpoint was saved."""
 QUANTIZATION = {"quantization_config": {"quant_method": "gafext_int8"}}
 """What `config.json` says of a network with 8-bit layers, under the key that diffusers refuses unknown methods by."""
 
@@ -42,12 +45,20 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [...,in_features] float32 to [...,out_features]."""
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"int8 linear layer: expected float32 on the CPU, got {x.dtype} on {x.device}")
+        """Map [...,in_features] to [...,out_features]."""
+        self._check(x)
+        return linear_int8(x, self.weight, self.scale, self.bias)
+
+    def geglu(self, x: Tensor, *, backend: str = "auto") -> Tensor:
+        """Map [...,in_features] to [...,out_features/2], the first half times the GELU of the second."""
+        self._check(x)
+        return geglu_int8(x, self.weight, self.scale, self.bias, backend=prefer(backend))
+
+    def _check(self, x: Tensor) -> None:
+        if x.device.type != "cpu":
+            raise ValueError(f"int8 linear layer: expected an input on the CPU, got {x.device}")
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("int8 linear layer: expected an input without gradient, got one that needs it")
-        return linear_int8(x, self.weight, self.scale, self.bias)
 
 
 _LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -77,10 +88,12 @@ def quantize(network: nn.Module) -> int:
     """Put a U-Net's linear layers and convolutions in 8-bit integers, in place.
 
     They are the linear layers of the transformers (`quantize_transformers`) and the convolutions of at least 128
-    channels on both sides (`quantize_convolutions`); the rest stays float32.
+    channels on both sides (`quantize_convolutions`), but for the last stage's residual blocks, whose rounding nothing
+    after them averages out: of a stock U-Net of SD 2.1 they make a fifth of the error and 1 % of the time. The rest
+    stays as it is.
 
     Args:
-        network: float32, on the CPU.
+        network: float32 or bfloat16, on the CPU.
 
     Returns:
         Number of replaced layers.
@@ -88,7 +101,9 @@ def quantize(network: nn.Module) -> int:
     Raises:
         ValueError: as for `quantize_transformers`.
     """
-    return quantize_transformers(network) + quantize_convolutions(network)
+    blocks = getattr(network, "up_blocks", None)
+    last = "" if blocks is None else f"up_blocks.{len(blocks) - 1}.resnets."
+    return quantize_transformers(network) + quantize_convolutions(network, without=last)
 
 
 def quantize_transformers(network: nn.Module) -> int:
@@ -97,35 +112,37 @@ def quantize_transformers(network: nn.Module) -> int:
     The time embedding, the convolutions and the image projection are not changed.
 
     Args:
-        network: float32, on the CPU.
+        network: float32 or bfloat16, on the CPU.
 
     Returns:
         Number of replaced layers.
 
     Raises:
-        ValueError: the device or the processor does not support it, or the weights are not float32.
+        ValueError: the device or the processor does not support it, or the weights are neither float32 nor bfloat16.
     """
     parameter = next(network.parameters())
     require_supported(parameter.device)
-    if parameter.dtype != torch.float32:
-        raise ValueError(f"quantize_transformers: expected float32 weights, got {parameter.dtype}")
+    if parameter.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"quantize_transformers: expected float32 or bfloat16 weights, got {parameter.dtype}")
     transformers = [module for module in network.modules() if isinstance(module, MultiViewSpatialTransformer)]
     return sum(_replace(transformer, lambda _, layer: type(layer) is nn.Linear) for transformer in transformers)
 
 
-def quantize_convolutions(network: nn.Module, *, min_channels: int = FEW_CHANNELS) -> int:
+def quantize_convolutions(network: nn.Module, *, min_channels: int = FEW_CHANNELS, without: str = "") -> int:
     """Replace the convolutions of at least `min_channels` on both sides by their 8-bit forms, in place.
 
     Args:
-        network: float32.
+        network: float32 or bfloat16.
         min_channels: below 128 the kernel for 3×3 convolutions is slower than float32's.
+        without: convolutions whose path begins so stay as they are; "": none.
 
     Returns:
         Number of replaced layers.
     """
 
-    def is_wide(_: str, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Conv2d) and min(layer.weight.shape[:2]) >= min_channels
+    def is_wide(path: str, layer: nn.Module) -> bool:
+        stays = bool(without) and path.startswith(without)
+        return isinstance(layer, nn.Conv2d) and not stays and min(layer.weight.shape[:2]) >= min_channels
 
     return _replace(network, is_wide)
 
@@ -168,6 +185,14 @@ def replace_stored(network: nn.Module, file: WeightFile, *, dtype: torch.dtype |
 def is_quantized(network: nn.Module) -> bool:
     """Return whether a network has layers in 8-bit integers, and so can be neither moved nor converted."""
     return any(isinstance(module, (Int8Linear, Int8Conv3x3, Int8PatchConv)) for module in network.modules())
+
+
+def dtype_name(network: nn.Module) -> str:
+    """Return the name that `from_pretrained` knows a network's dtype by."""
+    floats = str(next(network.parameters()).dtype).removeprefix("torch.")
+    if not is_quantized(network):
+        return floats
+    return "int8" if floats == "float32" else f"int8-{floats}"
 
 
 def require_floats(network: nn.Module, name: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gafext.models.blocks import Conv3x3
 from gafext.ops import conv3x3_int8, linear_int8
 from gafext.ops.backend import prefer
+from gafext.ops.conv3x3_int8 import prefers_channels_last
 from gafext.ops.linear_int8 import quantize_weight
 
 
@@ -35,9 +37,10 @@ class Int8Conv3x3(nn.Module):
 
     def forward(self, x: Tensor, *, addend: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Convolve [B,Cin,h,w] to [B,Cout,h,w], and add `addend` [B,Cout] and `residual` [B,Cout,h,w]."""
-        out = conv3x3_int8(x, self.weight, self.scale, self.bias, backend=prefer(self.attention_backend))
-        out = out if addend is None else out + addend[:, :, None, None]
-        return out if residual is None else residual + out
+        if self.weight.is_contiguous() and prefers_channels_last(self.weight):
+            self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # once: the kernel would copy it
+        bias = self.bias if addend is None else addend if self.bias is None else addend + self.bias
+        return conv3x3_int8(x, self.weight, self.scale, bias, residual, backend=prefer(self.attention_backend))
 
 
 class Int8PatchConv(nn.Module):

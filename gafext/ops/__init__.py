@@ -14,7 +14,7 @@ from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu, geglu_gate
 from gafext.ops.group_norm_silu import group_norm_silu
 from gafext.ops.linear import linear
-from gafext.ops.linear_int8 import linear_int8
+from gafext.ops.linear_int8 import geglu_int8, linear_int8
 
 __all__ = [
     "conv3x3",
@@ -23,6 +23,7 @@ __all__ = [
     "flash_attention",
     "geglu",
     "geglu_gate",
+    "geglu_int8",
     "group_norm_silu",
     "linear",
     "linear_int8",

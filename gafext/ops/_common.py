@@ -81,17 +81,21 @@ def check_per_channel(op: str, x: Tensor, weight: Tensor, scale: Tensor, bias: T
                 op,
                 lambda name=name, got=got: f"{name} must have shape ({channels},) to go with weight {shape}, got {got}",
             )
-            check_same_kind(op, "x", x, name, vector)
+            require(vector.device == x.device, op, lambda name=name: f"{name} must be on the device of x")
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    require(
+        scale.dtype == wanted,
+        op,
+        lambda: f"scale must have dtype {str(wanted).removeprefix('torch.')}, got {dtype_name(scale)}",
+    )
+    if bias is not None:
+        check_same_kind(op, "x", x, "bias", bias)
 
 
 def dtype_reasons(tensor: Tensor) -> list[str]:
     if tensor.dtype in KERNEL_DTYPES:
         return []
     return [f"dtype must be float32, float16 or bfloat16, got {dtype_name(tensor)}"]
-
-
-def float32_reasons(tensor: Tensor) -> list[str]:
-    return [] if tensor.dtype == torch.float32 else [f"dtype must be float32, got {dtype_name(tensor)}"]
 
 
 def is_slow_half(tensor: Tensor) -> bool:

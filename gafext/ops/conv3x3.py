@@ -127,24 +127,29 @@ def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
 def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
     """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     check_shapes(_OP, x, weight)
+    _common.check_same_kind(_OP, "x", x, "weight", weight)
+    check_addends(_OP, x, weight, bias, residual)
+
+
+def check_addends(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Raise a ValueError that begins with `op` for a bias or a residual that does not match."""
     batch, channels = x.shape[0], weight.shape[0]
     sizes = f"to go with x {tuple(x.shape)} and weight {tuple(weight.shape)}"
-    _common.check_same_kind(_OP, "x", x, "weight", weight)
     if bias is not None:
         _common.require(
             bias.shape in ((channels,), (batch, channels)),
-            _OP,
+            op,
             lambda: f"bias must have shape ({channels},) or ({batch}, {channels}) {sizes}, got {tuple(bias.shape)}",
         )
-        _common.check_same_kind(_OP, "x", x, "bias", bias)
+        _common.check_same_kind(op, "x", x, "bias", bias)
     if residual is not None:
         shape = (batch, channels, *x.shape[2:])
         _common.require(
             residual.shape == shape,
-            _OP,
+            op,
             lambda: f"residual must have shape {shape} {sizes}, got {tuple(residual.shape)}",
         )
-        _common.check_same_kind(_OP, "x", x, "residual", residual)
+        _common.check_same_kind(op, "x", x, "residual", residual)
 
 
 def check_shapes(op: str, x: Tensor, weight: Tensor) -> None:
@@ -164,19 +169,19 @@ def check_shapes(op: str, x: Tensor, weight: Tensor) -> None:
 def _fake(x, weight, bias=None, residual=None):
     check_conv3x3(x, weight, bias, residual)
     if residual is not None:
-        _check_channels_last(_OP, "residual", residual)
+        check_channels_last(_OP, "residual", residual)
     return fake_result(_OP, x, weight, _common.dtype_reasons(x))
 
 
 def fake_result(op: str, x: Tensor, weight: Tensor, dtype_reasons: list[str], name: str = "x") -> Tensor:
     """Return what the kernel `op` gives for tensors of matching shapes, without values; raise its errors."""
     _common.require_supported(op, dtype_reasons + channel_reasons(x))
-    _check_channels_last(op, name, x)
+    check_channels_last(op, name, x)
     batch, _, height, width = x.shape
     return x.new_empty(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2)
 
 
-def _check_channels_last(op: str, name: str, image: Tensor) -> None:
+def check_channels_last(op: str, name: str, image: Tensor) -> None:
     _common.require(
         image.shape[1] == 1 or image.stride(1) == 1,
         op,

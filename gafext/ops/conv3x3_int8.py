@@ -7,28 +7,50 @@ from torch import Tensor
 
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
-from gafext.ops.conv3x3 import channel_reasons, check_shapes, fake_result, place_reasons, reference_conv3x3
+from gafext.ops.conv3x3 import (
+    channel_reasons,
+    check_addends,
+    check_channels_last,
+    check_shapes,
+    fake_result,
+    place_reasons,
+    reference_conv3x3,
+)
 from gafext.ops.conv3x3 import slower_reasons as slower_in_float32
 
 _OP = "conv3x3_int8"
+_MAX_DIRECT_CHANNELS = 7281  # kMaxDirectChannels of csrc/ops/conv3x3_int8.h
 
 
 def conv3x3_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Convolve with a 3×3 kernel of 8-bit numbers, stride 1 and zero padding of 1.
 
-    out[n, o, y, x] = bias[o] + scale[o] (sum over i, j, c of weight[o, c, i, j] x[n, c, y + i - 1, x + j - 1])
+    out[n, o, y, x] = bias[o] + residual[n, o, y, x] + scale[o] (sum over i, j, c of weight[o, c, i, j] x[n, c, y + i - 1, x + j - 1])
 
     Winograd's F(4×4, 3×3), whose products are of 16-bit integers: transformed inputs are rounded with a scale per tile
     of 6×6 pixels. That error is 0.3 to 0.5 % of the result's norm, a third of what rounding the weights adds. A tile
     with a NaN, an infinity or a magnitude above 1e36 gives NaN in its 4×4 outputs.
 
+    With AMX directly, by products of 8-bit integers: the inputs are rounded to 256 steps between the least and the
+    largest number of a picture, or zero. That error is 0.3 to 1.5 % of the result's norm. A NaN or an infinity makes
+    the picture NaN.
+
     Args:
-        x: [batch, in_channels, height, width], float32; copied unless its memory format is channels-last.
-        weight: [out_channels, in_channels, 3, 3], int8, as `quantize_weight` of `gafext.ops.linear_int8`.
-        scale: [out_channels], like x.
-        bias: [out_channels], like x, or None.
+        x: [batch, in_channels, height, width], float32, float16 or bfloat16; copied unless its memory format is
+            channels-last.
+        weight: [out_channels, in_channels, 3, 3], int8, as `quantize_weight` of `gafext.ops.linear_int8`; with AMX
+            copied unless its memory format is channels-last (`prefers_channels_last`).
+        scale: [out_channels], float32.
+        bias: [out_channels], or one per image, [batch, out_channels], like x; or None.
+        residual: [batch, out_channels, height, width], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's conv2d with weights in float32.
 
     Returns:
@@ -42,24 +64,38 @@ def conv3x3_int8(
 
     Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308).
     """
-    x, scale, bias = _common.autocast(x, scale, bias)
-    check_conv3x3_int8(x, weight, scale, bias)
-    kernel = use_kernel(
-        backend, _OP, lambda: unsupported_reasons(x, weight, scale, bias), lambda: slower_reasons(x, weight)
-    )
-    if not kernel:
-        return reference_conv3x3_int8(x, weight, scale, bias)
-    return torch.ops.gafext.conv3x3_int8(x.contiguous(memory_format=torch.channels_last), weight, scale, bias)
+    x, bias, residual = _common.autocast(x, bias, residual)
+    check_conv3x3_int8(x, weight, scale, bias, residual)
+
+    def unsupported() -> list[str]:
+        return unsupported_reasons(x, weight, scale, bias, residual)
+
+    if not use_kernel(backend, _OP, unsupported, lambda: slower_reasons(x, weight)):
+        return reference_conv3x3_int8(x, weight, scale, bias, residual)
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    return torch.ops.gafext.conv3x3_int8(x, weight, scale, bias, residual)
 
 
-def reference_conv3x3_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def prefers_channels_last(weight: Tensor) -> bool:
+    """Return whether the kernel copies a weight at each call unless its memory format is channels-last."""
+    return _common.INT8_PRODUCTS.startswith("AMX") and weight.shape[1] <= _MAX_DIRECT_CHANNELS
+
+
+def reference_conv3x3_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """Compute the formula in plain PyTorch: any dtype of x, float64 included; differentiable."""
-    return reference_conv3x3(x, weight.to(x.dtype) * scale[:, None, None, None], bias)
+    wide = scale.dtype
+    addends = (None if addend is None else addend.to(wide) for addend in (bias, residual))
+    return reference_conv3x3(x.to(wide), weight.to(wide) * scale[:, None, None, None], *addends).to(x.dtype)
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[str]:
+def unsupported_reasons(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
-    return place_reasons(x, scale, bias) + _common.float32_reasons(x) + channel_reasons(x)
+    return place_reasons(x, scale, bias, residual) + _common.dtype_reasons(x) + channel_reasons(x)
 
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
@@ -70,15 +106,20 @@ def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
-def check_conv3x3_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+def check_conv3x3_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> None:
     """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     check_shapes(_OP, x, weight)
     _common.require(weight.dtype == torch.int8, _OP, lambda: f"weight must be int8, got {_common.dtype_name(weight)}")
     _common.require(weight.device == x.device, _OP, lambda: "weight must be on the device of x")
-    _common.check_per_channel(_OP, x, weight, scale, bias)
+    _common.check_per_channel(_OP, x, weight, scale, None)
+    check_addends(_OP, x, weight, bias, residual)
 
 
 @torch.library.register_fake("gafext::conv3x3_int8")
-def _fake(x, weight, scale, bias=None):
-    check_conv3x3_int8(x, weight, scale, bias)
-    return fake_result(_OP, x, weight, _common.float32_reasons(x))
+def _fake(x, weight, scale, bias=None, residual=None):
+    check_conv3x3_int8(x, weight, scale, bias, residual)
+    if residual is not None:
+        check_channels_last(_OP, "residual", residual)
+    return fake_result(_OP, x, weight, _common.dtype_reasons(x))

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
+from gafext.ops.geglu import geglu_gate
 
-_OP = "linear_int8"
+_OP, _GEGLU = "linear_int8", "geglu_int8"
 MAX_FEATURES = 65536  # kMaxInt8Features of csrc/ops/linear_int8.h
 _TINY = 2.0**-126
 
@@ -24,9 +25,9 @@ def linear_int8(
     threads, up to the rounding of x / s_x and of the scales in float32. The whole row of an infinity or a NaN is NaN.
 
     Args:
-        x: [..., in_features], float32, on the CPU.
+        x: [..., in_features], float32, float16 or bfloat16, on the CPU.
         weight: [out_features, in_features], int8, at most 65536 in_features.
-        scale: [out_features], like x: what a unit of `weight` stands for, per output feature.
+        scale: [out_features], float32: what a unit of `weight` stands for, per output feature.
         bias: [out_features], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both the formula in plain PyTorch.
 
@@ -42,6 +43,36 @@ def linear_int8(
     if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, scale, bias)):
         return torch.ops.gafext.linear_int8(x, weight, scale, bias)
     return reference_linear_int8(x, weight, scale, bias)
+
+
+def geglu_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Apply `linear_int8`, and multiply the first half of the result by the GELU of the second.
+
+    h = linear_int8(x, weight, scale, bias);  out = h[..., :inner] * gelu(h[..., inner:])
+
+    With AMX the gate takes the products' sums as they come: h is neither rounded to x's dtype nor written.
+
+    Args:
+        x: as for `linear_int8`.
+        weight: [2 * inner, in_features], int8: the rows of the value, then those of the gate.
+        scale: [2 * inner], float32.
+        bias: [2 * inner], like x, or None.
+        backend: as for `linear_int8`.
+
+    Returns:
+        [..., inner], contiguous.
+
+    Raises:
+        ValueError: as for `linear_int8`, or the rows of weight are not even.
+
+    Source: as for `geglu`.
+    """
+    check_geglu_int8(x, weight, scale, bias)
+    if use_kernel(backend, _GEGLU, lambda: unsupported_reasons(x, weight, scale, bias)):
+        return torch.ops.gafext.geglu_int8(x, weight, scale, bias)
+    return geglu_gate(reference_linear_int8(x, weight, scale, bias), backend=backend)
 
 
 def reference_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,27 +118,41 @@ def slower_than_float32() -> list[str]:
 
 
 def _kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:
-    reasons = _common.float32_reasons(x)
+    reasons = _common.dtype_reasons(x)
     features = int(weight.shape[1])
     if features > MAX_FEATURES:
         reasons.append(f"in_features must be at most {MAX_FEATURES}, got {features}")
     return reasons
 
 
-def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, op: str = _OP) -> None:
     """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     shape = tuple(weight.shape)
-    _common.require(weight.dim() == 2, _OP, lambda: f"weight must have shape (out_features, in_features), got {shape}")
+    _common.require(weight.dim() == 2, op, lambda: f"weight must have shape (out_features, in_features), got {shape}")
     _common.require(
-        weight.dtype == torch.int8, _OP, lambda: f"weight must have dtype int8, got {_common.dtype_name(weight)}"
+        weight.dtype == torch.int8, op, lambda: f"weight must have dtype int8, got {_common.dtype_name(weight)}"
     )
-    _common.require(weight.device == x.device, _OP, lambda: "weight must be on the device of x")
+    _common.require(weight.device == x.device, op, lambda: "weight must be on the device of x")
     _common.require(
         x.dim() >= 1 and x.shape[-1] == shape[1],
-        _OP,
+        op,
         lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
     )
-    _common.check_per_channel(_OP, x, weight, scale, bias)
+    _common.check_per_channel(op, x, weight, scale, bias)
+
+
+def check_geglu_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
+    check_linear_int8(x, weight, scale, bias, op=_GEGLU)
+    shape = tuple(weight.shape)
+    _common.require(shape[0] % 2 == 0, _GEGLU, lambda: f"weight must have shape (2 * inner, in_features), got {shape}")
+
+
+@torch.library.register_fake("gafext::geglu_int8")
+def _fake_geglu(x, weight, scale, bias=None):
+    check_geglu_int8(x, weight, scale, bias)
+    _common.require_supported(_GEGLU, _kernel_reasons(x, weight))
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
 @torch.library.register_fake("gafext::linear_int8")

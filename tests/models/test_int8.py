@@ -3,13 +3,18 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import gafext
-from gafext.models.int8 import Int8Linear, is_quantized, quantize_transformers, unsupported_reasons
+from gafext.config import SD21_UNET
+from gafext.models.blocks import Conv3x3
+from gafext.models.int8 import Int8Linear, is_quantized, quantize, quantize_transformers, unsupported_reasons
+from gafext.models.int8_conv import Int8Conv3x3
+from gafext.models.unet import MultiViewUNet
 
 pytestmark = pytest.mark.skipif(bool(unsupported_reasons(torch.device("cpu"))), reason="needs AVX2")
 
@@ -72,10 +77,10 @@ def test_layer_refuses_what_it_is_not_for():
     layer = Int8Linear(nn.Linear(64, 32))
     with pytest.raises(ValueError, match="expected an input without gradient"):
         layer(torch.zeros(1, 64, requires_grad=True))
-    with pytest.raises(ValueError, match="expected float32 weights, got torch.float16"):
+    with pytest.raises(ValueError, match="expected float32 or bfloat16 weights, got torch.float16"):
         quantize_transformers(nn.Linear(2, 2).half())
-    with pytest.raises(ValueError, match="expected float32 on the CPU, got torch.float16 on cpu"):
-        layer(torch.zeros(1, 64, dtype=torch.float16))
+    with pytest.raises(ValueError, match="expected an input on the CPU, got meta"):
+        layer(torch.zeros(1, 64, device="meta"))
     with pytest.raises(ValueError, match=r"8-bit layers are for CPUs \(device='cpu'\), got meta"):
         quantize_transformers(nn.Linear(2, 2, device="meta"))
 
@@ -96,8 +101,35 @@ def test_pipeline(checkpoint):
     rounded.to("cpu")
 
 
+@torch.no_grad()
+def test_the_rest_in_bfloat16(checkpoint, tmp_path):
+    exact = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu")
+    rounded = gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, dtype="int8-bfloat16", device="cpu")
+    assert is_quantized(rounded.unet) and rounded.unet.dtype == torch.bfloat16
+    options = {"num_views": 2, "num_inference_steps": 2, "generator": 0, "output_type": "latent", "progress_bar": False}
+    a, b = (pipe(gafext.PORTRAIT, **options) for pipe in (exact, rounded))
+    assert 1e-5 < relative_error(b.images.float(), a.images) < 0.1
+    assert b.run["dtype"] == "int8-bfloat16"
+    rounded.save_pretrained(tmp_path / "saved")
+    again = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert is_quantized(again.unet) and again.unet.dtype == torch.float32
+    assert relative_error(again(gafext.PORTRAIT, **options).images, a.images) < 0.1
+
+
+def test_the_last_stages_residual_blocks_stay_in_floats():
+    network = MultiViewUNet(
+        replace(SD21_UNET, block_out_channels=(128, 128, 128, 128), attention_head_dim=(2, 2, 2, 2))
+    )
+    quantize(network.bfloat16())
+    kinds = {path: type(layer) for path, layer in network.named_modules()}
+    assert kinds["up_blocks.2.resnets.0.conv1"] is Int8Conv3x3 and kinds["up_blocks.3.resnets.0.conv1"] is Conv3x3
+    assert kinds["up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"] is Int8Linear
+
+
 def test_dtype_is_checked(checkpoint):
-    with pytest.raises(ValueError, match=r"dtype: expected a torch.dtype, None or one of .*'int8'\], got 'int4'"):
+    with pytest.raises(
+        ValueError, match=r"dtype: expected a torch.dtype, None or one of .*'int8-bfloat16'\], got 'int4'"
+    ):
         gafext.MultiViewDiffusionPipeline.from_pretrained(checkpoint, dtype="int4", device="cpu")
 
 

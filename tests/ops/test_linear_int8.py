@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_refused, assert_same_bits_on_any_number_of_threads, assert_same_words, called
+from helpers import assert_refused, assert_same_bits_on_any_number_of_threads, assert_same_words, called, max_abs_diff
 
 from gafext import _C, ops
+from gafext.ops.geglu import reference_geglu_gate
 from gafext.ops.linear_int8 import MAX_FEATURES, quantize_weight, reference_linear_int8, unsupported_reasons
 
 OP = torch.ops.gafext.linear_int8
@@ -168,7 +169,7 @@ BAD_INPUTS = {
     ),
     "scale dtype": (
         lambda t: (t(3, 8), whole(t, 6, 8), t(6).half()),
-        "scale must have the dtype of x, float32, got float16",
+        "scale must have dtype float32, got float16",
     ),
     "bias": (
         lambda t: (t(3, 8), whole(t, 6, 8), t(6), t(3)),
@@ -186,11 +187,37 @@ def test_bad_input_has_one_message_everywhere(make, words):
     assert_same_words(ops.linear_int8, OP, make, f"linear_int8: {words}")
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 2), (31, 64, 40), (32, 63, 17), (100, 257, 65), (0, 8, 4), (40, 0, 4)], ids=str
+)
+def test_geglu_is_the_gate_of_the_layer(sizes, dtype, most):
+    rows, in_features, inner = sizes
+    x, weight, scale, bias = problem(rows, in_features, 2 * inner)
+    x, bias = x.to(dtype), bias.to(dtype)
+    exact = reference_geglu_gate(reference_linear_int8(x.double(), weight, scale.double(), bias.double()))
+    out = torch.ops.gafext.geglu_int8(x, weight, scale, bias)
+    assert out.shape == (rows, inner) and out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, atol=most, rtol=most)
+    torch.testing.assert_close(ops.geglu_int8(x, weight, scale, bias, backend="reference"), out, atol=most, rtol=most)
+    without = reference_geglu_gate(reference_linear_int8(x.double(), weight, scale.double()))
+    torch.testing.assert_close(ops.geglu_int8(x, weight, scale).double(), without, atol=most, rtol=most)
+
+
+def test_geglu_misuse_opcheck_and_threads():
+    op = torch.ops.gafext.geglu_int8
+    odd = lambda t: (t(3, 8), whole(t, 5, 8), t(5))  # noqa: E731
+    words = "geglu_int8: weight must have shape (2 * inner, in_features), got (5, 8)"
+    assert_same_words(ops.geglu_int8, op, odd, words)
+    torch.library.opcheck(op.default, problem(40, 8, 4))
+    assert_same_bits_on_any_number_of_threads(op, *problem(500, 70, 300))
+
+
 def test_unsupported_goes_to_the_formula_with_the_reason():
     x, weight, scale, bias = problem(10, 8, 4)
     inputs = (x.double(), weight, scale.double(), bias.double())
-    assert unsupported_reasons(*inputs) == ["dtype must be float32, got float64"]
-    assert_refused(OP, "linear_int8: dtype must be float32, got float64", *inputs)
+    assert unsupported_reasons(*inputs) == ["dtype must be float32, float16 or bfloat16, got float64"]
+    assert_refused(OP, "linear_int8: dtype must be float32, float16 or bfloat16, got float64", *inputs)
     assert "gafext::linear_int8" not in called(ops.linear_int8, *inputs)
     assert "gafext::linear_int8" in called(ops.linear_int8, x, weight, scale, bias)
     wide = (torch.zeros(1, MAX_FEATURES + 1), torch.zeros(1, MAX_FEATURES + 1, dtype=torch.int8), torch.ones(1))
@@ -198,6 +225,16 @@ def test_unsupported_goes_to_the_formula_with_the_reason():
     assert_refused(OP, f"linear_int8: in_features must be at most {MAX_FEATURES}, got {MAX_FEATURES + 1}", *wide)
     with pytest.raises(ValueError, match="backend='kernel' cannot serve this linear_int8: inputs need a gradient"):
         ops.linear_int8(x.requires_grad_(), weight, scale, bias, backend="kernel")
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_rounded_once(dtype, rows):
+    x, weight, scale, bias = problem(rows, 77, 45)
+    x, bias = x.to(dtype), bias.to(dtype)
+    out = OP(x, weight, scale, bias)
+    assert torch.equal(out, OP(x.float(), weight, scale, bias.float()).to(dtype))
+    assert max_abs_diff(out, ops.linear_int8(x, weight, scale, bias, backend="reference")) <= 0.01 * out.abs().max()
 
 
 def test_opcheck():

@@ -33,28 +33,25 @@ class Conv3x3InBfloat16 {
   int64_t chunks() const { return groups_.count; }
   int64_t longest_chunk() const { return groups_.longest * kTaps; }
   int64_t steps(int64_t chunk) const { return (groups_.end(chunk) - groups_.begin(chunk)) * kTaps; }
-  float row_scale(int64_t, int64_t) const { return 1.0f; }
 
   float* prepare(int64_t floats) {
     float* memory = scratch(picture_.words() + floats);
     const auto* x = static_cast<const BFloat16*>(args_.x);
-    picture_.fill(reinterpret_cast<uint32_t*>(memory), [&](int64_t image, int64_t row, int64_t column, int64_t group) {
+    const auto load = [&](int64_t image, int64_t row, int64_t column, int64_t group) {
       const PixelStrides& stride = args_.x_stride;
       const int64_t channel = group * kTileDepth;
       return load_pairs_up_to(x + image * stride.image + row * stride.row + column * stride.column + channel,
                               args_.in_channels - channel);
-    });
+    };
+    picture_.fill(reinterpret_cast<uint32_t*>(memory), load, [](int64_t) { return BitVec{}; });
     return memory + picture_.words();
   }
 
   ScatteredStrips left(int64_t row_pair, int64_t chunk, uint32_t*) const {
-    const uint32_t* first = picture_.strip(2 * row_pair);
-    const bool has_second = 2 * row_pair + 1 < picture_.strips();
-    const int64_t stride = has_second ? picture_.strip(2 * row_pair + 1) - first : 0;
-    return {first + groups_.begin(chunk) * picture_.group_words(), stride, offsets_};
+    return picture_.strips_of(row_pair, groups_.begin(chunk), offsets_);
   }
 
-  void arrange(int64_t pair, int64_t chunk, uint32_t* to) const {
+  void arrange(int64_t pair, int64_t chunk, uint32_t* to, int32_t*) const {
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t column = pair * kBlock + half * kTileSide;
       for (int64_t group = groups_.begin(chunk); group < groups_.end(chunk); ++group, to += kTaps * kTileWords) {
@@ -73,7 +70,7 @@ class Conv3x3InBfloat16 {
   }
   void prefetch_rows(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
 
-  void write(int64_t row, int64_t rows, int64_t pair, const float* sums) const {
+  void write(int64_t row, int64_t rows, int64_t pair, const float* sums, const int32_t*) const {
     for (int64_t r = row; r < row + rows; ++r, sums += kBlock) {
       const int64_t pixel = picture_.pixel(r);
       if (pixel >= 0) write_pixel(pixel, pair * kBlock, sums);

@@ -1,12 +1,11 @@
 // A picture as AMX tiles take it for a 3x3 convolution: 16 neighbouring pixels are a tile, and so are they moved by a tap.
 //
-//   planes   [groups, copies, rows, line, 16 words]: a group is 64 bytes of channels, and a row of zeros comes before
-//            each picture, after each picture's last, and so between any two
+//   planes   [groups, copies, rows, line, 16 words]: a group is 64 bytes of channels; a row of pixels outside of it
+//            comes before each picture and after it
 //
 // A strip is 16 pixels of a picture in their order, of which the last one's may be missing. Where rows are whole strips,
-// there is one copy, with a pixel of zeros before each row and after the last. Elsewhere strips continue in the next row,
-// and there are three copies, moved by -1, 0 and 1 pixels: no product is of a pixel that is not there but in the last
-// strip.
+// there is one copy, with a pixel from outside before and after each row. Elsewhere strips continue in the next row, and
+// there are three copies, moved by -1, 0 and 1 pixels: no product is of a pixel that is not there but in the last strip.
 #pragma once
 
 #include "tiles.h"
@@ -29,8 +28,8 @@ class TiledPicture {
         pixels_(size.height * size.width),
         strips_(ceil_div(pixels_, kTileSide)),
         copies_(size.width % kTileSide == 0 ? 1 : 3),
-        line_(copies_ == 1 ? size.width + 1 : size.width),
-        rows_(size.batch * (size.height + 1) + 1),
+        line_(copies_ == 1 ? size.width + 2 : size.width),
+        rows_(size.batch * (size.height + 2)),
         copy_words_((rows_ * line_ + kTileSide) * kTileSide) {}
 
   int64_t strips() const { return size_.batch * strips_; }
@@ -42,11 +41,11 @@ class TiledPicture {
     return dy * line_ * kTileSide + (copies_ == 1 ? dx * kTileSide : (dx + 1) * copy_words_);
   }
 
-  const uint32_t* strip(int64_t strip) const {
-    const int64_t first = strip % strips_ * kTileSide, row = strip / strips_ * (size_.height + 1) + 1;
-    return words_ +
-           (copies_ == 1 ? 1 + (row + first / size_.width) * line_ + first % size_.width : row * line_ + first) *
-               kTileSide;
+  // Two strips, beyond which their tiles lie at `offsets`; a second one that is missing is the first again.
+  ScatteredStrips strips_of(int64_t pair, int64_t group, const int64_t* offsets) const {
+    const uint32_t* first = strip(2 * pair);
+    const int64_t stride = 2 * pair + 1 < strips() ? strip(2 * pair + 1) - first : 0;
+    return {first + group * group_words(), stride, offsets};
   }
 
   // Of all strips' pixels, the number among all pixels; -1 for one that is missing.
@@ -55,27 +54,35 @@ class TiledPicture {
     return pixel < pixels_ ? strip / strips_ * pixels_ + pixel : -1;
   }
 
-  // load(image, y, x, group) gives the 64 bytes of a pixel.
-  template <typename Load>
-  void fill(uint32_t* memory, const Load& load) {
+  // load(image, y, x, group) gives the 64 bytes of a pixel, outside(image) those of one outside.
+  template <typename Load, typename Outside>
+  void fill(uint32_t* memory, const Load& load, const Outside& outside) {
     words_ = memory;
     parallel_for(rows_, [&](int64_t, int64_t row) {
-      for (int64_t group = 0; group < groups_; ++group) fill_row(row, group, load);
+      for (int64_t group = 0; group < groups_; ++group) fill_row(row, group, load, outside);
     });
   }
 
  private:
-  template <typename Load>
-  void fill_row(int64_t row, int64_t group, const Load& load) {
-    const int64_t image = row / (size_.height + 1), y = row % (size_.height + 1) - 1;
+  const uint32_t* strip(int64_t strip) const {
+    const int64_t first = strip % strips_ * kTileSide, row = strip / strips_ * (size_.height + 2) + 1;
+    const int64_t pixel =
+        copies_ == 1 ? (row + first / size_.width) * line_ + 1 + first % size_.width : row * line_ + first;
+    return words_ + pixel * kTileSide;
+  }
+
+  template <typename Load, typename Outside>
+  void fill_row(int64_t row, int64_t group, const Load& load, const Outside& outside) {
+    const int64_t image = row / (size_.height + 2), y = row % (size_.height + 2) - 1;
+    const int64_t end = row + 1 < rows_ ? line_ : line_ + kTileSide;  // with what the last strip reads
+    const BitVec beyond = outside(image);
     uint32_t* to = words_ + group * group_words() + row * line_ * kTileSide;
     for (int64_t copy = 0; copy < copies_; ++copy, to += copy_words_) {
-      const int64_t first = copies_ == 1 ? -1 : copy - 1;               // the x of the line's first pixel
-      const int64_t end = row + 1 < rows_ ? line_ : line_ + kTileSide;  // with what strips read beyond the last row
+      const int64_t first = copies_ == 1 ? -1 : copy - 1;  // the x of the line's first pixel
       for (int64_t i = 0; i < end; ++i) {
         const int64_t x = first + i;
-        const bool there = y >= 0 && x >= 0 && x < size_.width;
-        const BitVec words = there ? load(image, y, x, group) : BitVec{};
+        const bool there = y >= 0 && y < size_.height && x >= 0 && x < size_.width;
+        const BitVec words = there ? load(image, y, x, group) : beyond;
         __builtin_memcpy(to + i * kTileSide, &words, sizeof(words));
       }
     }

@@ -41,7 +41,7 @@ class TileProduct {
   }
 
   void run() {
-    const int64_t thread_words = column_words_ + row_words_ + sum_words_;
+    const int64_t thread_words = column_words_ + row_words_ + plan_.most_pairs() * kBlock + sum_words_;
     auto* memory = reinterpret_cast<uint32_t*>(problem_.prepare(max_threads() * thread_words));
     parallel_for(plan_.panels * plan_.blocks, [&](int64_t thread, int64_t unit) {
       multiply(plan_.block(unit), plan_.panel(unit), memory + thread * thread_words);
@@ -50,6 +50,7 @@ class TileProduct {
 
  private:
   using Sum = typename Problem::Tiles::Sum;
+  typedef Sum SumVec __attribute__((vector_size(4 * kLanes)));
   static constexpr int64_t kMaxPairs = Problem::kMaxPairs;  // of columns
   static constexpr int64_t kMaxRowPairs = Problem::kMaxRowPairs,
                            kFewPairs = 8;  // of rows: below kFewPairs arranging the columns shows
@@ -81,11 +82,13 @@ class TileProduct {
   // A product whose tiles are multiplied: its sums are taken up during the next one.
   struct Done {
     int64_t row_pair = -1, column_pair, chunk;
-    float* sums;  // over the chunks before
+    Sum* sums;              // over the chunks before
+    const int32_t* totals;  // of the columns
   };
 
   void multiply(Range block, Range panel, uint32_t* memory) const {
-    auto* const all_sums = reinterpret_cast<float*>(memory + column_words_ + row_words_);
+    auto* const totals = reinterpret_cast<int32_t*>(memory + column_words_ + row_words_);
+    auto* const all_sums = reinterpret_cast<Sum*>(totals + plan_.most_pairs() * kBlock);
     const TileState tiles_are_ours;
     TermProducts<1, typename Problem::Tiles> products;
     // What is stored while product n is multiplied, that of n - 1, is taken up during n + 1: loads that follow the
@@ -95,8 +98,10 @@ class TileProduct {
     int64_t parity = 0;
     for (int64_t chunk = 0; chunk < problem_.chunks(); ++chunk) {
       const int64_t steps = problem_.steps(chunk), pair_words = 2 * steps * kTileWords;
-      for (int64_t p = 0; p < panel.size(); ++p) problem_.arrange(panel.begin + p, chunk, memory + p * pair_words);
-      float* sums = all_sums;
+      for (int64_t p = 0; p < panel.size(); ++p) {
+        problem_.arrange(panel.begin + p, chunk, memory + p * pair_words, totals + p * kBlock);
+      }
+      Sum* sums = all_sums;
       for (int64_t row_pair = block.begin; row_pair < block.end; ++row_pair) {
         const auto left = problem_.left(row_pair, chunk, memory + column_words_);
         for (int64_t p = 0; p < panel.size(); ++p, sums += kBlock * kBlock) {
@@ -111,7 +116,7 @@ class TileProduct {
           products.template multiply<2>(left, right, steps, chains[parity], kBlock, pieces);
           pieces.rest();
           taken_up = stored;
-          stored = {row_pair, panel.begin + p, chunk, sums};
+          stored = {row_pair, panel.begin + p, chunk, sums, totals + p * kBlock};
           parity = 1 - parity;
         }
       }
@@ -128,23 +133,16 @@ class TileProduct {
   __attribute__((noinline)) void take_up(const Done& done, int64_t first, const Sum* chain) const {
     const bool is_first = done.chunk == 0, is_last = done.chunk + 1 == problem_.chunks();
     const int64_t row = done.row_pair * kBlock + first, rows = min_of(kPieceRows, problem_.rows() - row);
-    alignas(64) float whole[kPieceRows * kBlock];
-    float* sums = is_last ? whole : done.sums + first * kBlock;
-    const float* before = done.sums + first * kBlock;
+    alignas(64) Sum whole[kPieceRows * kBlock];
+    const Sum* before = done.sums + first * kBlock;
+    Sum* sums = is_last ? whole : done.sums + first * kBlock;
     chain += first * kBlock;
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec scale = broadcast(problem_.row_scale(row + r, done.chunk));
-      for (int64_t i = r * kBlock; i < (r + 1) * kBlock; i += kLanes) {
-        const Vec sum = scaled(chain + i, scale);
-        store(sums + i, is_first ? sum : load(before + i) + sum);
-      }
+    for (int64_t i = 0; i < max_of(0, rows) * kBlock; i += kLanes) {
+      SumVec sum = load_bits<SumVec>(chain + i);
+      if (!is_first) sum += load_bits<SumVec>(before + i);
+      __builtin_memcpy(sums + i, &sum, sizeof(sum));
     }
-    if (is_last && rows > 0) problem_.write(row, rows, done.column_pair, sums);
-  }
-
-  static GAFEXT_INLINE Vec scaled(const float* sums, Vec) { return load(sums); }
-  static GAFEXT_INLINE Vec scaled(const int32_t* sums, Vec scale) {
-    return __builtin_convertvector(load_bits<IntVec>(sums), Vec) * scale;
+    if (is_last && rows > 0) problem_.write(row, rows, done.column_pair, sums, done.totals);
   }
 
   Problem& problem_;
@@ -168,7 +166,6 @@ class LayerInBfloat16 {
   int64_t chunks() const { return chunks_.count; }
   int64_t longest_chunk() const { return chunks_.longest; }
   int64_t steps(int64_t chunk) const { return chunks_.end(chunk) - chunks_.begin(chunk); }
-  float row_scale(int64_t, int64_t) const { return 1.0f; }
   float* prepare(int64_t floats) const { return scratch(floats); }
 
   // Copied: lines that are a row apart share sets of the cache (2560 features: half the time of a product).
@@ -183,7 +180,7 @@ class LayerInBfloat16 {
     return {to, words};
   }
 
-  void arrange(int64_t pair, int64_t chunk, uint32_t* to) const {
+  void arrange(int64_t pair, int64_t chunk, uint32_t* to, int32_t*) const {
     const int64_t k = chunks_.begin(chunk) * kTileDepth;
     const int64_t depth = min_of(steps(chunk) * kTileDepth, args_.in_features - k);
     for (int64_t half = 0; half < 2; ++half, to += steps(chunk) * kTileWords) {
@@ -208,7 +205,9 @@ class LayerInBfloat16 {
     }
   }
 
-  void write(int64_t row, int64_t rows, int64_t pair, const float* sums) const { layer_.write(row, rows, pair, sums); }
+  void write(int64_t row, int64_t rows, int64_t pair, const float* sums, const int32_t*) const {
+    layer_.write(row, rows, pair, sums);
+  }
 
  private:
   static constexpr int64_t kMostSteps = 20;

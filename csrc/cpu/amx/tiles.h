@@ -279,6 +279,17 @@ struct Int8Tiles {  // signed
   }
 };
 
+struct UnsignedTiles {  // the left ones; the right ones are signed
+  using Sum = int32_t;
+  template <int kSums>
+  static GAFEXT_INLINE void multiply() {
+    if constexpr (kSums == 0) _tile_dpbusd(0, 4, 6);
+    if constexpr (kSums == 1) _tile_dpbusd(1, 4, 7);
+    if constexpr (kSums == 2) _tile_dpbusd(2, 5, 6);
+    if constexpr (kSums == 3) _tile_dpbusd(3, 5, 7);
+  }
+};
+
 // Products of two strips by `Columns`, [kBlock, kBlock] each, one after the other. The tiles of one are stored between
 // the first products of the next: stored at its end, they would hold up the loads and products that follow, for 60 to
 // 100 cycles.
