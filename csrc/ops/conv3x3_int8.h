@@ -13,8 +13,8 @@ struct Conv3x3Int8Args {
   int64_t batch, height, width, in_channels, out_channels;
   PixelStrides x_stride, residual_stride;
   int64_t bias_stride;  // from image to image
-  bool taps_first;  // the weight's memory is (out_channels, 3, 3, in_channels)
-  DType dtype;      // of x, bias and out
+  bool taps_first;      // the weight's memory is (out_channels, 3, 3, in_channels)
+  DType dtype;          // of x, bias and out
 };
 
 // Up to these, a direct convolution's sums fit 32 bits: 9 * 7281 * 255 * 127 < 2^31.

@@ -90,16 +90,19 @@ def _inputs(
     def weight(*shape: int) -> Tensor:
         return torch.ones(shape, device=device, dtype=torch.int8) if op.endswith("_int8") else tensor(*shape)
 
+    def scale(width: int) -> list[Tensor]:
+        return [fill((width,), device=device, dtype=torch.float32)] * op.endswith("_int8")
+
     x = tensor(_ROWS, side**2, _WIDTH)
     if op.endswith("attention"):
         heads = tuple(tensor(*x.shape).unflatten(2, (_HEADS, -1)).transpose(1, 2) for _ in range(3))
         return (*heads, _VIEWS) if op.startswith("cross_view") else heads
-    scale, bias = [tensor(_WIDTH)] * op.endswith("_int8"), tensor(_WIDTH)
-    if op == "geglu":
-        return x, tensor(2560, _WIDTH), tensor(2560)
+    bias = tensor(_WIDTH)
+    if op.startswith("geglu") and op != "geglu_gate":
+        return x, weight(2560, _WIDTH), *scale(2560), tensor(2560)
     if op.startswith("linear"):
-        return x, weight(_WIDTH, _WIDTH), *scale, bias
+        return x, weight(_WIDTH, _WIDTH), *scale(_WIDTH), bias
     image = x.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if op == "group_norm_silu":
         return image, 32, tensor(_WIDTH), bias
-    return image, weight(_WIDTH, _WIDTH, 3, 3), *scale, bias
+    return image, weight(_WIDTH, _WIDTH, 3, 3), *scale(_WIDTH), bias

@@ -12,7 +12,8 @@ from gafext.models.blocks import Conv2d, Conv3x3, MultiViewSpatialTransformer
 from gafext.models.int8_conv import Int8Conv3x3, Int8PatchConv
 from gafext.ops.backend import prefer
 from gafext.ops.conv3x3 import FEW_CHANNELS
-from gafext.ops.linear_int8 import geglu_int8, linear_int8, quantize_weight, slower_than_float32
+from gafext.ops.geglu_int8 import geglu_int8
+from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
 from gafext.weights import WeightFile
 
 IN_8_BITS: dict[str, torch.dtype | None] = {"int8": None, "int8-bfloat16": torch.bfloat16}

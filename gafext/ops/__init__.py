@@ -12,9 +12,10 @@ from gafext.ops.conv3x3_int8 import conv3x3_int8
 from gafext.ops.cross_view_attention import cross_view_attention
 from gafext.ops.flash_attention import flash_attention
 from gafext.ops.geglu import geglu, geglu_gate
+from gafext.ops.geglu_int8 import geglu_int8
 from gafext.ops.group_norm_silu import group_norm_silu
 from gafext.ops.linear import linear
-from gafext.ops.linear_int8 import geglu_int8, linear_int8
+from gafext.ops.linear_int8 import linear_int8
 
 __all__ = [
     "conv3x3",

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
-from gafext.ops.geglu import geglu_gate
 
-_OP, _GEGLU = "linear_int8", "geglu_int8"
+_OP = "linear_int8"
 MAX_FEATURES = 65536  # kMaxInt8Features of csrc/ops/linear_int8.h
 _TINY = 2.0**-126
 
@@ -45,36 +44,6 @@ def linear_int8(
     return reference_linear_int8(x, weight, scale, bias)
 
 
-def geglu_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
-) -> Tensor:
-    """Apply `linear_int8`, and multiply the first half of the result by the GELU of the second.
-
-    h = linear_int8(x, weight, scale, bias);  out = h[..., :inner] * gelu(h[..., inner:])
-
-    With AMX the gate takes the products' sums as they come: h is neither rounded to x's dtype nor written.
-
-    Args:
-        x: as for `linear_int8`.
-        weight: [2 * inner, in_features], int8: the rows of the value, then those of the gate.
-        scale: [2 * inner], float32.
-        bias: [2 * inner], like x, or None.
-        backend: as for `linear_int8`.
-
-    Returns:
-        [..., inner], contiguous.
-
-    Raises:
-        ValueError: as for `linear_int8`, or the rows of weight are not even.
-
-    Source: as for `geglu`.
-    """
-    check_geglu_int8(x, weight, scale, bias)
-    if use_kernel(backend, _GEGLU, lambda: unsupported_reasons(x, weight, scale, bias)):
-        return torch.ops.gafext.geglu_int8(x, weight, scale, bias)
-    return geglu_gate(reference_linear_int8(x, weight, scale, bias), backend=backend)
-
-
 def reference_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute the formula in plain PyTorch, products in float64: exact, on any device that has it."""
     wide = x if x.dtype == torch.float64 else x.float()
@@ -106,7 +75,7 @@ def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
     reasons = _common.place_reasons(x, scale, bias)
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
-    return reasons + _kernel_reasons(x, weight)
+    return reasons + kernel_reasons(x, weight)
 
 
 def slower_than_float32() -> list[str]:
@@ -117,7 +86,8 @@ def slower_than_float32() -> list[str]:
     return ["without AVX2 or SDOT there are no fast products of small integers: float32 is faster"]
 
 
-def _kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:
+def kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:
+    """List why the kernels do not support the dtype or the size; empty when they do."""
     reasons = _common.dtype_reasons(x)
     features = int(weight.shape[1])
     if features > MAX_FEATURES:
@@ -141,22 +111,8 @@ def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     _common.check_per_channel(op, x, weight, scale, bias)
 
 
-def check_geglu_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-    """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
-    check_linear_int8(x, weight, scale, bias, op=_GEGLU)
-    shape = tuple(weight.shape)
-    _common.require(shape[0] % 2 == 0, _GEGLU, lambda: f"weight must have shape (2 * inner, in_features), got {shape}")
-
-
-@torch.library.register_fake("gafext::geglu_int8")
-def _fake_geglu(x, weight, scale, bias=None):
-    check_geglu_int8(x, weight, scale, bias)
-    _common.require_supported(_GEGLU, _kernel_reasons(x, weight))
-    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-
-
 @torch.library.register_fake("gafext::linear_int8")
 def _fake(x, weight, scale, bias=None):
     check_linear_int8(x, weight, scale, bias)
-    _common.require_supported(_OP, _kernel_reasons(x, weight))
+    _common.require_supported(_OP, kernel_reasons(x, weight))
     return x.new_empty(*x.shape[:-1], weight.shape[0])

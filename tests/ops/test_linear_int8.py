@@ -188,9 +188,7 @@ def test_bad_input_has_one_message_everywhere(make, words):
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
-@pytest.mark.parametrize(
-    "sizes", [(1, 8, 2), (31, 64, 40), (32, 63, 17), (100, 257, 65), (0, 8, 4), (40, 0, 4)], ids=str
-)
+@pytest.mark.parametrize("sizes", [(1, 8, 2), (31, 64, 40), (32, 63, 17), (100, 257, 65), (0, 8, 4)], ids=str)
 def test_geglu_is_the_gate_of_the_layer(sizes, dtype, most):
     rows, in_features, inner = sizes
     x, weight, scale, bias = problem(rows, in_features, 2 * inner)
