@@ -44,7 +44,7 @@ IN_8_BITS: dict[str, Callable[[MultiViewUNet], Iterable[nn.Module]]] = {
     "int8-inner": lambda unet: [*unet.down_blocks[0].modules(), *unet.up_blocks[-1].modules()],
     "int8": lambda unet: [],
 }
-"""Which layers of a float32 U-Net stay so, of those that dtype="int8" rounds."""
+"""Which layers of a float32 U-Net stay so, of its linear layers and wide convolutions; dtype="int8" is in between."""
 _NARROW = 32  # channels of the built-in model's convolutions are from 64 on; conv_in and conv_out have fewer than this
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 TITLES = {
     "linear": "8 bits: linear layers",
     "linear+3x3": "8 bits: linear layers and 3×3 convolutions",
-    "int8-inner": "`int8`, with the first and the last stage in float32",
-    "int8": "`int8`: linear layers and all wide convolutions",
+    "int8-inner": "8 bits, with the first and the last stage in float32",
+    "int8": "8 bits: linear layers and all wide convolutions",
     "bfloat16": "`bfloat16`",
     "float16": "`float16`",
 }

@@ -18,6 +18,8 @@ _OP = "conv3x3"
 # a map of one tile. Without AMX there are never too few tiles: oneDNN reorders all weights at each call. With AVX2 one
 # tile of 1280 channels had 4.2, two had 6.8 (one thread); AVX-512 was not measured.
 FEW_CHANNELS = 128
+# Of a picture in bfloat16 with AMX: the kernel copies it, and keeps the memory (48 MB for smaller ones).
+_MOST_COPIED_BYTES = 64 << 20
 _FEW_TILES = 4 if _common.INSTRUCTION_SET == "amx" else 0
 
 
@@ -117,7 +119,10 @@ def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     reasons = []
     if min(weight.shape[:2]) < FEW_CHANNELS:
         reasons.append(f"fewer than {FEW_CHANNELS} channels: the transforms outweigh the products")
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
+    on_tiles = x.dtype == torch.bfloat16 and _common.INSTRUCTION_SET == "amx"
+    if on_tiles and not torch.compiler.is_compiling() and 2 * channels * height * width > _MOST_COPIED_BYTES:
+        reasons.append(f"pictures beyond {_MOST_COPIED_BYTES >> 20} MiB would be copied as a whole")
     # Not while compiling: it would add a guard on sizes.
     if not torch.compiler.is_compiling() and batch * -(-height // 4) * -(-width // 4) < _FEW_TILES:
         reasons.append(f"fewer than {_FEW_TILES} tiles of 4×4 do not pay for transforming the weights")

@@ -33,7 +33,8 @@ def conv3x3_int8(
 ) -> Tensor:
     """Convolve with a 3×3 kernel of 8-bit numbers, stride 1 and zero padding of 1.
 
-    out[n, o, y, x] = bias[o] + residual[n, o, y, x] + scale[o] (sum over i, j, c of weight[o, c, i, j] x[n, c, y + i - 1, x + j - 1])
+    out[n, o, y, x] = bias[o] + residual[n, o, y, x]
+                    + scale[o] (sum over i, j, c of weight[o, c, i, j] x[n, c, y + i - 1, x + j - 1])
 
     Winograd's F(4×4, 3×3), whose products are of 16-bit integers: transformed inputs are rounded with a scale per tile
     of 6×6 pixels. That error is 0.3 to 0.5 % of the result's norm, a third of what rounding the weights adds. A tile

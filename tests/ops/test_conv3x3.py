@@ -235,6 +235,29 @@ def test_the_network_uses_it_for_wide_convolutions_in_inference():
         torch.testing.assert_close(out, reference_conv3x3(*inputs), atol=1e-5, rtol=1e-5)
 
 
+def test_pictures_too_large_to_copy_go_to_pytorch(pretend_cpu):
+    weight = torch.empty(128, 128, 3, 3, dtype=torch.bfloat16, device="meta")
+    large = torch.empty(1, 128, 512, 513, dtype=torch.bfloat16, device="meta")
+    pretend_cpu("amx")
+    assert slower_reasons(large, weight) == ["pictures beyond 64 MiB would be copied as a whole"]
+    assert slower_reasons(large[..., :512], weight) == slower_reasons(large.float(), weight.float()) == []
+    pretend_cpu("avx512")
+    assert slower_reasons(large, weight) == []
+
+
+def test_more_pictures_than_are_copied_at_a_time():
+    """On tiles 48 MB: 7 pictures of 160x160 pixels of 128 channels."""
+    x, weight, bias = channels_last(9, 128, 160, 160).bfloat16(), torch.randn(16, 128, 3, 3), torch.randn(9, 16)
+    weight, bias = (weight / 34).bfloat16(), bias.bfloat16()
+    residual = channels_last(9, 16, 160, 160).bfloat16()
+    out = OP(x, weight, bias, residual)
+    for image in (0, 6, 7, 8):
+        one = slice(image, image + 1)
+        assert torch.equal(OP(x[one], weight, bias[one], residual[one]), out[one])
+    exact = reference_conv3x3(x.float(), weight.float(), bias.float(), residual.float())
+    assert max_abs_diff(out, exact) < 0.05
+
+
 def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason():
     few_channels, few_tiles, enough = problem(4, 127, 128, 8, 8), problem(3, 128, 128, 4, 4), problem(4, 128, 128, 4, 4)
     assert slower_reasons(*few_channels[:2]) == ["fewer than 128 channels: the transforms outweigh the products"]

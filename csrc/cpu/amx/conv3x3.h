@@ -154,8 +154,10 @@ class Conv3x3InBfloat16 {
 
 bool conv3x3_on_tiles(const Conv3x3Args& args) {
   if (args.dtype != DType::kBFloat16 || args.in_channels == 0) return false;
-  Conv3x3InBfloat16 problem(args);
-  TileProduct(problem).run();
+  for_some_pictures<BFloat16>(args, ceil_div(args.in_channels, kTileDepth), [](const Conv3x3Args& part) {
+    Conv3x3InBfloat16 problem(part);
+    TileProduct(problem).run();
+  });
   return true;
 }
 

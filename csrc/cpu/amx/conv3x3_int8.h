@@ -24,6 +24,7 @@ template <typename T>
 class Conv3x3InInt8 {
  public:
   using Tiles = UnsignedTiles;
+  static constexpr int64_t kGroup = 64;  // channels of a step
   static constexpr bool kGathers = false;
   static constexpr int64_t kMaxPairs = 4, kMaxRowPairs = 32;
 
@@ -105,7 +106,6 @@ class Conv3x3InInt8 {
 
  private:
   static constexpr int64_t kTaps = TiledPicture::kTaps;
-  static constexpr int64_t kGroup = 64;      // channels of a step
   static constexpr int64_t kMostGroups = 4;  // of a chunk
 
   // Of numbers and zero; NaN or infinite where one of them is.

@@ -9,8 +9,11 @@
 // A pair is two strips of 16 rows or columns; a step is a tile: 64 bytes of what is summed over.
 //
 // Four tile products take 64 cycles, for which their four tiles come at 64 bytes a cycle: about what L2 delivers. So the
-// vector unit takes up the sums of the product before in their shadow. Weights are read in their plain layout, once per block: arranging a tile takes 80
-// cycles, and a block of 32 pairs multiplies it for 1024.
+// vector unit takes up the sums of an earlier product in their shadow. Weights are read in their plain layout, once per
+// block: arranging a tile takes 80 cycles, and a block of 32 pairs multiplies it for 1024.
+//
+// A Sapphire Rapids core was measured at 2.5 TFLOP/s of random bfloat16 out of the L1 cache (3.6 of zeros, which leave it
+// a higher clock), convolutions of 16x16 and 32x32 at 1.3 to 1.6.
 #pragma once
 
 #include "../gemm.h"
@@ -19,8 +22,6 @@
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
 namespace {
-
-constexpr int64_t kTileBytes = 64;  // of a line
 
 // Steps, in chunks of at most `most`.
 struct Chunks {
@@ -52,8 +53,8 @@ class TileProduct {
   using Sum = typename Problem::Tiles::Sum;
   typedef Sum SumVec __attribute__((vector_size(4 * kLanes)));
   static constexpr int64_t kMaxPairs = Problem::kMaxPairs;  // of columns
-  static constexpr int64_t kMaxRowPairs = Problem::kMaxRowPairs,
-                           kFewPairs = 8;  // of rows: below kFewPairs arranging the columns shows
+  static constexpr int64_t kMaxRowPairs = Problem::kMaxRowPairs;
+  static constexpr int64_t kFewPairs = 8;  // of rows, below which arranging the columns shows
   static constexpr int64_t kPieceRows = 2, kPieces = kBlock / kPieceRows;
 
   struct Range {
