@@ -307,7 +307,7 @@ def values() -> dict[str, str]:
     unet, int8 = (result(f"unet-{RAPIDS}")["unet"][name] for name in ("sdpa", "int8"))
     whole = result(f"full-size-{RAPIDS}")["seconds_in_all"]
     drop_in, peers = result(f"drop-in-{EPYC}")["unet"], result(f"peers-{EPYC}")["unet"]
-    with_amx = result(f"peers-{RAPIDS}-int8")["unet"] | result(f"peers-{RAPIDS}")["unet"]
+    with_amx = result(f"peers-{RAPIDS}")["unet"] | result(f"peers-{RAPIDS}-int8")["unet"]
     cold, epyc = Races(f"ops-{RAPIDS}-cold"), Races(f"ops-{EPYC}-cross-view")
     longest = result("lengths-cpu-amd-epyc-avx2-1-thread")["races"][-1]["contestants"]
     mib = {row["name"]: row["peak_mib"] for row in longest}
@@ -334,6 +334,8 @@ def values() -> dict[str, str]:
         "whole.theirs": f"{whole['sdpa']:.0f}",
         "peers": compared(peers, "gafext float32", {name: name for name in peers}),
         "peers.amx": compared(with_amx, "gafext float32", {name: name for name in with_amx}),
+        "amx.int8": f"{100 * with_amx['gafext int8']['relative_difference']:.1f} %",
+        "amx.int8_bfloat16": f"{100 * with_amx['gafext int8-bfloat16']['relative_difference']:.1f} %",
         "drop_in": f"{drop_in['accelerated']['times_stock']:.2f}",
         "drop_in_table": compared(drop_in, "stock", DROP_IN),
         "profile": profile(),

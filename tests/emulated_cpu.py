@@ -75,7 +75,10 @@ def _call(emulated, name: str, processor: str, *args: object) -> object:
 def _operations() -> dict[str, str]:
     """Names of the operations that have a CPU kernel, and of their files."""
     files = [path for path in sorted((CSRC / "ops").glob("*.cpp")) if (CSRC / "cpu" / path.name).exists()]
-    return {name: path.stem for path in files for name in re.findall(r'm\.def\("(\w+)\(', path.read_text())}
+    schemas = (
+        (path.stem, schema) for path in files for schema in re.findall(r'm\.def\(\s*"([^)]*)\)', path.read_text())
+    )
+    return {schema.split("(")[0]: stem for stem, schema in schemas if "*" not in schema}  # _call passes no options on
 
 
 def _library(stem: str, namespace: str) -> Path:

@@ -310,7 +310,7 @@ void conv3x3_int8(const Conv3x3Int8Args& args) {
     using T = decltype(element);
 #if defined(__AMX_INT8__)
     if (args.taps_first) {
-      return for_some_pictures<T>(args, ceil_div(args.in_channels, Conv3x3InInt8<T>::kGroup), [](const auto& part) {
+      return for_some_pictures<T>(args, ceil_div(args.in_channels, kByteChannels), [](const auto& part) {
         Conv3x3InInt8<T> problem(part);
         TileProduct(problem).run();
       });

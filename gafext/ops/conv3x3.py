@@ -35,9 +35,9 @@ def conv3x3(
 
     out[n, :, y, x] = bias + residual[n, :, y, x] + sum over i, j, c of weight[:, c, i, j] x[n, c, y + i - 1, x + j - 1]
 
-    Winograd's F(4×4, 3×3) does a quarter of the multiplications. Rounding errors are up to 4 times those of PyTorch's
-    conv2d: at most 1e-5 for results of unit scale. An infinity or a NaN affects up to 4×4 outputs beyond the formula's.
-    Transforms and sums are in float32 for every dtype, and rounded once.
+    By Winograd's F(4×4, 3×3), which does a quarter of the multiplications: rounding errors are up to 4 times those of
+    PyTorch's conv2d, at most 1e-5 for results of unit scale, and an infinity or a NaN affects up to 4×4 outputs beyond
+    the formula's. In bfloat16 with AMX, whose tiles multiply it, directly. Sums are in float32, and rounded once.
 
     Args:
         x: [batch, in_channels, height, width], float32, float16 or bfloat16; copied unless its memory format is

@@ -7,48 +7,24 @@
 
 #include "../../ops/conv3x3.h"
 #include "picture.h"
-#include "product.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
 namespace {
 
-class Conv3x3InBfloat16 {
+class Conv3x3InBfloat16 : public PictureProduct<BFloat16, Conv3x3Args, kTileDepth> {
  public:
   using Tiles = Bfloat16Tiles;
-  static constexpr bool kGathers = false;
-  static constexpr int64_t kMaxPairs = 4, kMaxRowPairs = 32;
-
-  explicit Conv3x3InBfloat16(const Conv3x3Args& args)
-      : args_(args),
-        groups_(ceil_div(args.in_channels, kTileDepth), kMostGroups),
-        picture_({args.batch, args.height, args.width}, groups_.steps) {
-    for (int64_t step = 0; step < longest_chunk(); ++step) {
-      offsets_[step] = step / kTaps * picture_.group_words() + picture_.tap_words(step % kTaps);
-    }
-  }
-
-  int64_t rows() const { return picture_.strips() * kTileSide; }
-  int64_t column_pairs() const { return ceil_div(args_.out_channels, kBlock); }
-  int64_t chunks() const { return groups_.count; }
-  int64_t longest_chunk() const { return groups_.longest * kTaps; }
-  int64_t steps(int64_t chunk) const { return (groups_.end(chunk) - groups_.begin(chunk)) * kTaps; }
+  using PictureProduct::PictureProduct;
 
   float* prepare(int64_t floats) {
     float* memory = scratch(picture_.words() + floats);
-    const auto* x = static_cast<const BFloat16*>(args_.x);
-    const auto load = [&](int64_t image, int64_t row, int64_t column, int64_t group) {
-      const PixelStrides& stride = args_.x_stride;
+    const auto load = [&](int64_t image, int64_t y, int64_t x, int64_t group) {
       const int64_t channel = group * kTileDepth;
-      return load_pairs_up_to(x + image * stride.image + row * stride.row + column * stride.column + channel,
-                              args_.in_channels - channel);
+      return load_pairs_up_to(pixel(image, y, x) + channel, args_.in_channels - channel);
     };
     picture_.fill(reinterpret_cast<uint32_t*>(memory), load, [](int64_t) { return BitVec{}; });
     return memory + picture_.words();
-  }
-
-  ScatteredStrips left(int64_t row_pair, int64_t chunk, uint32_t*) const {
-    return picture_.strips_of(row_pair, groups_.begin(chunk), offsets_);
   }
 
   void arrange(int64_t pair, int64_t chunk, uint32_t* to, int32_t*) const {
@@ -60,45 +36,16 @@ class Conv3x3InBfloat16 {
     }
   }
 
-  void prefetch_out(int64_t row, int64_t rows, int64_t pair) const {
-    for (int64_t r = row; r < row + rows; ++r) {
-      const int64_t pixel = picture_.pixel(r);
-      if (pixel >= 0) {
-        prefetch_to_write(static_cast<const BFloat16*>(args_.out) + pixel * args_.out_channels + pair * kBlock);
-      }
-    }
-  }
-  void prefetch_rows(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
-
   void write(int64_t row, int64_t rows, int64_t pair, const float* sums, const int32_t*) const {
+    const int64_t column = pair * kBlock;
     for (int64_t r = row; r < row + rows; ++r, sums += kBlock) {
-      const int64_t pixel = picture_.pixel(r);
-      if (pixel >= 0) write_pixel(pixel, pair * kBlock, sums);
+      const int64_t at = picture_.pixel(r);
+      if (at >= 0) write_pixel(at, column, [&](int64_t, int64_t c, int64_t) { return load(sums + c - column); });
     }
   }
 
  private:
-  static constexpr int64_t kMostGroups = 4;  // of 32 channels, in a chunk
-  static constexpr int64_t kTaps = TiledPicture::kTaps;
   static constexpr int64_t kGroupWords = kTaps * kTileDepth / 2;  // of an output channel
-
-  void write_pixel(int64_t pixel, int64_t column, const float* sums) const {
-    const int64_t line = pixel / args_.width, x = pixel % args_.width, image = line / args_.height;
-    const PixelStrides& stride = args_.residual_stride;
-    const auto *bias = static_cast<const BFloat16*>(args_.bias),
-               *residual = static_cast<const BFloat16*>(args_.residual);
-    if (bias != nullptr) bias += image * args_.bias_stride;
-    if (residual != nullptr) {
-      residual += image * stride.image + line % args_.height * stride.row + x * stride.column;
-    }
-    auto* out = static_cast<BFloat16*>(args_.out) + pixel * args_.out_channels;
-    for (int64_t c = column, end = min_of(column + kBlock, args_.out_channels); c < end; c += kLanes, sums += kLanes) {
-      Vec sum = load(sums);
-      if (bias != nullptr) sum += load_up_to(bias + c, end - c);
-      if (residual != nullptr) sum += load_up_to(residual + c, end - c);
-      end - c >= kLanes ? store_rounded(out + c, sum) : store_first(out + c, sum, end - c);
-    }
-  }
 
   // The taps of 32 input channels and 16 output channels as tiles. Transposed, word j of an output channel's taps holds
   // numbers 2 j and 2 j + 1 of [channel, tap]; a word of a tile holds a tap of channels 2 i and 2 i + 1, numbers
@@ -145,11 +92,6 @@ class Conv3x3InBfloat16 {
     }
     return to;
   }
-
-  const Conv3x3Args& args_;
-  const Chunks groups_;
-  TiledPicture picture_;
-  int64_t offsets_[kMostGroups * kTaps];  // from a strip to its tiles of a chunk, in words
 };
 
 bool conv3x3_on_tiles(const Conv3x3Args& args) {

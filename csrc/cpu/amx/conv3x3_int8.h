@@ -14,34 +14,21 @@
 #include "../../ops/conv3x3_int8.h"
 #include "../integers.h"
 #include "picture.h"
-#include "product.h"
 
 #if defined(__AMX_INT8__)
 namespace gafext::GAFEXT_ISA {
 namespace {
 
+constexpr int64_t kByteChannels = 64;  // of a group
+
 template <typename T>
-class Conv3x3InInt8 {
+class Conv3x3InInt8 : public PictureProduct<T, Conv3x3Int8Args, kByteChannels> {
+  using Base = PictureProduct<T, Conv3x3Int8Args, kByteChannels>;
+  using Base::args_, Base::groups_, Base::picture_, Base::kTaps, Base::pixel;
+
  public:
   using Tiles = UnsignedTiles;
-  static constexpr int64_t kGroup = 64;  // channels of a step
-  static constexpr bool kGathers = false;
-  static constexpr int64_t kMaxPairs = 4, kMaxRowPairs = 32;
-
-  explicit Conv3x3InInt8(const Conv3x3Int8Args& args)
-      : args_(args),
-        groups_(ceil_div(args.in_channels, kGroup), kMostGroups),
-        picture_({args.batch, args.height, args.width}, groups_.steps) {
-    for (int64_t step = 0; step < longest_chunk(); ++step) {
-      offsets_[step] = step / kTaps * picture_.group_words() + picture_.tap_words(step % kTaps);
-    }
-  }
-
-  int64_t rows() const { return picture_.strips() * kTileSide; }
-  int64_t column_pairs() const { return ceil_div(args_.out_channels, kBlock); }
-  int64_t chunks() const { return groups_.count; }
-  int64_t longest_chunk() const { return groups_.longest * kTaps; }
-  int64_t steps(int64_t chunk) const { return (groups_.end(chunk) - groups_.begin(chunk)) * kTaps; }
+  using Base::Base, Base::steps;
 
   float* prepare(int64_t floats) {
     const int64_t lines = args_.batch * args_.height;
@@ -57,13 +44,9 @@ class Conv3x3InInt8 {
     }
     picture_.fill(
         reinterpret_cast<uint32_t*>(memory),
-        [&](int64_t image, int64_t y, int64_t x, int64_t group) { return rounded(image, y, x, group * kGroup); },
+        [&](int64_t image, int64_t y, int64_t x, int64_t group) { return rounded(image, y, x, group * kByteChannels); },
         [&](int64_t image) { return rounding_[image].zero * 0x01010101u - BitVec{}; });
     return memory + picture_.words() + small;
-  }
-
-  ScatteredStrips left(int64_t row_pair, int64_t chunk, uint32_t*) const {
-    return picture_.strips_of(row_pair, groups_.begin(chunk), offsets_);
   }
 
   void arrange(int64_t pair, int64_t chunk, uint32_t* to, int32_t* column_sums) const {
@@ -72,7 +55,7 @@ class Conv3x3InInt8 {
       const int64_t row = kTaps * args_.in_channels;
       IntVec total = chunk == 0 ? IntVec{} : load_bits<IntVec>(column_sums);
       for (int64_t step = 0; step < steps(chunk); ++step, to += kTileWords) {
-        const int64_t channel = (groups_.begin(chunk) + step / kTaps) * kGroup;
+        const int64_t channel = (groups_.begin(chunk) + step / kTaps) * kByteChannels;
         const int8_t* from = args_.weight + column * row + step % kTaps * args_.in_channels + channel;
         Vec lines[kTileSide];
         for (int64_t c = 0; c < kTileSide; ++c) {
@@ -89,25 +72,21 @@ class Conv3x3InInt8 {
     }
   }
 
-  void prefetch_out(int64_t row, int64_t rows, int64_t pair) const {
-    for (int64_t r = row; r < row + rows; ++r) {
-      const int64_t pixel = picture_.pixel(r);
-      if (pixel >= 0) prefetch_to_write(static_cast<const T*>(args_.out) + pixel * args_.out_channels + pair * kBlock);
-    }
-  }
-  void prefetch_rows(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
-
   void write(int64_t row, int64_t rows, int64_t pair, const int32_t* sums, const int32_t* column_sums) const {
+    const int64_t column = pair * kBlock;
     for (int64_t r = row; r < row + rows; ++r, sums += kBlock) {
-      const int64_t pixel = picture_.pixel(r);
-      if (pixel >= 0) write_pixel(pixel, pair * kBlock, sums, column_sums);
+      const int64_t at = picture_.pixel(r);
+      if (at < 0) continue;
+      Base::write_pixel(at, column, [&](int64_t image, int64_t c, int64_t count) {
+        const Rounding rounding = rounding_[image];
+        const IntVec sum =
+            load_bits<IntVec>(sums + c - column) - rounding.zero * load_bits<IntVec>(column_sums + c - column);
+        return __builtin_convertvector(sum, Vec) * (rounding.scale * load_up_to(args_.scale + c, count));
+      });
     }
   }
 
  private:
-  static constexpr int64_t kTaps = TiledPicture::kTaps;
-  static constexpr int64_t kMostGroups = 4;  // of a chunk
-
   // Of numbers and zero; NaN or infinite where one of them is.
   struct Range {
     float low = 0.0f, high = 0.0f;
@@ -131,11 +110,6 @@ class Conv3x3InInt8 {
       zero = finite ? static_cast<int32_t>(0.5f - range.low * factor) : 0;
     }
   };
-
-  const T* pixel(int64_t image, int64_t y, int64_t x) const {
-    const PixelStrides& stride = args_.x_stride;
-    return static_cast<const T*>(args_.x) + image * stride.image + y * stride.row + x * stride.column;
-  }
 
   // Of line `line` of all pictures.
   Range range_of(int64_t line) const {
@@ -161,8 +135,8 @@ class Conv3x3InInt8 {
   BitVec rounded(int64_t image, int64_t y, int64_t x, int64_t channel) const {
     const Rounding rounding = rounding_[image];
     const T* from = pixel(image, y, x) + channel;
-    uint8_t bytes[kGroup];
-    for (int64_t c = 0; c < kGroup; c += kLanes) {
+    uint8_t bytes[kByteChannels];
+    for (int64_t c = 0; c < kByteChannels; c += kLanes) {
       typedef uint8_t Numbers __attribute__((vector_size(kLanes)));
       const IntVec q =
           round_to_int(load_up_to(from + c, args_.in_channels - channel - c) * rounding.factor) + rounding.zero;
@@ -173,31 +147,7 @@ class Conv3x3InInt8 {
     return load_bits<BitVec>(bytes);
   }
 
-  void write_pixel(int64_t pixel, int64_t column, const int32_t* sums, const int32_t* column_sums) const {
-    const int64_t line = pixel / args_.width, image = line / args_.height;
-    const Rounding rounding = rounding_[image];
-    const PixelStrides& stride = args_.residual_stride;
-    const T *bias = static_cast<const T*>(args_.bias), *residual = static_cast<const T*>(args_.residual);
-    if (bias != nullptr) bias += image * args_.bias_stride;
-    if (residual != nullptr) {
-      residual += image * stride.image + line % args_.height * stride.row + pixel % args_.width * stride.column;
-    }
-    T* out = static_cast<T*>(args_.out) + pixel * args_.out_channels;
-    for (int64_t c = column, end = min_of(column + kBlock, args_.out_channels); c < end;
-         c += kLanes, sums += kLanes, column_sums += kLanes) {
-      const IntVec sum = load_bits<IntVec>(sums) - rounding.zero * load_bits<IntVec>(column_sums);
-      Vec result = __builtin_convertvector(sum, Vec) * (rounding.scale * load_up_to(args_.scale + c, end - c));
-      if (bias != nullptr) result += load_up_to(bias + c, end - c);
-      if (residual != nullptr) result += load_up_to(residual + c, end - c);
-      end - c >= kLanes ? store_rounded(out + c, result) : store_first(out + c, result, end - c);
-    }
-  }
-
-  const Conv3x3Int8Args& args_;
-  const Chunks groups_;
-  TiledPicture picture_;
-  Rounding* rounding_ = nullptr;          // [batch]
-  int64_t offsets_[kMostGroups * kTaps];  // from a strip to its tiles of a chunk, in words
+  Rounding* rounding_ = nullptr;  // [batch]
 };
 
 }  // namespace

@@ -8,7 +8,8 @@
 // there are three copies, moved by -1, 0 and 1 pixels: no product is of a pixel that is not there but in the last strip.
 #pragma once
 
-#include "tiles.h"
+#include "../../ops/conv3x3.h"
+#include "product.h"
 
 #if defined(__AMX_BF16__)
 namespace gafext::GAFEXT_ISA {
@@ -91,6 +92,75 @@ class TiledPicture {
   const PictureSize size_;
   const int64_t groups_, pixels_, strips_, copies_, line_, rows_, copy_words_;
   uint32_t* words_ = nullptr;
+};
+
+// What direct 3x3 convolutions share of product.h's `Problem`: rows are pixels, and a chunk is all taps of up to
+// kMostGroups groups of kChannels channels. Left to them are the columns, and what is written.
+template <typename T, typename Args, int64_t kChannels>
+class PictureProduct {
+ public:
+  static constexpr bool kGathers = false;
+  static constexpr int64_t kMaxPairs = 4, kMaxRowPairs = 32;
+
+  explicit PictureProduct(const Args& args)
+      : args_(args),
+        groups_(ceil_div(args.in_channels, kChannels), kMostGroups),
+        picture_({args.batch, args.height, args.width}, groups_.steps) {
+    for (int64_t step = 0; step < longest_chunk(); ++step) {
+      offsets_[step] = step / kTaps * picture_.group_words() + picture_.tap_words(step % kTaps);
+    }
+  }
+
+  int64_t rows() const { return picture_.strips() * kTileSide; }
+  int64_t column_pairs() const { return ceil_div(args_.out_channels, kBlock); }
+  int64_t chunks() const { return groups_.count; }
+  int64_t longest_chunk() const { return groups_.longest * kTaps; }
+  int64_t steps(int64_t chunk) const { return (groups_.end(chunk) - groups_.begin(chunk)) * kTaps; }
+
+  ScatteredStrips left(int64_t row_pair, int64_t chunk, uint32_t*) const {
+    return picture_.strips_of(row_pair, groups_.begin(chunk), offsets_);
+  }
+
+  void prefetch_out(int64_t row, int64_t rows, int64_t pair) const {
+    for (int64_t r = row; r < row + rows; ++r) {
+      const int64_t pixel = picture_.pixel(r);
+      if (pixel >= 0) prefetch_to_write(static_cast<const T*>(args_.out) + pixel * args_.out_channels + pair * kBlock);
+    }
+  }
+  void prefetch_rows(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
+
+ protected:
+  static constexpr int64_t kTaps = TiledPicture::kTaps;
+  static constexpr int64_t kMostGroups = 4;
+
+  const T* pixel(int64_t image, int64_t y, int64_t x) const {
+    const PixelStrides& stride = args_.x_stride;
+    return static_cast<const T*>(args_.x) + image * stride.image + y * stride.row + x * stride.column;
+  }
+
+  // Output columns [column, column + kBlock) of a pixel: value(c, count) of each vector of them, bias and residual added.
+  template <typename Value>
+  GAFEXT_INLINE void write_pixel(int64_t pixel, int64_t column, const Value& value) const {
+    const int64_t line = pixel / args_.width, image = line / args_.height;
+    const PixelStrides& stride = args_.residual_stride;
+    const T *bias = static_cast<const T*>(args_.bias), *residual = static_cast<const T*>(args_.residual);
+    if (bias != nullptr) bias += image * args_.bias_stride;
+    if (residual != nullptr) {
+      residual += image * stride.image + line % args_.height * stride.row + pixel % args_.width * stride.column;
+    }
+    T* out = static_cast<T*>(args_.out) + pixel * args_.out_channels;
+    for (int64_t c = column, end = min_of(column + kBlock, args_.out_channels); c < end; c += kLanes) {
+      Vec sum = value(image, c, end - c);
+      if (bias != nullptr) sum += load_up_to(bias + c, end - c);
+      if (residual != nullptr) sum += load_up_to(residual + c, end - c);
+      end - c >= kLanes ? store_rounded(out + c, sum) : store_first(out + c, sum, end - c);
+    }
+  }
+
+  const Args& args_;
+  const Chunks groups_;
+  TiledPicture picture_;
+  int64_t offsets_[kMostGroups * kTaps];  // from a strip to its tiles of a chunk, in words
 };
 
 constexpr int64_t kPictureWords = int64_t{12} << 20;  // at a time, or one picture: 48 MB
