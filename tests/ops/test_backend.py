@@ -41,6 +41,7 @@ INPUTS = {  # that the kernel of the CPU serves, with "auto" too
     "flash_attention": three(2, 4, 64, 64),
     "geglu": (torch.randn(5, 8), torch.randn(6, 8)),
     "geglu_gate": (torch.randn(5, 8),),
+    "geglu_int8": (torch.randn(5, 8), torch.ones(6, 8, dtype=torch.int8), torch.ones(6)),
     "group_norm_silu": (channels_last(2, 64, 5, 6), 4),
     "linear": (torch.randn(256, 640), torch.randn(640, 640)),
     "linear_int8": (torch.randn(5, 8), torch.ones(6, 8, dtype=torch.int8), torch.ones(6)),
@@ -48,8 +49,12 @@ INPUTS = {  # that the kernel of the CPU serves, with "auto" too
 
 
 def inputs_in(dtype, op):
-    """INPUTS[op] with the floating-point tensors in a dtype."""
-    return [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in INPUTS[op]]
+    """INPUTS[op] with the floating-point tensors in a dtype, but for the scale of 8-bit weights in half precision."""
+    scale = 2 if op.endswith("_int8") and dtype == torch.float16 else None
+    return [
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and i != scale else x
+        for i, x in enumerate(INPUTS[op])
+    ]
 
 
 def test_every_operation_has_inputs_here():
