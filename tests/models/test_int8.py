@@ -126,6 +126,21 @@ def test_the_last_stages_residual_blocks_stay_in_floats():
     assert kinds["up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"] is Int8Linear
 
 
+@torch.no_grad()
+def test_convolutions_are_saved_as_they_compute(tmp_path):
+    """With AMX the first pass brings their weights into another memory format."""
+    network = MultiViewUNet(
+        replace(SD21_UNET, block_out_channels=(128, 128, 128, 128), attention_head_dim=(2, 2, 2, 2))
+    )
+    quantize(network.eval())
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor(5.0), torch.randn(2, 7, 1024)
+    expected = network(*inputs)
+    network.save_pretrained(tmp_path / "saved")
+    again = MultiViewUNet.from_pretrained(tmp_path / "saved", device="cpu")
+    assert is_quantized(again) and torch.equal(again(*inputs), expected)
+    assert torch.equal(copy.deepcopy(network)(*inputs), expected)
+
+
 def test_dtype_is_checked(checkpoint):
     with pytest.raises(
         ValueError, match=r"dtype: expected a torch.dtype, None or one of .*'int8-bfloat16'\], got 'int4'"

@@ -204,9 +204,8 @@ def test_geglu_is_the_gate_of_the_layer(sizes, dtype, most):
 
 def test_geglu_misuse_opcheck_and_threads():
     op = torch.ops.gafext.geglu_int8
-    odd = lambda t: (t(3, 8), whole(t, 5, 8), t(5))  # noqa: E731
     words = "geglu_int8: weight must have shape (2 * inner, in_features), got (5, 8)"
-    assert_same_words(ops.geglu_int8, op, odd, words)
+    assert_same_words(ops.geglu_int8, op, lambda t: (t(3, 8), whole(t, 5, 8), t(5)), words)
     torch.library.opcheck(op.default, problem(40, 8, 4))
     assert_same_bits_on_any_number_of_threads(op, *problem(500, 70, 300))
 

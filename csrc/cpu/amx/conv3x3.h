@@ -1,5 +1,5 @@
-// 3x3 convolution of bfloat16 on AMX tiles: the products of product.h, whose rows are pixels with their eight neighbours. Direct: bfloat16 has too few digits for Winograd's transforms, and tiles multiply 14 times as
-// fast as AVX-512.
+// 3x3 convolution of bfloat16 on AMX tiles, directly: the products of product.h, whose rows are pixels with their eight
+// neighbours. bfloat16 has too few digits for Winograd's transforms, and tiles have products enough without them.
 //
 // What is summed over runs through the taps of 32 channels, then those of the next 32. So the taps of a chunk lie in
 // memory next to each other, 576 bytes per output channel, and a step is one tap of 32 channels.

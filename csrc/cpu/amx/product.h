@@ -219,10 +219,9 @@ class LayerInBfloat16 {
 };
 
 template <typename Layer>
-bool run_in_bfloat16(const Layer& layer) {
+void run_in_bfloat16(const Layer& layer) {
   LayerInBfloat16<Layer> problem(layer);
   TileProduct(problem).run();
-  return true;
 }
 
 }  // namespace
