@@ -121,43 +121,6 @@ GAFEXT_INLINE void add_words(const uint32_t* a, int64_t a_stride, const uint32_t
   }
 }
 
-// sums[r, :] = (or +=) the same.
-template <Products kind, int Rows>
-void multiply_words(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t words, int32_t* sums,
-                    int64_t sums_stride, bool accumulate) {
-  IntVec tile[Rows][kTileVectors] = {};
-  add_words<kind>(a, a_stride, b, words, tile);
-  GAFEXT_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    GAFEXT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) {
-      int32_t* to = sums + r * sums_stride + v * kLanes;
-      if (accumulate) tile[r][v] += load_bits<IntVec>(to);
-      __builtin_memcpy(to, &tile[r][v], sizeof(IntVec));
-    }
-  }
-}
-
-// The same for `rows` <= kTileRows.
-template <Products kind>
-void multiply_rows(int64_t rows, const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t words, int32_t* sums,
-                   int64_t sums_stride, bool accumulate) {
-  switch (rows) {
-    case 1:
-      return multiply_words<kind, 1>(a, a_stride, b, words, sums, sums_stride, accumulate);
-    case 2:
-      return multiply_words<kind, 2>(a, a_stride, b, words, sums, sums_stride, accumulate);
-    case 3:
-      return multiply_words<kind, 3>(a, a_stride, b, words, sums, sums_stride, accumulate);
-    case 4:
-      return multiply_words<kind, 4>(a, a_stride, b, words, sums, sums_stride, accumulate);
-    case 5:
-      return multiply_words<kind, 5>(a, a_stride, b, words, sums, sums_stride, accumulate);
-    default:
-      return multiply_words<kind, kTileRows>(a, a_stride, b, words, sums, sums_stride, accumulate);
-  }
-}
-
 // What is missing is zero.
 template <typename V>
 GAFEXT_INLINE V load_bytes_up_to(const int8_t* from, int64_t count) {

@@ -181,6 +181,21 @@ GAFEXT_INLINE void store_first(T* to, Vec v, int64_t count) {
   __builtin_memcpy(to, padded, count * sizeof(T));
 }
 
+// What is missing is zero.
+template <typename T>
+GAFEXT_INLINE Vec load_up_to(const T* from, int64_t count) {
+  return count >= kLanes ? load(from) : count > 0 ? load_first(from, count) : Vec{};
+}
+
+template <typename T>
+GAFEXT_INLINE void store_up_to(T* to, Vec v, int64_t count) {
+  if (count >= kLanes) {
+    store(to, v);
+  } else if (count > 0) {
+    store_first(to, v, count);
+  }
+}
+
 // `count` elements to float32 times `factor`, zeros up to the next whole vector.
 template <typename T>
 GAFEXT_INLINE void copy_row(float* to, const T* from, int64_t count, float factor = 1.0f) {

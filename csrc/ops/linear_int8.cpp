@@ -49,11 +49,7 @@ Tensor geglu_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& sc
   const char* op = "geglu_int8";
   check_linear_int8(op, x, weight, scale, bias);
   require(weight.size(0) % 2 == 0, op, ": weight must have shape (2 * inner, in_features), got ", shape_of(weight));
-  // On tiles the gate takes the sums as they come; elsewhere both operations, one after the other.
-  if (row_count(x) >= kFewestTileRows && weight.size(1) > 0 && has_amx_int8()) {
-    return apply(op, x, weight, scale, bias, true);
-  }
-  return call_aten("gafext::geglu_gate", apply(op, x, weight, scale, bias, false));
+  return apply(op, x, weight, scale, bias, true);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {

@@ -18,9 +18,7 @@ struct LinearInt8Args {
   int64_t rows, in_features, out_features;
   int64_t x_stride, weight_stride;  // from row to row
   DType dtype;                      // of x, bias and out
-  // Whether out is (rows, out_features / 2): the columns of the first half times the GELU of those of the second. Only
-  // on tiles, so of kFewestTileRows or more.
-  bool gated;
+  bool gated;  // out is (rows, out_features / 2): the columns of the first half times the GELU of the second's
 };
 
 constexpr int64_t kFewestTileRows = 32;

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SPREAD = 0.3  # scale of the random part of a convolution's weights
@@ -57,10 +59,20 @@ def carry_over(network: nn.Module, weights: Mapping[str, Tensor]) -> int:
     added = _levels(own) - _levels(weights)
     for key, value in weights.items():
         name = re.sub(r"down_blocks\.(\d+)", lambda match: f"down_blocks.{int(match[1]) + added}", key)
+        if name.endswith("position_embedding.weight") and name in own:
+            value = _resized(value, len(own[name]))
         if name in own and own[name].shape == value.shape:
             own[name].copy_(value)
             copied += 1
     return copied
+
+
+def _resized(positions: Tensor, count: int) -> Tensor:
+    """Interpolate a vision transformer's position embedding [1+n*n,C], whose first row is the class token's."""
+    side, wanted = math.isqrt(len(positions) - 1), math.isqrt(count - 1)
+    grid = positions[1:].float().T.unflatten(1, (side, side))[None]
+    grid = F.interpolate(grid, (wanted, wanted), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1].float(), grid[0].flatten(1).T])
 
 
 def _levels(weights: Mapping[str, Tensor]) -> int:

@@ -36,6 +36,10 @@ class Rung:
     """Number of heads in that pool that are replaced at a time."""
     fresh_every: int = 1
     """Number of steps between replacements."""
+    pool_limit: int = 0
+    """Number of heads up to which the U-Net's pool grows before the oldest are replaced; 0: it does not grow."""
+    snr_divisor: float = 1.0
+    """Divisor of the signal-to-noise ratio of Stable Diffusion's schedule, for latents larger than 16 x 16."""
     upsampler_fresh_every: int = 1
     """Number of steps between replacements."""
     measured_heads: int = 8
@@ -152,7 +156,9 @@ RUNGS["sharp"] = replace(
     vae_batch=8,
     upsampler_batch=4,
     upsampler_fresh=1,
-    fresh_every=10,
+    fresh_every=3,
+    pool_limit=3000,
+    snr_divisor=4.0,
     upsampler_fresh_every=3,
     vae_rate=5e-4,
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
-from gafext.config import SD_SCHEDULE
+from gafext.config import SD_SCHEDULE, SchedulerConfig
 from gafext.evaluation import Evaluation, Scores
 from gafext.models.clip import MEAN, STD
 from gafext.ops.backend import set_attention_backend
@@ -24,7 +24,7 @@ VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # views per step, in turn
 NO_IMAGE = 0.1  # fraction of the heads without image tokens, for guidance
 SOME_IMAGES = 0.5  # fraction of the heads for which each view has image tokens or not
 APART = 0.3  # fraction of the heads for which each view has its own noise level
-NEUTRAL = 0.3  # fraction of the heads whose normal maps are the neutral head's
+NEUTRAL = 0.4  # fraction of the heads whose normal maps are the neutral head's
 
 SCHEDULE = replace(
     SD_SCHEDULE,
@@ -36,6 +36,20 @@ SCHEDULE = replace(
 )
 
 
+def noisier(config: SchedulerConfig, divisor: float) -> SchedulerConfig:
+    """Divide the signal-to-noise ratio of every timestep, also of one without signal (arXiv 2301.11093 section 2.1).
+
+    Neighbouring pixels of larger latents agree more, and noise hides less of them: with n times the pixels it has to
+    have n times the variance.
+    """
+    if divisor == 1:
+        return config
+    alphas = schedule.alphas_cumprod(config).double()
+    alphas = alphas / (alphas + divisor * (1 - alphas))
+    betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
+    return replace(config, trained_betas=tuple(betas.tolist()), rescale_betas_zero_snr=False)
+
+
 @dataclass
 class Pool:
     """Pool of encoded heads, each used several times, because rendering and encoding cost as much as a step."""
@@ -45,13 +59,28 @@ class Pool:
     weights: Tensor  # [K,8,1,h,w], of the loss
     poses: Tensor  # [K,8,12]
     portraits: Tensor  # [K,3,S,S], normalised for the image encoder
-    oldest: int = 0
+    added: int = 0
 
-    def replace_oldest(self, fresh: Pool) -> None:
-        slots = (self.oldest + torch.arange(len(fresh.latents))) % len(self.latents)
-        for name in ("latents", "normals", "weights", "poses", "portraits"):
-            getattr(self, name)[slots] = getattr(fresh, name)
-        self.oldest = (self.oldest + len(slots)) % len(self.latents)
+    def enlarged(self, limit: int) -> Pool:
+        """Return a pool with room for `limit` heads."""
+        room = {name: x.new_empty(limit, *x.shape[1:]) for name, x in self.tensors().items()}
+        pool = Pool(**room)
+        pool.add(self)
+        return pool
+
+    @property
+    def count(self) -> int:
+        return min(self.added, len(self.latents))
+
+    def add(self, fresh: Pool) -> None:
+        """Add heads, in place of the oldest ones where the pool is full."""
+        slots = (self.added + torch.arange(len(fresh.latents))) % len(self.latents)
+        for name, tensor in self.tensors().items():
+            tensor[slots] = fresh.tensors()[name]
+        self.added += len(slots)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()
@@ -137,18 +166,20 @@ def main(argv: list[str] | None = None) -> None:
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
     if device.type == "cpu":  # the backward pass of PyTorch's attention takes twice as long on a CPU
         set_attention_backend(unet, "reference")
-    alphas = schedule.alphas_cumprod(SCHEDULE).to(device)
+    noise_schedule = noisier(SCHEDULE, rung.snr_divisor)
+    alphas = schedule.alphas_cumprod(noise_schedule).to(device)
     blindfold = Blindfold(unet)
     sizes = (rung.image_size, rung.image_encoder.image_size)
-    pool = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
+    first = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
+    pool = first.enlarged(rung.pool_limit or rung.pool_heads)
 
     def loss(step: int) -> Tensor:
         random, noises = generator(args.seed, step), generator(args.seed, step, device)
         if step % rung.fresh_every == 0:
-            pool.replace_oldest(fresh_heads(rung.fresh_heads, random, vae, *sizes))
+            pool.add(fresh_heads(rung.fresh_heads, random, vae, *sizes))
         views = VIEWS[step % len(VIEWS)]
         count = rung.unet_batch // views
-        chosen = torch.randint(len(pool.latents), (count,), generator=random).to(device)
+        chosen = torch.randint(pool.count, (count,), generator=random).to(device)
         first = int(torch.randint(POOL_VIEWS // views, (1,), generator=random))
         seen = slice(first, None, POOL_VIEWS // views)
         pooled = (pool.latents, pool.normals, pool.weights, pool.poses)
@@ -170,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         for module in averaged.values():
             set_attention_backend(module, "auto")
         pipe = MultiViewDiffusionPipeline(
-            vae=vae, scheduler=DDIMScheduler(SCHEDULE), guidance_scale=GUIDANCE_SCALE, **averaged
+            vae=vae, scheduler=DDIMScheduler(noise_schedule), guidance_scale=GUIDANCE_SCALE, **averaged
         )
         export(args.out, unet=averaged["unet"], image_encoder=averaged["image_encoder"], scheduler=pipe.scheduler)
         evaluation = Evaluation(pipe, rung.measured_heads, num_inference_steps=20, upsample="none")

@@ -105,11 +105,6 @@ GAFEXT_INLINE void store_split(uint32_t* to, int64_t line, Vec a, Vec b, Range& 
   store_terms(to, line, terms);
 }
 
-template <typename T>
-GAFEXT_INLINE Vec load_up_to(const T* from, int64_t count) {
-  return count >= kLanes ? load(from) : count > 0 ? load_first(from, count) : Vec{};
-}
-
 // store(), of bfloat16 in one instruction, which takes subnormal numbers for zero as tile products do.
 template <typename T>
 GAFEXT_INLINE void store_rounded(T* to, Vec v) {
