@@ -5,7 +5,7 @@
 // kColumns columns of weights times a block of rows. It takes slices of kDepth words, of which most layers have one:
 //
 //   weights  transposed, and widened for pairs    [panel, words, kPanel], 80 KB, in the L2 cache
-//   product  sums = q_x q_w^T in register tiles; after the last slice out = sums s_x s_w + bias leaves the registers.
+//   product  sums = q_x q_w^T in register tiles; after the last slice out = sums s_x s_w + bias + residual.
 //            Sums of slices before it wait in the L2 cache, [rows, kColumns] 32-bit integers
 //
 // Of gated layers a panel is half a panel of value columns beside their gate columns, and out = value gelu(gate).
@@ -227,7 +227,9 @@ class Product {
       } else if (args_.gated) {
         write_gated(scales_[tile.row + r], columns, sums[r], tile.lane, memory, out + r * width_);
       } else {
-        write(scales_[tile.row + r], columns, sums[r], tile.lane, memory, out + r * width_);
+        const T* residual = static_cast<const T*>(args_.residual);
+        if (residual != nullptr) residual += (tile.row + r) * args_.residual_stride + tile.column;
+        write(scales_[tile.row + r], columns, sums[r], tile.lane, memory, residual, out + r * width_);
       }
     }
   }
@@ -287,9 +289,11 @@ class Product {
   }
 
   static GAFEXT_INLINE void write(float of_row, int64_t columns, const int32_t* sums, int64_t lane,
-                                  const Scratch& memory, T* out) {
+                                  const Scratch& memory, const T* residual, T* out) {
     for (int64_t c = 0; c < columns; c += kLanes) {
-      store_up_to(out + c, scaled(sums + c, of_row, lane + c, memory), columns - c);
+      Vec result = scaled(sums + c, of_row, lane + c, memory);
+      if (residual != nullptr) result += load_up_to(residual + c, columns - c);
+      store_up_to(out + c, result, columns - c);
     }
   }
 

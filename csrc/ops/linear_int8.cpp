@@ -10,7 +10,7 @@ GAFEXT_CPU_KERNEL(void, linear_int8, const LinearInt8Args& args)
 namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gafext, m) {
-  m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? residual=None) -> Tensor");
   m.def("geglu_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
 }
 
@@ -27,21 +27,34 @@ void check_linear_int8(const char* op, const Tensor& x, const Tensor& weight, co
 }
 
 Tensor apply(const char* op, const Tensor& x, const Tensor& weight, const Tensor& scale,
-             const std::optional<Tensor>& bias, bool gated) {
+             const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool gated) {
   LinearInt8Args args{};
   args.dtype = check_dtype(op, x);
   args.gated = gated;
   args.rows = row_count(x), args.in_features = weight.size(1), args.out_features = weight.size(0);
+  std::optional<Matrix> added;
+  if (residual) {
+    added.emplace(*residual);
+    args.residual = added->tensor.const_data_ptr(), args.residual_stride = added->stride;
+  }
   const Tensor scales = torch::stable::contiguous(scale);
   args.scale = static_cast<const float*>(scales.const_data_ptr());
   return project(args, x, weight, bias, gated ? args.out_features / 2 : args.out_features,
                  [](const LinearInt8Args& complete) { cpu::linear_int8(complete); });
 }
 
-Tensor linear_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& scale,
-                          const std::optional<Tensor>& bias) {
-  check_linear_int8("linear_int8", x, weight, scale, bias);
-  return apply("linear_int8", x, weight, scale, bias, false);
+Tensor linear_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual) {
+  const char* op = "linear_int8";
+  check_linear_int8(op, x, weight, scale, bias);
+  if (residual) {
+    bool matches = residual->dim() == x.dim() && residual->size(x.dim() - 1) == weight.size(0);
+    for (int64_t i = 0; matches && i + 1 < x.dim(); ++i) matches = residual->size(i) == x.size(i);
+    require(matches, op, ": residual must have shape (..., ", weight.size(0), ") to go with x ", shape_of(x), ", got ",
+            shape_of(*residual));
+    check_same_kind(op, {"x", x}, {"residual", *residual});
+  }
+  return apply(op, x, weight, scale, bias, residual, false);
 }
 
 Tensor geglu_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& scale,
@@ -49,7 +62,7 @@ Tensor geglu_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& sc
   const char* op = "geglu_int8";
   check_linear_int8(op, x, weight, scale, bias);
   require(weight.size(0) % 2 == 0, op, ": weight must have shape (2 * inner, in_features), got ", shape_of(weight));
-  return apply(op, x, weight, scale, bias, true);
+  return apply(op, x, weight, scale, bias, std::nullopt, true);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {

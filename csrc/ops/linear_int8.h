@@ -4,21 +4,21 @@
 
 namespace gafext {
 
-// out = s_x scale (q_x weight^T) + bias, q_x = round(x / s_x), s_x = max |x| / 127 of each row
+// out = s_x scale (q_x weight^T) + bias + residual, q_x = round(x / s_x), s_x = max |x| / 127 of each row
 //
 //   x (rows, in_features)   weight (out_features, in_features), 8-bit   scale (out_features), float32
-//   bias (out_features), like x, or null   out (rows, out_features), contiguous
+//   bias (out_features), like x, or null   residual and out (rows, out_features), like x; residual or null
 //
 // The sums of products are exact 32-bit integers for in_features up to kMaxInt8Features.
 struct LinearInt8Args {
-  const void *x, *bias;
+  const void *x, *bias, *residual;
   const float* scale;
   const int8_t* weight;
   void* out;
   int64_t rows, in_features, out_features;
-  int64_t x_stride, weight_stride;  // from row to row
+  int64_t x_stride, weight_stride, residual_stride;  // from row to row; out is contiguous
   DType dtype;                      // of x, bias and out
-  bool gated;  // out is (rows, out_features / 2): the columns of the first half times the GELU of the second's
+  bool gated;  // out is (rows, out_features / 2): the columns of the first half times the GELU of the second's. No residual
 };
 
 constexpr int64_t kFewestTileRows = 32;

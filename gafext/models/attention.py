@@ -47,8 +47,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def project(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return linear_layer(layer, x, backend=self.attention_backend)
+    def project(self, layer: nn.Module, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        return linear_layer(layer, x, residual=residual, backend=self.attention_backend)
+
+    @property
+    def adds_residual(self) -> bool:
+        """Whether `forward` takes a residual and adds it in the pass over memory of its last layer."""
+        return bool(getattr(self.to_out[0], "adds_residual", False))
 
     def operate(self, operation: Callable[..., Tensor], query: Tensor, key_value: KeyValue, *args: int) -> Tensor:
         """Run an attention operation on heads [.,H,L,D] with this layer's backend."""
@@ -78,10 +83,13 @@ class Attention(nn.Module):
         queries = split_heads(query.reshape(key_value.key.shape[0], -1, query.shape[-1]), self.heads)  # [R,H,N/R*L,D]
         return merge_heads(self.operate(flash_attention, queries, key_value)).view(query.shape)
 
-    def forward(self, hidden_states: Tensor, key_value: KeyValue | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, key_value: KeyValue | None = None, *, residual: Tensor | None = None
+    ) -> Tensor:
         """Map [N,L,C] to [N,L,C] by self-attention, or by attention to precomputed keys and values."""
         key_value = key_value or self.key_value(hidden_states)
-        return self.project(self.to_out[0], self.attend(self.project(self.to_q, hidden_states), key_value))
+        attended = self.attend(self.project(self.to_q, hidden_states), key_value)
+        return self.project(self.to_out[0], attended, residual=residual)
 
 
 class DecoupledAttention(Attention):
@@ -111,7 +119,13 @@ class DecoupledAttention(Attention):
         return KeyValue(split_heads(key, self.heads), split_heads(value * scale, self.heads))
 
     def forward(
-        self, hidden_states: Tensor, text: KeyValue | None, image: KeyValue | None = None, *, first: int = 0
+        self,
+        hidden_states: Tensor,
+        text: KeyValue | None,
+        image: KeyValue | None = None,
+        *,
+        first: int = 0,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Map [N,L,C] to [N,L,C], given text, image or both; rows before `first` do not attend to the image."""
         query = self.project(self.to_q, hidden_states)
@@ -122,16 +136,16 @@ class DecoupledAttention(Attention):
                 from_image = F.pad(from_image, (0, 0, 0, 0, first, 0))
             attended = from_image if attended is None else attended + from_image
         assert attended is not None
-        return self.project(self.to_out[0], attended)
+        return self.project(self.to_out[0], attended, residual=residual)
 
 
 class CrossViewAttention(Attention):
     """Attention over the views at each position of [B*V,L,C], the view index fastest."""
 
-    def forward(self, hidden_states: Tensor, num_views: int) -> Tensor:
+    def forward(self, hidden_states: Tensor, num_views: int, *, residual: Tensor | None = None) -> Tensor:
         query = split_heads(self.project(self.to_q, hidden_states), self.heads)
         attended = self.operate(cross_view_attention, query, self.key_value(hidden_states), num_views)
-        return self.project(self.to_out[0], merge_heads(attended))
+        return self.project(self.to_out[0], merge_heads(attended), residual=residual)
 
 
 class GEGLU(nn.Module):
@@ -159,5 +173,11 @@ class FeedForward(nn.Module):
         self.attention_backend = "auto"
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return linear_layer(self.net[2], self.net[0](hidden_states), backend=self.attention_backend)
+    @property
+    def adds_residual(self) -> bool:
+        """Whether `forward` takes a residual and adds it in the pass over memory of its last layer."""
+        return bool(getattr(self.net[2], "adds_residual", False))
+
+    def forward(self, hidden_states: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        gated = self.net[0](hidden_states)
+        return linear_layer(self.net[2], gated, residual=residual, backend=self.attention_backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,21 +106,21 @@ class MultiViewTransformerBlock(nn.Module):
         views = num_views if self.dense else 1
         tokens = self.norm1(x).reshape(-1, views * x.shape[1], x.shape[2])
         key_value = self.attn1.key_value_with_front(tokens, num_views) if self.front else None
-        x = x + self.attn1(tokens, key_value).view_as(x)
+        x = _add(x.reshape(tokens.shape), self.attn1, tokens, key_value).view_as(x)
         if self.adapter is not None and reference is not None:
             x = x + self.adapter(tokens, reference, num_views)
         if self.attn_cv is not None and self.norm_cv is not None:
-            x = x + self.attn_cv(self.norm_cv(x), num_views)
+            x = _add(x, self.attn_cv, self.norm_cv(x), num_views)
         decoupled = image if self.attn_ip is None else None
         if text is None and decoupled is None:
             x = x + self.attn2.to_out[0].bias
         else:
-            x = x + self.attn2(self.norm2(x), text, decoupled, first=first)
+            x = _add(x, self.attn2, self.norm2(x), text, decoupled, first=first)
         if self.attn_ip is not None and self.norm_ip is not None and image is not None:
             rows = x[first:]
-            rows = rows + self.attn_ip(self.norm_ip(rows), image)
+            rows = _add(rows, self.attn_ip, self.norm_ip(rows), image)
             x = rows if first == 0 else torch.cat([x[:first], rows])
-        return x + self.ff(self.norm3(x))
+        return _add(x, self.ff, self.norm3(x))
 
     def text_key_value(self, encoder_hidden_states: Tensor) -> KeyValue:
         """Compute the keys and values of a text [R,T,C'], which are constant over the denoising steps."""
@@ -146,6 +146,13 @@ class MultiViewTransformerBlock(nn.Module):
         if first < 0:
             raise ValueError(f"image_embeds: expected at most {x.shape[0] // num_views} portraits, got {portraits}")
         return first
+
+
+def _add(x: Tensor, layer: Attention | FeedForward, *args: Any, **options: Any) -> Tensor:
+    """Compute x + layer(...), in one pass over memory where the layer's last product is in 8 bits."""
+    if layer.adds_residual:
+        return layer(*args, residual=x, **options)
+    return x + layer(*args, **options)
 
 
 class MultiViewSpatialTransformer(nn.Module):
@@ -208,12 +215,15 @@ class MultiViewSpatialTransformer(nn.Module):
             self.transformer_blocks, text, image, reference, strict=True
         ):
             x = block(x, own_text, image_embeds=own_image, reference=own_reference, num_views=num_views)
+        adds_residual = self.linear_projection and getattr(self.proj_out, "adds_residual", False)
         if self.linear_projection:
-            x = linear_layer(self.proj_out, x, backend=self.attention_backend)
+            residual = hidden_states.flatten(2).transpose(1, 2) if adds_residual else None
+            x = linear_layer(self.proj_out, x, residual=residual, backend=self.attention_backend)
         x = x.transpose(1, 2).unflatten(2, (height, -1))
         if not self.linear_projection:
             x = self.proj_out(x)
-        return hidden_states + x  # in this order, the sum has the memory format of hidden_states
+        # In this order, the sum has the memory format of hidden_states.
+        return x if adds_residual else hidden_states + x
 
 
 class Conv2d(nn.Conv2d):

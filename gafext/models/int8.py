@@ -33,6 +33,7 @@ class Int8Linear(nn.Module):
         linear: float32, on the CPU; its weights are not kept.
     """
 
+    adds_residual = True  # for `linear_layer`
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -45,10 +46,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [...,in_features] to [...,out_features]."""
+    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Map [...,in_features] to [...,out_features], and add `residual` [...,out_features]."""
         self._check(x)
-        return linear_int8(x, self.weight, self.scale, self.bias)
+        return linear_int8(x, self.weight, self.scale, self.bias, residual)
 
     def geglu(self, x: Tensor, *, backend: str = "auto") -> Tensor:
         """Map [...,in_features] to [...,out_features/2], the first half times the GELU of the second."""

@@ -20,7 +20,7 @@ def geglu_int8(
 
     h = linear_int8(x, weight, scale, bias);  out = h[..., :inner] * gelu(h[..., inner:])
 
-    With AMX the gate takes the products' sums as they come: h is neither rounded to x's dtype nor written.
+    The gate takes the products' sums as they come: h is neither rounded to x's dtype nor written.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16, on the CPU.

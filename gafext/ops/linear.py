@@ -58,20 +58,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return F.linear(x, weight, bias)
 
 
-def linear_layer(layer: nn.Module, x: Tensor, *, backend: str = "auto") -> Tensor:
-    """Call a layer, through `linear` if it is a plain torch.nn.Linear on a CPU.
+def linear_layer(layer: nn.Module, x: Tensor, *, residual: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Call a layer, through `linear` if it is a plain torch.nn.Linear on a CPU, and add a residual.
 
     Args:
         layer: a torch.nn.Linear, or a replacement (8-bit, wrapped, with hooks), which is called as it is.
         x: [...,in_features].
+        residual: [...,out_features] or None; the layer adds it itself if its `adds_residual` is true.
         backend: as for `linear`, but "kernel" counts as "auto".
 
     Returns:
         [...,out_features].
     """
     if x.is_cpu and _is_plain(layer):
-        return linear(x, layer.weight, layer.bias, backend=prefer(backend))
-    return layer(x)
+        out = linear(x, layer.weight, layer.bias, backend=prefer(backend))
+    elif residual is not None and getattr(layer, "adds_residual", False):
+        return layer(x, residual=residual)
+    else:
+        out = layer(x)
+    return out if residual is None else residual + out
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:

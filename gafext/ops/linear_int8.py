@@ -14,11 +14,17 @@ _TINY = 2.0**-126
 
 
 def linear_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Apply a linear layer whose weights are 8-bit integers, rounding the inputs to 8 bits row by row.
 
-    out = s_x scale (q weight^T) + bias,  q = round(x / s_x),  s_x = max |x| / 127 of each row
+    out = s_x scale (q weight^T) + bias + residual,  q = round(x / s_x),  s_x = max |x| / 127 of each row
 
     The products are added up exactly, in 32-bit integers: the result is the same on every processor and any number of
     threads, up to the rounding of x / s_x and of the scales in float32. The whole row of an infinity or a NaN is NaN.
@@ -28,6 +34,7 @@ def linear_int8(
         weight: [out_features, in_features], int8, at most 65536 in_features.
         scale: [out_features], float32: what a unit of `weight` stands for, per output feature.
         bias: [out_features], like x, or None.
+        residual: [..., out_features], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both the formula in plain PyTorch.
 
     Returns:
@@ -38,20 +45,26 @@ def linear_int8(
 
     Inputs that the kernel does not support (`unsupported_reasons`) fall back to the formula in plain PyTorch.
     """
-    check_linear_int8(x, weight, scale, bias)
-    if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, scale, bias)):
-        return torch.ops.gafext.linear_int8(x, weight, scale, bias)
-    return reference_linear_int8(x, weight, scale, bias)
+    if not fits(x, weight, scale, bias) or residual is not None:
+        check_linear_int8(x, weight, scale, bias)
+        check_residual(x, weight, residual)
+    if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, scale, bias, residual)):
+        return torch.ops.gafext.linear_int8(x, weight, scale, bias, residual)
+    return reference_linear_int8(x, weight, scale, bias, residual)
 
 
-def reference_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def reference_linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """Compute the formula in plain PyTorch, products in float64: exact, on any device that has it."""
     wide = x if x.dtype == torch.float64 else x.float()
     largest = wide.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else wide.new_zeros(*x.shape[:-1], 1)
     of_row = torch.where(largest.isfinite(), (largest / 127).clamp_min(_TINY), torch.nan)
     sums = (wide * (1 / of_row)).round().double() @ weight.double().mT
     out = sums.to(wide.dtype) * (of_row * scale)
-    return (out if bias is None else out + bias).to(x.dtype)
+    for addend in (bias, residual):
+        out = out if addend is None else out + addend
+    return out.to(x.dtype)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,9 +83,11 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale[:, None]).round().to(torch.int8).view(weight.shape), scale
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[str]:
+def unsupported_reasons(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
-    reasons = _common.place_reasons(x, scale, bias)
+    reasons = _common.place_reasons(x, scale, bias, residual)
     if x.device.type not in ("cpu", "meta"):
         reasons.append(f"the kernel is for CPUs, got {x.device.type} tensors")
     return reasons + kernel_reasons(x, weight)
@@ -95,6 +110,19 @@ def kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
+def fits(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> bool:
+    """Return whether `check_linear_int8` passes, for float32 scales; one expression, because small products are fast."""
+    device = x.device
+    return (
+        weight.dim() == 2
+        and x.dim() >= 1
+        and x.shape[-1] == weight.shape[1]
+        and (weight.dtype == torch.int8 and scale.dtype == torch.float32 and x.dtype != torch.float64)
+        and (weight.device == device and scale.device == device and scale.shape == weight.shape[:1])
+        and (bias is None or (bias.shape == scale.shape and bias.dtype == x.dtype and bias.device == device))
+    )
+
+
 def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, op: str = _OP) -> None:
     """Raise a ValueError for tensors that do not match; the messages are those of its file in csrc/ops."""
     shape = tuple(weight.shape)
@@ -111,8 +139,22 @@ def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     _common.check_per_channel(op, x, weight, scale, bias)
 
 
+def check_residual(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    """Raise a ValueError for a residual that does not match; the messages are those of the file in csrc/ops."""
+    if residual is None:
+        return
+    features, shape, got = weight.shape[0], tuple(x.shape), tuple(residual.shape)
+    _common.require(
+        got == (*shape[:-1], features),
+        _OP,
+        lambda: f"residual must have shape (..., {features}) to go with x {shape}, got {got}",
+    )
+    _common.check_same_kind(_OP, "x", x, "residual", residual)
+
+
 @torch.library.register_fake("gafext::linear_int8")
-def _fake(x, weight, scale, bias=None):
+def _fake(x, weight, scale, bias=None, residual=None):
     check_linear_int8(x, weight, scale, bias)
+    check_residual(x, weight, residual)
     _common.require_supported(_OP, kernel_reasons(x, weight))
     return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -37,11 +37,6 @@ SLOWER = {
         torch.float32,
         "PyTorch's matrix products are the faster ones for heads this wide",
     ),
-    "native": (
-        (256, 256, 64),
-        torch.bfloat16,
-        "this processor multiplies bfloat16, and PyTorch makes use of it",
-    ),
 }
 
 
@@ -55,6 +50,15 @@ def test_what_pytorch_does_faster_goes_to_pytorch(size, dtype, reason, pretend_c
     assert torch.equal(out, F.scaled_dot_product_attention(query, key, value))
     assert out.stride() == kernels.stride()
     torch.testing.assert_close(out, kernels, atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=0)
+
+
+def test_bfloat16_goes_to_pytorch_on_arm_that_multiplies_it(pretend_cpu):
+    query = heads(2, 256, 4, 64, torch.bfloat16)
+    pretend_cpu("avx512")
+    assert slower_reasons(query, query) == []
+    pretend_cpu("neon")
+    assert slower_reasons(query, query) == ["this processor multiplies bfloat16, and PyTorch makes use of it"]
+    assert torch.equal(flash_attention(query, query, query), F.scaled_dot_product_attention(query, query, query))
 
 
 def test_bfloat16_stays_where_there_are_tiles(pretend_cpu):
@@ -105,8 +109,8 @@ def test_the_same_choice_within_compiled_code():
     query = heads(1, 64, 2, 32, torch.bfloat16)
     compiled = torch.compile(flash_attention, backend="aot_eager", fullgraph=True)
     cpu = _C.build_info()
-    has_tiles = cpu["instruction_set"] == "amx"
-    wanted = OP if has_tiles or not cpu["multiplies_bfloat16"] else F.scaled_dot_product_attention
+    on_arm = cpu["instruction_set"] == "neon"
+    wanted = F.scaled_dot_product_attention if on_arm and cpu["multiplies_bfloat16"] else OP
     assert torch.equal(compiled(query, query, query), wanted(query, query, query))
 
 

@@ -24,6 +24,7 @@ SIZES = [
     (300, 1283, 90),
     (1009, 9, 5),
     (31, 2000, 700),
+    (19, 2700, 130),  # several slices of features with every instruction set
 ]
 
 
@@ -101,6 +102,30 @@ def test_strides():
         assert_exact(rows, weight[:, :33].T.contiguous().T, scale.repeat(2)[::2].contiguous(), bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_residual_is_added_before_rounding(sizes, dtype):
+    x, weight, scale, bias = problem(*sizes)
+    x, bias, residual = x.to(dtype), bias.to(dtype), torch.randn(sizes[0], 2 * sizes[2]).to(dtype)
+    for added in (residual[:, : sizes[2]], residual[:, 1::2], residual[:, sizes[2] :].contiguous()):
+        exact = OP(x.float(), weight, scale, bias.float()) + added.float()
+        assert torch.equal(OP(x, weight, scale, bias, added), exact.to(dtype))
+        formula = reference_linear_int8(x, weight, scale, bias, added)
+        torch.testing.assert_close(OP(x, weight, scale, bias, added), formula, atol=0.1, rtol=0.03)
+    torch.testing.assert_close(OP(x, weight, scale, None, added), OP(x, weight, scale) + added, atol=0.05, rtol=0.02)
+
+
+def test_a_residual_of_leading_dimensions():
+    x, weight, scale, bias = problem(24, 33, 17)
+    residual = torch.randn(2, 17, 12).transpose(1, 2)  # neither contiguous nor of one stride from row to row
+    out = ops.linear_int8(x.view(2, 12, 33), weight, scale, bias, residual)
+    assert torch.equal(out, OP(x, weight, scale, bias).view(2, 12, 17) + residual)
+    reference = ops.linear_int8(x.view(2, 12, 33), weight, scale, bias, residual, backend="reference")
+    assert torch.equal(
+        reference, ops.linear_int8(x, weight, scale, bias, backend="reference").view(2, 12, 17) + residual
+    )
+
+
 def test_empty_inputs():
     x, weight, scale, bias = problem(10, 8, 4)
     for function in (OP, ops.linear_int8, reference_linear_int8):
@@ -140,7 +165,8 @@ def test_every_instruction_set(instruction_set):
     tests = [
         f"{__file__}::{name}" for name in ("test_sums_are_exact_at_odd_sizes", "test_strides", "test_empty_inputs")
     ]
-    tests += [f"{__file__}::{name}" for name in ("test_a_row_that_is_not_finite_is_nan_and_no_other",)]
+    more = ("test_a_row_that_is_not_finite_is_nan_and_no_other", "test_a_residual_is_added_before_rounding")
+    tests += [f"{__file__}::{name}" for name in (*more, "test_geglu_is_the_gate_of_the_layer")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "has no such kernels" in done.stdout + done.stderr:
@@ -178,6 +204,14 @@ BAD_INPUTS = {
     "bias dtype": (
         lambda t: (t(3, 8), whole(t, 6, 8), t(6), t(6).double()),
         "bias must have the dtype of x, float32, got float64",
+    ),
+    "residual": (
+        lambda t: (t(3, 8), whole(t, 6, 8), t(6), t(6), t(6)),
+        "residual must have shape (..., 6) to go with x (3, 8), got (6,)",
+    ),
+    "residual dtype": (
+        lambda t: (t(3, 8), whole(t, 6, 8), t(6), None, t(3, 6).double()),
+        "residual must have the dtype of x, float32, got float64",
     ),
 }
 
@@ -237,6 +271,7 @@ def test_half_precision_is_rounded_once(dtype, rows):
 def test_opcheck():
     torch.library.opcheck(OP.default, problem(40, 8, 4))
     torch.library.opcheck(OP.default, problem(40, 8, 4)[:3])
+    torch.library.opcheck(OP.default, (*problem(40, 8, 4), torch.randn(40, 4)))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

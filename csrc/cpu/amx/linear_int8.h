@@ -42,6 +42,7 @@ class LinearInt8OnTiles {
   static constexpr int64_t kFeatures = 64;                  // of a step
   static constexpr int64_t kMaxPairs = 6;                   // of columns, as in linear.h
   static constexpr int64_t kManyPairs = 32, kFewPairs = 8;  // of rows: arranging weights takes 8 or 31 % of the time
+  static constexpr int64_t kAheadRows = 8;                  // of x, that are prefetched while a row is rounded
   static constexpr int64_t kPieceRows = 2, kPieces = kBlock / kPieceRows;
 
   struct Range {
@@ -69,7 +70,8 @@ class LinearInt8OnTiles {
   void round_strip(int64_t strip) const {
     typedef int8_t Numbers __attribute__((vector_size(kLanes)));
     for (int64_t line = 0, row = strip * kTileSide; line < kTileSide && row < args_.rows; ++line, ++row) {
-      const T* x = static_cast<const T*>(args_.x) + row * args_.x_stride;
+      const T *x = static_cast<const T*>(args_.x) + row * args_.x_stride, *next = x + kAheadRows * args_.x_stride;
+      for (int64_t c = 0; c < args_.in_features; c += 64 / sizeof(T)) __builtin_prefetch(next + c, 0, 2);
       const RowScale of_row(x, args_.in_features);
       scales_[row] = of_row.scale;
       uint32_t* to = x_ + strip * strip_words_ + line * kTileSide;
@@ -144,9 +146,12 @@ class LinearInt8OnTiles {
       const T* biases = static_cast<const T*>(args_.bias);
       const Vec bias = biases == nullptr ? Vec{} : load_up_to(biases + column, columns);
       T* out = static_cast<T*>(args_.out) + row * args_.out_features + column;
+      const T* residual = static_cast<const T*>(args_.residual);
+      if (residual != nullptr) residual += row * args_.residual_stride + column;
       for (int64_t r = 0; r < rows; ++r, out += args_.out_features) {
         const Vec sum = __builtin_convertvector(load_bits<IntVec>(sums + r * kBlock), Vec);
-        const Vec result = sum * (scales_[row + r] * scale) + bias;
+        Vec result = sum * (scales_[row + r] * scale) + bias;
+        if (residual != nullptr) result += load_up_to(residual + r * args_.residual_stride, columns);
         columns >= kTileSide ? store_rounded(out, result) : store_first(out, result, columns);
       }
     }
@@ -160,6 +165,9 @@ class LinearInt8OnTiles {
     const int64_t column = column_pair * (args_.gated ? kTileSide : kBlock);
     const T* out = static_cast<const T*>(args_.out) + column;
     for (int64_t r = row; r < end; ++r) prefetch_to_write(out + r * width);
+    if (args_.residual == nullptr) return;
+    const T* residual = static_cast<const T*>(args_.residual) + column;
+    for (int64_t r = row; r < end; ++r) __builtin_prefetch(residual + r * args_.residual_stride);
   }
 
   // write(), of values and their gates.
