@@ -308,6 +308,7 @@ def values() -> dict[str, str]:
     whole = result(f"full-size-{RAPIDS}")["seconds_in_all"]
     drop_in, peers = result(f"drop-in-{EPYC}")["unet"], result(f"peers-{EPYC}")["unet"]
     with_amx = result(f"peers-{RAPIDS}")["unet"] | result(f"peers-{RAPIDS}-int8")["unet"]
+    without_amx = result(f"peers-{RAPIDS}-without-amx")["unet"] | result(f"peers-{RAPIDS}-without-amx-int8")["unet"]
     cold, epyc = Races(f"ops-{RAPIDS}-cold"), Races(f"ops-{EPYC}-cross-view")
     longest = result("lengths-cpu-amd-epyc-avx2-1-thread")["races"][-1]["contestants"]
     mib = {row["name"]: row["peak_mib"] for row in longest}
@@ -334,6 +335,7 @@ def values() -> dict[str, str]:
         "whole.theirs": f"{whole['sdpa']:.0f}",
         "peers": compared(peers, "gafext float32", {name: name for name in peers}),
         "peers.amx": compared(with_amx, "gafext float32", {name: name for name in with_amx}),
+        "peers.avx512": compared(without_amx, "gafext float32", {name: name for name in without_amx}),
         "amx.int8": f"{100 * with_amx['gafext int8']['relative_difference']:.1f} %",
         "amx.int8_bfloat16": f"{100 * with_amx['gafext int8-bfloat16']['relative_difference']:.1f} %",
         "drop_in": f"{drop_in['accelerated']['times_stock']:.2f}",

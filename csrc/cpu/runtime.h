@@ -16,9 +16,9 @@ enum class InstructionSet { kBaseline, kAvx2, kAvx512, kAmx };
 // or unsupported.
 InstructionSet instruction_set();
 
-// Whether the processor has AVX512_BF16 and, as a rule, AMX, or Arm's FEAT_BF16 on Linux. PyTorch's libraries then
-// multiply bfloat16 matrices several times as fast as geglu's kernels, which multiply float32 or its three bfloat16
-// terms.
+// Whether the processor multiplies bfloat16 faster than float32: with AVX512_BF16 and AMX, with AMD's AVX512_BF16, and
+// with Arm's FEAT_BF16 on Linux. PyTorch's libraries then multiply bfloat16 matrices faster than kernels that multiply
+// float32.
 bool multiplies_bfloat16();
 
 // Whether PyTorch's libraries multiply float16 matrices faster than float32 ones: with AVX512_FP16, and on Arm.

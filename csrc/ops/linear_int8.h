@@ -17,8 +17,9 @@ struct LinearInt8Args {
   void* out;
   int64_t rows, in_features, out_features;
   int64_t x_stride, weight_stride, residual_stride;  // from row to row; out is contiguous
-  DType dtype;                      // of x, bias and out
-  bool gated;  // out is (rows, out_features / 2): the columns of the first half times the GELU of the second's. No residual
+  DType dtype;                                       // of x, bias and out
+  // out is (rows, out_features / 2): the columns of the first half times the GELU of those of the second; no residual.
+  bool gated;
 };
 
 constexpr int64_t kFewestTileRows = 32;

@@ -113,7 +113,7 @@ class MultiViewTransformerBlock(nn.Module):
             x = _add(x, self.attn_cv, self.norm_cv(x), num_views)
         decoupled = image if self.attn_ip is None else None
         if text is None and decoupled is None:
-            x = x + self.attn2.to_out[0].bias
+            x = x + cast("Tensor", self.attn2.to_out[0].bias)
         else:
             x = _add(x, self.attn2, self.norm2(x), text, decoupled, first=first)
         if self.attn_ip is not None and self.norm_ip is not None and image is not None:

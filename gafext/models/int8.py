@@ -48,7 +48,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map [...,in_features] to [...,out_features], and add `residual` [...,out_features]."""
-        self._check(x)
+        if x.requires_grad or not x.is_cpu:
+            self._check(x)
         return linear_int8(x, self.weight, self.scale, self.bias, residual)
 
     def geglu(self, x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -90,9 +91,10 @@ def quantize(network: nn.Module) -> int:
     """Put a U-Net's linear layers and convolutions in 8-bit integers, in place.
 
     They are the linear layers of the transformers (`quantize_transformers`) and the convolutions of at least 128
-    channels on both sides (`quantize_convolutions`), but for the last stage's residual blocks, whose rounding nothing
-    after them averages out: of a stock U-Net of SD 2.1 they make a fifth of the error and 1 % of the time. The rest
-    stays as it is.
+    channels on both sides (`quantize_convolutions`), but for what ends the last stage's residual blocks, `conv2` and
+    `conv_shortcut`, whose rounding nothing after them averages out. The rest stays as it is. Of a stock U-Net of SD 2.1
+    in bfloat16, with and without AMX: error 2.4 and 2.0 %; with all of the last stage in 8 bits 2.8 and 2.3 %; with
+    none of its residual blocks 2.2 and 1.9 %, which takes 2.5 % longer.
 
     Args:
         network: float32 or bfloat16, on the CPU.
@@ -105,7 +107,11 @@ def quantize(network: nn.Module) -> int:
     """
     blocks = getattr(network, "up_blocks", None)
     last = "" if blocks is None else f"up_blocks.{len(blocks) - 1}.resnets."
-    return quantize_transformers(network) + quantize_convolutions(network, without=last)
+
+    def ends_it(path: str) -> bool:
+        return bool(last) and path.startswith(last) and not path.endswith(".conv1")
+
+    return quantize_transformers(network) + quantize_convolutions(network, without=ends_it)
 
 
 def quantize_transformers(network: nn.Module) -> int:
@@ -130,21 +136,22 @@ def quantize_transformers(network: nn.Module) -> int:
     return sum(_replace(transformer, lambda _, layer: type(layer) is nn.Linear) for transformer in transformers)
 
 
-def quantize_convolutions(network: nn.Module, *, min_channels: int = FEW_CHANNELS, without: str = "") -> int:
+def quantize_convolutions(
+    network: nn.Module, *, min_channels: int = FEW_CHANNELS, without: Callable[[str], bool] = lambda path: False
+) -> int:
     """Replace the convolutions of at least `min_channels` on both sides by their 8-bit forms, in place.
 
     Args:
         network: float32 or bfloat16.
         min_channels: below 128 the kernel for 3×3 convolutions is slower than float32's.
-        without: convolutions whose path begins so stay as they are; "": none.
+        without: whether the convolution of a path stays as it is.
 
     Returns:
         Number of replaced layers.
     """
 
     def is_wide(path: str, layer: nn.Module) -> bool:
-        stays = bool(without) and path.startswith(without)
-        return isinstance(layer, nn.Conv2d) and not stays and min(layer.weight.shape[:2]) >= min_channels
+        return isinstance(layer, nn.Conv2d) and not without(path) and min(layer.weight.shape[:2]) >= min_channels
 
     return _replace(network, is_wide)
 

@@ -17,7 +17,7 @@ MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/types.h
 
 _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
-MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU has AVX512_BF16 or Arm's BF16, and may use it
+MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU multiplies it faster than float32, and may
 MULTIPLIES_FLOAT16 = _BUILD["multiplies_float16"]  # AVX512_FP16, or it is no x86
 INT8_PRODUCTS = _BUILD["int8_products"]
 # Ten times the lowest compute capability that the kernels were compiled for.

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from gafext import AutoencoderKL, LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.cameras import Cameras, orbit
+from gafext.config import SchedulerConfig
 from gafext.evaluation import subjects
 from gafext.schedulers import schedule
 
@@ -152,6 +153,36 @@ def test_the_unet_is_trained_on_what_the_solvers_undo(scripts):
         signal, level = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
         found, _ = schedule.predicted("v_prediction", wanted, noised, signal, level)
         assert torch.allclose(found, clean, atol=1e-5)
+
+
+def test_a_noisier_schedule_divides_the_signal_to_noise_ratio(scripts):
+    config, noisier = scripts["unet"].SCHEDULE, scripts["unet"].noisier
+    before, after = (schedule.alphas_cumprod(c).double() for c in (config, noisier(config, 4.0)))
+    assert after[-1] == 0 and noisier(config, 1.0) is config
+    ratio = (before / (1 - before))[:-1] / (after / (1 - after))[:-1]
+    assert torch.allclose(ratio, torch.full_like(ratio, 4.0), rtol=1e-3)
+    SchedulerConfig.from_dict(json.loads(json.dumps(noisier(config, 4.0))))  # it is saved and read
+
+
+def test_the_pool_grows_and_then_drops_the_oldest(scripts):
+    def pool(*numbers):
+        x = torch.tensor(numbers, dtype=torch.float32)
+        return scripts["unet"].Pool(x.view(-1, 1), x, x, x, x)
+
+    grown = pool(1, 2).enlarged(4)
+    assert grown.count == 2
+    for number in (3, 4, 5):
+        grown.add(pool(number))
+    assert grown.count == 4 and grown.normals.tolist() == [5, 2, 3, 4] and grown.latents.shape == (4, 1)
+
+
+def test_positions_are_interpolated_when_the_portrait_is_larger(scripts):
+    resized = scripts["initial"]._resized
+    rows = torch.cat([torch.full((1, 2), 9.0), torch.arange(4.0).repeat_interleave(4)[:, None].repeat(1, 2)])
+    assert torch.allclose(resized(rows, 17), rows)
+    larger = resized(rows, 1 + 64)
+    assert larger.shape == (65, 2) and torch.equal(larger[0], rows[0])
+    assert (larger[1:].view(8, 8, 2).diff(dim=0) > 0).all() and larger[1:].view(8, 8, 2).diff(dim=1).abs().max() < 1e-5
 
 
 def test_a_view_without_the_portrait_hears_of_it_from_the_others(scripts):

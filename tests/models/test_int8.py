@@ -11,7 +11,7 @@ from torch import nn
 
 import gafext
 from gafext.config import SD21_UNET
-from gafext.models.blocks import Conv3x3
+from gafext.models.blocks import Conv2d, Conv3x3, MultiViewTransformerBlock
 from gafext.models.int8 import Int8Linear, is_quantized, quantize, quantize_transformers, unsupported_reasons
 from gafext.models.int8_conv import Int8Conv3x3
 from gafext.models.unet import MultiViewUNet
@@ -116,14 +116,28 @@ def test_the_rest_in_bfloat16(checkpoint, tmp_path):
     assert relative_error(again(gafext.PORTRAIT, **options).images, a.images) < 0.1
 
 
-def test_the_last_stages_residual_blocks_stay_in_floats():
+def test_what_ends_the_last_stages_residual_blocks_stays_in_floats():
     network = MultiViewUNet(
         replace(SD21_UNET, block_out_channels=(128, 128, 128, 128), attention_head_dim=(2, 2, 2, 2))
     )
     quantize(network.bfloat16())
     kinds = {path: type(layer) for path, layer in network.named_modules()}
-    assert kinds["up_blocks.2.resnets.0.conv1"] is Int8Conv3x3 and kinds["up_blocks.3.resnets.0.conv1"] is Conv3x3
+    assert kinds["up_blocks.2.resnets.0.conv2"] is Int8Conv3x3 and kinds["up_blocks.3.resnets.0.conv2"] is Conv3x3
+    assert kinds["up_blocks.3.resnets.0.conv1"] is Int8Conv3x3
+    assert kinds["up_blocks.3.resnets.0.conv_shortcut"] is Conv2d
     assert kinds["up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"] is Int8Linear
+
+
+@torch.no_grad()
+def test_layers_that_add_the_residual_compute_the_same(monkeypatch):
+    block = MultiViewTransformerBlock(64, 2, context_channels=48, cross_view="position", image_attention="block").eval()
+    for path, layer in list(block.named_modules()):
+        if type(layer) is nn.Linear:
+            block.set_submodule(path, Int8Linear(layer))
+    x, text, image = torch.randn(4, 9, 64), torch.randn(2, 5, 48), torch.randn(1, 3, 48)
+    out = block(x, text, image_embeds=image, num_views=2)
+    monkeypatch.setattr(Int8Linear, "adds_residual", False)
+    assert relative_error(block(x, text, image_embeds=image, num_views=2), out) < 1e-6
 
 
 @torch.no_grad()
