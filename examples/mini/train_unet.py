@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     alphas = schedule.alphas_cumprod(noise_schedule).to(device)
     blindfold = Blindfold(unet)
     sizes = (rung.image_size, rung.image_encoder.image_size)
-    first = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
-    pool = first.enlarged(rung.pool_limit or rung.pool_heads)
+    drawn = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
+    pool = drawn.enlarged(rung.pool_limit or rung.pool_heads)
 
     def loss(step: int) -> Tensor:
         random, noises = generator(args.seed, step), generator(args.seed, step, device)
