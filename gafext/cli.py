@@ -35,7 +35,7 @@ from gafext.options import EVAL_STEPS, parser
 from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_formats
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.portraits.batch import check_batch_size
-from gafext.portraits.command import generate_portraits
+from gafext.portraits.command import generate_portraits, process_pair
 from gafext.portraits.jobs import PICTURES, is_many
 from gafext.schedulers import MAX_STEPS, check_eta
 from gafext.versions import versions
@@ -148,8 +148,9 @@ def _check_early(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option}: expected --{needs} with it")
     check_batch_size(args.batch, name="--batch")
     if is_many(args.portrait):
-        if args.profile or args.preview is not None:
-            raise ValueError(f"--{'profile' if args.profile else 'preview'}: expected one portrait, got several")
+        for option in ("profile", "preview", "parallel"):
+            if getattr(args, option):
+                raise ValueError(f"--{option}: expected one portrait, got several")
     else:
         check_writable(args.out, replaceable=VIEW_FILES if args.overwrite else None)
     if args.guidance is not None:
@@ -230,12 +231,19 @@ def _generate(args: argparse.Namespace) -> int:
         "eta": args.eta,
         "upsample": args.upsample,
         "crop": not args.no_crop,
+        "fit": not args.no_fit,
     }
     saving = {"formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
     inputs = {"cameras": views, "normal_maps": normals}
     if portrait is None:
         return generate_portraits(args, lambda: _load(args), {**options, **inputs, "matte": args.matte}, saving)
-    return _generate_one(args, path, portrait, {**options, **inputs}, saving)
+    options |= {"parallel": args.parallel}
+    if args.parallel is None:
+        return _generate_one(args, path, portrait, {**options, **inputs}, saving)
+    with process_pair(args) as is_first:
+        if not is_first:
+            args.quiet, args.json, args.profile, args.preview = True, False, False, None
+        return _generate_one(args, path, portrait, {**options, **inputs}, saving if is_first else None)
 
 
 def _generate_one(
@@ -243,8 +251,9 @@ def _generate_one(
     path: str | Path,
     portrait: PIL.Image.Image,
     options: dict[str, Any],
-    saving: dict[str, Any],
+    saving: dict[str, Any] | None,
 ) -> int:
+    """Make the views of one portrait; `saving` are the options of `MultiViewOutput.save`, None: they are not saved."""
     device = _device(args.device) or default_device()
     stages = Stages(device, bars=not args.quiet, memory=args.profile, events=args.json)
     with stages("load"):
@@ -256,6 +265,8 @@ def _generate_one(
     with stages.follow(pipeline):
         output = pipeline(portrait, callback_on_step_end=callback, progress_bar=not args.quiet, **options)
     assert isinstance(output, MultiViewOutput)  # one portrait, not a list
+    if saving is None:
+        return 0
     command = {**vars(args), "portrait": PORTRAIT.name if path is PORTRAIT else path}
     output.run["command"] = {name: value for name, value in command.items() if value is not None}
     if args.profile:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import operator
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 
-from gafext import images as imaging
 from gafext.cameras import Cameras, as_cameras
 from gafext.config import UNetConfig
 from gafext.families import Family, family_of
+from gafext.heads import Heads
 from gafext.mesh import Mesh
 from gafext.models.attention import KeyValue
 from gafext.models.clip import CLIPVisionEncoder
-from gafext.models.head_detector import HeadBox, HeadDetector
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.unet import Conditioning, MultiViewUNet
 from gafext.noise import view_noise
@@ -28,10 +24,6 @@ from gafext.schedulers import Scheduler
 
 DEFAULT_SAMPLE_SIZE = 32
 DEFAULT_VIEWS = 4
-LOOKED_AT = 512
-"""Longest side, in pixels, of what the head is looked for in: in float32 a phone's photograph takes 576 MB."""
-WELL_CENTRED, WELL_SIZED = 0.12, 1.25
-"""Distance of a head from the centre, of the portrait's side, and factor of its size, at which it is not cropped."""
 LABEL_STEP = 2**20 + 1
 """Argument `step` of `view_noise` for the noise of class labels; the upsampler's is one less."""
 
@@ -44,6 +36,7 @@ class RunOptions(TypedDict, total=False):
     num_inference_steps: int | None
     scheduler: str | None
     graph: bool
+    parallel: str | None
     guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
     generator: torch.Generator | int | Sequence[torch.Generator | int] | None
@@ -56,6 +49,7 @@ class RunOptions(TypedDict, total=False):
     output_type: str
     matte: bool
     crop: bool
+    fit: bool
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,29 @@ class Conditions:
     passes: int = 1
     input_latents: Tensor | None = None
     reference_latents: Tensor | None = None
+
+    def unconditional(self, portraits: int) -> Conditions:
+        """Return the inputs of the unconditional pass alone, which share the memory of these; `portraits` is B."""
+
+        def half(rows: Tensor) -> Tensor:
+            return rows[: (len(rows) + 1) // 2]  # all of a text that is one row for both passes
+
+        given = self.conditioning
+        inputs, reference = self.input_latents, self.reference_latents
+        images = given.image_key_values
+        conditioning = replace(
+            given,
+            pose_embeds=None if given.pose_embeds is None else half(given.pose_embeds),
+            # Of B rows where the unconditional pass has no image; to the reference it attends as to zeros.
+            image_key_values=tuple(KeyValue(*map(half, x)) for x in images if len(x.key) > portraits),
+            text_key_values=tuple(KeyValue(*map(half, each)) for each in given.text_key_values),
+            reference_key_values=tuple(KeyValue(*(x[:0] for x in each)) for each in given.reference_key_values),
+        )
+        return Conditions(
+            conditioning,
+            input_latents=None if inputs is None else half(inputs),
+            reference_latents=None if reference is None else half(reference),
+        )
 
     def conditional(self, portraits: int) -> Conditions:
         """Return the inputs of the conditional pass alone, which share the memory of these; `portraits` is B."""
@@ -115,13 +132,16 @@ class Run:
         portraits: B portraits, RGB of any size.
         guidance_interval: noise levels (a, b) of the steps with guidance, a < σ ≤ b; None: all steps.
         graph: launch the U-Net as a CUDA graph.
+        parallel: "guidance": this process computes one pass of a guided step, and another the other one; or None.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
         output_type: "pil", "np", "pt" or "latent".
         is_batch: True if the call got a list of portraits or asked for several results each; it then returns a list.
         num_images_per_prompt: results per portrait; each counts as a portrait everywhere else.
-        normal_maps: V pictures of the normal maps, or None for a U-Net without them.
+        normal_maps: V pictures of the normal maps, or V for each of `heads`; None for a U-Net without them.
         mesh: the mesh that the normal maps are of, or None.
+        heads: the heads that are fitted to the portraits and that the normal maps are of, or None; one for the
+            `num_images_per_prompt` results of a portrait.
         settings: other parameters for run.json.
     """
 
@@ -136,6 +156,7 @@ class Run:
     portraits: Sequence[PIL.Image.Image]
     guidance_interval: tuple[float, float] | None = None
     graph: bool = False
+    parallel: str | None = None
     eta: float = 0.0
     upsample: str = "auto"
     output_type: str = "pil"
@@ -143,6 +164,7 @@ class Run:
     num_images_per_prompt: int = 1
     normal_maps: list[PIL.Image.Image] | None = None
     mesh: Mesh | None = None
+    heads: Sequence[Heads] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -152,6 +174,17 @@ class Run:
     @property
     def num_portraits(self) -> int:
         return len(self.latents) // self.num_views
+
+    def normal_maps_of(self, index: int) -> list[PIL.Image.Image] | None:
+        """Return the V pictures of the normal maps of the result with this index."""
+        if self.normal_maps is None or self.heads is None:
+            return self.normal_maps
+        first = index // self.num_images_per_prompt * self.num_views
+        return self.normal_maps[first : first + self.num_views]
+
+    def surface_of(self, index: int) -> Mesh | Heads | None:
+        """Return what the normal maps of the result with this index are of; None: the neutral head, or pictures."""
+        return self.mesh if self.heads is None else self.heads[index // self.num_images_per_prompt]
 
     def describe(self, index: int) -> dict[str, Any]:
         """Return the parameters of the result with this index, for run.json."""
@@ -254,7 +287,7 @@ def prepare_conditions(
         guided: include the unconditional pass; ignored for a U-Net that is given nothing of the portrait.
         prompt_embeds: text embeddings [1,T,C] for all rows, or [V,T,C]; for a family with a negative prompt [2,T,C],
             that of the unconditional pass first; None: zeros.
-        normal_latents: latents of the normal maps [V,4,h,w] for every portrait, or None.
+        normal_latents: latents of the normal maps, [V,4,h,w] for every portrait or [B*V,4,h,w]; or None.
         reference_latents: latents of the portraits [B,4,h,w], or None.
         labels: class labels of the portraits [B*V,pose_dim], instead of the cameras; or None.
 
@@ -279,7 +312,9 @@ def prepare_conditions(
         attended, reference_latents = reference_latents, None
     if guided and reference_latents is not None:
         reference_latents = torch.cat([family.unconditional_reference(reference_latents), reference_latents])
-    input_latents = None if normal_latents is None else normal_latents.repeat(passes * portraits, 1, 1, 1)
+    input_latents = None
+    if normal_latents is not None:
+        input_latents = normal_latents.repeat(passes * portraits * views // len(normal_latents), 1, 1, 1)
     if family.reference_channels and reference_latents is not None:
         input_latents, reference_latents = reference_latents.repeat_interleave(views, dim=0), None
     if prompt_embeds is not None and family.negative_prompt is not None:
@@ -304,68 +339,6 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
     """Raise a ValueError unless a value is one of those known."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-
-
-def load_portraits(
-    image: Any, copies: int, *, background: imaging.Colour, matte: bool, detector: HeadDetector | None = None
-) -> tuple[bool, list[PIL.Image.Image]]:
-    """Load the portraits of a call, with a warning for each that is cropped or whose background is not plain.
-
-    Args:
-        image: a portrait, or a list or stack of portraits.
-        copies: how often to return each: the call's num_images_per_prompt.
-        background, matte: those of `load_image`.
-        detector: finds the head that a portrait is cropped to; None: portraits are not cropped.
-
-    Returns:
-        Whether the call returns a list, and the portraits.
-
-    Raises:
-        ImageError: a portrait cannot be read.
-        ValueError: there are no portraits, or `copies` is not a whole number above 0.
-    """
-    if isinstance(copies, bool) or not hasattr(copies, "__index__") or operator.index(copies) < 1:
-        raise ValueError(f"num_images_per_prompt: expected a whole number above 0, got {copies!r}")
-    several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
-    items: Any = image if several else [image]
-    portraits = []
-    for index, item in enumerate(items):
-        name = (getattr(item, "filename", "") or f"image[{index}]") if several else "image"
-        read = imaging.read_image(item, name=name)
-        portrait = imaging.flatten(read, background=background, matte=matte)
-        if detector is not None:
-            portrait = _crop_to_head(portrait, detector, name)
-        if not matte and read.mode == "RGB" and imaging.background_spread(portrait) > imaging.MAX_BACKGROUND_SPREAD:
-            warnings.warn(
-                f"{name}: the background is not plain, and may appear in the views: remove it with matte=True "
-                "(--matte), or pass a cut-out with transparency",
-                stacklevel=4,
-            )
-        portraits += [portrait] * operator.index(copies)
-    if not portraits:
-        raise ValueError("image: expected at least one portrait, got an empty list")
-    return several or copies > 1, portraits
-
-
-def _crop_to_head(portrait: PIL.Image.Image, detector: HeadDetector, name: str) -> PIL.Image.Image:
-    """Crop a portrait to its head unless its centre square frames it well, or no head is found."""
-    small = portrait.copy()
-    small.thumbnail((LOOKED_AT, LOOKED_AT))
-    found = detector.find(torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255)
-    whole = min(portrait.size)
-    if found is None:
-        warnings.warn(f"{name}: no head is found, and the centre square is taken", stacklevel=5)
-        return portrait
-    box = HeadBox(*(length * max(portrait.size) / max(small.size) for length in found))
-    away = max(abs(box.x - portrait.width / 2), abs(box.y - portrait.height / 2)) / whole
-    if away < WELL_CENTRED and 1 / WELL_SIZED < box.side / whole < WELL_SIZED:
-        return portrait
-    warnings.warn(
-        f"{name}: cropped to the head, a square of {box.side:.0f} pixels around ({box.x:.0f}, {box.y:.0f}); crop=False "
-        "(--no-crop) takes the centre square",
-        stacklevel=5,
-    )
-    return imaging.crop_square(portrait, x=box.x, y=box.y, side=box.side)
 
 
 def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Cameras:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598), and the noise levels that it is limited to (arXiv 2404.07724)."""
+"""Classifier-free guidance (arXiv 2207.12598), its noise levels (arXiv 2404.07724), and its passes on two processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import numbers
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MIN_SCALE = 1.0
@@ -31,6 +32,46 @@ def check_guidance_interval(interval: Any) -> None:
     pair = isinstance(interval, (tuple, list)) and len(interval) == 2
     if not (pair and all(isinstance(level, numbers.Real) for level in interval) and 0 <= interval[0] < interval[1]):
         raise ValueError(f"guidance_interval: expected noise levels (a, b) with 0 <= a < b, got {interval!r}")
+
+
+def check_parallel(parallel: str | None, *, guided: bool, seeded: bool) -> None:
+    """Raise a ValueError unless `parallel` is None, or "guidance" in one of two processes that can share a run.
+
+    Args:
+        parallel: the option of a call.
+        guided: there are two passes.
+        seeded: the call has a seed, without which the processes would draw different noise.
+    """
+    if parallel is None:
+        return
+    if parallel != "guidance":
+        raise ValueError(f"parallel: expected None or 'guidance', got {parallel!r}")
+    distributed = torch.distributed
+    started = distributed.is_available() and distributed.is_initialized()
+    count = distributed.get_world_size() if started else 1
+    if count != 2:
+        raise ValueError(
+            f"parallel: expected 2 processes, one per pass of guidance, got {count}: start them with "
+            "torchrun --nproc-per-node 2, in Python with torch.distributed.init_process_group"
+        )
+    if not guided:
+        raise ValueError("parallel: expected a guidance_scale over 1, got 1, at which there is one pass")
+    if not seeded:
+        raise ValueError("parallel: expected a seed in both processes (generator), got None")
+
+
+def exchange(prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """Swap the predictions of two processes.
+
+    Args:
+        prediction: [B,C,h,w], in the first process the unconditional one, in the second the conditional one.
+
+    Returns:
+        Both, in this order, in both processes.
+    """
+    both = [torch.empty_like(prediction) for _ in range(2)]
+    torch.distributed.all_gather(both, prediction.contiguous())
+    return both[0], both[1]
 
 
 def guides_at(sigma: float, interval: tuple[float, float]) -> bool:

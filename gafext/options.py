@@ -142,7 +142,13 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--elevation", type=float, metavar="DEG", help="elevation of the path; default: 0")
     add("--radius", type=float, metavar="R", help="radius of the path; default: 4")
     add("--fov", type=float, metavar="DEG", help="field of view of the path's cameras; default: 30")
-    add("--normals", metavar="DIR", help="folder with one normal map per view; default: a neutral head's")
+    add("--normals", metavar="DIR", help="folder with one normal map per view; default: a drawn head's")
+    add(
+        "--no-fit",
+        action="store_true",
+        default=None,
+        help="do not fit the drawn head to the portrait: its normal maps are the neutral one's",
+    )
     add("--mesh", metavar="FILE", help="mesh of the head (.obj, .ply, .glb) to render the normal maps of")
     add("--mesh-pose", metavar="FILE", help="text file with a 4 x 4 matrix from the mesh's coordinates to the world")
     add("--renders", metavar="DIR", help="folder with one image per view to start from; see --strength")
@@ -160,6 +166,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         type=int,
         metavar="N",
         help="every N steps, add a row of the views to the picture OUT.preview.png, and show it in kitty and iTerm2",
+    )
+    add(
+        "--parallel",
+        choices=("guidance",),
+        help="of one portrait, each of the two processes of torchrun computes one pass of guidance",
     )
     add(
         "--offload",

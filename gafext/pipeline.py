@@ -23,18 +23,18 @@ from gafext.conditions import (
     check_choice,
     image_tokens,
     latent_size,
-    load_portraits,
     portrait_labels,
     prepare_conditions,
     resolve_cameras,
 )
 from gafext.families import family_of
-from gafext.guidance import check_guidance_interval, check_guidance_scale, needs_unconditional
-from gafext.heads import head_normals
+from gafext.guidance import check_guidance_interval, check_guidance_scale, check_parallel, needs_unconditional
+from gafext.heads import Heads, head_normals
 from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
 from gafext.noise import resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
+from gafext.portraits.reading import load_portraits
 from gafext.portraits.stream import PipelineStream
 from gafext.predictor import Predictor
 from gafext.schedulers import check_eta
@@ -64,6 +64,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         guidance_scale: default of a call, 1.0 to 20.0.
         image_normalizer, image_noising_scheduler: what FaceLift's class labels are made with.
         head_detector: finds the head that a portrait is cropped to; None: the centre square is taken.
+        head_fitter: fits a drawn head to a portrait, for the normal maps that a call is not given; None: they are the
+            neutral head's.
 
     Raises:
         CheckpointError: the components do not fit together.
@@ -130,6 +132,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         num_inference_steps: int | None = None,
         scheduler: str | None = None,
         graph: bool = False,
+        parallel: str | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
@@ -142,6 +145,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         output_type: str = "pil",
         matte: bool = False,
         crop: bool = True,
+        fit: bool = True,
     ) -> Run:
         """Validate the arguments of a call and encode all inputs that are constant over its steps.
 
@@ -151,7 +155,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             cameras: a `Cameras`, or world-to-camera matrices [V,4,4] with OpenCV axes and a field of view of 30
                 degrees; None: an orbit of `num_views`, or the cameras that the checkpoint was trained with.
             normal_maps: V images of camera-space normals, n/2 + 1/2; or a `gafext.mesh.Mesh` to render them of; None:
-                the normals of a neutral head.
+                those of a drawn head, fitted to the portrait where the checkpoint has a head_fitter, else neutral.
             num_views: V, if no cameras are given; without the reference frame of ImageDream's family. None: 4, or the
                 views that the checkpoint was trained with.
             preset: "quality", "balanced" or "fast": what it sets is used for options that are None; see `PRESETS`.
@@ -159,6 +163,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             scheduler: name of the run's solver, over the noise schedule of the pipeline's; None: the preset's or the
                 pipeline's.
             graph: on CUDA, record the U-Net's work once and launch it as a whole in later steps (not run on a GPU yet).
+            parallel: "guidance": of two processes of torch.distributed that make the same call, each computes one pass
+                of every guided step; both return the views. None: this process computes both passes.
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
             guidance_interval: noise levels (a, b); steps at a < σ ≤ b are guided, and the others are conditional alone,
                 at half the cost. σ is √((1 - ᾱ)/ᾱ) of the training schedule, infinity included, whatever the solver.
@@ -178,6 +184,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             output_type: "pil", "np", "pt" or "latent".
             matte: remove the background of portraits without transparency, with rembg; the family's takes its place.
             crop: crop portraits to the head, of a checkpoint with a head_detector, where it is far from filling them.
+            fit: without `normal_maps`, fit a head to each portrait, of a checkpoint with a head_fitter; False: the
+                normal maps are the neutral head's.
 
         Returns:
             The run, for `denoise`.
@@ -193,6 +201,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         eta = max(family.eta, solver.default_eta) if eta is None else eta
         check_guidance_scale(guidance_scale)
         check_guidance_interval(plan["guidance_interval"])
+        check_parallel(parallel, guided=needs_unconditional(guidance_scale), seeded=generator is not None)
         check_eta(eta)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("upsample", upsample, UPSAMPLE)
@@ -215,11 +224,18 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         pixels = size * self.vae.config.factor
         if renders is not None:
             renders = imaging.to_square_tensor(imaging.load_images(renders, count=rows, name="renders"), pixels)
-        normals = self._normal_maps(normal_maps, cameras, pixels)
+        fitted = None
+        if fit and normal_maps is None and self.head_fitter is not None and self.takes_normals:
+            fitted = [self.head_fitter.fit(portrait) for portrait in portraits[::num_images_per_prompt]]
+        normals = self._normal_maps(normal_maps, cameras, pixels, fitted)
 
         guided = needs_unconditional(guidance_scale)
-        batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + guided}
+        batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + (guided and parallel is None)}
         self._check_memory(**batch, size=size, doubled=upsample != "none")
+        normal_latents = None if normals is None else self.encode(normals)
+        if normal_latents is not None and fitted is not None:
+            normal_latents = normal_latents.unflatten(0, (len(fitted), len(cameras)))
+            normal_latents = normal_latents.repeat_interleave(num_images_per_prompt, dim=0).flatten(0, 1)
         conditions = prepare_conditions(
             self.unet,
             cameras,
@@ -227,7 +243,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             tokens=self.encode_portraits(portraits, guided=guided),
             guided=guided,
             prompt_embeds=self.prompt_embeds,
-            normal_latents=None if normals is None else self.encode(normals),
+            normal_latents=normal_latents,
             reference_latents=self._reference(portraits, pixels),
             labels=self._portrait_labels(portraits, views=len(cameras), seed=seed),
         )
@@ -246,6 +262,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             guidance_scale=guidance_scale,
             solver=solver,
             graph=graph,
+            parallel=parallel,
             seed=seed,
             portraits=portraits,
             guidance_interval=plan["guidance_interval"],
@@ -256,10 +273,12 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             num_images_per_prompt=num_images_per_prompt,
             normal_maps=None if normals is None else imaging.to_pil(normals),
             mesh=normal_maps if isinstance(normal_maps, Mesh) else None,
+            heads=fitted,
             num_inference_steps=steps,
             settings={
                 "strength": strength,
                 **{name: "default" if value is None else "given" for name, value in given.items()},
+                **({} if fitted is None else {"normal_maps": "fitted"}),
             },
         )
 
@@ -331,9 +350,9 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
                 self._pictures(part, run.output_type),
                 run.cameras,
                 self._settings(run, index),
-                mesh=run.mesh,
+                surface=run.surface_of(index),
                 portrait=run.portraits[index],
-                normal_maps=run.normal_maps,
+                normal_maps=run.normal_maps_of(index),
             )
             for index, part in enumerate(self.upsample(run, latents).split(run.num_views))
         ]
@@ -357,17 +376,20 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         extra = self.unet.config.in_channels != self.vae.config.latent_channels
         return extra and not family_of(self.unet.config).reference_channels
 
-    def _normal_maps(self, normal_maps: Any, cameras: Cameras, pixels: int) -> Tensor | None:
-        """Load or render normal maps [V,3,s,s] in [0,1]; None for a U-Net without normal latents."""
+    def _normal_maps(
+        self, normal_maps: Any, cameras: Cameras, pixels: int, fitted: Sequence[Heads] | None
+    ) -> Tensor | None:
+        """Load or render normal maps [V,3,s,s], of N fitted heads [N*V,3,s,s]; None: the U-Net does not take them."""
         if not self.takes_normals:
             if normal_maps is not None:
                 raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
             return None
         if normal_maps is None:
-            normals = head_normals(cameras, pixels)
-            if reason := unusual_coverage(normals):
+            normals = torch.cat([head_normals(cameras, pixels, head) for head in fitted or (None,)])
+            if reason := next(filter(None, map(unusual_coverage, normals.split(len(cameras)))), ""):
+                which = "neutral" if fitted is None else "fitted"
                 warnings.warn(
-                    f"normal_maps: {reason} by the neutral head, which is {HEAD_HEIGHT} units high: pass the mesh that "
+                    f"normal_maps: {reason} by the {which} head, which is {HEAD_HEIGHT} units high: pass the mesh that "
                     "the cameras belong to (--mesh), or scale the cameras",
                     stacklevel=4,
                 )

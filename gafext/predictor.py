@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gafext.conditions import Conditions, Run
-from gafext.guidance import guide, guides_at
+from gafext.guidance import exchange, guide, guides_at
 from gafext.models.graph import GraphedCall
 from gafext.models.unet import MultiViewUNet
 
@@ -20,7 +20,8 @@ class Predictor:
     Args:
         unet: the network.
         run: its inputs; with `run.graph`, the second guided step on CUDA and the second other one record a CUDA graph,
-            which later steps replay.
+            which later steps replay. With `run.parallel`, the first of two processes computes the unconditional pass of
+            a guided step, and the second the conditional one; steps without guidance are computed by both.
     """
 
     def __init__(self, unet: MultiViewUNet, run: Run):
@@ -30,9 +31,14 @@ class Predictor:
             evaluate = functools.partial(self._evaluate, conditions)
             return GraphedCall(evaluate) if run.graph else evaluate
 
-        self._guided = self._conditional = call(run.conditions)
+        own, portraits = run.conditions, run.num_portraits
+        self._shared = run.parallel is not None and run.conditions.passes > 1
+        if self._shared:
+            first = torch.distributed.get_rank() == 0
+            own = own.unconditional(portraits) if first else own.conditional(portraits)
+        self._guided = self._conditional = call(own)
         if run.guidance_interval is not None and run.conditions.passes > 1:
-            self._conditional = call(run.conditions.conditional(run.num_portraits))
+            self._conditional = call(run.conditions.conditional(portraits))
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Map latents [B*V,4,h,w] float32 to the prediction, of the same shape and dtype."""
@@ -41,7 +47,10 @@ class Predictor:
         # A tensor, because torch.compile would compile for each number; filled on the device, because a copy waits.
         time = torch.full((1,), timestep, device=sample.device)
         guided = run.guidance_interval is None or guides_at(run.solver.sigma(timestep), run.guidance_interval)
-        return (self._guided if guided else self._conditional)(sample, time)
+        if not guided:
+            return self._conditional(sample, time)
+        prediction = self._guided(sample, time)
+        return prediction if not self._shared else guide(*exchange(prediction), run.guidance_scale)
 
     def _evaluate(self, conditions: Conditions, sample: Tensor, timestep: Tensor) -> Tensor:
         views = frames = self._run.num_views

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from gafext.config import SD_X2_UNET, UNetConfig
+from gafext.guidance import guide
 from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
 from gafext.predictor import Predictor
@@ -257,7 +258,7 @@ def count_rows(pipe):
 
 @torch.no_grad()
 def assert_conditional_pass_alone(pipe, **options):
-    """Outside the guidance interval, half of the rows give what both passes give at guidance 1; two portraits."""
+    """Each pass alone gives what it gives beside the other one: outside the guidance interval, and in two processes."""
     defaults = {"num_inference_steps": 2, "generator": 0, "guidance_scale": 3.0, **options}
     made = pipe.prepare([portrait(0), portrait(1)], guidance_interval=(1e8, 1e9), **defaults)
     assert made.conditions.passes == 2
@@ -268,3 +269,6 @@ def assert_conditional_pass_alone(pipe, **options):
     assert 2 * rows[0] == rows[1] and max_abs_diff(alone, expected) < 1e-4
     guided = Predictor(pipe.unet, replace(made, guidance_interval=None))(made.latents, timestep)
     assert max_abs_diff(guided, expected) > 1e-3
+    halves = [half(made.num_portraits) for half in (made.conditions.unconditional, made.conditions.conditional)]
+    parts = [Predictor(pipe.unet, replace(both, conditions=half))(made.latents, timestep) for half in halves]
+    assert max_abs_diff(guide(*parts, made.guidance_scale), guided) < 1e-4

@@ -15,8 +15,8 @@ CARD = """\
 # The built-in model of gafext
 
 Trained from {origin} by `examples/mini` (rung "{rung}") on {hardware}: {training}.
-Autoencoder, image encoder, multi-view U-Net and latent upsampler, {parameters:.1f} M parameters in float16; pictures of
-{size} pixels, {large} upsampled.
+Autoencoder, image encoder, multi-view U-Net, latent upsampler, detector and fitter of heads, {parameters:.1f} M
+parameters in float16; pictures of {size} pixels, {large} upsampled.
 
 **Data.** Procedural heads (`gafext.heads`, identities 0 to 999,999), drawn with their normal maps by a ray caster. No
 photographs, no people, no other model's output.
@@ -45,7 +45,7 @@ def main() -> None:
     as_portrait(subjects(1, 512, first=PORTRAIT_IDENTITY)[0].portrait).save(ASSETS / "portrait.png")
 
     report = json.loads((args.out / "eval.json").read_text())
-    logs = {stage: args.out / f"{stage}.json" for stage in ("vae", "unet", "upsampler", "decoder")}
+    logs = {stage: args.out / f"{stage}.json" for stage in ("vae", "head_fitter", "unet", "upsampler", "decoder")}
     curves = {stage: json.loads(log.read_text()) for stage, log in logs.items() if log.is_file()}
     (Path(__file__).parent / "curves.json").write_text(json.dumps(curves, indent=0) + "\n")
     stages = [f"{name} {c[-1]['step']} steps, {c[-1]['seconds'] / 60:.0f} min" for name, c in curves.items()]

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from gafext import AutoencoderKL, MultiViewDiffusionPipeline
+from gafext.models.base import PretrainedModel
 from gafext.models.head_detector import HeadDetector
+from gafext.models.head_fitter import HeadFitter
 
 GUIDANCE_SCALE = 1.5
 
@@ -34,8 +36,10 @@ def load_vae(out: Path, device: torch.device) -> AutoencoderKL:
 def export(out: Path, **parts: object) -> None:
     """Write components of a pipeline into the folder, keeping its other components."""
     folder = out / "model"
-    if (folder / "head_detector").is_dir():  # trained without a pipeline around it
-        parts["head_detector"] = HeadDetector.from_pretrained(folder / "head_detector")
+    alone: dict[str, type[PretrainedModel]] = {"head_detector": HeadDetector, "head_fitter": HeadFitter}
+    for name, network in alone.items():  # trained without a pipeline around them
+        if (folder / name).is_dir():
+            parts[name] = network.from_pretrained(folder / name)
     parts = {name: half(part) if isinstance(part, nn.Module) else part for name, part in parts.items()}
     if (folder / "model_index.json").exists():
         pipeline = MultiViewDiffusionPipeline.from_pretrained(folder, dtype=torch.float16, device="cpu")

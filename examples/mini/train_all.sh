@@ -29,7 +29,8 @@ train() {
         --checkpoint-every 60 --measure-every 180 "${start[@]}"
 }
 train vae 0.25
-train head_detector 0.06
-train unet 0.51
-train upsampler 0.10
+train head_detector 0.05
+train head_fitter 0.10
+train unet 0.44
+train upsampler 0.08
 du -sh "$out/model"

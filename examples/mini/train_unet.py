@@ -14,8 +14,9 @@ from training import Trainer, arguments, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.config import SD_SCHEDULE, SchedulerConfig
-from gafext.evaluation import Evaluation, Scores
+from gafext.evaluation import Evaluation, Scores, as_portrait
 from gafext.models.clip import MEAN, STD
+from gafext.models.head_fitter import HeadFitter
 from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import schedule
 
@@ -24,7 +25,8 @@ VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # views per step, in turn
 NO_IMAGE = 0.1  # fraction of the heads without image tokens, for guidance
 SOME_IMAGES = 0.5  # fraction of the heads for which each view has image tokens or not
 APART = 0.3  # fraction of the heads for which each view has its own noise level
-NEUTRAL = 0.4  # fraction of the heads whose normal maps are the neutral head's
+NEUTRAL = 0.1  # fraction of the heads whose normal maps are the neutral head's
+FITTED = 0.4  # fraction whose normal maps are of the head that is fitted to the portrait
 
 SCHEDULE = replace(
     SD_SCHEDULE,
@@ -92,21 +94,50 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return ((mean - vae.config.shift_factor) * vae.config.scaling_factor).unflatten(0, pictures.shape[:2])
 
 
-def fresh_heads(count: int, random: torch.Generator, vae: AutoencoderKL, size: int, portrait_size: int) -> Pool:
+@dataclass(frozen=True)
+class Source:
+    """What new heads are made with."""
+
+    vae: AutoencoderKL
+    fitter: HeadFitter | None
+    """Fits heads to portraits; None: the normal maps of the fraction FITTED are the neutral head's."""
+    size: int
+    """Side of the views in pixels."""
+    portrait_size: int
+
+
+def approximate(portraits: Tensor, source: Source, random: torch.Generator) -> tuple[Tensor, heads.Heads | None]:
+    """Choose heads [N] bool whose normal maps are of another head, as without a tracker, and return those others.
+
+    Args:
+        portraits: [N,3,S,S] in [0,1].
+        source: with the fitter.
+        random: generator of the CPU.
+    """
+    drawn = torch.rand(len(portraits), generator=random)
+    neutral, chosen = drawn < NEUTRAL, drawn < NEUTRAL + FITTED
+    others = []
+    for portrait, is_neutral in zip(portraits[chosen], neutral[chosen].tolist(), strict=True):
+        known = is_neutral or source.fitter is None
+        others.append(heads.neutral_head() if known else source.fitter.fit(as_portrait(portrait.cpu())))
+    return chosen, heads.cat(others).to(portraits.device) if others else None
+
+
+def fresh_heads(count: int, random: torch.Generator, source: Source) -> Pool:
     """Render and encode new heads."""
+    vae, size = source.vae, source.size
     drawn = draw_heads(count, random, vae.device)
     w2c = view_cameras(count, POOL_VIEWS, random)
     made = heads.render(drawn, w2c, size)
-    normals = made.normals
-    neutral = int((torch.rand(count, generator=random) < NEUTRAL).sum())
-    if neutral:
-        normals[:neutral] = heads.render(heads.neutral_head(vae.device).repeat(neutral), w2c[:neutral], size).normals
     mean, std = (torch.tensor(values, device=vae.device).view(3, 1, 1) for values in (MEAN, STD))
-    taken = heads.render(drawn, portrait_cameras(count, random), portrait_size)
+    taken = heads.render(drawn, portrait_cameras(count, random), source.portrait_size)
     portraits = photographic(taken.rgb[:, 0], taken.alpha[:, 0], random)
+    chosen, others = approximate(portraits, source, random)
+    if others is not None:
+        made.normals[chosen] = heads.render(others, w2c[chosen], size).normals
     return Pool(
         encode(vae, made.rgb),
-        encode(vae, normals),
+        encode(vae, made.normals),
         face_weights(made.face.flatten(0, 1), vae.config.factor).unflatten(0, made.face.shape[:2]),
         w2c[..., :3, :].flatten(2).float().to(vae.device),
         (portraits - mean) / std,
@@ -147,10 +178,10 @@ def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
     evaluation.figure(made).save(path)
     who = evaluation.subjects
     own = Scores.of("own", who, made)
-    neutral = Scores.of("neutral", who, evaluation.generate(normals=lambda subject: None))
+    fitted = Scores.of("fitted", who, evaluation.generate(normals=lambda subject: None))
     copy = Scores.of("copy", who, [subject.portrait.expand_as(subject.views.rgb) for subject in who])
     numbers = {"own": own.psnr, "own_ssim": own.ssim, "own_face": own.face, "own_sharpness": own.sharpness}
-    return numbers | {"neutral": neutral.psnr, "copy": copy.psnr}
+    return numbers | {"fitted": fitted.psnr, "copy": copy.psnr}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,14 +200,16 @@ def main(argv: list[str] | None = None) -> None:
     noise_schedule = noisier(SCHEDULE, rung.snr_divisor)
     alphas = schedule.alphas_cumprod(noise_schedule).to(device)
     blindfold = Blindfold(unet)
-    sizes = (rung.image_size, rung.image_encoder.image_size)
-    drawn = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), vae, *sizes)
+    fitter = args.out / "model" / "head_fitter"
+    fitter = HeadFitter.from_pretrained(fitter) if fitter.is_dir() else None
+    source = Source(vae, fitter, rung.image_size, rung.image_encoder.image_size)
+    drawn = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), source)
     pool = drawn.enlarged(rung.pool_limit or rung.pool_heads)
 
     def loss(step: int) -> Tensor:
         random, noises = generator(args.seed, step), generator(args.seed, step, device)
         if step % rung.fresh_every == 0:
-            pool.add(fresh_heads(rung.fresh_heads, random, vae, *sizes))
+            pool.add(fresh_heads(rung.fresh_heads, random, source))
         views = VIEWS[step % len(VIEWS)]
         count = rung.unet_batch // views
         chosen = torch.randint(pool.count, (count,), generator=random).to(device)

@@ -19,6 +19,7 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.head_detector import HeadDetector
+from gafext.models.head_fitter import HeadFitter
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.int8 import IN_8_BITS, check_move, dtype_name, is_quantized, quantize, require_supported
 from gafext.models.unet import MultiViewUNet
@@ -49,13 +50,14 @@ class PipelineComponents(PipelineAdapters):
         image_normalizer: ImageNormalizer | None = None,
         image_noising_scheduler: Scheduler | None = None,
         head_detector: HeadDetector | None = None,
+        head_fitter: HeadFitter | None = None,
     ):
         self.unet, self.vae, self.scheduler, self.image_encoder = unet, vae, scheduler, image_encoder
         self.upsampler, self.prompt_embeds = upsampler, prompt_embeds
         check_guidance_scale(guidance_scale)
         self.guidance_scale = guidance_scale
         self.image_normalizer, self.image_noising_scheduler = image_normalizer, image_noising_scheduler
-        self.head_detector = head_detector
+        self.head_detector, self.head_fitter = head_detector, head_fitter
         self.attention_backend = "auto"
         self._progress_bar_config: dict[str, Any] = {}
         self.origin: dict[str, Any] = {"model": "memory"}
@@ -238,7 +240,7 @@ class PipelineComponents(PipelineAdapters):
     def components(self) -> dict[str, Any]:
         """Arguments of the constructor: `MultiViewDiffusionPipeline(**pipe.components)` shares all components."""
         names = ("unet", "vae", "scheduler", "image_encoder", "upsampler", "prompt_embeds", "guidance_scale")
-        others = ("image_normalizer", "image_noising_scheduler", "head_detector")
+        others = ("image_normalizer", "image_noising_scheduler", "head_detector", "head_fitter")
         return {name: getattr(self, name) for name in (*names, *others)}
 
     @property

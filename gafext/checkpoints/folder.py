@@ -20,6 +20,7 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_scale
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.head_detector import HeadDetector
+from gafext.models.head_fitter import HeadFitter
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
@@ -28,7 +29,14 @@ from gafext.schedulers.schedule import shift_snr
 from gafext.upsampler import LatentUpsampler
 
 NetworkType = TypeVar(
-    "NetworkType", MultiViewUNet, AutoencoderKL, CLIPVisionEncoder, LatentUpsampler, ImageNormalizer, HeadDetector
+    "NetworkType",
+    MultiViewUNet,
+    AutoencoderKL,
+    CLIPVisionEncoder,
+    LatentUpsampler,
+    ImageNormalizer,
+    HeadDetector,
+    HeadFitter,
 )
 
 _LIBRARIES = {
@@ -40,6 +48,7 @@ _LIBRARIES = {
     "image_normalizer": "diffusers",
     "image_noising_scheduler": "diffusers",
     "head_detector": "gafext",
+    "head_fitter": "gafext",
 }
 """Library that `model_index.json` names for each saved component."""
 
@@ -121,6 +130,7 @@ def load_parts(
         "prompt_embeds": prompt_embeds(folder, unet, variant=variant),
         "guidance_scale": guidance_scale,
         "head_detector": load(HeadDetector, "head_detector") if has("head_detector") else None,
+        "head_fitter": load(HeadFitter, "head_fitter") if has("head_fitter") else None,
         **labels,
     }
 

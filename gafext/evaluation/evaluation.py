@@ -242,6 +242,8 @@ class Evaluation:
             changed = {**parts, "unet": _without_cross_view(self.pipe.unet)}
             changes["attn_cv off"] = {"pipe": MultiViewDiffusionPipeline(**changed)}
         if self.pipe.takes_normals:
+            if self.pipe.head_fitter is not None:
+                changes["neutral normals"] = {"normals": lambda subject: None, "fit": False}
             changes["zero normals"] = {"normals": lambda subject: torch.full_like(subject.views.normals, 0.5)}
         changes["wrong cameras"] = {"cameras": self.cameras.with_poses(self.cameras.w2c.roll(1, dims=0))}
         changes |= {f"{steps} steps": {"num_inference_steps": steps} for steps in STEPS}

@@ -30,7 +30,7 @@ _HAIRS = (
 _IRISES = (((0.22, 0.13, 0.07), 0.4), ((0.20, 0.42, 0.72), 0.25), ((0.25, 0.50, 0.30), 0.2), ((0.42, 0.44, 0.46), 0.15))
 HAIRSTYLES = (("bald", 0.10), ("short", 0.38), ("long", 0.28), ("bun", 0.12), ("afro", 0.12))
 
-_RANGES = {
+RANGES = {
     "skin": (0, 1), "skin_red": (-0.03, 0.03), "hair_colour": (0, 1), "hair_light": (0.85, 1.15), "iris": (0, 1),
     "shirt_hue": (0, 1), "shirt_saturation": (0.15, 0.85), "shirt_value": (0.25, 0.95), "style": (0, 1),
     "skull_width": (0.68, 0.80), "skull_height": (0.80, 0.92), "skull_depth": (0.82, 0.95),
@@ -44,7 +44,7 @@ _RANGES = {
     "bun_size": (0.27, 0.38), "afro_size": (0.25, 0.38), "beard": (0, 1), "beard_line": (-0.08, 0.10),
     "light_azimuth": (-50, 50), "light_elevation": (25, 60), "ambient": (0.45, 0.60),
 }  # fmt: skip
-_BEARDED = 0.2  # probability
+BEARDED = 0.2  # probability
 
 PAIRED = ("eye", "lid", "brow", "ear", "strand")  # left and right
 _SINGLE = ("skull", "jaw", "neck", "chest", "bridge", "tip", "upper_lip", "lower_lip", "cap", "mane", "knot", "beard")
@@ -102,6 +102,11 @@ def uniform_numbers(identities: Tensor, count: int) -> Tensor:
     return ((x >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
+def cat(heads: Sequence[Heads]) -> Heads:
+    """Concatenate heads, which are on one device."""
+    return Heads(**{f.name: torch.cat([getattr(head, f.name) for head in heads]) for f in fields(Heads)})
+
+
 def make_heads(identities: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Heads:
     """Build the heads of identities; an identity is the same head in every batch.
 
@@ -113,15 +118,15 @@ def make_heads(identities: Sequence[int] | Tensor, device: torch.device | str = 
         N heads.
     """
     numbers = torch.as_tensor(identities, dtype=torch.int64, device="cpu")
-    return _build(uniform_numbers(numbers, len(_RANGES))).to(device)
+    return build(uniform_numbers(numbers, len(RANGES))).to(device)
 
 
 def neutral_head(device: torch.device | str = "cpu") -> Heads:
-    """Build the head in the middle of every range, with short hair and no beard."""
-    return _build(torch.full((1, len(_RANGES)), 0.5, dtype=torch.float64)).to(device)
+    """Build the head in the middle of every range, which has long hair and no beard."""
+    return build(torch.full((1, len(RANGES)), 0.5, dtype=torch.float64)).to(device)
 
 
-def _pick(table: Sequence[tuple], uniform: Tensor) -> Tensor:
+def pick(table: Sequence[tuple], uniform: Tensor) -> Tensor:
     """Return the indices of the rows (value, probability) that uniform numbers select."""
     edges = torch.tensor([share for _, share in table], dtype=torch.float64).cumsum(0)[:-1]
     return torch.bucketize(uniform.contiguous(), edges, right=True)
@@ -148,9 +153,9 @@ def _colours(u: dict[str, Tensor]) -> dict[str, Tensor]:
     saturation, value = u["shirt_saturation"][:, None], u["shirt_value"][:, None]
     return {
         "skin": skin.clamp(0, 1),
-        "hair": (hairs[_pick(_HAIRS, u["hair_colour"])] * u["hair_light"][:, None]).clamp(0, 1),
+        "hair": (hairs[pick(_HAIRS, u["hair_colour"])] * u["hair_light"][:, None]).clamp(0, 1),
         "shirt": value * (1 - saturation * (1 - pure)),
-        "iris": irises[_pick(_IRISES, u["iris"])],
+        "iris": irises[pick(_IRISES, u["iris"])],
     }
 
 
@@ -190,10 +195,10 @@ class _Assembly:
         }
 
 
-def _build(uniform: Tensor) -> Heads:
-    """Build N heads from [N,len(_RANGES)] numbers in [0,1)."""
-    low, high = torch.tensor(list(_RANGES.values()), dtype=torch.float64).T
-    u = dict(zip(_RANGES, (low + (high - low) * uniform).T, strict=True))
+def build(uniform: Tensor) -> Heads:
+    """Build N heads from [N,len(RANGES)] numbers in [0,1)."""
+    low, high = torch.tensor(list(RANGES.values()), dtype=torch.float64).T
+    u = dict(zip(RANGES, (low + (high - low) * uniform).T, strict=True))
     colours, parts = _colours(u), _Assembly(len(uniform))
     surface = _add_skull(parts, u, colours)
     mouth = _add_face(parts, u, colours, surface)
@@ -269,7 +274,7 @@ def _add_face(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor]
 def _add_hair(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor], mouth: tuple[Tensor, Tensor]) -> None:
     hair, thick = colours["hair"], u["hair_thick"]
     width, height, depth = u["skull_width"], u["skull_height"], u["skull_depth"]
-    style = _pick(HAIRSTYLES, u["style"])
+    style = pick(HAIRSTYLES, u["style"])
     bald, _, long, bun, afro = (style == index for index in range(len(HAIRSTYLES)))
     volume = torch.where(afro, u["afro_size"], thick)
     tilt = u["hairline_tilt"]
@@ -287,5 +292,5 @@ def _add_hair(parts: _Assembly, u: dict[str, Tensor], colours: dict[str, Tensor]
 
     radii = (u["jaw_width"] + 0.05, u["jaw_height"] + 0.04, u["jaw_depth"] + 0.04)
     line = -(mouth[0] + u["beard_line"]) - 0.25 * mouth[1]
-    bearded = u["beard"] > 1 - _BEARDED
+    bearded = u["beard"] > 1 - BEARDED
     parts.add("beard", (0, -0.36, 0.14), radii, hair * 0.9, clip=((0, -1, -0.25), line), active=bearded)

@@ -73,14 +73,20 @@ def render(
     return Renders(*(torch.cat(tensors).unflatten(0, (-1, views)) for tensors in zip(*parts, strict=True)))
 
 
-def head_normals(cameras: Cameras, size: int) -> Tensor:
-    """Render normal maps of the neutral head, for portraits without normal maps: [V,3,size,size] in [0,1]."""
-    return head_surface(cameras, size, supersample=2).normals
+def head_normals(cameras: Cameras, size: int, head: Heads | None = None) -> Tensor:
+    """Render normal maps of one head, for portraits without normal maps: [V,3,size,size] in [0,1].
+
+    Args:
+        cameras: V cameras.
+        size: height and width in pixels.
+        head: the head; None: the neutral one.
+    """
+    return head_surface(cameras, size, head, supersample=2).normals
 
 
-def head_surface(cameras: Cameras, size: int, *, supersample: int = 1) -> Renders:
-    """Render the neutral head from V cameras, which may have intrinsics of their own: [V,...] images."""
-    head = neutral_head()
+def head_surface(cameras: Cameras, size: int, head: Heads | None = None, *, supersample: int = 1) -> Renders:
+    """Render one head, None: the neutral one, from V cameras, which may have intrinsics of their own: [V,...]."""
+    head = neutral_head() if head is None else head
     if cameras.has_fov:
         renders = render(head, cameras.w2c, size, fov=cameras.fov, supersample=supersample)
         return Renders(*(images[0] for images in renders))

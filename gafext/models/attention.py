@@ -80,7 +80,9 @@ class Attention(nn.Module):
         N is a multiple of R: each run of N/R rows shares a context and is one row of queries, so that no context is
         repeated.
         """
-        queries = split_heads(query.reshape(key_value.key.shape[0], -1, query.shape[-1]), self.heads)  # [R,H,N/R*L,D]
+        rows, contexts = query.shape[0] * query.shape[1], key_value.key.shape[0]  # neither, of a pass without reference
+        queries = query.reshape(contexts, rows // max(contexts, 1), query.shape[-1])
+        queries = split_heads(queries, self.heads)  # [R,H,N/R*L,D]
         return merge_heads(self.operate(flash_attention, queries, key_value)).view(query.shape)
 
     def forward(

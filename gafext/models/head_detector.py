@@ -14,7 +14,7 @@ from gafext.config.base import Config, Ints, require, require_counts
 from gafext.models.base import PretrainedModel
 
 STRIDE = 8  # pixels of a cell's side
-_GROUPS = 8
+GROUPS = 8
 SURE = 0.5  # least probability of a head
 CLOSER = 1.7  # side of the second look, of the square that the first one found
 
@@ -43,16 +43,16 @@ class HeadDetectorConfig(Config):
             sizes = getattr(self, name)
             require(all(0 < size <= 1024 for size in sizes), f"{name}={sizes}: expected 1 to 1024 each")
         widths = self.block_out_channels
-        fits = len(widths) == 3 and not any(width % _GROUPS for width in widths)
-        require(fits, f"block_out_channels={widths}: expected 3 multiples of {_GROUPS}")
+        fits = len(widths) == 3 and not any(width % GROUPS for width in widths)
+        require(fits, f"block_out_channels={widths}: expected 3 multiples of {GROUPS}")
         require(self.image_size % STRIDE == 0, f"image_size={self.image_size}: expected a multiple of {STRIDE}")
 
 
-class _Layer(nn.Module):
+class ConvLayer(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation)
-        self.norm = nn.GroupNorm(_GROUPS, outputs)
+        self.norm = nn.GroupNorm(GROUPS, outputs)
         self.residual = inputs == outputs and stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class HeadDetector(PretrainedModel):
         widths = config.block_out_channels
         layers: list[nn.Module] = []
         for inputs, outputs in zip((3, *widths), widths, strict=False):
-            layers += [_Layer(inputs, outputs, stride=2), _Layer(outputs, outputs)]
-        layers += [_Layer(widths[-1], widths[-1], dilation=dilation) for dilation in config.dilations]
+            layers += [ConvLayer(inputs, outputs, stride=2), ConvLayer(outputs, outputs)]
+        layers += [ConvLayer(widths[-1], widths[-1], dilation=dilation) for dilation in config.dilations]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Conv2d(widths[-1], 4, 1)
         self.none = nn.Parameter(torch.zeros(1))

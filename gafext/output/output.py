@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gafext.atomic import whole_folder
 from gafext.cameras import Cameras
+from gafext.heads import Heads
 from gafext.images import to_pil, to_square_tensor
 from gafext.mesh import Mesh
 from gafext.output.alpha import with_alpha
@@ -44,7 +45,7 @@ class MultiViewOutput:
         images: V PIL images; or a [V,H,W,3] float32 array or [V,3,H,W] tensor in [0,1]; or scaled latents [V,4,h,w].
         cameras: V cameras.
         run: all parameters of the run, the seed and the versions.
-        mesh: the mesh that the normal maps are of; None: the neutral head.
+        surface: the mesh, or the head fitted to the portrait, that the normal maps are of; None: the neutral head.
         portrait: the portrait as the networks saw it, or None.
         normal_maps: V pictures of the normal maps, or None.
     """
@@ -52,7 +53,7 @@ class MultiViewOutput:
     images: list[Image.Image] | np.ndarray | Tensor
     cameras: Cameras
     run: dict[str, Any] = field(default_factory=dict)
-    mesh: Mesh | None = None
+    surface: Mesh | Heads | None = None
     portrait: Image.Image | None = None
     normal_maps: list[Image.Image] | None = None
 
@@ -91,7 +92,7 @@ class MultiViewOutput:
         if isinstance(pictures, Tensor):
             pictures = to_pil(pictures)
         options = {"overwrite": overwrite, "formats": formats, "alpha": alpha, "turntable": turntable}
-        options |= {"mesh": self.mesh, "portrait": self.portrait, "normal_maps": self.normal_maps}
+        options |= {"surface": self.surface, "portrait": self.portrait, "normal_maps": self.normal_maps}
         return write_views(folder, pictures, self.cameras, self.run, **options)
 
 
@@ -105,7 +106,7 @@ def write_views(
     formats: Iterable[str] | None = None,
     alpha: bool = False,
     turntable: str = "webp",
-    mesh: Mesh | None = None,
+    surface: Mesh | Heads | None = None,
     portrait: Image.Image | None = None,
     normal_maps: Sequence[Image.Image] | None = None,
 ) -> Path:
@@ -119,7 +120,7 @@ def write_views(
         overwrite: replace a folder that holds only an earlier result.
         formats: as for `MultiViewOutput.save`.
         alpha, turntable: as for `MultiViewOutput.save`.
-        mesh: surface of the points; None: the neutral head.
+        surface: surface of the points; None: the neutral head.
         portrait: picture to show beside the views; portrait.png is at most as large as a view.
         normal_maps: V pictures to show beside the views, as normals/view_000.png ...
 
@@ -153,7 +154,7 @@ def write_views(
         write_turntable(new, images, cameras, turntable)
         _write_inputs(new, sizes[0], portrait, normal_maps or ())
         write_json(new / "run.json", _json_clean(run))
-        scene = Scene(names, cameras, sizes[0][0], surface_points(pixels, cameras, mesh), masks)
+        scene = Scene(names, cameras, sizes[0][0], surface_points(pixels, cameras, surface), masks)
         for name in chosen:
             FORMATS[name](new, scene)
         write_viewer(new, cameras=cameras)

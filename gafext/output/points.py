@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gafext.cameras import Cameras
-from gafext.heads import head_surface
+from gafext.heads import Heads, head_surface
 from gafext.mesh import Mesh
 
 COUNT = 20_000  # at most; 3DGS itself begins with 100,000 random ones
@@ -25,7 +25,9 @@ class Points(NamedTuple):
     colours: np.ndarray  # [N,3] uint8
 
 
-def surface_points(images: Tensor, cameras: Cameras, mesh: Mesh | None = None, *, count: int = COUNT) -> Points:
+def surface_points(
+    images: Tensor, cameras: Cameras, surface: Mesh | Heads | None = None, *, count: int = COUNT
+) -> Points:
     """Sample a surface where the cameras see it, with the colours of the views there.
 
     Each point is the surface behind a pixel of one view, so that the view sees it by construction.
@@ -33,13 +35,16 @@ def surface_points(images: Tensor, cameras: Cameras, mesh: Mesh | None = None, *
     Args:
         images: views [V,3,S,S] in [0,1].
         cameras: V cameras.
-        mesh: the surface; None: the neutral head.
+        surface: a mesh or one drawn head; None: the neutral head.
         count: number of points, divided evenly over the views.
 
     Returns:
         At most `count` points.
     """
-    seen = head_surface(cameras, _SIZE) if mesh is None else mesh.render(cameras, _SIZE, samples=1)
+    if isinstance(surface, Mesh):
+        seen = surface.render(cameras, _SIZE, samples=1)
+    else:
+        seen = head_surface(cameras, _SIZE, surface)
     found = []
     for view, (lens, w2c) in enumerate(zip(cameras.intrinsics(_SIZE), cameras.w2c, strict=True)):
         rows, columns = seen.depth[view, 0].isfinite().nonzero(as_tuple=True)

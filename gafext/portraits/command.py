@@ -63,8 +63,8 @@ def _generate(
             log.info("%s: what a killed run left is removed", job.folder)
             claim.release()
     if work.todo:
-        if world > 1 and args.device is None and torch.cuda.is_available():
-            args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+        if world > 1:
+            args.device = args.device or _own_gpu()
         pipeline = load()
         try:
             work.run(pipeline, options, shown=rank == 0 and not args.quiet)
@@ -176,6 +176,40 @@ def _logging(level: str) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def _own_gpu() -> str | None:
+    """Return the name of the GPU of this process of several, by its LOCAL_RANK; None without GPUs."""
+    if not torch.cuda.is_available():
+        return None
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    return f"cuda:{int(rank) % torch.cuda.device_count()}"
+
+
+@contextlib.contextmanager
+def process_pair(args: argparse.Namespace) -> Iterator[bool]:
+    """Join the two processes that torchrun started for `--parallel guidance`; yields whether this one is the first.
+
+    Without `--device`, each takes a GPU of its own where there are any.
+    """
+    import torch.distributed as distributed
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != 2:
+        raise ValueError(
+            f"--parallel: expected 2 processes, one per pass of guidance, got {world}: torchrun --standalone "
+            "--nproc-per-node 2 -m gafext generate ..."
+        )
+    device, backend = args.device or _own_gpu(), "gloo"
+    if device is not None and device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device))
+        backend = "nccl"
+    args.device = device
+    distributed.init_process_group(backend)
+    try:
+        yield distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
 
 
 def _gather(failures: list[dict[str, str]], world: int) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 FOLDERS = (
     *("unet", "vae", "image_encoder", "text_encoder", "tokenizer", "scheduler", "upsampler"),
-    *("image_normalizer", "image_noising_scheduler", "head_detector"),
+    *("image_normalizer", "image_noising_scheduler", "head_detector", "head_fitter"),
 )
 """Folders of a checkpoint that gafext reads; others, such as a safety checker, are not downloaded."""
 STEMS = ("diffusion_pytorch_model", "model")

@@ -31,7 +31,7 @@ def lines(evaluation):
 
 def test_the_weights_are_small():
     files = list(MODEL.rglob("*.safetensors"))
-    assert len(files) == 6 and sum(file.stat().st_size for file in files) < 15e6
+    assert len(files) == 7 and sum(file.stat().st_size for file in files) < 15e6
 
 
 def test_the_codec_keeps_colours_and_normals(lines, evaluation):
@@ -49,7 +49,13 @@ def test_generated_views_are_the_portraits_head(lines):
     generated, copy = lines["generated"], lines["copy of the portrait"]
     assert generated.psnr > copy.psnr + 8 and generated.ssim > copy.ssim + 0.2
     assert generated.psnr > lines["mean picture"].psnr + 7
-    assert lines["generated, no normal maps given"].psnr > copy.psnr + 2
+
+
+def test_without_normal_maps_given_a_head_is_fitted(lines, evaluation):
+    fitted = lines["generated, no normal maps given"]
+    assert fitted.psnr > 20 and fitted.psnr > lines["generated"].psnr - 2.5
+    [neutral] = evaluation.ablations(["neutral normals"])
+    assert neutral.psnr < fitted.psnr - 2
 
 
 def test_every_condition_counts(lines, evaluation):

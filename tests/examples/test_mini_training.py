@@ -6,8 +6,10 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT
 from safetensors.torch import load_file
 
@@ -15,6 +17,8 @@ from gafext import AutoencoderKL, LatentUpsampler, MultiViewDiffusionPipeline, M
 from gafext.cameras import Cameras, orbit
 from gafext.config import SchedulerConfig
 from gafext.evaluation import subjects
+from gafext.heads.shape import MEASURES, SHAPE, beard_numbers, hairstyle_numbers
+from gafext.models.head_fitter import HeadShape
 from gafext.schedulers import schedule
 
 FOLDER = ROOT / "examples" / "mini"
@@ -28,6 +32,7 @@ def scripts():
     import initial
     import rungs
     import train_head_detector
+    import train_head_fitter
     import train_unet
     import train_upsampler
     import train_vae
@@ -52,6 +57,7 @@ def scripts():
     )
     yield {"data": data, "initial": initial, "rungs": rungs, "what_blurs": what_blurs} | {
         "head_detector": train_head_detector,
+        "head_fitter": train_head_fitter,
         "vae": train_vae,
         "unet": train_unet,
         "upsampler": train_upsampler,
@@ -70,7 +76,9 @@ def trained(scripts, tmp_path_factory):
     few = {"HEADS": 4, "SCENES": 4, "PICTURES": 12, "HELD_OUT": 16, "BATCH": 8, "FRESH": 2}
     for name, value in few.items():
         setattr(scripts["head_detector"], name, value)
-    for stage in ("vae", "head_detector", "unet", "upsampler"):
+    for name, value in {"POOL": 6, "KEPT": 8, "HELD_OUT": 4, "NORMALS": 16, "BATCH": 8, "FRESH": 2}.items():
+        setattr(scripts["head_fitter"], name, value)
+    for stage in ("vae", "head_detector", "head_fitter", "unet", "upsampler"):
         train(scripts[stage], out, "--steps", 3)
     return out
 
@@ -174,6 +182,52 @@ def test_the_pool_grows_and_then_drops_the_oldest(scripts):
     for number in (3, 4, 5):
         grown.add(pool(number))
     assert grown.count == 4 and grown.normals.tolist() == [5, 2, 3, 4] and grown.latents.shape == (4, 1)
+
+
+def test_some_normal_maps_are_of_the_head_that_is_fitted(scripts, monkeypatch):
+    unet, portraits = scripts["unet"], torch.rand(50, 3, 8, 8)
+    seen = []
+
+    class Fitter:
+        def fit(self, portrait):
+            seen.append(portrait)
+            return heads.make_heads([7])
+
+    monkeypatch.setattr(unet, "NEUTRAL", 0.2)
+    monkeypatch.setattr(unet, "FITTED", 0.5)
+    source = unet.Source(None, Fitter(), 32, 8)
+    chosen, others = unet.approximate(portraits, source, torch.Generator().manual_seed(0))
+    fitted = (others.centre == heads.make_heads([7]).centre).flatten(1).all(1)
+    neutral = (others.centre == heads.neutral_head().centre).flatten(1).all(1)
+    assert chosen.sum() == len(others) and 25 < chosen.sum() < 45 and torch.equal(fitted, ~neutral)
+    assert fitted.sum() == len(seen) and 5 <= neutral.sum() <= 16
+    wanted = (portraits[chosen][fitted.nonzero()[0, 0]] * 255).round().byte()
+    assert torch.equal(torch.from_numpy(np.array(seen[0])).permute(2, 0, 1), wanted)
+    monkeypatch.setattr(unet, "NEUTRAL", 0.0)
+    monkeypatch.setattr(unet, "FITTED", 0.0)
+    assert unet.approximate(portraits, source, torch.Generator())[1] is None
+
+
+def test_measures_of_parts_that_a_head_has_not_are_not_learned(scripts):
+    fitter = scripts["head_fitter"]
+    numbers = torch.full((6, len(SHAPE)), 0.5)
+    numbers[:5, SHAPE.index("style")] = hairstyle_numbers().float()
+    numbers[5, SHAPE.index("beard")] = beard_numbers()[1].float()
+    style, bearded = fitter.styles(numbers)
+    assert style.tolist() == [0, 1, 2, 3, 4, 2] and bearded.tolist() == [False] * 5 + [True]
+    shown = {name: column.tolist() for name, column in zip(MEASURES, fitter.visible(numbers).T, strict=True)}
+    assert shown["bun_size"] == [False, False, False, True, False, False]
+    assert shown["hairline"] == [False] + [True] * 5 and shown["beard_line"] == bearded.tolist()
+    assert shown["skull_width"] == [True] * 6
+    right = HeadShape(
+        numbers[:, [SHAPE.index(n) for n in MEASURES]], 50 * F.one_hot(style, 5).float(), 50 * (bearded * 2.0 - 1)
+    )
+    assert fitter.error(right, numbers) < 1e-6
+    unseen = right.measures.clone()
+    unseen[0, MEASURES.index("bun_size")] = 9
+    assert fitter.error(right._replace(measures=unseen), numbers) < 1e-6
+    unseen[3, MEASURES.index("bun_size")] = 9
+    assert fitter.error(right._replace(measures=unseen), numbers) > 0.1
 
 
 def test_positions_are_interpolated_when_the_portrait_is_larger(scripts):
@@ -294,7 +348,7 @@ def test_the_stages_make_a_checkpoint_folder(trained):
     output = pipe(portrait, num_views=2, num_inference_steps=2, generator=0, progress_bar=False)
     assert [image.size for image in output.images] == [(64, 64)] * 2
     files = list((trained / "model").rglob("*.safetensors"))
-    assert len(files) == 6 and pipe.head_detector is not None
+    assert len(files) == 7 and pipe.head_detector is not None and pipe.head_fitter is not None
     assert {t.dtype for path in files for t in load_file(path).values()} == {torch.float16}
 
 
