@@ -142,6 +142,8 @@ def _check_early(args: argparse.Namespace) -> None:
     pairs["mesh_pose"] = "mesh"
     if args.mesh is not None and args.normals is not None:
         raise ValueError("--mesh: expected no --normals beside it, got both")
+    if args.no_fit and (args.mesh is not None or args.normals is not None):
+        raise ValueError(f"--no-fit: expected no --{'normals' if args.mesh is None else 'mesh'} beside it")
     for option, needs in pairs.items():
         if getattr(args, option) is not None and getattr(args, needs) is None:
             option, needs = (name.replace("_", "-") for name in (option, needs))
@@ -243,6 +245,7 @@ def _generate(args: argparse.Namespace) -> int:
     with process_pair(args) as is_first:
         if not is_first:
             args.quiet, args.json, args.profile, args.preview = True, False, False, None
+            warnings.simplefilter("ignore")  # the first process warns of the same
         return _generate_one(args, path, portrait, {**options, **inputs}, saving if is_first else None)
 
 

@@ -71,6 +71,7 @@ class Conditions:
 
     def unconditional(self, portraits: int) -> Conditions:
         """Return the inputs of the unconditional pass alone, which share the memory of these; `portraits` is B."""
+        assert self.passes == 2
 
         def half(rows: Tensor) -> Tensor:
             return rows[: (len(rows) + 1) // 2]  # all of a text that is one row for both passes

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
-_UPSAMPLED_POSITIONS = 1024  # of latents that are upsampled together: one of SD's views, four of the built-in model's
+_UPSAMPLED_POSITIONS = 1024  # of latents that are upsampled together: one of SD's views, or of the built-in model's
 
 
 class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
@@ -201,7 +201,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         eta = max(family.eta, solver.default_eta) if eta is None else eta
         check_guidance_scale(guidance_scale)
         check_guidance_interval(plan["guidance_interval"])
-        check_parallel(parallel, guided=needs_unconditional(guidance_scale), seeded=generator is not None)
+        check_parallel(parallel, guided=needs_unconditional(guidance_scale), seeded=_is_seeded(generator))
         check_eta(eta)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("upsample", upsample, UPSAMPLE)
@@ -224,14 +224,14 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         pixels = size * self.vae.config.factor
         if renders is not None:
             renders = imaging.to_square_tensor(imaging.load_images(renders, count=rows, name="renders"), pixels)
+        guided = needs_unconditional(guidance_scale)
+        halved = parallel is not None and self.device.type != "cpu"  # on CPUs, the other process takes the other half
+        batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + (guided and not halved)}
+        self._check_memory(**batch, size=size, doubled=upsample != "none")
         fitted = None
         if fit and normal_maps is None and self.head_fitter is not None and self.takes_normals:
             fitted = [self.head_fitter.fit(portrait) for portrait in portraits[::num_images_per_prompt]]
         normals = self._normal_maps(normal_maps, cameras, pixels, fitted)
-
-        guided = needs_unconditional(guidance_scale)
-        batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + (guided and parallel is None)}
-        self._check_memory(**batch, size=size, doubled=upsample != "none")
         normal_latents = None if normals is None else self.encode(normals)
         if normal_latents is not None and fitted is not None:
             normal_latents = normal_latents.unflatten(0, (len(fitted), len(cameras)))
@@ -471,3 +471,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         if output_type == "pt":
             return pictures.clamp(0, 1)
         return imaging.to_pil(pictures) if output_type == "pil" else imaging.to_numpy(pictures)
+
+
+def _is_seeded(generator: Any) -> bool:
+    """Return whether a call's `generator` determines all noise: no seed is left to chance."""
+    return None not in generator if isinstance(generator, (list, tuple)) else generator is not None

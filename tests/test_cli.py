@@ -240,7 +240,7 @@ def test_a_fresh_process_with_the_embedded_default(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "a cartoon" in result.stderr and "Traceback" not in result.stderr
-    assert Image.open(tmp_path / "views" / "view_001.png").size == (128, 128)
+    assert Image.open(tmp_path / "views" / "view_001.png").size == (256, 256)
 
 
 def test_matte_and_warnings_about_the_portrait(checkpoint, tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from gafext import heads
 from gafext.evaluation.measures import psnr
 from gafext.heads.identity import HAIRSTYLES
 from gafext.heads.shape import MEASURES, SHAPE, shape_numbers, shaped_heads, styles
-from gafext.models.head_fitter import HeadFitter, HeadFitterConfig
+from gafext.models.head_fitter import HeadFitter, HeadFitterConfig, HeadShape
 
 POOL, FRESH, BATCH = 4000, 8, 48  # portraits before the first step, and of each step: new ones, and all
 KEPT = 24_000  # portraits; then the oldest are replaced
@@ -63,7 +63,8 @@ def error(found: tuple[Tensor, Tensor, Tensor], numbers: Tensor) -> Tensor:
 @torch.no_grad()
 def scores(fitter: nn.Module, held_out: Portraits, w2c: Tensor) -> dict[str, float]:
     """Score a fitter: PSNR of the normal maps of fitted heads, of the neutral head's too, and right styles."""
-    found = fitter(held_out.pictures.float() / 255)
+    device = next(fitter.parameters()).device
+    found = HeadShape(*(part.cpu() for part in fitter(held_out.pictures.float().to(device) / 255)))
     style, bearded = styles(held_out.numbers)
 
     def normals(of: heads.Heads) -> Tensor:
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__).parse_args(argv)
     torch.manual_seed(args.seed)
     config = HeadFitterConfig()
-    fitter = HeadFitter(config).to(memory_format=torch.channels_last)
+    fitter = HeadFitter(config).to(args.device, memory_format=torch.channels_last)
     start, size = generator(args.seed + 1, 0), config.image_size
     pool = Portraits(torch.empty(KEPT, 3, size, size, dtype=torch.uint8), torch.empty(KEPT, len(SHAPE)))
     filled = 0
@@ -107,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = torch.randint(min(filled, KEPT), (BATCH,), generator=random)
         pictures = pool.pictures[chosen].float() / 255
         mirrored = torch.rand(BATCH, 1, 1, 1, generator=random) < 0.5  # the heads are symmetric
-        return error(fitter(torch.where(mirrored, pictures.flip(-1), pictures)), pool.numbers[chosen])
+        pictures = torch.where(mirrored, pictures.flip(-1), pictures).to(args.device)
+        return error(fitter(pictures), pool.numbers[chosen].to(args.device))
 
     def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
         half(averaged["head_fitter"]).save_pretrained(args.out / "model" / "head_fitter")

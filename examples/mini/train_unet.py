@@ -28,6 +28,9 @@ APART = 0.3  # fraction of the heads for which each view has its own noise level
 NEUTRAL = 0.1  # fraction of the heads whose normal maps are the neutral head's
 FITTED = 0.4  # fraction whose normal maps are of the head that is fitted to the portrait
 
+LEAST_SIGNAL = 2.0**-23
+"""Least ᾱ but 0, for which the solvers over noise levels take 2^-24: noise has to grow up to there."""
+
 SCHEDULE = replace(
     SD_SCHEDULE,
     prediction_type="v_prediction",
@@ -48,6 +51,7 @@ def noisier(config: SchedulerConfig, divisor: float) -> SchedulerConfig:
         return config
     alphas = schedule.alphas_cumprod(config).double()
     alphas = alphas / (alphas + divisor * (1 - alphas))
+    alphas[:-1].clamp_(min=LEAST_SIGNAL)
     betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
     return replace(config, trained_betas=tuple(betas.tolist()), rescale_betas_zero_snr=False)
 
@@ -202,6 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     blindfold = Blindfold(unet)
     fitter = args.out / "model" / "head_fitter"
     fitter = HeadFitter.from_pretrained(fitter) if fitter.is_dir() else None
+    if fitter is None:
+        print(f"{args.out}/model/head_fitter: none; the neutral head's normal maps take the place of fitted ones")
     source = Source(vae, fitter, rung.image_size, rung.image_encoder.image_size)
     drawn = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), source)
     pool = drawn.enlarged(rung.pool_limit or rung.pool_heads)
@@ -233,9 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
         for module in averaged.values():
             set_attention_backend(module, "auto")
-        pipe = MultiViewDiffusionPipeline(
-            vae=vae, scheduler=DDIMScheduler(noise_schedule), guidance_scale=GUIDANCE_SCALE, **averaged
-        )
+        parts = {"vae": vae, "scheduler": DDIMScheduler(noise_schedule), "head_fitter": source.fitter}
+        pipe = MultiViewDiffusionPipeline(guidance_scale=GUIDANCE_SCALE, **parts, **averaged)
         export(args.out, unet=averaged["unet"], image_encoder=averaged["image_encoder"], scheduler=pipe.scheduler)
         evaluation = Evaluation(pipe, rung.measured_heads, num_inference_steps=20, upsample="none")
         return show(evaluation, args.out / "unet.png")

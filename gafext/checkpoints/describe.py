@@ -14,6 +14,8 @@ from gafext.families import families, family_name
 from gafext.models.base import PretrainedModel
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.clip_text import CLIPTextEncoder
+from gafext.models.head_detector import HeadDetector
+from gafext.models.head_fitter import HeadFitter
 from gafext.models.image_normalizer import ImageNormalizer
 from gafext.models.k_unet import KUNet
 from gafext.models.unet import MultiViewUNet
@@ -30,6 +32,8 @@ _ADAPTERS = {"pooled": "IP-Adapter", "resampler": "IP-Adapter Plus", "mlp": "ful
 _NETWORKS: dict[str, type[PretrainedModel]] = {
     "AutoencoderKL": AutoencoderKL,
     "StableUnCLIPImageNormalizer": ImageNormalizer,
+    "HeadDetector": HeadDetector,
+    "HeadFitter": HeadFitter,
     "clip": CLIPVisionEncoder,
     "clip_vision_model": CLIPVisionEncoder,
     "clip_text_model": CLIPTextEncoder,

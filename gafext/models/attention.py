@@ -80,9 +80,7 @@ class Attention(nn.Module):
         N is a multiple of R: each run of N/R rows shares a context and is one row of queries, so that no context is
         repeated.
         """
-        rows, contexts = query.shape[0] * query.shape[1], key_value.key.shape[0]  # neither, of a pass without reference
-        queries = query.reshape(contexts, rows // max(contexts, 1), query.shape[-1])
-        queries = split_heads(queries, self.heads)  # [R,H,N/R*L,D]
+        queries = split_heads(query.reshape(key_value.key.shape[0], -1, query.shape[-1]), self.heads)  # [R,H,N/R*L,D]
         return merge_heads(self.operate(flash_attention, queries, key_value)).view(query.shape)
 
     def forward(
@@ -132,7 +130,9 @@ class DecoupledAttention(Attention):
         """Map [N,L,C] to [N,L,C], given text, image or both; rows before `first` do not attend to the image."""
         query = self.project(self.to_q, hidden_states)
         attended = None if text is None else self.attend(query, text)
-        if image is not None:
+        if first == len(query) and attended is None:
+            attended = torch.zeros_like(query)  # no row has an image
+        elif image is not None and first < len(query):
             from_image = self.attend(query[first:], image)
             if first > 0:
                 from_image = F.pad(from_image, (0, 0, 0, 0, first, 0))

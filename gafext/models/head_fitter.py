@@ -27,10 +27,14 @@ class HeadShape(NamedTuple):
     beard: Tensor  # [N], logits
 
     def numbers(self) -> Tensor:
-        """Decide on the most likely shape: [N,len(SHAPE)] float64 in [0,1), in the order of `heads.shape.SHAPE`."""
-        columns = dict(zip(MEASURES, self.measures.double().clamp(0, 1 - 1e-6).unbind(1), strict=True))
-        columns["style"] = hairstyle_numbers()[self.hairstyle.argmax(1).cpu()].to(self.measures.device)
-        columns["beard"] = beard_numbers()[(self.beard > 0).long().cpu()].to(self.measures.device)
+        """Decide on the most likely shape: [N,len(SHAPE)] in [0,1), in the order of `heads.shape.SHAPE`.
+
+        float64 on the CPU, because Apple's GPUs have none.
+        """
+        measures, hairstyle, beard = (part.float().cpu() for part in self)
+        columns = dict(zip(MEASURES, measures.double().clamp(0, 1 - 1e-6).unbind(1), strict=True))
+        columns["style"] = hairstyle_numbers()[hairstyle.argmax(1)]
+        columns["beard"] = beard_numbers()[(beard > 0).long()]
         return torch.stack([columns[name] for name in SHAPE], dim=1)
 
 
@@ -101,5 +105,4 @@ class HeadFitter(PretrainedModel):
             One head, on the CPU, in the neutral head's colours and light.
         """
         picture = to_square_tensor([portrait], self.config.image_size).to(self.device, self.dtype)
-        shape = HeadShape(*(part.float() for part in self(picture)))
-        return shaped_heads(shape.numbers())
+        return shaped_heads(self(picture).numbers())

@@ -200,11 +200,18 @@ def process_pair(args: argparse.Namespace) -> Iterator[bool]:
             f"--parallel: expected 2 processes, one per pass of guidance, got {world}: torchrun --standalone "
             "--nproc-per-node 2 -m gafext generate ..."
         )
-    device, backend = args.device or _own_gpu(), "gloo"
-    if device is not None and device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device))
-        backend = "nccl"
-    args.device = device
+    if args.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"--parallel: expected --device cpu or cuda, each process on a GPU of its own, got {args.device}"
+        )
+    backend, count = "gloo", torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.device == "cuda" or (args.device is None and count > 0):
+        if count < 2:
+            raise ValueError(f"--parallel: expected 2 GPUs, got {count}; --device cpu takes two processes of the CPU")
+        args.device, backend = _own_gpu(), "nccl"
+        torch.cuda.set_device(torch.device(args.device or "cuda"))
+    else:
+        args.device = "cpu"
     distributed.init_process_group(backend)
     try:
         yield distributed.get_rank() == 0

@@ -1,4 +1,4 @@
-"""The portraits of a call: read, cropped to the head, and heads fitted to them."""
+"""The portraits of a call: read, and cropped to the head."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ class PipelineStream:
 
         Args:
             images: portraits, as `prepare` takes one; may be endless, and is read as the stream goes on.
-            cameras, normal_maps, options: those of `prepare`, the same for every portrait, without `latents` and
-                `num_images_per_prompt`. A list as `generator` has one seed per portrait.
+            cameras, normal_maps, options: those of `prepare`, the same for every portrait, without `latents`,
+                `num_images_per_prompt` and `parallel`. A list as `generator` has one seed per portrait.
             batch_size: portraits that are denoised together. On CPUs more than 1 saves no time. "auto": 1 on a CPU,
                 else as many as the free memory holds, see `gafext.portraits.batch`.
 
@@ -127,7 +127,7 @@ def stream(
 ) -> Generator[PortraitResult]:
     """Do what `PipelineStream.map` does, with hooks."""
     check_batch_size(batch_size)
-    if refused := sorted(options.keys() & {"latents", "num_images_per_prompt"}):
+    if refused := sorted(options.keys() & {"latents", "num_images_per_prompt", "parallel"}):
         raise ValueError(f"{', '.join(refused)}: expected none for a stream of portraits")
     count = automatic_batch_size(pipeline, cameras, options) if isinstance(batch_size, str) else batch_size
     hooks, generator = hooks or Hooks(), options.pop("generator", None)

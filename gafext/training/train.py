@@ -112,6 +112,7 @@ def train(
         raise ValueError(f"data: expected more than the {settings.validation} heads held out, got {len(heads)}")
     known, held_out = heads[: len(heads) - settings.validation], heads[len(heads) - settings.validation :]
     pipeline = MultiViewDiffusionPipeline.from_pretrained(parent, device=accelerator.device)
+    pipeline.head_fitter = None  # it fits drawn heads; data without normal maps is trained with the neutral head's
     check_parent(pipeline, settings.train)
     if settings.guidance is not None:
         pipeline.guidance_scale = settings.guidance

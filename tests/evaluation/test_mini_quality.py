@@ -47,15 +47,16 @@ def test_the_codec_keeps_colours_and_normals(lines, evaluation):
 
 def test_generated_views_are_the_portraits_head(lines):
     generated, copy = lines["generated"], lines["copy of the portrait"]
-    assert generated.psnr > copy.psnr + 8 and generated.ssim > copy.ssim + 0.2
+    assert generated.psnr > copy.psnr + 10 and generated.ssim > copy.ssim + 0.2
+    assert generated.sharpness > 0.4 and generated.face > copy.face + 5
     assert generated.psnr > lines["mean picture"].psnr + 7
 
 
 def test_without_normal_maps_given_a_head_is_fitted(lines, evaluation):
     fitted = lines["generated, no normal maps given"]
-    assert fitted.psnr > 20 and fitted.psnr > lines["generated"].psnr - 2.5
+    assert fitted.psnr > 22 and fitted.psnr > lines["generated"].psnr - 4
     [neutral] = evaluation.ablations(["neutral normals"])
-    assert neutral.psnr < fitted.psnr - 2
+    assert neutral.psnr < fitted.psnr - 4
 
 
 def test_every_condition_counts(lines, evaluation):
@@ -90,7 +91,10 @@ def test_stock_diffusers_loads_the_trunk_of_the_unet(evaluation):
     config = {key: value for key, value in ours.config.to_dict().items() if key in fields}
     stock = diffusers.UNet2DConditionModel(**config).eval()
     stock.load_state_dict(trunk)
-    sample, pose = torch.randn(2, config["in_channels"], 16, 16), torch.randn(2, 12)
+    sample, pose = (
+        torch.randn(2, config["in_channels"], config["sample_size"], config["sample_size"]),
+        torch.randn(2, 12),
+    )
     text = torch.zeros(2, 1, config["cross_attention_dim"])
     with torch.no_grad():
         expected = stock(sample, 500, text, class_labels=pose).sample

@@ -19,7 +19,7 @@ from gafext.config import SchedulerConfig
 from gafext.evaluation import subjects
 from gafext.heads.shape import MEASURES, SHAPE, beard_numbers, hairstyle_numbers
 from gafext.models.head_fitter import HeadShape
-from gafext.schedulers import schedule
+from gafext.schedulers import SCHEDULERS, DDIMScheduler, schedule, scheduler_class
 
 FOLDER = ROOT / "examples" / "mini"
 
@@ -168,8 +168,12 @@ def test_a_noisier_schedule_divides_the_signal_to_noise_ratio(scripts):
     before, after = (schedule.alphas_cumprod(c).double() for c in (config, noisier(config, 4.0)))
     assert after[-1] == 0 and noisier(config, 1.0) is config
     ratio = (before / (1 - before))[:-1] / (after / (1 - after))[:-1]
-    assert torch.allclose(ratio, torch.full_like(ratio, 4.0), rtol=1e-3)
-    SchedulerConfig.from_dict(json.loads(json.dumps(noisier(config, 4.0))))  # it is saved and read
+    assert torch.allclose(ratio[:-1], torch.full_like(ratio[:-1], 4.0), rtol=1e-3) and after[-2] > 2**-24
+    read = SchedulerConfig.from_dict(json.loads(json.dumps(noisier(config, 4.0).to_dict())))  # it is saved and read
+    for name in SCHEDULERS:
+        made = scheduler_class(name).from_config(DDIMScheduler(read).config)
+        made.set_timesteps(10)
+        assert torch.isfinite(made.timesteps.float()).all()
 
 
 def test_the_pool_grows_and_then_drops_the_oldest(scripts):

@@ -7,7 +7,9 @@ import torch
 from helpers import max_abs_diff
 
 import gafext
+from gafext.assets import MODEL
 from gafext.cameras import orbit
+from gafext.checkpoints.describe import describe
 from gafext.cli import main
 from gafext.evaluation import as_portrait, subjects
 from gafext.heads import head_normals
@@ -25,32 +27,38 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
+def size(pipe):
+    """Side in pixels of the pictures that are not upsampled, and of the normal maps."""
+    return pipe.unet.config.sample_size * pipe.vae.config.factor
+
+
+@pytest.fixture(scope="module")
 def portraits():
     return [as_portrait(subject.portrait) for subject in subjects(2, 96, first=40)]
 
 
-def test_normal_maps_are_of_the_fitted_head(pipe, portraits):
+def test_normal_maps_are_of_the_fitted_head(pipe, portraits, size):
     run = pipe.prepare(portraits[0], generator=0, **SHORT)
     head = pipe.head_fitter.fit(portraits[0])
     assert torch.equal(run.heads[0].centre, head.centre) and run.describe(0)["normal_maps"] == "fitted"
-    maps = to_square_tensor(run.normal_maps, 64)
-    assert max_abs_diff(maps, head_normals(orbit(2), 64, head)) < 1 / 255
-    wanted = pipe.encode(head_normals(orbit(2), 64, head))
+    maps = to_square_tensor(run.normal_maps, size)
+    assert max_abs_diff(maps, head_normals(orbit(2), size, head)) < 1 / 255
+    wanted = pipe.encode(head_normals(orbit(2), size, head))
     assert torch.equal(run.conditions.input_latents, wanted.repeat(2, 1, 1, 1))  # of both passes of guidance
 
 
-def test_without_fitter_or_fit_they_are_of_the_neutral_head(pipe, portraits):
+def test_without_fitter_or_fit_they_are_of_the_neutral_head(pipe, portraits, size):
     off = pipe.prepare(portraits[0], generator=0, fit=False, **SHORT)
     without = gafext.MultiViewDiffusionPipeline(**{**pipe.components, "head_fitter": None})
     same = without.prepare(portraits[0], generator=0, **SHORT)
-    wanted = pipe.encode(head_normals(orbit(2), 64)).repeat(2, 1, 1, 1)
+    wanted = pipe.encode(head_normals(orbit(2), size)).repeat(2, 1, 1, 1)
     for run in (off, same):
         assert run.heads is None and run.describe(0)["normal_maps"] == "default"
         assert torch.equal(run.conditions.input_latents, wanted)
 
 
-def test_given_normal_maps_are_taken(pipe, portraits):
-    maps = head_normals(orbit(2), 64)
+def test_given_normal_maps_are_taken(pipe, portraits, size):
+    maps = head_normals(orbit(2), size)
     run = pipe.prepare(portraits[0], None, list(maps), generator=0, **SHORT)
     assert run.heads is None and run.describe(0)["normal_maps"] == "given"
 
@@ -80,11 +88,11 @@ def test_several_results_share_one_head(pipe, portraits, monkeypatch):
     assert not torch.equal(rows[:, 1], rows[:, 2])
 
 
-def test_points_lie_on_the_fitted_head(pipe, portraits, tmp_path):
+def test_points_lie_on_the_fitted_head(pipe, portraits, size, tmp_path):
     output = pipe(portraits[0], generator=0, **SHORT)
     output.save(tmp_path / "views", formats=["3dgs"], turntable="none")
     written = (tmp_path / "views" / "points3d.ply").read_bytes()
-    images = to_square_tensor(output.images, 64)
+    images = to_square_tensor(output.images, size)
     fitted = surface_points(images, orbit(2), pipe.head_fitter.fit(portraits[0])).positions
     neutral = surface_points(images, orbit(2)).positions
     for points, there in ((fitted, True), (neutral, False)):
@@ -95,6 +103,25 @@ def test_the_fitter_is_saved(pipe, portraits, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
     assert torch.equal(again.head_fitter.fit(portraits[0]).centre, pipe.head_fitter.fit(portraits[0]).centre)
+
+
+def test_nothing_is_fitted_beside_given_normals(tmp_path, capsys):
+    assert main(["generate", "--no-fit", "--normals", str(tmp_path), "--out", str(tmp_path / "views")]) == 1
+    assert "--no-fit: expected no --normals beside it" in capsys.readouterr().err
+
+
+def test_the_description_of_a_fitter():
+    found = describe(MODEL / "head_fitter")
+    assert found["refused"] is None and [part["network"] for part in found["parts"].values()] == ["HeadFitter"]
+
+
+@pytest.mark.parametrize("placed", ["model", "sequential"])
+def test_offloaded_weights_fit_the_same_head(pipe, portraits, placed):
+    other = gafext.MultiViewDiffusionPipeline.from_pretrained(device="cpu")
+    offload = {"model": other.enable_model_cpu_offload, "sequential": other.enable_sequential_cpu_offload}
+    offload[placed](device="cpu")
+    run = other.prepare(portraits[0], generator=0, **SHORT)
+    assert torch.equal(run.heads[0].centre, pipe.head_fitter.fit(portraits[0]).centre)
 
 
 @pytest.mark.parametrize(("more", "wanted"), [((), "fitted"), (("--no-fit",), "default")])

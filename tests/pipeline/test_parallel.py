@@ -1,5 +1,6 @@
 """One portrait by two processes: each computes a pass of guidance, and the views are those of one process."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from small_checkpoints import portrait, run
 
 from gafext.cli import main
 from gafext.guidance import check_parallel
+from gafext.portraits.command import process_pair
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -84,6 +86,8 @@ def test_one_process_is_refused(pipe, capsys, tmp_path):
         run(pipe, parallel="views")
     assert main(["generate", "--parallel", "guidance", "--out", str(tmp_path / "views"), "--device", "cpu"]) == 1
     assert "--parallel: expected 2 processes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="parallel: expected none for a stream of portraits"):
+        list(pipe.map([portrait()], parallel="guidance"))
     many = ["generate", "a.png", "b.png", "--parallel", "guidance", "--out", str(tmp_path / "views")]
     assert main(many) == 1 and "--parallel: expected one portrait, got several" in capsys.readouterr().err
 
@@ -96,3 +100,22 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
         check_parallel("guidance", guided=False, seeded=True)
     with pytest.raises(ValueError, match="expected a seed in both processes"):
         check_parallel("guidance", guided=True, seeded=False)
+
+
+@pytest.mark.parametrize("generator", [None, [None], [3, None]])
+def test_every_portrait_needs_a_seed(pipe, monkeypatch, generator):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    portraits = [portrait(index) for index in range(len(generator or [0]))]
+    with pytest.raises(ValueError, match="expected a seed in both processes"):
+        pipe.prepare(portraits, parallel="guidance", generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda", "expected 2 GPUs, got"), ("cuda:0", "got cuda:0"), ("mps", "got mps")]
+)
+def test_each_process_has_a_device_of_its_own(monkeypatch, device, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"--parallel: .*{words}"), process_pair(argparse.Namespace(device=device)):
+        pass

@@ -17,7 +17,7 @@ import diffusers
 import psutil
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, edit_json
 from pages import blocks
 from safetensors.torch import load_file
 from small_checkpoints import (
@@ -33,6 +33,7 @@ from small_checkpoints import (
 from tensorboard.backend.event_processing import event_accumulator
 
 from gafext import MultiViewDiffusionPipeline
+from gafext.assets import MODEL
 from gafext.cameras import Cameras
 from gafext.cli import main
 from gafext.predictor import Predictor
@@ -321,3 +322,14 @@ def test_the_pages_commands(tmp_path):
     subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True, cwd=tmp_path, env=environment)
     lines = {line["name"]: line["psnr"] for line in json.loads((tmp_path / "trained.json").read_text())["lines"]}
     assert lines["generated"] > 0 and (tmp_path / "trained" / "model" / "model_index.json").is_file()
+
+
+def test_a_fitter_of_drawn_heads_is_not_handed_on(files, tmp_path):
+    """What is trained without normal maps sees the neutral head's, and so does what is published."""
+    shutil.copytree(files / "parent", tmp_path / "parent")
+    shutil.copytree(MODEL / "head_fitter", tmp_path / "parent" / "head_fitter")
+    edit_json(tmp_path / "parent" / "model_index.json", head_fitter=["gafext", "HeadFitter"])
+    assert MultiViewDiffusionPipeline.from_pretrained(tmp_path / "parent").head_fitter is not None
+    options = ["--parent", str(tmp_path / "parent"), "--steps", "1"]
+    assert main(command(files, tmp_path / "out", *options)) == 0
+    assert MultiViewDiffusionPipeline.from_pretrained(tmp_path / "out" / "model").head_fitter is None
