@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
-_UPSAMPLED_POSITIONS = 1024  # of latents that are upsampled together: one of SD's views, or of the built-in model's
+_UPSAMPLED = 1024 * 384  # positions of latents, times channels, that are upsampled together: one of SD's views
 
 
 class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
@@ -456,7 +456,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         shape = {"portraits": run.num_portraits, "views": run.num_views, "size": 2 * latents.shape[-1]}
         noise = self._noise(run.seed, **shape, step=NOISE_STEP)
         # Views of one portrait only, so that its result does not depend on the others; few, for the memory.
-        rows = max(1, _UPSAMPLED_POSITIONS // latents[0, 0].numel())
+        # Four of the built-in model's together take 0.63 of the time of one by one (2 cores of a Sapphire Rapids).
+        rows = max(1, _UPSAMPLED // (latents[0, 0].numel() * self.upsampler.unet.config.block_out_channels[0]))
         rows = next(n for n in range(min(rows, run.num_views), 0, -1) if run.num_views % n == 0)
         pairs = zip(latents.split(rows), noise.split(rows), strict=True)
         return torch.cat([self.upsampler(part, noise=drawn) for part, drawn in pairs])

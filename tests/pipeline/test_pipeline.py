@@ -368,7 +368,7 @@ def test_embedded_default_says_what_it_knows():
     with pytest.warns(CartoonWarning, match="a cartoon"):
         pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(device="cpu")
     output = pipe(PORTRAIT, num_inference_steps=2, generator=0, progress_bar=False)
-    assert [image.size for image in output.images] == [(128, 128)] * 4
+    assert [image.size for image in output.images] == [(256, 256)] * 4
     assert np.std(np.asarray(output.images[0])) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
