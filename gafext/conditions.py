@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
@@ -72,44 +72,37 @@ class Conditions:
     def unconditional(self, portraits: int) -> Conditions:
         """Return the inputs of the unconditional pass alone, which share the memory of these; `portraits` is B."""
         assert self.passes == 2
-
-        def half(rows: Tensor) -> Tensor:
-            return rows[: (len(rows) + 1) // 2]  # all of a text that is one row for both passes
-
         given = self.conditioning
-        inputs, reference = self.input_latents, self.reference_latents
-        images = given.image_key_values
-        conditioning = replace(
-            given,
-            pose_embeds=None if given.pose_embeds is None else half(given.pose_embeds),
-            # Of B rows where the unconditional pass has no image; to the reference it attends as to zeros.
-            image_key_values=tuple(KeyValue(*map(half, x)) for x in images if len(x.key) > portraits),
-            text_key_values=tuple(KeyValue(*map(half, each)) for each in given.text_key_values),
-            reference_key_values=tuple(KeyValue(*(x[:0] for x in each)) for each in given.reference_key_values),
-        )
-        return Conditions(
-            conditioning,
-            input_latents=None if inputs is None else half(inputs),
-            reference_latents=None if reference is None else half(reference),
-        )
+        # The image has B rows where this pass sees none; to the reference it attends as to zeros.
+        images = tuple(KeyValue(*(x[:portraits] for x in e)) for e in given.image_key_values if len(e.key) > portraits)
+        references = tuple(KeyValue(*(x[:0] for x in each)) for each in given.reference_key_values)
+        # All of a text that is one row for both passes.
+        return self._pass(lambda rows: rows[: (len(rows) + 1) // 2], images, references)
 
     def conditional(self, portraits: int) -> Conditions:
         """Return the inputs of the conditional pass alone, which share the memory of these; `portraits` is B."""
         if self.passes == 1:
             return self
-
-        def half(rows: Tensor) -> Tensor:
-            return rows[len(rows) // 2 :]  # all of a text that is one row for both passes
-
         given = self.conditioning
+        # Of 2 B rows, or of B where the unconditional pass has no image; those of the reference are always B.
+        images = tuple(KeyValue(*(x[-portraits:] for x in each)) for each in given.image_key_values)
+        return self._pass(lambda rows: rows[len(rows) // 2 :], images, given.reference_key_values)
+
+    def _pass(
+        self,
+        half: Callable[[Tensor], Tensor],
+        image_key_values: tuple[KeyValue, ...],
+        reference_key_values: tuple[KeyValue, ...],
+    ) -> Conditions:
+        """Return the inputs of one of two passes: `half` of what has a row for each."""
+        given, inputs, reference = self.conditioning, self.input_latents, self.reference_latents
         conditioning = replace(
             given,
             pose_embeds=None if given.pose_embeds is None else half(given.pose_embeds),
-            # Of 2 B rows, or of B where the unconditional pass has no image; those of the reference are always B.
-            image_key_values=tuple(KeyValue(*(x[-portraits:] for x in each)) for each in given.image_key_values),
+            image_key_values=image_key_values,
             text_key_values=tuple(KeyValue(*map(half, each)) for each in given.text_key_values),
+            reference_key_values=reference_key_values,
         )
-        inputs, reference = self.input_latents, self.reference_latents
         return Conditions(
             conditioning,
             input_latents=None if inputs is None else half(inputs),
