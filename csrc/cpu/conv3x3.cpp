@@ -83,7 +83,7 @@ void transform_weights(const Conv3x3Args& args, int64_t channel, int64_t depth, 
                        const Scratch& scratch) {
   const T* weight = first_weight<T>(args, channel, column);
   const int64_t row = weight_row(args);
-  for (int64_t c = 0; c < kColumns; c += kLanes) {
+  for (int64_t c = 0; c < round_up(count, kPanel / 2); c += kLanes) {
     const int64_t lanes = max_of(0, min_of(kLanes, count - c));
     if (!args.is_gradient) {
       transpose_rows(scratch.taps + c, kColumns, weight + c * row, row, lanes, depth * kTaps);
@@ -95,7 +95,7 @@ void transform_weights(const Conv3x3Args& args, int64_t channel, int64_t depth, 
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t c = 0; c < kColumns; c += kLanes) {
+    for (int64_t c = 0; c < round_up(count, kPanel / 2); c += kLanes) {
       const float* taps = scratch.taps + (k * kTaps + (args.is_gradient ? kTaps - 1 : 0)) * kColumns + c;
       const int64_t next = args.is_gradient ? -kColumns : kColumns;  // from tap to tap
       Vec rows[3][kIn];
@@ -117,15 +117,18 @@ void transform_weights(const Conv3x3Args& args, int64_t channel, int64_t depth, 
 }
 
 // products (+)= the 36 matrix products of one slice. `next` are the weights of the slice after it.
-void multiply_slice(const Plan& plan, const float* input, int64_t tiles, int64_t depth, bool first, Prefetcher next,
-                    const Scratch& scratch) {
+// Half of the vectors where `count` output channels need no more.
+void multiply_slice(const Plan& plan, const float* input, int64_t tiles, int64_t depth, int64_t count, bool first,
+                    Prefetcher next, const Scratch& scratch) {
   for (int64_t point = 0; point < kPoints; ++point) {
-    for (int64_t panel = 0; panel < kColumns; panel += kPanel) {
+    for (int64_t panel = 0; panel < count; panel += kPanel) {
       const float* weight = scratch.weight + point * kPointStride + panel * kDepth;
+      const bool narrow = count - panel <= kPanel / 2;
       for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
         next.fetch();
-        multiply_rows(min_of(kTileRows, tiles - tile), input + (point * plan.block + tile) * kDepth, kDepth, weight,
-                      depth, scratch.products + (point * plan.block + tile) * kColumns + panel, kColumns, !first);
+        (narrow ? multiply_rows<kTileVectors / 2> : multiply_rows<>)(
+            min_of(kTileRows, tiles - tile), input + (point * plan.block + tile) * kDepth, kDepth, weight, depth,
+            scratch.products + (point * plan.block + tile) * kColumns + panel, kColumns, !first);
       }
     }
   }
@@ -178,7 +181,7 @@ template <typename T>
 void convolve(const Conv3x3Args& args, const Plan& plan, const float* input, int64_t first, int64_t tiles,
               int64_t column, const Scratch& scratch) {
   const int64_t count = min_of(kColumns, args.out_channels - column);
-  const int64_t calls = kPoints * (kColumns / kPanel) * ceil_div(tiles, kTileRows);
+  const int64_t calls = kPoints * ceil_div(count, kPanel) * ceil_div(tiles, kTileRows);
   for (int64_t channel = 0; channel < args.in_channels; channel += kDepth) {
     const int64_t depth = min_of(kDepth, args.in_channels - channel), after = channel + depth;
     transform_weights<T>(args, channel, depth, column, count, scratch);
@@ -186,7 +189,7 @@ void convolve(const Conv3x3Args& args, const Plan& plan, const float* input, int
     const Prefetcher next(first_weight<T>(args, after, column), weight_row(args) * sizeof(T),
                           args.is_gradient ? coming : count, (args.is_gradient ? count : coming) * kTaps * sizeof(T),
                           calls);
-    multiply_slice(plan, input + channel * kPoints * plan.block, tiles, depth, channel == 0, next, scratch);
+    multiply_slice(plan, input + channel * kPoints * plan.block, tiles, depth, count, channel == 0, next, scratch);
   }
   for (int64_t tile = 0; tile < tiles; ++tile) write_tile<T>(args, plan, first + tile, tile, column, count, scratch);
 }

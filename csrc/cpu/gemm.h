@@ -7,49 +7,50 @@ namespace gafext::GAFEXT_ISA {
 
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a packed right-hand side: [depth, kPanel]
 
-// c[r, :] = (or +=) sum_k a[r, k] b[k, :] for `Rows` rows of a and c. What is there is added last: a sum of short sums
-// rounds less than one long chain.
-template <int Rows>
+// c[r, :] = (or +=) sum_k a[r, k] b[k, :] for `Rows` rows of a and c, and the first `Vectors` vectors of columns. What
+// is there is added last: a sum of short sums rounds less than one long chain.
+template <int Vectors, int Rows>
 void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
                    bool accumulate) {
-  Vec tile[Rows][kTileVectors] = {};
+  Vec tile[Rows][Vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    Vec row[kTileVectors];
+    Vec row[Vectors];
     GAFEXT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) row[v] = load(b + k * kPanel + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) row[v] = load(b + k * kPanel + v * kLanes);
     GAFEXT_UNROLL
     for (int r = 0; r < Rows; ++r) {
       const Vec factor = broadcast(a[r * a_stride + k]);
       GAFEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) tile[r][v] += factor * row[v];
+      for (int v = 0; v < Vectors; ++v) tile[r][v] += factor * row[v];
     }
   }
   GAFEXT_UNROLL
   for (int r = 0; r < Rows; ++r) {
     float* row = c + r * c_stride;
     GAFEXT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < Vectors; ++v) {
       store(row + v * kLanes, accumulate ? load(row + v * kLanes) + tile[r][v] : tile[r][v]);
     }
   }
 }
 
 // The same for `rows` <= kTileRows.
-inline void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
-                          int64_t c_stride, bool accumulate) {
+template <int Vectors = kTileVectors>
+void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                   int64_t c_stride, bool accumulate) {
   switch (rows) {
     case 1:
-      return multiply_tile<1>(a, a_stride, b, depth, c, c_stride, accumulate);
+      return multiply_tile<Vectors, 1>(a, a_stride, b, depth, c, c_stride, accumulate);
     case 2:
-      return multiply_tile<2>(a, a_stride, b, depth, c, c_stride, accumulate);
+      return multiply_tile<Vectors, 2>(a, a_stride, b, depth, c, c_stride, accumulate);
     case 3:
-      return multiply_tile<3>(a, a_stride, b, depth, c, c_stride, accumulate);
+      return multiply_tile<Vectors, 3>(a, a_stride, b, depth, c, c_stride, accumulate);
     case 4:
-      return multiply_tile<4>(a, a_stride, b, depth, c, c_stride, accumulate);
+      return multiply_tile<Vectors, 4>(a, a_stride, b, depth, c, c_stride, accumulate);
     case 5:
-      return multiply_tile<5>(a, a_stride, b, depth, c, c_stride, accumulate);
+      return multiply_tile<Vectors, 5>(a, a_stride, b, depth, c, c_stride, accumulate);
     default:
-      return multiply_tile<kTileRows>(a, a_stride, b, depth, c, c_stride, accumulate);
+      return multiply_tile<Vectors, kTileRows>(a, a_stride, b, depth, c, c_stride, accumulate);
   }
 }
 

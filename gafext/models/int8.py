@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gafext.models.blocks import Conv2d, Conv3x3, MultiViewSpatialTransformer
 from gafext.models.int8_conv import Int8Conv3x3, Int8PatchConv
 from gafext.ops.backend import prefer
-from gafext.ops.conv3x3 import FEW_CHANNELS
+from gafext.ops.conv3x3_int8 import FEW_CHANNELS
 from gafext.ops.geglu_int8 import geglu_int8
 from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
 from gafext.weights import WeightFile
@@ -143,7 +143,7 @@ def quantize_convolutions(
 
     Args:
         network: float32 or bfloat16.
-        min_channels: below 128 the kernel for 3×3 convolutions is slower than float32's.
+        min_channels: least number of channels of both sides.
         without: whether the convolution of a path stays as it is.
 
     Returns:

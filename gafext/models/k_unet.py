@@ -183,6 +183,7 @@ class KUNet(PretrainedModel):
     """
 
     config_class: ClassVar = KUNetConfig
+    channels_last: ClassVar = True
     config: KUNetConfig
 
     def __init__(self, config: KUNetConfig = SD_X2_UNET):

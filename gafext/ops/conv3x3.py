@@ -14,12 +14,18 @@ from gafext.ops.conv2d import conv2d
 from gafext.ops.patches import patches_of
 
 _OP = "conv3x3"
-# Measured on two cores of a Sapphire Rapids, as gafext's speed over PyTorch's: 1.26 with 128 channels, 0.2 to 0.6 with
-# a map of one tile. Without AMX there are never too few tiles: oneDNN reorders all weights at each call. With AVX2 one
-# tile of 1280 channels had 4.2, two had 6.8 (one thread); AVX-512 was not measured.
-FEW_CHANNELS = 128
+# Below it PyTorch is faster on AMX's tiles: in bfloat16 gafext has .8 of its speed with 32 and 64 channels, 1.26 with 128
+# (two cores of a Sapphire Rapids).
+_FEW_CHANNELS_ON_TILES = 128
+# Of both sides, and of the wider one. With AVX-512, float32, gafext has .8 to .9 of PyTorch's speed with 32 to 32
+# channels, 1.06 to 1.4 with 32 to 64 or back, 1.2 to 1.7 with 64 to 96; with AVX2 1.1, 1.2 and 1.3 to 1.8 (same machine).
+_FEW_CHANNELS, _FEW_WIDER_CHANNELS = 32, 64
+_FEW_CHANNELS_OF_PATCHES = 128  # of a weight's gradient
 # Of a picture in bfloat16 with AMX: the kernel copies it, and keeps the memory (48 MB for smaller ones).
 _MOST_COPIED_BYTES = 64 << 20
+# With a map of one tile gafext has .2 to .6 of PyTorch's speed with AMX. Without there are never too few tiles: oneDNN
+# reorders all weights at each call. With AVX2 one tile of 1280 channels had 4.2, two had 6.8 (one thread); AVX-512 was
+# not measured.
 _FEW_TILES = 4 if _common.INSTRUCTION_SET == "amx" else 0
 
 
@@ -70,9 +76,8 @@ def conv3x3(
         return unsupported_reasons(x, weight, bias, residual)
 
     kernel = use_kernel(backend, _OP, unsupported, keep_slower_reasons)
-    # The first and last convolution of a network have few channels on one side: their neighbours run the kernel, which
-    # needs channels-last inputs.
-    if kernel or (slower and max(weight.shape[:2]) >= FEW_CHANNELS):
+    # oneDNN is as fast or faster in channels-last memory, and the convolution's neighbours may run the kernel.
+    if kernel or slower:
         x = x.contiguous(memory_format=torch.channels_last)
     if kernel:
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
@@ -116,17 +121,36 @@ def channel_reasons(x: Tensor) -> list[str]:
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
+    reasons = few_tiles_reasons(x)
+    if has_few_channels(weight):
+        few = f"{_FEW_CHANNELS} channels on one side or {_FEW_WIDER_CHANNELS} on both"
+        few = f"{_FEW_CHANNELS_ON_TILES} channels" if _on_tiles(weight) else few
+        reasons.append(f"fewer than {few}: the transforms outweigh the products")
+    return reasons
+
+
+def few_tiles_reasons(x: Tensor) -> list[str]:
+    """List why PyTorch is faster for a map of this size."""
     reasons = []
-    if min(weight.shape[:2]) < FEW_CHANNELS:
-        reasons.append(f"fewer than {FEW_CHANNELS} channels: the transforms outweigh the products")
     batch, channels, height, width = x.shape
-    on_tiles = x.dtype == torch.bfloat16 and _common.INSTRUCTION_SET == "amx"
-    if on_tiles and not torch.compiler.is_compiling() and 2 * channels * height * width > _MOST_COPIED_BYTES:
+    if _on_tiles(x) and not torch.compiler.is_compiling() and 2 * channels * height * width > _MOST_COPIED_BYTES:
         reasons.append(f"pictures beyond {_MOST_COPIED_BYTES >> 20} MiB would be copied as a whole")
     # Not while compiling: it would add a guard on sizes.
     if not torch.compiler.is_compiling() and batch * -(-height // 4) * -(-width // 4) < _FEW_TILES:
         reasons.append(f"fewer than {_FEW_TILES} tiles of 4×4 do not pay for transforming the weights")
     return reasons
+
+
+def has_few_channels(weight: Tensor) -> bool:
+    """Return whether PyTorch is faster on CPUs for weights [out_channels, in_channels, ...] of this dtype."""
+    fewest, most = sorted(weight.shape[:2])
+    if _on_tiles(weight):
+        return fewest < _FEW_CHANNELS_ON_TILES
+    return fewest < _FEW_CHANNELS or most < _FEW_WIDER_CHANNELS
+
+
+def _on_tiles(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and _common.INSTRUCTION_SET == "amx"
 
 
 def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
@@ -235,10 +259,11 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, *, patch_floats: in
         [out_channels, in_channels, 3, 3].
     """
     # On one thread of an EPYC with AVX2, as fast as oneDNN's: 1.25 times with 4 images of 320 channels, 16x16, 1.5 with
-    # 640 channels, 2.6 with 1280 of 8x8, 4.7 with 2 images of 1280, 4x4.
+    # 640 channels, 2.6 with 1280 of 8x8, 4.7 with 2 images of 1280, 4x4. With 64 or 96 channels .2 to .7 (AVX-512).
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     images = patch_floats // max(9 * channels * positions, 1)  # at a time
-    if not _common.has_backward_kernel(grad) or x.dtype != torch.float32 or not images or slower_reasons(x, weight):
+    fits = images and x.dtype == torch.float32 and min(weight.shape[:2]) >= _FEW_CHANNELS_OF_PATCHES
+    if not fits or not _common.has_backward_kernel(grad) or slower_reasons(x, weight):
         return _torchs_backward(grad, x, weight, [False, True, False])[1]
     total = weight.new_zeros(weight.shape[0], 9 * channels)
     for some_grad, some_x in zip(grad.split(images), x.split(images), strict=True):

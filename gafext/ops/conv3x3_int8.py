@@ -13,12 +13,14 @@ from gafext.ops.conv3x3 import (
     check_channels_last,
     check_shapes,
     fake_result,
+    few_tiles_reasons,
     place_reasons,
     reference_conv3x3,
 )
-from gafext.ops.conv3x3 import slower_reasons as slower_in_float32
 
 _OP = "conv3x3_int8"
+FEW_CHANNELS = 128
+"""Number of channels of both sides below which the kernel is slower than float32's convolutions."""
 _MAX_DIRECT_CHANNELS = 7281  # kMaxDirectChannels of csrc/ops/conv3x3_int8.h
 
 
@@ -101,7 +103,9 @@ def unsupported_reasons(
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
-    reasons = slower_in_float32(x, weight)
+    reasons = few_tiles_reasons(x)
+    if min(weight.shape[:2]) < FEW_CHANNELS:
+        reasons.append(f"fewer than {FEW_CHANNELS} channels: the transforms outweigh the products")
     if _common.INSTRUCTION_SET in ("portable", "neon"):
         reasons.append(f"the {_common.INSTRUCTION_SET} kernels have no fast products of 16-bit integers")
     return reasons

@@ -223,7 +223,7 @@ def test_compile_in_one_graph_with_dynamic_shapes(backend):
 
 
 def test_the_network_uses_it_for_wide_convolutions_in_inference():
-    wide, narrow = problem(1, 128, 128, 8, 8), problem(1, 64, 128, 8, 8)
+    wide, narrow = problem(1, 64, 32, 8, 8), problem(1, 31, 128, 8, 8)
     for backend, inputs, used in (
         ("auto", wide, True),
         ("kernel", wide, True),
@@ -259,8 +259,9 @@ def test_more_pictures_than_are_copied_at_a_time():
 
 
 def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason():
-    few_channels, few_tiles, enough = problem(4, 127, 128, 8, 8), problem(3, 128, 128, 4, 4), problem(4, 128, 128, 4, 4)
-    assert slower_reasons(*few_channels[:2]) == ["fewer than 128 channels: the transforms outweigh the products"]
+    few_channels, few_tiles, enough = problem(4, 31, 64, 8, 8), problem(3, 32, 64, 4, 4), problem(4, 64, 32, 4, 4)
+    few = "fewer than 32 channels on one side or 64 on both: the transforms outweigh the products"
+    assert slower_reasons(*few_channels[:2]) == slower_reasons(*problem(4, 63, 63, 8, 8)[:2]) == [few]
     on_amx = _C.build_info()["instruction_set"] == "amx"
     reasons = ["fewer than 4 tiles of 4×4 do not pay for transforming the weights"] if on_amx else []
     assert slower_reasons(*few_tiles[:2]) == reasons
@@ -268,6 +269,17 @@ def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason():
     for_few = reference_conv3x3 if on_amx else OP
     for inputs, kernel in ((few_channels, reference_conv3x3), (few_tiles, for_few), (enough, OP)):
         assert torch.equal(ops.conv3x3(*inputs), kernel(*inputs))
+    x, weight, bias = few_channels
+    assert ops.conv3x3(x.contiguous(), weight, bias).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_in_bfloat16_amx_needs_more_channels(pretend_cpu):
+    x, weight = (tensor.bfloat16() for tensor in problem(4, 127, 128, 8, 8)[:2])
+    pretend_cpu("amx")
+    assert slower_reasons(x, weight) == ["fewer than 128 channels: the transforms outweigh the products"]
+    assert slower_reasons(x.float(), weight.float()) == []
+    pretend_cpu("avx512")
+    assert slower_reasons(x, weight) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -318,8 +330,11 @@ def test_training_runs_the_kernels_where_they_are_faster(with_bias):
     used = called(lambda: ops.conv3x3(*inputs).sum().backward())
     assert {"gafext::conv3x3", "gafext::conv3x3_input_gradient"} <= used
     assert_gradients((ops.conv3x3,), reference_conv3x3, *(t.detach() for t in inputs))
-    narrow = [t.requires_grad_() for t in problem(2, 127, 130, 5, 6)]
+    narrow = [t.requires_grad_() for t in problem(2, 31, 130, 5, 6)]
     assert not any(name.startswith("gafext") for name in called(lambda: ops.conv3x3(*narrow).sum().backward()))
+    between = [t.requires_grad_() for t in problem(2, 127, 130, 5, 6)]  # the weight's gradient is PyTorch's
+    used = called(lambda: ops.conv3x3(*between).sum().backward())
+    assert {"gafext::conv3x3", "gafext::conv3x3_input_gradient", "aten::convolution_backward"} <= used
 
 
 def test_second_gradients_are_pytorchs():
