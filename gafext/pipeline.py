@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
 _UPSAMPLED = 1024 * 384  # positions of latents, times channels, that are upsampled together: one of SD's views
+_ENCODED = 2**20  # pixels times channels that are encoded together: 4 views of the built-in model, one of SD's
 
 
 class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
@@ -232,7 +233,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         if fit and normal_maps is None and self.head_fitter is not None and self.takes_normals:
             fitted = [self.head_fitter.fit(portrait) for portrait in portraits[::num_images_per_prompt]]
         normals = self._normal_maps(normal_maps, cameras, pixels, fitted)
-        normal_latents = None if normals is None else self.encode(normals)
+        together = _rows_together(len(cameras), pixels**2 * self.vae.config.block_out_channels[0], most=_ENCODED)
+        normal_latents = None if normals is None else self.encode(normals, together=together)
         if normal_latents is not None and fitted is not None:
             normal_latents = normal_latents.unflatten(0, (len(fitted), len(cameras)))
             normal_latents = normal_latents.repeat_interleave(num_images_per_prompt, dim=0).flatten(0, 1)
@@ -431,11 +433,16 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         return image_tokens(self.unet, self.image_encoder, portraits, guided=guided)
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Encode images [N,3,H,W] in [0,1] to scaled latents [N,4,h,w] float32, the mean of the distribution."""
+    def encode(self, pictures: Tensor, *, together: int = 1) -> Tensor:
+        """Encode images [N,3,H,W] in [0,1] to scaled latents [N,4,h,w] float32, the mean of the distribution.
+
+        Args:
+            pictures: the images.
+            together: images that are encoded as one batch. By default one, so that no result depends on the others, and
+                8 views take an eighth of the memory.
+        """
         config = self.vae.config
-        # One image at a time: the result does not depend on the batch, and 8 views take an eighth of the memory.
-        inputs = ((picture * 2 - 1).to(self.device, self.dtype) for picture in pictures.split(1))
+        inputs = ((picture * 2 - 1).to(self.device, self.dtype) for picture in pictures.split(together))
         means = torch.cat([self.vae.encode(picture)[0] for picture in inputs]).float()
         return (means - (config.shift_factor or 0.0)) * config.scaling_factor
 
@@ -455,10 +462,9 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             return F.interpolate(latents, scale_factor=2.0, mode="bilinear", align_corners=False)
         shape = {"portraits": run.num_portraits, "views": run.num_views, "size": 2 * latents.shape[-1]}
         noise = self._noise(run.seed, **shape, step=NOISE_STEP)
-        # Views of one portrait only, so that its result does not depend on the others; few, for the memory.
         # Four of the built-in model's together take 0.63 of the time of one by one (2 cores of a Sapphire Rapids).
-        rows = max(1, _UPSAMPLED // (latents[0, 0].numel() * self.upsampler.unet.config.block_out_channels[0]))
-        rows = next(n for n in range(min(rows, run.num_views), 0, -1) if run.num_views % n == 0)
+        numbers = latents[0, 0].numel() * self.upsampler.unet.config.block_out_channels[0]
+        rows = _rows_together(run.num_views, numbers, most=_UPSAMPLED)
         pairs = zip(latents.split(rows), noise.split(rows), strict=True)
         return torch.cat([self.upsampler(part, noise=drawn) for part, drawn in pairs])
 
@@ -472,6 +478,15 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         if output_type == "pt":
             return pictures.clamp(0, 1)
         return imaging.to_pil(pictures) if output_type == "pil" else imaging.to_numpy(pictures)
+
+
+def _rows_together(views: int, numbers: int, *, most: int) -> int:
+    """Return how many views, of so many numbers each, to compute together: of one portrait only, which they divide.
+
+    So the result of a portrait does not depend on the others, and views that are large take no more memory than one.
+    """
+    rows = min(max(1, most // numbers), views)
+    return next(n for n in range(rows, 0, -1) if views % n == 0)
 
 
 def _is_seeded(generator: Any) -> bool:

@@ -156,6 +156,7 @@ RUNGS["sharp"] = replace(
     vae_batch=8,
     upsampler_batch=4,
     upsampler_fresh=1,
+    pool_heads=480,
     fresh_every=3,
     pool_limit=3000,
     snr_divisor=4.0,

@@ -134,12 +134,14 @@ class PipelineMemory:
         Raises:
             ValueError: the estimate is 1.3 times what is free, or more.
         """
-        device, free = self.unet.device, self.available_bytes()
-        if free is None:
-            return
+        device = self.unet.device
+        unused = free_bytes(device)
         work = self._workload(portraits=portraits, views=views, passes=passes, size=size, doubled=doubled)
         offload = None if self._offload is None else self._offload.sequential
-        needed = self._needed_bytes(work, offload)
+        resident = all(next(network.parameters()).device == device for network in self._networks)
+        if unused is None or (resident and self._activation_bytes(work) <= unused):
+            return  # without counting the weights, which takes milliseconds
+        free, needed = unused + self._weights_on(device), self._needed_bytes(work, offload)
         if needed <= free:
             return
         choices = {}
@@ -164,7 +166,10 @@ class PipelineMemory:
     def available_bytes(self) -> float | None:
         """Return what the device has for runs, the weights that are there included; None if it does not say."""
         free = free_bytes(self.unet.device)
-        return None if free is None else free + sum(_weight_bytes(one, on=self.unet.device) for one in self._networks)
+        return None if free is None else free + self._weights_on(self.unet.device)
+
+    def _weights_on(self, device: torch.device) -> int:
+        return sum(_weight_bytes(one, on=device) for one in self._networks)
 
     def estimate_bytes(self, *, portraits: int, views: int, passes: int, size: int, doubled: bool) -> float:
         """Estimate what a run needs on its device, weights included, in bytes.
@@ -190,11 +195,13 @@ class PipelineMemory:
 
     def _needed_bytes(self, work: Workload, offload: bool | None) -> float:
         """Estimate what a run needs on its device: weights, of which offloading leaves a network or a block there."""
-        upsampler = None if self.upsampler is None else self.upsampler.unet.config
-        stages = activation_bytes(work, unet=self.unet.config, vae=self.vae.config, upsampler=upsampler)
         weights = [_weight_bytes(network) for network in self._networks]
         resident = 0 if offload else sum(weights) if offload is None else max(weights)  # a block is small
-        return resident + max(stages.values())
+        return resident + self._activation_bytes(work)
+
+    def _activation_bytes(self, work: Workload) -> float:
+        upsampler = None if self.upsampler is None else self.upsampler.unet.config
+        return max(activation_bytes(work, unet=self.unet.config, vae=self.vae.config, upsampler=upsampler).values())
 
 
 def _weight_bytes(network: nn.Module, on: torch.device | None = None) -> int:
