@@ -121,24 +121,23 @@ def channel_reasons(x: Tensor) -> list[str]:
 
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
-    reasons = few_tiles_reasons(x)
+    reasons = copied_reasons(x)
     if has_few_channels(weight):
         few = f"{_FEW_CHANNELS} channels on one side or {_FEW_WIDER_CHANNELS} on both"
         few = f"{_FEW_CHANNELS_ON_TILES} channels" if _on_tiles(weight) else few
         reasons.append(f"fewer than {few}: the transforms outweigh the products")
-    return reasons
-
-
-def few_tiles_reasons(x: Tensor) -> list[str]:
-    """List why PyTorch is faster for a map of this size."""
-    reasons = []
-    batch, channels, height, width = x.shape
-    if _on_tiles(x) and not torch.compiler.is_compiling() and 2 * channels * height * width > _MOST_COPIED_BYTES:
-        reasons.append(f"pictures beyond {_MOST_COPIED_BYTES >> 20} MiB would be copied as a whole")
     # Not while compiling: it would add a guard on sizes.
+    batch, _, height, width = x.shape
     if not torch.compiler.is_compiling() and batch * -(-height // 4) * -(-width // 4) < _FEW_TILES:
         reasons.append(f"fewer than {_FEW_TILES} tiles of 4×4 do not pay for transforming the weights")
     return reasons
+
+
+def copied_reasons(x: Tensor) -> list[str]:
+    """List why pictures of this size are too large for a copy."""
+    if _on_tiles(x) and not torch.compiler.is_compiling() and x.nbytes > _MOST_COPIED_BYTES * x.shape[0]:
+        return [f"pictures beyond {_MOST_COPIED_BYTES >> 20} MiB would be copied as a whole"]
+    return []
 
 
 def has_few_channels(weight: Tensor) -> bool:

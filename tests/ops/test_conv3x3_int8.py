@@ -291,6 +291,9 @@ def test_wide_convolutions_run_the_kernel(pretend_cpu):
         assert ("gafext::conv3x3_int8" in called(ops.conv3x3_int8, *inputs, backend=backend)) == used
         exact = reference_conv3x3_int8(*inputs)
         assert (ops.conv3x3_int8(*inputs, backend=backend) - exact).norm() < ERROR * exact.norm()
+    for instruction_set in ("avx512", "amx"):
+        pretend_cpu(instruction_set)
+        assert slower_reasons(*problem(1, 128, 128, 1, 1)[:2]) == []
     for instruction_set in ("portable", "neon"):
         pretend_cpu(instruction_set)
         reason = f"the {instruction_set} kernels have no fast products of 16-bit integers"
