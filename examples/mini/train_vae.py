@@ -17,7 +17,7 @@ from gafext.evaluation.measures import face_psnr, psnr, sharpness
 
 KL_WEIGHT = 3e-5
 COLOUR_WEIGHT = 1.0
-CONTRAST_WEIGHT = 1.5
+CONTRAST_WEIGHT = 4.0
 GENERATED = 0.1  # noise added to latents for the decoder alone, as generated latents have errors; their variance is 1
 NORMAL_MAPS = 1 / 2  # fraction of the images that are normal maps
 TURNS = ("whole", "detail", "whole", "large")

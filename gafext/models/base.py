@@ -13,40 +13,45 @@ from gafext import weights
 from gafext.config import Config
 from gafext.errors import CheckpointError
 from gafext.models import int8
-from gafext.ops.conv3x3 import has_few_channels
 from gafext.weights.single_file import take_part
 
 ModelType = TypeVar("ModelType", bound="PretrainedModel")
 
 
-class _Budget(TorchFunctionMode):
-    """Limit on the tensors that a constructor creates: with a damaged configuration it would run for hours.
+class _Skeleton(TorchFunctionMode):
+    """Skip initial values, which the stored weights replace, and limit the tensors that a constructor creates.
 
-    The limit is well above the number of stored tensors, so that a configuration that merely does not match the weights
-    is reported with all its keys.
+    Drawing normal numbers on the meta device imports PyTorch's compiler, for 1.2 seconds. A damaged configuration would
+    create tensors for hours. The limit is well above the number of stored ones, so that a configuration that merely
+    does not match the weights is reported with all its keys.
     """
+
+    _SKIPPED = (
+        *(getattr(nn.init, name) for name in ("normal_", "uniform_", "kaiming_uniform_", "ones_", "zeros_")),
+        *(Tensor.normal_, Tensor.uniform_),
+    )
 
     def __init__(self, stored: int):
         super().__init__()
         self.stored, self.left = stored, 4 * stored + 4096
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self._SKIPPED:
+            return args[0] if args else kwargs["tensor"]
         self.left -= func is torch.empty
         if self.left < 0:
             raise ValueError(f"asks for far more than the {self.stored} tensors of the weights")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def convolution_format(weight: Tensor, device: torch.device) -> torch.memory_format:
-    """Return the memory format of a convolution's weights on a device, which determines that of its results.
+def convolution_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Return the memory format of a convolution's weights, which determines that of its results.
 
-    cuDNN's half-precision kernels, the transformers and gafext's GroupNorm work on channels-last memory. On CPUs so do
-    gafext's convolutions, which read plain weights; where they leave few channels to oneDNN, it takes 1.1 to 3 times
-    as long in plain memory (32 to 192 channels of 8x8 to 32x32 on a Sapphire Rapids, float32).
+    cuDNN's half-precision kernels, the transformers and gafext's GroupNorm work on channels-last memory.
     """
-    on_tensor_cores = device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
-    by_onednn = device.type == "cpu" and has_few_channels(weight)
-    return torch.channels_last if on_tensor_cores or by_onednn else torch.contiguous_format
+    on_tensor_cores = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return torch.channels_last if on_tensor_cores else torch.contiguous_format
 
 
 class PretrainedModel(nn.Module):
@@ -87,7 +92,7 @@ class PretrainedModel(nn.Module):
             return
         for parameter in self.parameters():
             if parameter.ndim == 4 and not parameter.is_meta:
-                parameter.data = parameter.data.contiguous(memory_format=convolution_format(parameter, self.device))
+                parameter.data = parameter.data.contiguous(memory_format=convolution_format(self.device, self.dtype))
 
     @classmethod
     def read_config(cls, folder: Path, file: weights.WeightFile) -> Config:
@@ -170,7 +175,7 @@ class PretrainedModel(nn.Module):
         device: torch.device | str | None,
     ) -> ModelType:
         try:
-            with torch.device("meta"), _Budget(len(file.shapes)):
+            with torch.device("meta"), _Skeleton(len(file.shapes)):
                 model = cls(config)
         except (ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(f"{source}: cannot build {cls.__name__} ({error})") from None

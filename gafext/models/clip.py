@@ -40,7 +40,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         hidden, patch = config.hidden_size, config.patch_size
-        self.class_embedding = nn.Parameter(torch.randn(hidden) * hidden**-0.5)
+        self.class_embedding = nn.Parameter(torch.empty(hidden).normal_(std=hidden**-0.5))
         self.patch_embedding = Conv2d(config.num_channels, hidden, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding(config.num_tokens, hidden)
 

@@ -135,7 +135,7 @@ class Resampler(nn.Module):
         self, image_embed_dim: int, cross_attention_dim: int, *, tokens: int, width: int, depth: int, heads: int
     ):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(1, tokens, width) * width**-0.5)
+        self.latents = nn.Parameter(torch.empty(1, tokens, width).normal_(std=width**-0.5))
         self.proj_in = nn.Linear(image_embed_dim, width)
         self.proj_out = nn.Linear(width, cross_attention_dim)
         self.norm_out = nn.LayerNorm(cross_attention_dim)

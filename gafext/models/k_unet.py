@@ -49,7 +49,7 @@ class FourierTime(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(channels // 2), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(channels // 2).normal_(), requires_grad=False)
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Map [B] to [B,channels] float32."""
@@ -183,7 +183,6 @@ class KUNet(PretrainedModel):
     """
 
     config_class: ClassVar = KUNetConfig
-    channels_last: ClassVar = True
     config: KUNetConfig
 
     def __init__(self, config: KUNetConfig = SD_X2_UNET):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ def conv2d_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
     Returns:
         [batch, out_channels, out_height, out_width].
     """
+    if x.is_cpu and x.dim() == 4:  # 1.1 to 2 times as fast, and what the other operations work in
+        x = x.contiguous(memory_format=torch.channels_last)
     if _is_simple(layer) and _common.is_slow_half(x):
         return conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
     if _is_simple(layer) and patches_are_faster(layer, x):

@@ -76,12 +76,13 @@ def conv3x3(
         return unsupported_reasons(x, weight, bias, residual)
 
     kernel = use_kernel(backend, _OP, unsupported, keep_slower_reasons)
-    # oneDNN is as fast or faster in channels-last memory, and the convolution's neighbours may run the kernel.
+    # oneDNN is 1.1 to 3 times as fast in channels-last memory (32 to 192 channels of 8x8 to 32x32, a Sapphire Rapids), and
+    # the convolution's neighbours may run the kernel.
     if kernel or slower:
         x = x.contiguous(memory_format=torch.channels_last)
-    if kernel:
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        return torch.ops.gafext.conv3x3(x, weight, bias, residual)
+    if kernel:
+        return _common.call_kernel(torch.ops.gafext.conv3x3.default, x, weight, bias, residual)
     return _with_conv2d(conv2d if backend == "auto" else F.conv2d, x, weight, bias, residual)
 
 
@@ -122,10 +123,14 @@ def channel_reasons(x: Tensor) -> list[str]:
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     reasons = copied_reasons(x)
-    if has_few_channels(weight):
-        few = f"{_FEW_CHANNELS} channels on one side or {_FEW_WIDER_CHANNELS} on both"
-        few = f"{_FEW_CHANNELS_ON_TILES} channels" if _on_tiles(weight) else few
-        reasons.append(f"fewer than {few}: the transforms outweigh the products")
+    fewest, most = sorted(weight.shape[:2])
+    if _on_tiles(x):
+        few, words = fewest < _FEW_CHANNELS_ON_TILES, f"{_FEW_CHANNELS_ON_TILES} channels"
+    else:
+        few = fewest < _FEW_CHANNELS or most < _FEW_WIDER_CHANNELS
+        words = f"{_FEW_CHANNELS} channels on one side or {_FEW_WIDER_CHANNELS} on both"
+    if few:
+        reasons.append(f"fewer than {words}: the transforms outweigh the products")
     # Not while compiling: it would add a guard on sizes.
     batch, _, height, width = x.shape
     if not torch.compiler.is_compiling() and batch * -(-height // 4) * -(-width // 4) < _FEW_TILES:
@@ -138,14 +143,6 @@ def copied_reasons(x: Tensor) -> list[str]:
     if _on_tiles(x) and not torch.compiler.is_compiling() and x.nbytes > _MOST_COPIED_BYTES * x.shape[0]:
         return [f"pictures beyond {_MOST_COPIED_BYTES >> 20} MiB would be copied as a whole"]
     return []
-
-
-def has_few_channels(weight: Tensor) -> bool:
-    """Return whether PyTorch is faster on CPUs for weights [out_channels, in_channels, ...] of this dtype."""
-    fewest, most = sorted(weight.shape[:2])
-    if _on_tiles(weight):
-        return fewest < _FEW_CHANNELS_ON_TILES
-    return fewest < _FEW_CHANNELS or most < _FEW_WIDER_CHANNELS
 
 
 def _on_tiles(x: Tensor) -> bool:

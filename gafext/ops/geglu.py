@@ -40,7 +40,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
     x, weight, bias = _common.autocast(x, weight, bias)
     check_geglu(x, weight, bias)
     if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, bias)):
-        return torch.ops.gafext.geglu(x, weight, bias)
+        return _common.call_kernel(torch.ops.gafext.geglu.default, x, weight, bias)
     # For a backward pass, which needs h: geglu's own would compute the product again.
     return geglu_gate(F.linear(x, weight, bias), backend=backend)
 
@@ -62,7 +62,7 @@ def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
     """
     check_geglu_gate(projected)
     if use_kernel(backend, "geglu_gate", lambda: gate_unsupported_reasons(projected)):
-        return torch.ops.gafext.geglu_gate(projected)
+        return _common.call_kernel(torch.ops.gafext.geglu_gate.default, projected)
     return reference_geglu_gate(projected)
 
 

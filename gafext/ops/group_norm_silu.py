@@ -50,7 +50,8 @@ def group_norm_silu(
     """
     check_group_norm_silu(x, num_groups, weight, bias, mixed=_common.is_autocast(x))
     if use_kernel(backend, _OP, lambda: unsupported_reasons(x, num_groups, weight, bias)):
-        return torch.ops.gafext.group_norm_silu(x, num_groups, weight, bias, eps, silu=silu)
+        op = torch.ops.gafext.group_norm_silu.default
+        return _common.call_kernel(op, x, num_groups, weight, bias, eps, silu=silu)
     return reference_group_norm_silu(x, num_groups, weight, bias, eps, silu=silu)
 
 

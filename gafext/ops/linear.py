@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     x, weight, bias = _common.autocast(x, weight, bias)
     check_linear(x, weight, bias)
     if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, bias), lambda: slower):
-        return torch.ops.gafext.linear(x, weight, bias)
+        return _common.call_kernel(torch.ops.gafext.linear.default, x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -45,7 +45,9 @@ def test_half_precision_is_rounded_once_where_the_cpu_lacks_it(make, dtype, slow
     for x in (channels_last(2, 33, 10, 15).to(dtype), torch.randn(2, 33, 10, 15, dtype=dtype)):
         out = conv2d_layer(layer, x)
         assert_close_to_exact(out, layer, x)
-        assert torch.equal(out, conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding))
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(out, conv2d(last, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding))
+        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

@@ -175,3 +175,10 @@ def test_importing_pulls_in_no_heavy_package():
     code = f"import sys, gafext; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_loading_a_model_does_not_import_pytorchs_compiler():
+    """So it would with initial values on the meta device, and take ten times as long."""
+    code = "import sys, gafext; gafext.MultiViewDiffusionPipeline.from_pretrained(); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
