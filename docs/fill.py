@@ -224,7 +224,7 @@ def memory() -> str:
 
 def pipeline() -> str:
     names = {"gafext": "gafext", "stock": "diffusers", "compile": "torch.compile", "openvino": "OpenVINO"}
-    rows = result(f"pipeline-built-in-{EPYC}")["contestants"]
+    rows = result(f"pipeline-built-in-{RAPIDS}")["contestants"]
     stages = ["encode", "denoise", "upsample", "decode"]
     lines = []
     for key, name in names.items():
@@ -315,7 +315,7 @@ def values() -> dict[str, str]:
     [compiled] = Races(f"ops-{RAPIDS}").speedups(
         "cross_view_attention", "sdpa compiled", "elementwise compiled", where="^4 views, 32x32"
     )
-    small = result(f"pipeline-built-in-{EPYC}")["contestants"]
+    small = result(f"pipeline-built-in-{RAPIDS}")["contestants"]
     found, four = peaks(), {"shape": "V=4,", "mode": "cold"}
     known = {
         "five": "; ".join(f"{name} {ratio:.1f}" for name, ratio in five_bars()),

@@ -27,7 +27,7 @@ class _Skeleton(TorchFunctionMode):
     """
 
     _SKIPPED = (
-        *(getattr(nn.init, name) for name in ("normal_", "uniform_", "kaiming_uniform_", "ones_", "zeros_")),
+        *(getattr(nn.init, name) for name in ("normal_", "uniform_", "kaiming_uniform_")),
         *(Tensor.normal_, Tensor.uniform_),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gafext import _C
 
@@ -124,6 +125,7 @@ def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and (query.dim() == 4 and key.dim() == 4 and key.shape == value.shape)
         and (query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1)
         and 1 <= query.shape[3] <= MAX_HEAD_DIM
+        and not is_transformed()
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
     )
 
@@ -150,6 +152,17 @@ def _cuda_reason(index: int | None) -> str:
     return ""
 
 
+# Undocumented: without it, a transform of torch.func fails in the kernels or loses their tangents.
+_has_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_functorch = getattr(torch._C, "_functorch", None)
+_is_batched = getattr(_functorch, "is_legacy_batchedtensor", lambda tensor: False)  # by is_grads_batched=True
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func (vmap, grad, jvp) or forward-mode differentiation follows calls."""
+    return not torch.compiler.is_compiling() and (_has_transforms() or forward_ad._current_level >= 0)
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Return whether autograd follows a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -170,6 +183,8 @@ def place_reasons(*tensors: Tensor | None, fast_backward: bool = False) -> list[
         reasons += [reason] if reason else []
     elif device.type not in ("cpu", "mps", "meta"):
         reasons.append(f"there is no kernel for {device.type} tensors")
+    if is_transformed():
+        reasons.append("torch.func or forward-mode differentiation follows the call, which the kernel cannot")
     is_fast = fast_backward and device.type == "cpu" and first.dtype == torch.float32
     if not is_fast and needs_gradient(*tensors):
         reasons.append("inputs need a gradient, and PyTorch's operation has the faster backward pass")
@@ -187,7 +202,7 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nul
 
 
 def call_without_gradient(op: Callable[..., Tensor], *args, **options) -> Tensor:
-    """Call an operation for inputs that need no gradient, bypassing its autograd kernel."""
+    """Make a call that autograd does not follow, bypassing the operation's autograd kernel."""
     with _below_autograd():
         return op(*args, **options)
 
@@ -201,7 +216,7 @@ def call_kernel(op: Callable[..., Tensor], *args, **options) -> Tensor:
 
 def has_backward_kernel(grad: Tensor) -> bool:
     """Return whether a backward pass runs its kernel: on a CPU, unless autograd follows it (create_graph=True)."""
-    return grad.is_cpu and not torch.is_grad_enabled()
+    return grad.is_cpu and not torch.is_grad_enabled() and not is_transformed() and not _is_batched(grad)
 
 
 def refuse_second_order(op: str) -> None:

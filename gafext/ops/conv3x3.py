@@ -14,11 +14,12 @@ from gafext.ops.conv2d import conv2d
 from gafext.ops.patches import patches_of
 
 _OP = "conv3x3"
-# Below it PyTorch is faster on AMX's tiles: in bfloat16 gafext has .8 of its speed with 32 and 64 channels, 1.26 with 128
-# (two cores of a Sapphire Rapids).
+# Below it PyTorch is faster on AMX's tiles: in bfloat16 gafext has .8 of its speed with 32 and 64 channels, 1.26 with
+# 128 (two cores of a Sapphire Rapids).
 _FEW_CHANNELS_ON_TILES = 128
 # Of both sides, and of the wider one. With AVX-512, float32, gafext has .8 to .9 of PyTorch's speed with 32 to 32
-# channels, 1.06 to 1.4 with 32 to 64 or back, 1.2 to 1.7 with 64 to 96; with AVX2 1.1, 1.2 and 1.3 to 1.8 (same machine).
+# channels, 1.06 to 1.4 with 32 to 64 or back, 1.2 to 1.7 with 64 to 96; with AVX2 1.1, 1.2 and 1.3 to 1.8 (same
+# machine). In half precision without AMX the ratios are larger.
 _FEW_CHANNELS, _FEW_WIDER_CHANNELS = 32, 64
 _FEW_CHANNELS_OF_PATCHES = 128  # of a weight's gradient
 # Of a picture in bfloat16 with AMX: the kernel copies it, and keeps the memory (48 MB for smaller ones).
@@ -46,15 +47,15 @@ def conv3x3(
     the formula's. In bfloat16 with AMX, whose tiles multiply it, directly. Sums are in float32, and rounded once.
 
     Args:
-        x: [batch, in_channels, height, width], float32, float16 or bfloat16; copied unless its memory format is
-            channels-last.
+        x: [batch, in_channels, height, width], float32, float16 or bfloat16; copied on a CPU unless its memory format
+            is channels-last, as is the residual.
         weight: [out_channels, in_channels, 3, 3], like x.
         bias: [out_channels], or one per image, [batch, out_channels], like x; or None.
         residual: [batch, out_channels, height, width], like x, or None.
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's conv2d.
 
     Returns:
-        [batch, out_channels, height, width], channels-last if the kernel ran.
+        [batch, out_channels, height, width], channels-last if the kernel ran, or PyTorch because it is faster.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
@@ -76,8 +77,8 @@ def conv3x3(
         return unsupported_reasons(x, weight, bias, residual)
 
     kernel = use_kernel(backend, _OP, unsupported, keep_slower_reasons)
-    # oneDNN is 1.1 to 3 times as fast in channels-last memory (32 to 192 channels of 8x8 to 32x32, a Sapphire Rapids), and
-    # the convolution's neighbours may run the kernel.
+    # oneDNN is 1.1 to 3 times as fast in channels-last memory (32 to 192 channels of 8x8 to 32x32, a Sapphire Rapids),
+    # and the convolution's neighbours may run the kernel.
     if kernel or slower:
         x = x.contiguous(memory_format=torch.channels_last)
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
@@ -123,7 +124,7 @@ def channel_reasons(x: Tensor) -> list[str]:
 def slower_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
     reasons = copied_reasons(x)
-    fewest, most = sorted(weight.shape[:2])
+    fewest, most = min(weight.shape[:2]), max(weight.shape[:2])
     if _on_tiles(x):
         few, words = fewest < _FEW_CHANNELS_ON_TILES, f"{_FEW_CHANNELS_ON_TILES} channels"
     else:

@@ -1,7 +1,7 @@
 """Channels-last memory must reach every GroupNorm, or its kernel cannot serve.
 
-On CUDA in half precision convolutions follow the format of their weights, which is tested here on the CPU with PyTorch's
-convolutions; gafext's write it whatever the weights have.
+On CUDA in half precision convolutions follow the format of their weights, which is tested here on the CPU with
+PyTorch's convolutions; gafext's write it whatever the weights have.
 """
 
 import pytest
