@@ -16,6 +16,7 @@ from gafext import MultiViewDiffusionPipeline, cameras
 from gafext.errors import CheckpointNotFoundError, ImageError
 from gafext.heads import head_normals
 from gafext.noise import view_generators
+from gafext.pipeline import _rows_together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of diffusers' use of NumPy
@@ -333,3 +334,14 @@ def test_transparency_is_composited_on_the_familys_background(pipe):
         ours = run(each, cut_out(image)).images
         assert torch.equal(ours, run(each, plain(image, colour)).images)
         assert not torch.equal(ours, run(each, plain(image, other)).images)
+
+
+def test_views_that_are_encoded_together_equal_those_that_are_not(pipe):
+    views = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    alone = pipe.encode(views)
+    assert max_abs_diff(pipe.encode(views, together=4), alone) < 1e-5 * max(1, alone.abs().max())
+    assert max_abs_diff(pipe.encode(views.flip(0), together=3), alone.flip(0)) < 1e-5 * max(1, alone.abs().max())
+
+
+def test_as_many_views_are_computed_together_as_fit_and_divide_them():
+    assert [_rows_together(6, 10, most=most) for most in (5, 10, 29, 30, 55, 60, 1000)] == [1, 1, 2, 3, 3, 6, 6]
