@@ -18,7 +18,10 @@ trap 'rm -rf "$work"' EXIT
 # libstdc++ reads __libc_single_threaded, of glibc 2.32; all else that the extension needs is of 2.17 and older. With one
 # of its own, which always says no, the wheel runs on every system that torch's own wheels run on.
 echo 'char __libc_single_threaded = 0;' | ${CC:-gcc} -x c -fPIC -fvisibility=hidden -c -o "$work/single_threaded.o" -
-GAFEXT_CUDA=OFF LDFLAGS="$work/single_threaded.o" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-1} \
+# torch 2.15's headers call dlsym, which glibc 2.34 moved into another library under a version of its own; the first one stayed.
+[ "$(uname -m)" = x86_64 ] && first=GLIBC_2.2.5 || first=GLIBC_2.17
+echo "__asm__(\".symver dlsym,dlsym@$first\");" >"$work/dlsym.h"
+GAFEXT_CUDA=OFF LDFLAGS="$work/single_threaded.o" CXXFLAGS="-include $work/dlsym.h" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-1} \
   "$python" -m pip wheel --no-build-isolation --no-deps -w "$work" . \
   --config-settings=install.strip=true --config-settings=build-dir="$work/build" # -C is of pip 23.1
 
