@@ -132,12 +132,16 @@ def load_images(
         ImageError: an image is not accepted; the message says which.
         ValueError: the number of images is not `count`.
     """
-    items: list[Any] = [images]
-    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4):
-        items = list(images)
+    items = image_list(images)
     if len(items) != count:
         raise ValueError(f"{name}: expected {count}, one per camera, got {len(items)}")
     return [load_image(item, name=f"{name}[{index}]") for index, item in enumerate(items)]
+
+
+def image_list(images: Any) -> list[Any]:
+    """List what `load_images` accepts, without loading it: a single image is a list of one."""
+    stacked = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
+    return list(images) if stacked or isinstance(images, (list, tuple)) else [images]
 
 
 def to_square_tensor(images: Sequence[Image.Image], size: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gafext.conditions import Run, RunOptions
 from gafext.errors import ImageError
-from gafext.images import read_image
+from gafext.images import image_list, read_image
 from gafext.noise import resolve_seed
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
@@ -131,8 +131,8 @@ def stream(
         raise ValueError(f"{', '.join(refused)}: expected none for a stream of portraits")
     count = automatic_batch_size(pipeline, cameras, options) if isinstance(batch_size, str) else batch_size
     hooks, generator = hooks or Hooks(), options.pop("generator", None)
-    encoder = copy.copy(pipeline)
-    encoder.scheduler = copy.deepcopy(pipeline.scheduler)  # it has the state of a run, and the loop's is under way
+    renders = None if (given := options.pop("renders", None)) is None else image_list(given)
+    encoder, unused = copy.copy(pipeline), copy.deepcopy(pipeline.scheduler)
     loop = threading.get_ident()
 
     def wait(future: Future) -> Any:
@@ -154,9 +154,8 @@ def stream(
         batch = wait(opened)
         seeds = [seed for seed, result in zip(batch.seeds, batch.results, strict=True) if result.error is None]
         if batch.pictures:
-            shared, renders = {**options}, options.get("renders")
-            if renders is not None:
-                shared["renders"] = list(renders) * len(seeds)
+            encoder.scheduler = copy.deepcopy(unused)  # it has the state of a run, and those of others are under way
+            shared = {**options, "renders": None if renders is None else renders * len(seeds)}
             batch.run = encoder.prepare(batch.pictures, cameras, normal_maps, generator=seeds, **shared)
         return batch
 

@@ -1,6 +1,7 @@
 """Many portraits through one pipeline: the same views as alone, in order, whatever overlaps."""
 
 import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from helpers import max_abs_diff
 from PIL import Image
 
+from gafext import MultiViewDiffusionPipeline
 from gafext.errors import ImageError
 from gafext.portraits.stream import Hooks, stream
 
@@ -53,6 +55,32 @@ def test_threads_beside_the_loop_change_nothing(overlap, pipe, portraits):
         torch.set_num_threads(threads)
 
 
+def test_a_batch_that_is_prepared_beside_the_loop_leaves_the_state_of_its_solver(checkpoint, portraits, monkeypatch):
+    pipe = MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="cpu", scheduler="dpm++")
+    options = {**OPTIONS, "num_views": 1, "num_inference_steps": 8, "guidance_scale": 1.0, "generator": 7}
+    expected = [pipe(path, progress_bar=False, **options).images for path in portraits]
+    halfway, prepared = ([threading.Event() for _ in portraits] for _ in range(2))
+    prepare, runs, steps = MultiViewDiffusionPipeline.prepare, itertools.count(), itertools.count(1)
+
+    def prepare_halfway(*arguments, **given):
+        portrait = next(runs)
+        assert portrait == 0 or halfway[portrait - 1].wait(60)
+        run = prepare(*arguments, **given)
+        prepared[portrait].set()
+        return run
+
+    def wait_halfway(share):
+        portrait, step = divmod(next(steps), 8)
+        if step == 4:
+            halfway[portrait].set()
+            assert portrait + 1 == len(portraits) or prepared[portrait + 1].wait(60)
+
+    monkeypatch.setattr(MultiViewDiffusionPipeline, "prepare", prepare_halfway)
+    hooks = Hooks(on_step=wait_halfway, overlap=True)
+    for result, images in zip(stream(pipe, portraits, hooks=hooks, **options), expected, strict=True):
+        assert max_abs_diff(result.output.images, images) < 1e-5
+
+
 def test_seeds_and_renders(pipe, portraits):
     renders = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     options = {**OPTIONS, "renders": renders, "strength": 0.5}
@@ -64,6 +92,16 @@ def test_seeds_and_renders(pipe, portraits):
     assert first.output.run["seed"] != second.output.run["seed"]
     with pytest.raises(ValueError, match="generator: expected one per portrait"):
         list(pipe.map(portraits, generator=[1], **OPTIONS))
+
+
+def test_one_render_of_one_view(pipe, portraits, tmp_path):
+    path = tmp_path / "render.png"
+    Image.new("RGB", (32, 32), "red").save(path)
+    options = {**OPTIONS, "num_views": 1, "generator": 7, "strength": 0.5}
+    expected = pipe(portraits[0], renders=path, progress_bar=False, **options).images
+    for render in (path, str(path), Image.open(path), np.asarray(Image.open(path))):
+        for result in pipe.map(portraits[:1] * 2, batch_size=2, renders=render, **options):
+            assert max_abs_diff(result.output.images, expected) < 1e-4
 
 
 def test_a_portrait_that_cannot_be_read_has_an_error(pipe, portraits, tmp_path):
