@@ -28,7 +28,7 @@ from gafext.conditions import DEFAULT_SAMPLE_SIZE, DEFAULT_VIEWS, RunOptions
 from gafext.doctor.command import doctor
 from gafext.families import family_name
 from gafext.guidance import check_guidance_interval, check_guidance_scale
-from gafext.images import load_image, load_images, read_image, remove_background, to_square_tensor
+from gafext.images import load_image, read_image, remove_background, to_square_tensor
 from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
 from gafext.options import EVAL_STEPS, parser
@@ -36,7 +36,7 @@ from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_f
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.portraits.batch import check_batch_size
 from gafext.portraits.command import generate_portraits, process_pair
-from gafext.portraits.jobs import PICTURES, is_many
+from gafext.portraits.jobs import is_many, list_pictures
 from gafext.schedulers import MAX_STEPS, check_eta
 from gafext.versions import versions
 from gafext.watch.events import StepEvents, print_event
@@ -108,8 +108,10 @@ def _pictures(folder: str | None, *, count: int | None, name: str) -> list[PIL.I
         return None
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: expected a folder of pictures")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES)
-    return load_images(paths, count=len(paths) if count is None else count, name=name)
+    pictures = [read_image(path) for path in list_pictures(Path(folder))]
+    if count not in (None, len(pictures)):
+        raise ValueError(f"{name}: expected {count}, one per camera, got {len(pictures)}")
+    return pictures
 
 
 def _mesh(args: argparse.Namespace) -> Mesh:

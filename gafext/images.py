@@ -22,6 +22,7 @@ Colour = tuple[int, int, int]
 
 MIN_SIDE = 1  # pixels
 WHITE: Colour = (255, 255, 255)
+GREY: Colour = (128, 128, 128)  # of normal maps: a normal of 0
 MAX_BACKGROUND_SPREAD = 32  # an eighth of the range: above an even backdrop with a shadow, below a room or a street
 _FLOAT_SLACK = 1e-3  # resampling in floating point may overshoot [0, 1] by this much
 
@@ -115,7 +116,11 @@ def background_spread(image: Image.Image) -> float:
 
 
 def load_images(
-    images: Sequence[ImageLike] | np.ndarray | Tensor | Image.Image, *, count: int, name: str
+    images: Sequence[ImageLike] | np.ndarray | Tensor | Image.Image,
+    *,
+    count: int,
+    name: str,
+    background: Colour = WHITE,
 ) -> list[Image.Image]:
     """Load one upright RGB image per camera.
 
@@ -124,6 +129,7 @@ def load_images(
             camera also a single image.
         count: number of cameras, V.
         name: name of the argument, for errors.
+        background: colour behind transparent pixels, 0 to 255.
 
     Returns:
         V PIL images, mode RGB, of any size.
@@ -135,7 +141,7 @@ def load_images(
     items = image_list(images)
     if len(items) != count:
         raise ValueError(f"{name}: expected {count}, one per camera, got {len(items)}")
-    return [load_image(item, name=f"{name}[{index}]") for index, item in enumerate(items)]
+    return [load_image(item, name=f"{name}[{index}]", background=background) for index, item in enumerate(items)]
 
 
 def image_list(images: Any) -> list[Any]:

@@ -52,6 +52,11 @@ def resolve_seeds(generator: object, *, portraits: int) -> int | tuple[int, ...]
     return tuple(map(resolve_seed, generator))
 
 
+def is_seeded(generator: object) -> bool:
+    """Return whether a call's `generator` determines all noise: no seed is left to chance."""
+    return None not in generator if isinstance(generator, (list, tuple)) else generator is not None
+
+
 def view_noise(
     seed: int | tuple[int, ...], *, portraits: int, views: int, shape: tuple[int, ...], step: int = 0
 ) -> Tensor:

@@ -31,7 +31,7 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_interval, check_guidance_scale, check_parallel, needs_unconditional
 from gafext.heads import Heads, head_normals
 from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
-from gafext.noise import resolve_seeds, view_generators, view_noise
+from gafext.noise import is_seeded, resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
 from gafext.portraits.reading import load_portraits
@@ -202,8 +202,9 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         eta = max(family.eta, solver.default_eta) if eta is None else eta
         check_guidance_scale(guidance_scale)
         check_guidance_interval(plan["guidance_interval"])
-        check_parallel(parallel, guided=needs_unconditional(guidance_scale), seeded=_is_seeded(generator))
+        check_parallel(parallel, guided=needs_unconditional(guidance_scale), seeded=is_seeded(generator))
         check_eta(eta)
+        self._check_graph(graph)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("upsample", upsample, UPSAMPLE)
         given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
@@ -224,7 +225,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             upsample = "none"
         pixels = size * self.vae.config.factor
         if renders is not None:
-            renders = imaging.to_square_tensor(imaging.load_images(renders, count=rows, name="renders"), pixels)
+            renders = imaging.load_images(renders, count=rows, name="renders", background=family.background)
+            renders = imaging.to_square_tensor(renders, pixels)
         guided = needs_unconditional(guidance_scale)
         halved = parallel is not None and self.device.type != "cpu"  # on CPUs, the other process takes the other half
         batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + (guided and not halved)}
@@ -398,9 +400,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             return normals
         if isinstance(normal_maps, Mesh):
             return normal_maps.normal_maps(cameras, pixels)
-        return imaging.to_square_tensor(
-            imaging.load_images(normal_maps, count=len(cameras), name="normal_maps"), pixels
-        )
+        maps = imaging.load_images(normal_maps, count=len(cameras), name="normal_maps", background=imaging.GREY)
+        return imaging.to_square_tensor(maps, pixels)
 
     def _reference(self, portraits: Sequence[PIL.Image.Image], pixels: int) -> Tensor | None:
         """Encode the portraits to latents [B,4,h,w]; None for a family whose U-Net does not take them."""
@@ -487,8 +488,3 @@ def _rows_together(views: int, numbers: int, *, most: int) -> int:
     """
     rows = min(max(1, most // numbers), views)
     return next(n for n in range(rows, 0, -1) if views % n == 0)
-
-
-def _is_seeded(generator: Any) -> bool:
-    """Return whether a call's `generator` determines all noise: no seed is left to chance."""
-    return None not in generator if isinstance(generator, (list, tuple)) else generator is not None

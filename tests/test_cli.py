@@ -113,6 +113,17 @@ def test_cameras_normals_and_renders_from_files(checkpoint, portrait, tmp_path):
     assert record["num_inference_steps"] == 4 and record["strength"] == 0.5
 
 
+def test_transparent_normal_maps_are_before_grey(checkpoint, portrait, tmp_path):
+    for folder in ("normals", "renders"):
+        (tmp_path / folder).mkdir()
+        for view in range(2):
+            Image.new("RGBA", (32, 32), (0, 0, 255, 0)).save(tmp_path / folder / f"{view}.png")
+        Image.new("RGBA", (32, 32)).save(tmp_path / folder / ".hidden.png")
+    options = ["--normals", tmp_path / "normals", "--renders", tmp_path / "renders", "--strength", 0.5, "--views", 2]
+    assert generate(portrait, "--model", checkpoint, "--steps", 2, *options, "--out", tmp_path / "out") == 0
+    assert Image.open(tmp_path / "out/normals/view_001.png").getpixel((5, 5)) == (128, 128, 128)
+
+
 def test_a_preset_and_what_replaces_its_options(checkpoint, portrait, tmp_path):
     common = [portrait, "--model", checkpoint, "--views", 2, "--preset", "fast"]
     assert generate(*common, "--out", tmp_path / "fast") == 0

@@ -123,6 +123,11 @@ class PipelineMemory:
             if offload is not None:
                 self._start_offload(offload.device, offload.sequential)
 
+    def _check_graph(self, graph: bool) -> None:
+        """Raise a ValueError if a CUDA graph is asked for whose weights would be dropped between its replays."""
+        if graph and self._offload is not None:
+            raise ValueError("graph: expected False with offloading, which moves the weights that a CUDA graph reads")
+
     def _check_memory(self, *, portraits: int, views: int, passes: int, size: int, doubled: bool) -> None:
         """Warn if a run is not likely to fit into the memory of its device, and refuse it if that is clear.
 

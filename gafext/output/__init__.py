@@ -1,7 +1,7 @@
 """What a run leaves on the disk: pictures, parameters, and the camera files of the programs that read them."""
 
 from gafext.output.formats import FORMATS, choose_formats
-from gafext.output.output import VIEW_FILES, MultiViewOutput, write_views
+from gafext.output.output import VIEW_FILES, MultiViewOutput, json_clean, write_views
 from gafext.output.sheet import contact_sheet
 from gafext.output.turntable import TURNTABLES, check_turntable
 from gafext.output.viewer import write_viewer
@@ -14,6 +14,7 @@ __all__ = [
     "check_turntable",
     "choose_formats",
     "contact_sheet",
+    "json_clean",
     "write_viewer",
     "write_views",
 ]

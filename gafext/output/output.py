@@ -153,7 +153,7 @@ def write_views(
         contact_sheet(images, cameras).save(new / "contact_sheet.png")
         write_turntable(new, images, cameras, turntable)
         _write_inputs(new, sizes[0], portrait, normal_maps or ())
-        write_json(new / "run.json", _json_clean(run))
+        write_json(new / "run.json", json_clean(run))
         scene = Scene(names, cameras, sizes[0][0], surface_points(pixels, cameras, surface), masks)
         for name in chosen:
             FORMATS[name](new, scene)
@@ -174,13 +174,14 @@ def _write_inputs(
         picture.save(folder / "normals" / f"view_{view:03d}.png")
 
 
-def _json_clean(value: Any) -> Any:
+def json_clean(value: Any) -> Any:
+    """Return a value as run.json has it: what has no type of JSON as a string, NaN and infinity as None."""
     if isinstance(value, dict):
-        return {str(key): _json_clean(item) for key, item in value.items()}
+        return {str(key): json_clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_clean(item) for item in value]
+        return [json_clean(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return _json_clean(value.tolist()) if hasattr(value, "tolist") else str(value)
+    return json_clean(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -63,8 +63,8 @@ def _generate(
             log.info("%s: what a killed run left is removed", job.folder)
             claim.release()
     if work.todo:
-        if world > 1:
-            args.device = args.device or _own_gpu()
+        if world > 1 and args.device in (None, "cuda"):
+            args.device = _own_gpu() or args.device
         pipeline = load()
         try:
             work.run(pipeline, options, shown=rank == 0 and not args.quiet)

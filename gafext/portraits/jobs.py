@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +12,17 @@ from typing import Any
 
 from gafext.atomic import check_target
 from gafext.errors import OutputError
-from gafext.output import VIEW_FILES
+from gafext.output import VIEW_FILES, json_clean
 from gafext.portraits.claim import hidden
 from gafext.weights import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+PICTURES = {
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".heic", ".heif", ".avif"),  # read_image says what it needs for them where it is not installed
+}
+"""Suffixes of the files of a folder that are taken for pictures."""
 FAILURES = "failures.json"
 _ELSEWHERE = ("portrait", "out", "overwrite", "quiet", "json", "log_level", "batch", "device")
 """Options that say where and how to compute, not what: a folder made with others of them is kept."""
@@ -38,13 +41,23 @@ def is_many(arguments: Sequence[str]) -> bool:
     return len(arguments) > 1 or any(map(os.path.isdir, arguments))
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """List the pictures of a folder by name, without hidden files."""
+    return [path for path in _visible(folder) if path.suffix.lower() in PICTURES]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
 def find_jobs(arguments: Sequence[str], out: str | os.PathLike) -> list[Job]:
     """List the portraits in the order given, those of a folder by name, and name the folder of each after its file.
 
-    Of portraits with the same name the second gets "NAME-2", and so on, with a warning.
+    Of portraits with the same name the second gets "NAME-2", and so on, with a warning; another names the files of a
+    folder that are no pictures.
 
     Args:
-        arguments: files, and folders of pictures; the same file twice counts once.
+        arguments: files, and folders of pictures, of which hidden ones are left out; the same file twice counts once.
         out: folder that the output folders are in.
 
     Raises:
@@ -54,7 +67,10 @@ def find_jobs(arguments: Sequence[str], out: str | os.PathLike) -> list[Job]:
     for argument in map(Path, arguments):
         paths = [argument]
         if argument.is_dir():
-            paths = sorted(path for path in argument.iterdir() if path.suffix.lower() in PICTURES)
+            paths = list_pictures(argument)
+            if left := [path.name for path in _visible(argument) if path not in paths]:
+                more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+                log.warning("%s: not taken for pictures, by their suffix: %s%s", argument, ", ".join(left[:5]), more)
             if not paths:
                 raise ValueError(f"{argument}: expected portraits in it ({', '.join(sorted(PICTURES))}), got none")
         for path in paths:
@@ -111,7 +127,7 @@ def _difference(job: Job, command: Mapping[str, Any]) -> str | None:
         made = dict(run["command"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    wanted = json.loads(json.dumps(dict(command)))
+    wanted = json_clean(dict(command))
     names = sorted((made.keys() | wanted.keys()) - set(_ELSEWHERE))
     others = [
         f"{name} {made.get(name)} (now {wanted.get(name)})" for name in names if made.get(name) != wanted.get(name)

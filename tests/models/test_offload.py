@@ -210,3 +210,11 @@ def test_offloading_on_a_gpu(pipe, enable):
     assert pipe.device.type == "cuda" and next(pipe.unet.parameters()).device.type == "cpu"
     assert (run(pipe, guidance_scale=2.0).images - expected).abs().max() < 1e-4
     assert all(p.device.type == "cpu" for parameters in weights(pipe).values() for p in parameters)
+
+
+def test_a_cuda_graph_of_weights_that_move_is_refused(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="graph: expected False with offloading"):
+        run(pipe, graph=True)
+    pipe.remove_all_hooks()
+    run(pipe, graph=True)

@@ -24,6 +24,7 @@ from small_checkpoints import (
 
 import gafext
 from gafext.assets import PORTRAIT, CartoonWarning
+from gafext.families import family_of
 from gafext.heads import head_normals
 from gafext.noise import view_noise
 from gafext.upsampler import NOISE_STEP
@@ -228,6 +229,18 @@ def test_save_from_every_output_type(pipe, tmp_path):
     assert record["seed"] == 0 and record["num_inference_steps"] == 2 and record["guidance_scale"] == 7.5
     with pytest.raises(ValueError, match="latents"):
         run(pipe, output_type="latent").save(tmp_path / "latent")
+
+
+def test_what_is_behind_transparent_normal_maps_and_renders(pipe, monkeypatch):
+    monkeypatch.setattr(type(family_of(pipe.unet.config)), "background", (10, 20, 30))
+    clear = [Image.new("RGBA", (32, 32), (0, 0, 255, 0))] * 2
+    filled = {colour: [Image.new("RGB", (32, 32), colour)] * 2 for colour in ((10, 20, 30), (128, 128, 128))}
+    got, expected = (
+        pipe.prepare(portrait(), normal_maps=normals, renders=renders, num_views=2, strength=0.5, generator=0)
+        for normals, renders in ((clear, clear), (filled[128, 128, 128], filled[10, 20, 30]))
+    )
+    assert torch.equal(got.latents, expected.latents)
+    assert torch.equal(got.conditions.input_latents, expected.conditions.input_latents)
 
 
 def test_each_portrait_and_the_normal_maps_are_saved_with_the_views(pipe, tmp_path):

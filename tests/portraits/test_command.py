@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 from PIL import Image
 
@@ -75,6 +76,29 @@ def test_again_nothing_is_made_twice(generate, people, tmp_path, capsys, monkeyp
     text = capsys.readouterr().err
     assert "out/ann: expected a result of the same portrait and options" in text and "--overwrite" in text
     assert snapshot(tmp_path / "out") == after
+
+
+def test_again_with_an_infinite_level(generate, people, capsys):
+    for made in (3, 0):
+        assert generate(people, "--steps", 1, "--guidance-interval", 1, "inf") == 0
+        assert f"{made} portraits in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "taken"), [("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
+def test_each_process_takes_a_gpu_of_its_own(given, taken, generate, people, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = []
+
+    def load(args):
+        devices.append(args.device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gafext.cli._load", load)
+    generate(people, "--steps", 1, "--quiet", "--device", given)
+    assert devices == [taken]
 
 
 def test_overwrite_replaces_what_other_options_made(generate, people, tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 
 import pytest
 
 from gafext.errors import OutputError
+from gafext.output import json_clean
 from gafext.portraits.jobs import Job, check_out, find_jobs, is_many, missing, record, write_failures
 
 
@@ -46,6 +48,16 @@ def test_names_come_from_the_files(tmp_path, caplog):
         find_jobs([str(tmp_path / "empty")], "out")
 
 
+def test_what_is_taken_of_a_folder(tmp_path, caplog):
+    taken = ["a.HEIC", "b.heif", "c.avif", "d.jfif", "e.gif", "f.png"]
+    touch(*(tmp_path / name for name in (*taken, "._a.jpg", ".cat.jpg", "notes.txt", "g.cr2")))
+    (tmp_path / "folder.png").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert [job.portrait.name for job in find_jobs([str(tmp_path)], "out")] == taken
+    assert f"{tmp_path}: not taken for pictures, by their suffix: g.cr2, notes.txt" in caplog.text
+    assert "cat" not in caplog.text
+
+
 def test_one_file_is_not_many(tmp_path):
     touch(tmp_path / "a.png")
     assert not is_many([]) and not is_many([str(tmp_path / "a.png")]) and not is_many(["gone.png"])
@@ -69,6 +81,17 @@ def test_what_is_missing(tmp_path):
         missing([first], command, overwrite=False)
     (tmp_path / "a.png").unlink()
     assert missing([first], command, overwrite=False) == []
+
+
+def test_an_infinite_option_is_the_same_again(tmp_path):
+    command = {"guidance_interval": [1.0, math.inf]}
+    touch(tmp_path / "a.png")
+    (job,) = find_jobs([str(tmp_path)], tmp_path / "out")
+    made(job, json_clean(command))
+    assert "Infinity" not in (job.folder / "run.json").read_text()
+    assert missing([job], command, overwrite=False) == []
+    with pytest.raises(OutputError, match="guidance_interval"):
+        missing([job], {"guidance_interval": [1.0, 2.0]}, overwrite=False)
 
 
 def test_files_of_others_are_refused(tmp_path):
