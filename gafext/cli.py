@@ -79,17 +79,9 @@ def _assemble(args: argparse.Namespace) -> int:
     from gafext.checkpoints.assemble import assemble
 
     check_writable(args.out)
-    pipeline = assemble(
-        args.parent,
-        image_encoder=args.image_encoder,
-        upsampler=args.upsampler,
-        ip_adapter=args.ip_adapter,
-        mv_adapter=args.mv_adapter,
-        trained=args.trained,
-        pose_dim=args.pose_dim,
-        dtype=getattr(torch, args.dtype),
-        variant=args.variant,
-    )
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "parent", "dtype", "out")}
+    with _warnings_in_one_line():
+        pipeline = assemble(args.parent, dtype=getattr(torch, args.dtype), **options)
     with whole_folder(args.out) as folder:
         pipeline.save_pretrained(folder)
     print(f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.0f} M parameters in the U-Net: {args.out}")

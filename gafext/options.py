@@ -222,6 +222,11 @@ def _add_assemble(commands: argparse._SubParsersAction) -> None:
     add("--ip-adapter", metavar="FILE", help="IP-Adapter file to use for image attention instead of new layers")
     add("--mv-adapter", metavar="FILE", help="MV-Adapter file that belongs to the parent")
     add("--trained", metavar="FILE", help="state dict of a trained GAF-style U-Net to load into the result")
+    add(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="what a .safetensors file's U-Net predicts: v_prediction of Stable Diffusion 2.1 (768); default: epsilon",
+    )
     add("--pose-dim", type=int, default=12, choices=(12, 16), help="numbers per camera; default: 12")
     add("--variant", metavar="NAME", help='variant in the names of the weight files, such as "fp16"')
     add("--dtype", choices=_DTYPES, default="float32", help="dtype of the weights written; default: float32")

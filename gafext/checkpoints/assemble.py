@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from gafext import weights
 from gafext.checkpoints.folder import add_mv_adapter, prompt_embeds
 from gafext.checkpoints.ip_adapter import load_ip_adapter
+from gafext.config.scheduler import SD_SCHEDULE
 from gafext.errors import CheckpointError
 from gafext.families import family_of
 from gafext.models.clip import CLIPVisionEncoder
@@ -26,6 +28,8 @@ from gafext.weights.keys import trained_key
 
 LATENT_SIZE = 32
 """Latent size of GAF's views, which the upsampler doubles; Stable Diffusion's 64 or 96 is for use without it."""
+
+_SD2_WIDTH = 1024  # of the text that Stable Diffusion 2's U-Nets attend to
 
 # Added tensors that start as copies of the parent's, so that training starts from working attention.
 _COPIES = (
@@ -47,6 +51,7 @@ def assemble(
     mv_adapter: str | Path | None = None,
     trained: str | Path | None = None,
     pose_dim: int = 12,
+    prediction_type: str | None = None,
     dtype: torch.dtype | None = None,
     variant: str | None = None,
 ) -> MultiViewDiffusionPipeline:
@@ -63,6 +68,8 @@ def assemble(
         mv_adapter: MV-Adapter file that belongs to the parent.
         trained: state dict of a trained U-Net of this form, to load into the result.
         pose_dim: numbers per camera, 12 or 16.
+        prediction_type: what the U-Net of a single file predicts, "epsilon" or "v_prediction", which the file does not
+            say; None: epsilon, with a warning for Stable Diffusion 2's, of which 2.1-base predicts epsilon and 2.1 v.
         dtype: dtype of the weights; None: float32.
         variant: variant in the names of the weight files, such as "fp16"; a folder without it is read without one, with
             a warning.
@@ -72,11 +79,14 @@ def assemble(
 
     Raises:
         CheckpointError: a file is missing or damaged, or the components do not fit together.
-        ValueError: an image encoder is required, or an MV-Adapter is for a U-Net that is not a stock one.
+        ValueError: an image encoder is required, an MV-Adapter is for a U-Net that is not a stock one, or a
+            prediction_type is unknown or given with a folder.
     """
     if image_encoder is None and (mv_adapter is None or ip_adapter is not None):
         raise ValueError("image_encoder: expected a folder, because the image attention reads its output, got none")
     parent = Path(parent)
+    if parent.is_dir() and prediction_type is not None:
+        raise ValueError(f"prediction_type: expected None, because {parent}/scheduler has it, got {prediction_type!r}")
 
     def options(folder: str | Path) -> dict[str, Any]:
         return {"dtype": dtype, "variant": weights.available_variant(Path(folder), variant, checkpoint=parent)}
@@ -88,7 +98,13 @@ def assemble(
     else:
         unet = MultiViewUNet.from_single_file(parent, dtype=dtype)
         vae = AutoencoderKL.from_single_file(parent, dtype=dtype)
-        scheduler = DDIMScheduler()
+        scheduler = DDIMScheduler(replace(SD_SCHEDULE, prediction_type=prediction_type or "epsilon"))
+        if prediction_type is None and unet.config.cross_attention_dim == _SD2_WIDTH:
+            warnings.warn(
+                f"{parent}: taken to predict epsilon, as Stable Diffusion 2.1-base does; 2.1 (768) predicts v with the "
+                "same shapes, and the wrong one gives noise: pass --prediction-type (prediction_type)",
+                stacklevel=2,
+            )
     if mv_adapter is not None:
         unet, scheduler = add_mv_adapter(unet, scheduler, mv_adapter)
     encoder = None

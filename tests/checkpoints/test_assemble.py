@@ -13,6 +13,8 @@ import gafext
 from gafext.checkpoints.assemble import assemble, load_trained
 from gafext.cli import main
 from gafext.errors import CheckpointError
+from gafext.models.unet import MultiViewUNet
+from gafext.models.vae import AutoencoderKL
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,33 @@ def test_a_variant_that_clip_lacks(parents, tmp_path):
     with pytest.warns(UserWarning, match="clip: no weights of variant 'fp16'"):
         pipe = assemble(tmp_path, image_encoder=clip, variant="fp16")
     assert torch.equal(pipe.vae.quant_conv.bias, assemble(sd, image_encoder=clip).vae.quant_conv.bias)
+
+
+@pytest.fixture
+def single_file(parents, tmp_path, monkeypatch):
+    """A file that passes for Stable Diffusion 2's: its networks are read from folders."""
+    stock_unet(cross_attention_dim=1024).save_pretrained(tmp_path / "unet")
+    for network, folder in ((MultiViewUNet, tmp_path / "unet"), (AutoencoderKL, parents[0] / "vae")):
+        read = network.from_pretrained(folder)
+        monkeypatch.setattr(network, "from_single_file", lambda path, read=read, **options: read)
+    (tmp_path / "sd.safetensors").touch()
+    return tmp_path / "sd.safetensors"
+
+
+def test_what_a_single_file_predicts(parents, single_file, tmp_path, capsys):
+    command = ["assemble", "--parent", single_file, "--image-encoder", parents[1], "--out"]
+    for options, expected, told in (
+        ([], "epsilon", True),
+        (["--prediction-type", "epsilon"], "epsilon", False),
+        (["--prediction-type", "v_prediction"], "v_prediction", False),
+    ):
+        out = tmp_path / f"{len(options)}-{expected}"
+        assert main([*map(str, [*command, out, *options])]) == 0
+        assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == expected
+        error = capsys.readouterr().err
+        assert ("--prediction-type" in error) is told and len(error.splitlines()) == told
+
+
+def test_a_folder_says_itself_what_it_predicts(parents):
+    with pytest.raises(ValueError, match="prediction_type: expected None"):
+        assemble(parents[0], image_encoder=parents[1], prediction_type="epsilon")
