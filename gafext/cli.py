@@ -125,8 +125,8 @@ def _cameras(args: argparse.Namespace) -> Cameras | None:
             names = ", ".join(sorted(f"--{name.removeprefix('num_')}" for name in flags))
             raise ValueError(f"--cameras {args.cameras}: expected no {names} beside it")
         return path(**({"num_views": DEFAULT_VIEWS} if "num_views" in known else {}) | given)
-    if given.keys() - ({"fov"} if args.convention else set()):
-        raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(given)}")
+    if others := given.keys() - {"fov"}:
+        raise ValueError(f"--cameras: expected no orbit beside it, got {', '.join(sorted(others))}")
     return cameras.read_transforms(args.cameras, convention=args.convention, fov=args.fov)
 
 

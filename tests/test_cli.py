@@ -124,6 +124,17 @@ def test_transparent_normal_maps_are_before_grey(checkpoint, portrait, tmp_path)
     assert Image.open(tmp_path / "out/normals/view_001.png").getpixel((5, 5)) == (128, 128, 128)
 
 
+def test_the_field_of_view_of_a_camera_file(checkpoint, portrait, tmp_path, capsys):
+    views = cameras.orbit(2, fov=40)
+    np.savez(tmp_path / "bare.npz", w2c=views.w2c)
+    np.savez(tmp_path / "angle.npz", w2c=views.w2c, fov=40.0)
+    common = [portrait, "--model", checkpoint, "--steps", 1, "--fov", 35, "--out", tmp_path / "out", "--cameras"]
+    assert "fov: expected none" in fails(capsys, *common, tmp_path / "angle.npz")
+    assert "got elevation" in fails(capsys, *common, tmp_path / "bare.npz", "--elevation", 3)
+    assert generate(*common, tmp_path / "bare.npz") == 0
+    assert cameras.read_transforms(tmp_path / "out").fov == pytest.approx(35)
+
+
 def test_a_preset_and_what_replaces_its_options(checkpoint, portrait, tmp_path):
     common = [portrait, "--model", checkpoint, "--views", 2, "--preset", "fast"]
     assert generate(*common, "--out", tmp_path / "fast") == 0

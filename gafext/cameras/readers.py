@@ -55,27 +55,27 @@ def read_transforms(
 
     Args:
         path: the file or folder.
-        convention: one of `CONVENTIONS`, for bare matrices.
-        fov: field of view in degrees, for matrices in a file without one.
+        convention: one of `CONVENTIONS`, for bare matrices alone: other files have one.
+        fov: field of view in degrees, for matrices in a file without intrinsics and without one.
         pad: of pictures in a JSON file that are not square, return the cameras after padding both sides to a square.
 
     Returns:
         The cameras, in the world of the file.
 
     Raises:
-        CameraError: the file cannot be read, lacks a field, has a matrix that is not a rigid transform, or describes
-            pictures that are distorted or not square.
+        CameraError: the file cannot be read, lacks a field, has a matrix that is not a rigid transform, describes
+            pictures that are distorted or not square, or has the convention or the field of view that is given.
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            return _read_folder(path)
-        if path.suffix in (".npz", ".npy"):
+        if path.suffix in (".npz", ".npy") and not path.is_dir():
             return _read_matrices(path, convention, fov)
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            _read_bare(values, convention, fov) if isinstance(values, list) else _read_frames(values, path.parent, pad)
-        )
+        values = None if path.is_dir() else json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, list):
+            return _read_bare(values, convention, fov)
+        _refuse("convention", convention)
+        _refuse("fov", fov)
+        return _read_folder(path) if values is None else _read_frames(values, path.parent, pad)
     except CameraError as error:
         raise CameraError(f"{path}: {error}") from None
     except _UNREADABLE as error:
@@ -175,6 +175,8 @@ def _read_matrices(path: Path, convention: str | None, fov: float | None) -> Cam
     w2c = to_opencv(arrays[name], convention)
     if "intrinsics" in arrays:
         return Cameras(w2c, intrinsics=arrays["intrinsics"], size=float(arrays["size"]))
+    if "intrinsics" in arrays or "fov" in arrays:
+        _refuse("fov", fov)
     return Cameras(w2c, _known_fov(float(arrays["fov"]) if "fov" in arrays else fov))
 
 
@@ -186,5 +188,10 @@ def _read_bare(matrices: list, convention: str | None, fov: float | None) -> Cam
 
 def _known_fov(fov: float | None) -> float:
     if fov is None:
+def _refuse(name: str, value: object) -> None:
+    if value is not None:
+        raise CameraError(f"{name}: expected none beside the one that the file has, got {value}")
+
+
         raise CameraError("expected a field of view (fov) with the matrices, got none")
     return fov

@@ -110,6 +110,18 @@ def test_the_convention_must_be_named(tmp_path):
         read_transforms(tmp_path / "a.npy", convention="maya", fov=40)
 
 
+def test_what_the_file_has_is_not_given(tmp_path):
+    write(tmp_path / "transforms.json")
+    np.savez(tmp_path / "lens.npz", w2c=CAMERAS.w2c, intrinsics=K, size=64)
+    np.savez(tmp_path / "angle.npz", w2c=CAMERAS.w2c, fov=40.0)
+    for name in ("transforms.json", "", "lens.npz", "angle.npz"):
+        with pytest.raises(CameraError, match="fov: expected none beside the one that the file has, got 30"):
+            read_transforms(tmp_path / name, fov=30)
+    for name in ("transforms.json", ""):
+        with pytest.raises(CameraError, match="convention: expected none beside .* got opencv-c2w"):
+            read_transforms(tmp_path / name, convention="opencv-c2w")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
