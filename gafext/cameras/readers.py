@@ -122,6 +122,8 @@ def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
     width, height = width or size, height or size
     side = max(width, height)
     x, y = values.get("cx", width / 2), values.get("cy", height / 2)
+    if "timestep_indices" in values:  # VHAP's, whose cy is from the bottom: its vhap/util/camera.py, opencv->opengl
+        y = height - y
     centre = x + (side - width) / 2, y + (side - height) / 2
     return Lens((focal, focal if focal_y is None else focal_y), centre, side)
 
@@ -173,10 +175,10 @@ def _read_matrices(path: Path, convention: str | None, fov: float | None) -> Cam
     if convention is None or (name and not convention.endswith(name)):
         raise CameraError(f"expected the convention of the matrices, one of {', '.join(CONVENTIONS)}, got {convention}")
     w2c = to_opencv(arrays[name], convention)
-    if "intrinsics" in arrays:
-        return Cameras(w2c, intrinsics=arrays["intrinsics"], size=float(arrays["size"]))
     if "intrinsics" in arrays or "fov" in arrays:
         _refuse("fov", fov)
+    if "intrinsics" in arrays:
+        return Cameras(w2c, intrinsics=arrays["intrinsics"], size=float(arrays["size"]))
     return Cameras(w2c, _known_fov(float(arrays["fov"]) if "fov" in arrays else fov))
 
 
@@ -186,12 +188,12 @@ def _read_bare(matrices: list, convention: str | None, fov: float | None) -> Cam
     return Cameras(to_opencv(np.array(matrices, dtype=np.float64), convention), _known_fov(fov))
 
 
-def _known_fov(fov: float | None) -> float:
-    if fov is None:
 def _refuse(name: str, value: object) -> None:
     if value is not None:
         raise CameraError(f"{name}: expected none beside the one that the file has, got {value}")
 
 
+def _known_fov(fov: float | None) -> float:
+    if fov is None:
         raise CameraError("expected a field of view (fov) with the matrices, got none")
     return fov

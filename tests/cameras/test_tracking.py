@@ -87,6 +87,16 @@ def test_generate_hands_flame_on(checkpoint, export, tmp_path, source):
     assert not (tmp_path / "again" / "flame_param").exists()
 
 
+def test_a_principal_point_of_vhap_is_from_the_bottom(export, tmp_path):
+    """vhap/util/camera.py: "flip y of the principal point"; x is from the left."""
+    shutil.copytree(export, tmp_path / "export")
+    path = tmp_path / "export" / "transforms.json"
+    edit_json(path, lambda whole: [frame.update(cx=60.0, cy=70.0) for frame in whole["frames"]])
+    assert read_transforms(path).intrinsics(128)[0, :2, 2].tolist() == pytest.approx([60, 58])
+    edit_json(path, lambda whole: whole.pop("timestep_indices"))  # as other programs write it
+    assert read_transforms(path).intrinsics(128)[0, :2, 2].tolist() == pytest.approx([60, 70])
+
+
 def test_save_hands_flame_on(export, tmp_path):
     cameras = read_transforms(export)
     folder = write_views(tmp_path / "views", [Image.new("RGB", (32, 32))] * 4, cameras, {})
