@@ -141,7 +141,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--convention", choices=cameras.CONVENTIONS, help="of --cameras that are bare matrices, with --fov")
     add("--elevation", type=float, metavar="DEG", help="elevation of the path; default: 0")
     add("--radius", type=float, metavar="R", help="radius of the path; default: 4")
-    add("--fov", type=float, metavar="DEG", help="field of view of the path's cameras, default: 30; or of bare matrices")
+    add("--fov", type=float, metavar="DEG", help="field of view of the path, default: 30, or of bare matrices")
     add("--normals", metavar="DIR", help="folder with one normal map per view; default: a drawn head's")
     add(
         "--no-fit",
@@ -275,9 +275,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         add(f"--{name}", type=float, default=value, metavar="F", help=f"fraction of heads {text}; default: {value}")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step of the optimizer; default: 1")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, more time")
-    add("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision; default: no")
+    add("--precision", choices=("no", "fp16", "bf16"), help="mixed precision; default: Accelerate's, or no")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints; default: 500")
-    add("--validation", type=int, default=1, metavar="N", help="heads held out, the last by name; default: 1")
+    add("--validation", type=int, default=1, metavar="N", help="subjects held out, the last by name; default: 1")
     add("--validate-every", type=int, default=0, metavar="N", help="steps between validations; default: at the end")
     add("--validation-steps", type=int, default=25, metavar="N", help="denoising steps of their views; default: 25")
     add("--guidance", type=float, metavar="G", help="scale of these views and of the result; default: parent's")

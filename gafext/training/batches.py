@@ -67,7 +67,7 @@ def choose_views(places: Tensor, count: int, *, near: bool, random: torch.Genera
 
     Args:
         places: [V,3] positions of the cameras.
-        count: number of views; views repeat if there are fewer.
+        count: number of views, at most V.
         near: whether they are neighbours.
         random: source of the choice.
 
@@ -77,7 +77,7 @@ def choose_views(places: Tensor, count: int, *, near: bool, random: torch.Genera
     order = torch.randperm(len(places), generator=random)
     if near:
         order = (places - places[order[0]]).norm(dim=1).argsort(stable=True)
-    return order.repeat(-(-count // len(order)))[:count]
+    return order[:count]
 
 
 def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *, seed: int, timesteps: int) -> Batch:

@@ -12,16 +12,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from gafext.errors import CheckpointError
 from gafext.models.unet import MultiViewUNet
+from gafext.training.batches import Sampling
+from gafext.training.head import Head
 from gafext.training.latents import digest_weights
 from gafext.training.settings import Settings
 
 _STATE = "checkpoint"
 _SETTINGS = "settings.json"
+_MODEL = "model.safetensors"
 _WEIGHTS = ("train", "adam_8bit", "parent")  # what decides which tensors a checkpoint has
+_WRAPPER = "module."  # what DistributedDataParallel puts before the names of the weights
 
 
 class Average:
@@ -57,11 +63,45 @@ class Average:
             weight.copy_(state[name])
 
 
-def describe(unet: MultiViewUNet, settings: Settings) -> dict[str, Any]:
-    """Describe a run before its first step: the settings, and a digest of the parent's U-Net."""
+def describe(
+    unet: MultiViewUNet, settings: Settings, sampling: Sampling, *, precision: str, data: str, held_out: list[Head]
+) -> dict[str, Any]:
+    """Describe a run before its first step, as a checkpoint keeps it and `compare` reads it.
+
+    Args:
+        unet: the parent's U-Net, of which a digest is kept.
+        settings, sampling: as for `train`.
+        precision: mixed precision that is in use.
+        data: digest of the heads that are trained on.
+        held_out: heads of the validation.
+    """
     digest = hashlib.sha256(repr(unet.config).encode())
     digest_weights(digest, unet)
-    return {**asdict(settings), "parent": digest.hexdigest()[:16]}
+    own = {"precision": precision, "data": data, "held_out": sorted(head.subject for head in held_out)}
+    return {**asdict(settings), **asdict(sampling), "parent": digest.hexdigest()[:16], **own}
+
+
+def compare(folder: Path, described: dict[str, Any]) -> list[str]:
+    """Say what differs between a run and the one that wrote a checkpoint, one sentence per setting.
+
+    Args:
+        folder: the checkpoint.
+        described: description of the run.
+
+    Raises:
+        CheckpointError: the other run trained other weights or held other heads out, or has no state of float16.
+    """
+    before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    changed = {name: before[name] for name in described if before.get(name, described[name]) != described[name]}
+    fatal = [*_WEIGHTS, "held_out"]
+    fatal += ["rank"] if described["train"] == "lora" else []
+    fatal += ["precision"] if described["precision"] == "fp16" else []  # others have no scale of the loss
+    for name in fatal:
+        if name in changed:
+            raise CheckpointError(
+                f"{folder}: expected {name} {changed[name]}, as before, got {described[name]}; choose another --out"
+            )
+    return [f"{name} is {described[name]}, was {value}" for name, value in changed.items()]
 
 
 def save(accelerator: Accelerator, out: Path, step: int, described: dict[str, Any]) -> None:
@@ -87,23 +127,36 @@ def resume(accelerator: Accelerator, out: Path, described: dict[str, Any]) -> in
     """Load the last checkpoint; return its step, or 0 without one.
 
     Raises:
-        CheckpointError: its run trained other weights.
+        CheckpointError: as for `compare`, or another process does not have the checkpoint of the main one.
     """
-    found = _checkpoints(out)
-    if not found:
+    found = [path.name for path in _checkpoints(out)]
+    [name] = broadcast_object_list([found[-1] if found else None])
+    if name is None:
         return 0
-    before = json.loads((found[-1] / _SETTINGS).read_text(encoding="utf-8"))
-    for name in (*_WEIGHTS, *(["rank"] if described["train"] == "lora" else [])):
-        if before[name] != described[name]:
-            raise CheckpointError(
-                f"{found[-1]}: expected {name} {before[name]}, as before, got {described[name]}; choose another --out"
-            )
-    accelerator.load_state(str(found[-1]))
-    step = int(found[-1].name.rpartition("-")[2])
+    folder, step = out / name, int(name.rpartition("-")[2])
+    if not (folder / _SETTINGS).is_file():
+        raise CheckpointError(
+            f"{folder}: expected it in the output folder of every node, as in the main process's, got none; share --out"
+        )
+    differences = compare(folder, described)
+    hook = accelerator.register_load_state_pre_hook(_match_names)
+    accelerator.load_state(str(folder))
+    hook.remove()
+    accelerator.step = 0  # of batches: a checkpoint is written where a step of the optimizer ends
     if accelerator.is_main_process:
         _shorten(out / "log.jsonl", step)
-    accelerator.print(f"{found[-1]}: resumed at step {step}")
+    accelerator.print("; ".join([f"{folder}: resumed at step {step}", *differences]))
     return step
+
+
+def _match_names(models: list[nn.Module], folder: str) -> None:
+    """Give the weights the names that they have in a checkpoint, which one process or several may have written."""
+    with safe_open(Path(folder) / _MODEL, "pt") as file:
+        names = file.keys()
+    wrapped = all(name.startswith(_WRAPPER) for name in names)
+    for index, model in enumerate(models):
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        models[index] = nn.ModuleDict({_WRAPPER.rstrip("."): inner}) if wrapped else inner
 
 
 def _shorten(log: Path, last: int) -> None:

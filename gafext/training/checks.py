@@ -1,32 +1,60 @@
-"""Faults of one head of the training data: its files, their sizes, and whether its cameras agree."""
+"""Faults of the training data: files of a head, their sizes, whether its cameras agree and frame the neutral head."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from gafext.heads import head_normals
+from gafext.mesh import HEAD_HEIGHT, unusual_coverage
 from gafext.training.head import Head
 
 _FARTHEST = 0.25  # of a picture's side: a head's foreground has its centre nearer than this to where the others put it
+_COARSE = 32  # pixels of the normal maps that tell whether cameras frame the neutral head
 
 
-def faults_of(head: Head, *, thorough: bool) -> list[str]:
+def faults_of(head: Head, *, views: int, thorough: bool) -> list[str]:
     """List what is wrong with one head, one sentence per fault.
 
     Args:
         head: the head.
+        views: number of views that a step takes of it.
         thorough: also decode the pictures, and compare the cameras with the masks.
     """
     faults = _of_files(head, decode=thorough)
     if head.normals and len(head.normals) != len(head.pictures):
         faults.append(f"{head.name}: expected {len(head.pictures)} normal maps or none, got {len(head.normals)}")
-    if len(head.pictures) < 2:
-        faults.append(f"{head.name}: expected at least 2 views, got {len(head.pictures)}")
+    least = max(views, 2)
+    if len(head.pictures) < least:
+        faults.append(f"{head.name}: expected at least {least} views (--views), got {len(head.pictures)}")
     return faults or (_of_cameras(head) if thorough else [])
+
+
+def unframed(heads: Sequence[Head]) -> str:
+    """Say how many heads without normal maps have cameras that do not frame the neutral head; empty if all do.
+
+    Normal maps of the neutral head take the place of theirs. Cameras in metres are inside it.
+    """
+    reasons: dict[bytes, str] = {}  # by cameras, which the moments of a subject share
+    found = []
+    for head in heads:
+        if not head.normals:
+            cameras = head.cameras
+            key = cameras.w2c.numpy().tobytes() + cameras.intrinsics(1).numpy().tobytes()
+            if key not in reasons:
+                reasons[key] = unusual_coverage(head_normals(cameras, _COARSE))
+            found += [f"{head.name}: {reasons[key]}"] if reasons[key] else []
+    if not found:
+        return ""
+    return (
+        f"heads without normals/ that get the neutral head's, {HEAD_HEIGHT} units high, and do not frame it: "
+        f"{len(found)} of {len(heads)}: {found[0]}; add normals/, or scale the poses"
+    )
 
 
 def _of_files(head: Head, *, decode: bool) -> list[str]:
@@ -83,10 +111,7 @@ def _of_cameras(head: Head) -> list[str]:
 
 def _centre(head: Head, view: int) -> Tensor:
     """Compute the centre (x, y) of a view's mask in the padded square of side 1; NaN if it is empty."""
-    mask = head.masks[view]
-    assert mask is not None
-    with Image.open(mask) as image:
-        alpha = torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float64))
+    alpha = torch.from_numpy(np.asarray(head.mask(view), dtype=np.float64))
     height, width = alpha.shape
     side = max(height, width)
     x = (torch.arange(width).double() + 0.5 + (side - width) / 2) / side

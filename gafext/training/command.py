@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from gafext.schedulers import MAX_STEPS
 from gafext.training.batches import Sampling
+from gafext.training.checks import unframed
 from gafext.training.data import read_heads, write_index
 from gafext.training.settings import Settings
 
@@ -63,11 +64,13 @@ def _options(kind: type[OptionsType], args: argparse.Namespace) -> OptionsType:
 
 
 def _check(args: argparse.Namespace) -> int:
-    heads, faults = read_heads(args.data, thorough=True)
+    heads, faults = read_heads(args.data, views=args.views, thorough=True)
     views, normals = sum(len(head.pictures) for head in heads), sum(bool(head.normals) for head in heads)
     print(f"{len(heads)} heads, {views} views, {normals} heads with normal maps, {len(faults)} faults")
     for fault in faults:
         print(fault)
+    if warning := unframed(heads):
+        print(f"warning: {warning}")
     folder = args.cache or (None if args.out is None else Path(args.out) / "cache")
     if folder is not None:
         write_index(Path(folder) / "index.json", heads)

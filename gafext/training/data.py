@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,20 @@ from gafext.training.checks import faults_of
 from gafext.training.head import Head
 
 _RIGID_TOLERANCE = 1e-4
+_NERSEMBLE = re.compile(r"(?:UNION\d*_)?(\d{3})_")  # sequences of a subject, in the names of VHAP and GaussianAvatars
 
 
-def read_heads(root: str | Path, *, thorough: bool = False) -> tuple[list[Head], list[str]]:
+def read_heads(root: str | Path, *, views: int = 2, thorough: bool = False) -> tuple[list[Head], list[str]]:
     """Read the heads below a folder, and list what is wrong with them.
 
     A folder with `transforms_{train,val,test}.json`, or else `transforms.json`, is one head per `timestep_index`. Other
     files of such names, as VHAP's `transforms_backup.json`, are not read. A picture that several files name, as VHAP's
     unions do, counts once. Pictures have to be there, and of one size per head; the cameras of one `camera_index` have
-    to agree over the timesteps.
+    to agree over the timesteps, in a union over those of each sequence. A split without frames is left out.
 
     Args:
         root: such a folder, or one that has them at any depth.
+        views: number of views that a step takes of a head, of which none is taken twice.
         thorough: also decode every picture, and compare the cameras of a head on where the foreground is.
 
     Returns:
@@ -45,7 +50,7 @@ def read_heads(root: str | Path, *, thorough: bool = False) -> tuple[list[Head],
         found, wrong = _read_folder(folder, root, seen)
         faults += wrong
         for head in found:
-            own = faults_of(head, thorough=thorough)
+            own = faults_of(head, views=views, thorough=thorough)
             faults += own
             heads += [] if own else [head]
     if not heads and not faults:
@@ -53,10 +58,33 @@ def read_heads(root: str | Path, *, thorough: bool = False) -> tuple[list[Head],
     return heads, faults
 
 
+def hold_out(heads: Sequence[Head], count: int) -> tuple[list[Head], list[Head]]:
+    """Divide heads into those to train on and those to measure: the first moment of each of the last subjects.
+
+    Args:
+        heads: heads in the order of `read_heads`.
+        count: number of subjects that are held out, with all their moments.
+
+    Raises:
+        ValueError: no subject is left to train on.
+    """
+    subjects = list(dict.fromkeys(head.subject for head in heads))
+    if len(subjects) <= count:
+        raise ValueError(
+            f"data: expected more than the {count} heads held out, got {len(subjects)} (timesteps of one subject are "
+            "held out together); choose a smaller --validation"
+        )
+    measured = dict.fromkeys(subjects[len(subjects) - count :])
+    known = [head for head in heads if head.subject not in measured]
+    return known, [next(head for head in heads if head.subject == subject) for subject in measured]
+
+
 def write_index(path: Path, heads: Sequence[Head]) -> None:
-    """Write `index.json`: the files and cameras of each head."""
+    """Write `index.json`, for people to read: the files and cameras of each head."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([head.describe() for head in heads], indent=1) + "\n", encoding="utf-8")
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    temporary.write_text(json.dumps([head.describe() for head in heads], indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], list[str]]:
@@ -64,8 +92,11 @@ def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], 
     # The splits hold different cameras and timesteps of one subject: all of them are read.
     files = [folder / f"transforms_{split}.json" for split in ("train", "val", "test")]
     files = [file for file in files if file.is_file()] or [folder / "transforms.json"]
+    files = [file for file in files if not _is_empty(file)] or files[:1]
     heads: dict[int | str, Head] = {}
     name = root.name if folder == root else folder.relative_to(root).as_posix()
+    found = _NERSEMBLE.match(folder.name)
+    subject = found[1] if found else name
     faults, poses = [], {}
     for file in files if files[0].is_file() else ():
         try:
@@ -84,12 +115,21 @@ def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], 
                 continue
             seen.add(os.path.normpath(picture))
             time, camera, w2c = frame.get("timestep_index", 0), frame.get("camera_index"), cameras.w2c[view]
-            known = poses.setdefault(camera, w2c)
+            # VHAP centres each sequence, and its unions name the pictures of several in their own folders.
+            known = poses.setdefault((os.path.normpath(picture.parent), camera), w2c)
             if camera is not None and not torch.allclose(known, w2c, atol=_RIGID_TOLERANCE):
                 faults.append(f"{file}: frame {view}: camera_index {camera} disagrees with its pose in another frame")
-            head = heads.setdefault(time, Head(f"{name}/{time}" if "timestep_index" in frame else name))
+            head = heads.setdefault(time, Head(f"{name}/{time}" if "timestep_index" in frame else name, subject))
             _add(head, {**values, **frame}, folder, picture, w2c, cameras.intrinsics(1)[view])
     return [heads[time] for time in sorted(heads, key=lambda time: (isinstance(time, str), time))], faults
+
+
+def _is_empty(file: Path) -> bool:
+    """Return whether a file has an empty list of frames, as VHAP's split of one camera or of three timesteps."""
+    with suppress(OSError, ValueError, RecursionError):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return isinstance(values, dict) and values.get("frames") == []
+    return False
 
 
 def _wrong_types(frame: Any) -> str | None:

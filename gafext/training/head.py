@@ -13,6 +13,7 @@ from torch import Tensor
 from gafext import images
 from gafext.cameras import Cameras, orbit
 
+_BLACK = (0, 0, 0)
 _NO_NORMAL = (128, 128, 128)  # of a zero vector
 
 
@@ -22,6 +23,7 @@ class Head:
 
     Attributes:
         name: its folder relative to the data folder, and the timestep where a folder has several.
+        subject: whose head it is: heads of one subject are held out together.
         pictures: V files.
         sizes: V widths and heights for which the cameras are, or None where the file has none.
         masks: V files of the foreground, or None where a picture has none.
@@ -31,6 +33,7 @@ class Head:
     """
 
     name: str
+    subject: str
     pictures: list[Path] = field(default_factory=list)
     sizes: list[tuple[int, int] | None] = field(default_factory=list)
     masks: list[Path | None] = field(default_factory=list)
@@ -50,17 +53,21 @@ class Head:
         near = (angles <= degrees).nonzero().flatten().tolist()
         return near or [int(angles.argmin())]
 
-    def picture(self, view: int) -> Image.Image:
-        """Load a picture over white, where a mask or its own transparency says so, padded with white to a square."""
-        picture, mask = images.load_image(self.pictures[view]), self.masks[view]
+    def picture(self, view: int, background: images.Colour = images.WHITE) -> Image.Image:
+        """Load a picture over a background, where a mask or its transparency says so, padded with it to a square."""
+        picture, mask = images.load_image(self.pictures[view], background=background), self.mask(view)
         if mask is not None:
-            white = Image.new("RGB", picture.size, images.WHITE)
-            picture = Image.composite(picture, white, images.load_image(mask).convert("L"))
-        return _square(picture, images.WHITE)
+            picture = Image.composite(picture, Image.new("RGB", picture.size, background), mask)
+        return _square(picture, background)
+
+    def mask(self, view: int) -> Image.Image | None:
+        """Load a mask as grey levels, 0 where it is transparent; None without one."""
+        path = self.masks[view]
+        return None if path is None else images.load_image(path, background=_BLACK).convert("L")
 
     def normal_map(self, view: int) -> Image.Image:
-        """Load a normal map, padded to a square with the value of a background."""
-        return _square(images.load_image(self.normals[view]), _NO_NORMAL)
+        """Load a normal map over the value of a background, padded with it to a square."""
+        return _square(images.load_image(self.normals[view], background=_NO_NORMAL), _NO_NORMAL)
 
     def describe(self) -> dict[str, Any]:
         """Return the head's line of `index.json`."""

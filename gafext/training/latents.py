@@ -53,7 +53,7 @@ def digest_weights(digest: hashlib._Hash, network: nn.Module) -> None:
 
 
 def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float) -> str:
-    """Compute a digest of what encoded heads depend on: files and their times, cameras, VAE, CLIP, the U-Net's sizes.
+    """Compute a digest of what encoded heads depend on: files and their times, cameras, background, networks' sizes.
 
     Args:
         heads: the heads.
@@ -63,7 +63,9 @@ def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, si
     """
     networks = [network for network in (pipeline.vae, pipeline.image_encoder) if network is not None]
     configs = [repr(network.config) for network in (pipeline.unet, *networks)]
-    digest = hashlib.sha256(json.dumps([size, degrees, configs, [head.describe() for head in heads]]).encode())
+    background = family_of(pipeline.unet.config).background
+    described = [size, degrees, background, configs, [head.describe() for head in heads]]
+    digest = hashlib.sha256(json.dumps(described).encode())
     for head in heads:
         for path in [*head.pictures, *(mask for mask in head.masks if mask), *head.normals]:
             digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -86,7 +88,7 @@ def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, 
     unet, encoder = pipeline.unet, pipeline.image_encoder
     family = family_of(unet.config)
     assert encoder is not None  # `check_parent` requires it
-    cameras, views = head.cameras, [head.picture(view) for view in range(len(head.pictures))]
+    cameras, views = head.cameras, [head.picture(view, family.background) for view in range(len(head.pictures))]
     chosen = [views[view] for view in head.portraits(degrees)]
     pixels = torch.cat([encoder.preprocess(portrait) for portrait in chosen]).to(encoder.device, encoder.dtype)
     output = "last_hidden_state" if unet.image_projection is None else unet.image_projection.clip_output

@@ -25,9 +25,9 @@ class Settings:
         ema: decay of the averaged weights, which are measured and saved.
         accumulate: batches per step of the optimizer.
         checkpointing: recompute blocks in the backward pass.
-        precision: "no", "fp16" or "bf16".
+        precision: "no", "fp16" or "bf16"; None: as Accelerate is configured, or else "no".
         save_every: steps between checkpoints.
-        validation: heads that are held out, the last ones by name.
+        validation: subjects that are held out, the last ones by name.
         validate_every: steps between validations; 0: at the end only.
         validation_steps: denoising steps of their views.
         guidance: guidance scale of these views and of the trained checkpoint; None: the parent's.
@@ -48,7 +48,7 @@ class Settings:
     ema: float = 0.999
     accumulate: int = 1
     checkpointing: bool = False
-    precision: str = "no"
+    precision: str | None = None
     save_every: int = 500
     validation: int = 1
     validate_every: int = 0

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,12 +22,13 @@ from tqdm import tqdm
 
 from gafext.conditions import latent_size
 from gafext.errors import CheckpointError
-from gafext.families import family_of
+from gafext.families import family_name, family_of
 from gafext.guidance import check_guidance_scale
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.batches import Batch, Sampling, Steps
 from gafext.training.checkpoints import Average, describe, resume, save
-from gafext.training.data import read_heads, write_index
+from gafext.training.checks import unframed
+from gafext.training.data import hold_out, read_heads
 from gafext.training.denoiser import Denoiser
 from gafext.training.head import Head
 from gafext.training.latents import EncodedHead, cache_key, encode_heads
@@ -48,7 +50,7 @@ def check_parent(pipeline: MultiViewDiffusionPipeline, which: str) -> None:
         which: weights to train, as `Settings.train`.
 
     Raises:
-        CheckpointError: it neither has what `gafext assemble` adds nor is ImageDream's.
+        CheckpointError: it neither has what `gafext assemble` adds to single-view parents nor is ImageDream's.
         ValueError: there are no new layers to train.
     """
     config = pipeline.unet.config
@@ -61,7 +63,8 @@ def check_parent(pipeline: MultiViewDiffusionPipeline, which: str) -> None:
     )
     if not attends or config.pose_dim is None or not pipeline.takes_normals:
         raise CheckpointError(
-            "parent: expected ImageDream's checkpoint, or one that gafext assemble wrote, got another; run it first"
+            "parent: expected ImageDream's checkpoint, or one of single-view parents that gafext assemble wrote, got "
+            f"another ({family_name(config)}); run it first; MV-Adapter, FaceLift and MVDream are not trainable"
         )
 
 
@@ -92,7 +95,7 @@ def train(
         ValueError: the data has faults, the batch does not divide among the processes, the loss is not finite, or
             Accelerate is set to divide the weights among processes.
         CheckpointError: the parent cannot be read, or has not been assembled; or a checkpoint in `out` is of a run that
-            trained other weights.
+            trained other weights or held other heads out.
     """
     out = Path(out)
     if Path(parent).resolve() == (out / "model").resolve():
@@ -105,23 +108,21 @@ def train(
     if sampling.batch % accelerator.num_processes:
         count = accelerator.num_processes
         raise ValueError(f"batch: expected a multiple of the {count} processes, got {sampling.batch}")
-    heads, faults = read_heads(data)
+    heads, faults = read_heads(data, views=sampling.views)
     if faults:
         raise ValueError(f"{faults[0]} ({len(faults)} faults; gafext train --check lists them)")
-    if len(heads) <= settings.validation:
-        raise ValueError(f"data: expected more than the {settings.validation} heads held out, got {len(heads)}")
-    known, held_out = heads[: len(heads) - settings.validation], heads[len(heads) - settings.validation :]
+    known, held_out = hold_out(heads, settings.validation)
     pipeline = MultiViewDiffusionPipeline.from_pretrained(parent, device=accelerator.device)
     pipeline.head_fitter = None  # it fits drawn heads; data without normal maps is trained with the neutral head's
     check_parent(pipeline, settings.train)
     if settings.guidance is not None:
         pipeline.guidance_scale = settings.guidance
-    folder = out / "cache" if cache is None else Path(cache)
-    if accelerator.is_main_process:
-        write_index(folder / "index.json", heads)
+    if accelerator.is_main_process and pipeline.takes_normals and (warning := unframed([*known, *held_out])):
+        warnings.warn(warning, stacklevel=2)
     size = latent_size(None, rows=1, channels=1, config=pipeline.unet.config) * pipeline.vae.config.factor
     options = {"size": size, "degrees": settings.portrait_angle}
-    folder /= cache_key(known, pipeline, **options)
+    key = cache_key(known, pipeline, **options)
+    folder = (out / "cache" if cache is None else Path(cache)) / key
     encode_heads(
         known, pipeline, folder, **options, every=slice(accelerator.process_index, None, accelerator.num_processes)
     )
@@ -129,7 +130,10 @@ def train(
     encoded = encode_heads(
         known, pipeline, folder, **options
     )  # those of the others, anew on a disk that they do not write
-    run = Run(accelerator, pipeline, out, held_out, sampling=sampling, settings=settings)
+    described = describe(
+        pipeline.unet, settings, sampling, precision=accelerator.mixed_precision, data=key, held_out=held_out
+    )
+    run = Run(accelerator, pipeline, out, held_out, described, sampling=sampling, settings=settings)
     scores = run.take_steps(encoded)
     if accelerator.is_main_process:
         publish(pipeline, out / "model", parent, settings, run.step, scores)
@@ -175,6 +179,7 @@ class Run:
         pipeline: the parent, whose U-Net is trained in place.
         out: folder of the run.
         held_out: heads of the validation.
+        described: the run, as `describe` does.
         sampling, settings: as for `train`.
     """
 
@@ -184,6 +189,7 @@ class Run:
         pipeline: MultiViewDiffusionPipeline,
         out: Path,
         held_out: list[Head],
+        described: dict[str, Any],
         *,
         sampling: Sampling,
         settings: Settings,
@@ -191,7 +197,7 @@ class Run:
         self.accelerator, self.pipeline, self.out, self.held_out = accelerator, pipeline, out, held_out
         self.sampling, self.settings = sampling, settings
         self.unet, config = pipeline.unet, pipeline.solver.config
-        self.described = describe(self.unet, settings)
+        self.described = described
         choose_trained(self.unet, settings.train, rank=settings.rank, seed=settings.seed)
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
         self.average = Average(self.unet, settings.ema)

@@ -13,6 +13,7 @@ from gafext import images
 from gafext.atomic import whole_folder
 from gafext.cameras import Cameras
 from gafext.evaluation.measures import psnr, ssim
+from gafext.families import family_of
 from gafext.output import MultiViewOutput
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.head import Head
@@ -37,11 +38,12 @@ def validate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores, pictures = [], []
+    background = family_of(pipeline.unet.config).background
     for index, head in enumerate(heads):
         chosen = torch.linspace(0, len(head.pictures) - 1, min(views, len(head.pictures))).round().long().tolist()
         cameras = Cameras(head.cameras.w2c[chosen], intrinsics=head.cameras.intrinsics(1)[chosen], size=1)
         output = pipeline(
-            head.picture(head.portraits(settings.portrait_angle)[0]),
+            head.picture(head.portraits(settings.portrait_angle)[0], background),
             cameras,
             [head.normal_map(view) for view in chosen] if head.normals and pipeline.takes_normals else None,
             num_views=len(chosen),
@@ -54,7 +56,7 @@ def validate(
         )
         assert isinstance(output, MultiViewOutput) and isinstance(output.images, Tensor)  # of one portrait, as asked
         made = output.images.cpu()
-        true = images.to_square_tensor([head.picture(view) for view in chosen], made.shape[-1])
+        true = images.to_square_tensor([head.picture(view, background) for view in chosen], made.shape[-1])
         scores.append((psnr(made, true).mean(), ssim(made, true).mean()))
         rows = torch.cat([torch.cat(list(made), dim=2), torch.cat(list(true), dim=2)], dim=1)
         picture = images.to_pil(rows[None])[0]

@@ -14,7 +14,8 @@ from PIL import Image
 from gafext.cameras import orbit
 from gafext.cli import main
 from gafext.training.batches import Sampling, choose_views, draw_batch
-from gafext.training.data import read_heads
+from gafext.training.checks import unframed
+from gafext.training.data import hold_out, read_heads
 
 write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
 
@@ -88,6 +89,122 @@ def test_what_vhap_leaves_beside_the_splits(tmp_path):
         (folder / f"transforms_{split}.json").unlink()
     (head,), faults = read_heads(tmp_path / "data")  # the union alone
     assert not faults and head.name == "union/0" and len(head.normals) == 4
+
+
+def in_moments(data, views):
+    """Make every `views` frames of each head a moment of its own."""
+    for path in data.rglob("transforms_train.json"):
+        edit_json(path, lambda whole: [f.update(timestep_index=i // views) for i, f in enumerate(whole["frames"])])
+
+
+def test_moments_of_a_subject_are_held_out_together(tmp_path):
+    write_heads(tmp_path / "data", 3, views=6, size=32)
+    in_moments(tmp_path / "data", 2)
+    heads, _ = read_heads(tmp_path / "data")
+    known, measured = hold_out(heads, 1)
+    assert [head.name for head in known] == [f"head_00{head}/{time}" for head in range(2) for time in range(3)]
+    assert [head.name for head in measured] == ["head_002/0"]
+    assert hold_out(heads, 0) == (heads, [])
+    with pytest.raises(ValueError, match="expected more than the 3 heads held out, got 3"):
+        hold_out(heads, 3)
+    for index, name in enumerate(("074_EMO-1_v16", "074_EXP-2_v16", "UNION10_074_EMO1")):
+        (tmp_path / "data" / f"head_00{index}").rename(tmp_path / "data" / name)
+    heads, _ = read_heads(tmp_path / "data")
+    assert {head.subject for head in heads} == {"074"}
+    with pytest.raises(ValueError, match=r"got 1 .timesteps of one subject are held out together"):
+        hold_out(heads, 1)
+
+
+def test_a_union_has_the_cameras_of_each_sequence(tmp_path):
+    """VHAP moves each sequence's cameras by the mean translation of the sequence's head, here 1 cm."""
+    data = tmp_path / "data"
+    write_heads(data, 2, views=3, size=32)
+    content = {}
+    for time, name in enumerate(("head_000", "head_001")):
+        path = data / name / "transforms_train.json"
+        values = json.loads(path.read_text())
+        for frame in values["frames"]:
+            frame["transform_matrix"][0][3] += 0.01 * time
+            frame |= {"timestep_index": time, "file_path": f"../{name}/{frame['file_path']}"}
+            frame["fg_mask_path"] = f"../{name}/{frame['fg_mask_path']}"
+        content = {**values, "frames": content.get("frames", []) + values["frames"]}
+        path.unlink()
+    (data / "union").mkdir()
+    (data / "union" / "transforms_train.json").write_text(json.dumps(content))
+    for root in (data, data / "union"):
+        heads, faults = read_heads(root)
+        assert not faults and [head.name for head in heads] == ["union/0", "union/1"]
+    shift = heads[1].cameras.c2w[:, :3, 3] - heads[0].cameras.c2w[:, :3, 3]
+    assert max_abs_diff(shift, torch.tensor([0.01, 0, 0]).expand(3, 3)) < 1e-5
+    content["frames"][4]["transform_matrix"][0][3] += 0.01
+    content["frames"][4]["camera_index"] = 0
+    (data / "union" / "transforms_train.json").write_text(json.dumps(content))
+    _, faults = read_heads(data)
+    assert len(faults) == 1 and "camera_index 0 disagrees" in faults[0]
+
+
+def test_splits_without_frames(tmp_path):
+    """VHAP writes them for few timesteps and for one camera."""
+    write_heads(tmp_path / "data", 1, views=3, size=32)
+    folder = tmp_path / "data" / "head_000"
+    for split in ("val", "test"):
+        (folder / f"transforms_{split}.json").write_text('{"frames": []}')
+    (head,), faults = read_heads(tmp_path / "data")
+    assert not faults and len(head.pictures) == 3
+    (folder / "transforms_train.json").write_text('{"frames": []}')
+    heads, [fault] = read_heads(tmp_path / "data")
+    assert not heads and fault == f"{folder / 'transforms_train.json'}: frames: expected at least one, got none"
+
+
+def test_cameras_in_metres_do_not_frame_the_neutral_head(tmp_path, capsys):
+    """Without normal maps of their own, heads get the neutral one's, which such cameras are inside of."""
+    for name, normals in (("with", True), ("without", False)):
+        write_heads(tmp_path / name, 2, views=3, size=32, normals=normals)
+        heads, _ = read_heads(tmp_path / name)
+        assert unframed(heads) == ""
+        for path in (tmp_path / name).rglob("transforms_train.json"):
+            edit_json(path, lambda whole: [scale(frame["transform_matrix"], 0.15) for frame in whole["frames"]])
+        heads, _ = read_heads(tmp_path / name)
+        assert ("2 of 2: head_000/0: expected 3% to 97% of each picture" in unframed(heads)) == (not normals)
+        assert main(["train", str(tmp_path / name), "--check", "--views", "3"]) == 0
+        assert ("warning: heads without normals/" in capsys.readouterr().out) == (not normals)
+
+
+def scale(matrix, factor):
+    for row in matrix[:3]:
+        row[3] *= factor
+
+
+def test_fewer_views_than_a_step_takes(tmp_path, capsys):
+    write_heads(tmp_path / "data", 1, views=4, size=32)
+    assert main(["train", str(tmp_path / "data"), "--check", "--views", "5"]) == 1
+    assert "head_000/0: expected at least 5 views (--views), got 4" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "data"), "--check", "--views", "4"]) == 0
+
+
+def test_what_lies_behind_transparent_pixels(tmp_path):
+    """A normal map has no direction there, a mask is not the head's, a picture has the background asked for."""
+    write_heads(tmp_path / "data", 1, views=3, size=32)
+    (opaque,), _ = read_heads(tmp_path / "data", thorough=True)
+    masks, alphas = [opaque.mask(view) for view in range(3)], []
+    for mask, picture, normal in zip(masks, opaque.pictures, opaque.normals, strict=True):
+        alphas.append(mask.point(lambda level: 255 * (level > 127)))
+        for path in (picture, normal):
+            with Image.open(path) as image:
+                cut = Image.composite(image, Image.new("RGB", image.size, "red"), alphas[-1])
+            cut.putalpha(alphas[-1])
+            cut.save(path)
+    for alpha, path in zip(alphas, opaque.masks, strict=True):
+        white = Image.new("RGB", alpha.size, "white")
+        white.putalpha(alpha)
+        white.save(path)
+    (head,), faults = read_heads(tmp_path / "data", thorough=True)
+    assert not faults
+    outside = np.asarray(alphas[0]) == 0
+    assert (np.asarray(head.normal_map(0))[outside] == 128).all()
+    assert (np.asarray(head.mask(0)) == np.asarray(alphas[0])).all()
+    assert (np.asarray(head.picture(0))[outside] == 255).all()
+    assert (np.asarray(head.picture(0, (127, 127, 127)))[outside] == 127).all()
 
 
 @pytest.mark.parametrize(

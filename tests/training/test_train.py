@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -13,7 +12,6 @@ import sys
 import time
 from dataclasses import replace
 
-import diffusers
 import psutil
 import pytest
 import torch
@@ -21,21 +19,22 @@ from helpers import ROOT, edit_json
 from pages import blocks
 from safetensors.torch import load_file
 from small_checkpoints import (
-    SD_SCHEDULE,
     SIZE,
     run,
     save_checkpoint,
     save_imagedream,
-    stock_clip,
     stock_unet,
-    stock_vae,
 )
 from tensorboard.backend.event_processing import event_accumulator
+from training_runs import ENVIRONMENT, LAUNCH, OPTIONS, command, losses, write_files, write_heads
 
 from gafext import MultiViewDiffusionPipeline
 from gafext.assets import MODEL
 from gafext.cameras import Cameras
 from gafext.cli import main
+from gafext.errors import CheckpointError
+from gafext.families import family_of
+from gafext.images import to_square_tensor
 from gafext.predictor import Predictor
 from gafext.schedulers.schedule import alphas_cumprod
 from gafext.training.batches import Batch
@@ -43,36 +42,12 @@ from gafext.training.data import read_heads
 from gafext.training.denoiser import Denoiser, min_snr_weights
 from gafext.training.latents import cache_key, encode_head, encode_heads
 from gafext.training.settings import Settings
-
-write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "gafext"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-OPTIONS = ("--cpu", "--batch", "2", "--views", "2", "--warmup", "1", "--rate", "1e-3", "--validation-steps", "2")
+from gafext.training.train import check_parent
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Data of three heads, and an assembled parent."""
-    root = tmp_path_factory.mktemp("train")
-    write_heads(root / "data", 3, views=4, size=32)
-    stock_unet().save_pretrained(root / "sd" / "unet")
-    stock_vae((8, 16, 16), seed=None, scaling_factor=0.3).save_pretrained(root / "sd" / "vae")
-    diffusers.DDIMScheduler(
-        **SD_SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
-    ).save_pretrained(root / "sd" / "scheduler")
-    stock_clip(num_hidden_layers=3, seed=None).save_pretrained(root / "clip")
-    command = ["assemble", "--parent", str(root / "sd"), "--image-encoder", str(root / "clip")]
-    assert main([*command, "--out", str(root / "parent")]) == 0
-    return root
-
-
-def command(files, out, *options):
-    return ["train", str(files / "data"), "--parent", str(files / "parent"), "--out", str(out), *OPTIONS, *options]
-
-
-def losses(out):
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return write_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +74,7 @@ def test_two_processes_agree_with_one_even_if_one_is_killed(files, whole):
     options = {"env": ENVIRONMENT, "cwd": ROOT, "text": True, "stderr": subprocess.PIPE}
 
     def words(*options):
-        return [*LAUNCH, *command(files, out, "--save-every", "2", *options)]
+        return [*LAUNCH, "-m", "gafext", *command(files, out, "--save-every", "2", *options)]
 
     with subprocess.Popen(words("--steps", "100000"), start_new_session=True, **options) as killed:
         try:
@@ -121,7 +96,7 @@ def test_low_rank_updates_on_two_processes(files):
     """Where there is no text, some of them get no gradient, which DistributedDataParallel has to expect."""
     out = files / "lora_on_two"
     words = command(files, out, "--train", "lora", "--rank", "2", "--steps", "3", "--validation", "0")
-    subprocess.run([*LAUNCH, *words], env=ENVIRONMENT, cwd=ROOT, check=True)
+    subprocess.run([*LAUNCH, "-m", "gafext", *words], env=ENVIRONMENT, cwd=ROOT, check=True)
     assert len(losses(out)) == 3
 
 
@@ -207,7 +182,8 @@ def test_a_step_predicts_as_the_pipeline_does(kind, files, tmp_path):
     cameras = Cameras(head.cameras.w2c, intrinsics=head.cameras.intrinsics(1), size=1)
     noised, normals = torch.randn(4, 4, SIZE, SIZE), [head.normal_map(view) for view in range(4)]
     options = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": noised, "upsample": "none", "crop": False}
-    run = pipe.prepare(head.picture(0), cameras, normals if kind == "gaf" else None, **options)
+    portrait = head.picture(0, family_of(pipe.unet.config).background)
+    run = pipe.prepare(portrait, cameras, normals if kind == "gaf" else None, **options)
     timestep = int(run.timesteps[1])
     predicted = Predictor(pipe.unet, run)(noised, timestep)
     alpha = alphas_cumprod(pipe.solver.config)[timestep]
@@ -224,6 +200,39 @@ def test_a_step_predicts_as_the_pipeline_does(kind, files, tmp_path):
     with Denoiser(pipe.unet, pipe.solver.config, prompt_embeds=pipe.prompt_embeds, gamma=5.0) as denoiser:
         assert predicted.square().mean() > 1e-3 and denoiser(batch) < 1e-9
         assert denoiser(replace(batch, sees=torch.zeros(1, 4))) > 1e-6  # the portrait matters
+
+
+@torch.no_grad()
+def test_imagedreams_heads_are_before_its_grey(files, tmp_path):
+    save_imagedream(tmp_path)
+    pipe = MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    head = read_heads(files / "data")[0][0]
+    encoded = encode_head(head, pipe, size=32, degrees=1.0)
+    grey = [head.picture(view, (127, 127, 127)) for view in range(4)]
+    assert grey[0].getpixel((0, 0)) == (127, 127, 127)
+    assert torch.equal(encoded["latents"], pipe.encode(to_square_tensor(grey, 32)))
+    assert torch.equal(encoded["reference"], pipe.encode(to_square_tensor(grey[:1], 32)))
+
+
+def test_parents_that_are_not_trainable_are_named(tmp_path):
+    save_checkpoint(tmp_path, multi_view=False)
+    pipe = MultiViewDiffusionPipeline.from_pretrained(tmp_path, device="cpu")
+    pipe.unet.config = replace(pipe.unet.config, family="mv_adapter")
+    with pytest.raises(CheckpointError, match=r"got another .mv_adapter.*; MV-Adapter, FaceLift .* not trainable"):
+        check_parent(pipe, "all")
+
+
+def test_a_run_warns_of_cameras_that_do_not_frame_the_neutral_head(files, tmp_path):
+    write_heads(tmp_path / "data", 2, views=3, size=32, normals=False)
+    shutil.copytree(files / "parent", tmp_path / "parent")
+    for path in (tmp_path / "data").rglob("transforms_train.json"):
+        values = json.loads(path.read_text())
+        for frame in values["frames"]:
+            for row in frame["transform_matrix"][:3]:
+                row[3] *= 0.15
+        path.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="heads without normals/ that get the neutral head's, .* 2 of 2"):
+        assert main(command(tmp_path, tmp_path / "out", "--steps", "1")) == 0
 
 
 def test_low_rank_updates_of_imagedream(files, tmp_path, capsys):
