@@ -81,7 +81,10 @@ class PipelineComponents(PipelineAdapters):
 
     def _solver(self, name: str | None) -> Scheduler:
         """Return the solver of a run: the pipeline's, or one of this name over the same noise schedule."""
-        return self.solver if name is None else scheduler_class(name).from_config(self._scheduler.config)
+        if name is None:
+            return self.solver
+        written_by = {"_class_name": type(self._scheduler).__name__}  # diffusers' configurations may lack it
+        return scheduler_class(name).from_config({**written_by, **self._scheduler.config})
 
     def _check_parts(self, config: UNetConfig | None = None) -> None:
         """Raise a CheckpointError unless the components fit together; `config` replaces the U-Net's configuration."""

@@ -62,8 +62,17 @@ class ExternalScheduler(Scheduler):
         return self.scheduler
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Set the timesteps of a run, 1 to 1000 steps; the scheduler may set limits of its own."""
+        """Set the timesteps of a run, 1 to 1000 steps; the scheduler may set limits of its own.
+
+        Raises:
+            ValueError: the number is out of range, or the scheduler's noise levels are infinite, as at zero signal.
+        """
         self.scheduler.set_timesteps(check_steps(num_inference_steps, MAX_STEPS), device=device)
+        if not torch.as_tensor(getattr(self.scheduler, "sigmas", 0.0)).isfinite().all():
+            raise ValueError(
+                f"scheduler: expected finite noise levels, got infinite ones of {type(self.scheduler).__name__}, whose "
+                "schedule ends in pure noise: use gafext's 'dpm++' or 'euler', or a DDIMScheduler"
+            )
 
     def set_begin_index(self, begin_index: int) -> None:
         """Start a run at a later entry of `timesteps`."""

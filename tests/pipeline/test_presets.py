@@ -159,3 +159,13 @@ def test_options_take_precedence_over_the_preset(pipe):
     assert len(made.timesteps) == 4 and made.guidance_interval == PRESETS["fast"]["guidance_interval"]
     with pytest.raises(ValueError, match=r"preset: expected one of \['quality', 'balanced', 'fast'\], got 'turbo'"):
         pipe.prepare(portrait(), preset="turbo")
+
+
+@pytest.mark.parametrize("kind", [diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler])
+def test_a_solver_over_the_noise_schedule_of_a_scheduler_made_by_hand(kind, pipe):
+    noise = {name: pipe.scheduler.config[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+    pipe.scheduler = kind(**noise, prediction_type=pipe.scheduler.config.prediction_type)
+    assert "_class_name" not in pipe.scheduler.config
+    for options in ({"scheduler": "dpm++", "num_inference_steps": 2}, {"preset": "fast"}):
+        solver = pipe.prepare(portrait(), num_views=2, **options).solver
+        assert isinstance(solver, DPMSolverMultistepScheduler) and solver.config.beta_end == noise["beta_end"]

@@ -127,6 +127,14 @@ def test_what_is_no_diffusion_scheduler_is_refused():
         as_scheduler(make("UniPC")).set_timesteps(0)
 
 
+@pytest.mark.parametrize("kind", ["UniPC", "Euler", "Heun", "DPM++ SDE"])
+def test_noise_levels_that_are_infinite_are_refused(kind):
+    betas = [0.01] * 999 + [1.0]
+    with pytest.raises(ValueError, match="scheduler: expected finite noise levels, .* use gafext's 'dpm\\+\\+'"):
+        as_scheduler(make(kind, trained_betas=betas)).set_timesteps(5)
+    as_scheduler(make("DDIM", trained_betas=betas, prediction_type="v_prediction")).set_timesteps(5)
+
+
 # The clean prediction.
 
 
