@@ -4,6 +4,7 @@
 
 runs tests with each operation of gafext on that processor; tests/conftest.py calls `emulate_all`. An operation is
 compiled when first called. Wrong results show, and uses of tiles that a processor would refuse; speed does not.
+GAFEXT_EMULATED_FLAGS has further flags of the compiler, such as sanitizers (CONTRIBUTING.md).
 
 A kernel that uses an instruction nobody else does needs its plain form in tests/cpu_emulator/instructions.h, or for
 assembly a plain branch of its own where GAFEXT_EMULATOR is defined.
@@ -12,6 +13,7 @@ assembly a plain branch of its own where GAFEXT_EMULATOR is defined.
 import ctypes
 import functools
 import importlib
+import os
 import re
 import subprocess
 import warnings
@@ -25,6 +27,7 @@ CSRC, MACHINE = ROOT / "csrc", ROOT / "tests/cpu_emulator"
 PROCESSORS = {"avx512": (0, 0), "avx512_vnni": (1, 0), "amx": (1, 1)}  # VNNI, 8-bit products on tiles
 _FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique", "-w",
           "-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"]  # fmt: skip
+_FLAGS += os.environ.get("GAFEXT_EMULATED_FLAGS", "").split()
 _DEFINES = ["-DGAFEXT_ISA=portable", "-DGAFEXT_EMULATOR"]  # portable: the copy that is called
 
 needs_compiler = pytest.mark.skipif(

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kChannels = 2 * kDepth;       // of a slice
 constexpr int64_t kGroup = 2 * kLanes;          // channels of a vector of words
-constexpr float kLimit = 5791.0f;               // kChannels * kLimit^2 < 2^31
+constexpr float kLimit = 5768.0f;               // kChannels kLimit^2 128 / 127 < 2^31: a weight may be -128
 constexpr float kTiny = 1e-30f, kHuge = 1e36f;  // of max|d|: below it is zero; above, the transforms would overflow
 
 // The largest that one dimension of B^T d and of G g make of numbers up to 1.

@@ -2,6 +2,10 @@
 // HWY_DYNAMIC_DISPATCH.
 #pragma once
 
+#ifndef GAFEXT_WITHOUT_TORCH
+#include <torch/csrc/stable/ops.h>
+#endif
+
 #include "../types.h"
 #include "runtime.h"
 
@@ -27,6 +31,19 @@
   GAFEXT_LOCAL __VA_ARGS__;               \
   }
 
+namespace gafext::cpu {
+
+// The calling thread's OpenMP runtime gets the number of torch.set_num_threads, as it does in PyTorch's own operations:
+// each thread has a number of its own, and PyTorch sets it when the thread first asks.
+inline void take_torch_threads() {
+#ifndef GAFEXT_WITHOUT_TORCH
+  thread_local const uint32_t threads = torch::stable::get_num_threads();
+  static_cast<void>(threads);
+#endif
+}
+
+}  // namespace gafext::cpu
+
 // In csrc/ops/scale_add.cpp, in namespace gafext,
 //
 //   GAFEXT_CPU_KERNEL(void, scale_add, const float* x, const float* y, float scale, float* out, int64_t count)
@@ -41,6 +58,7 @@
   namespace cpu {                                                                                   \
   constexpr auto name = [](const auto&... args) -> result {                                         \
     using Copy = result (*)(__VA_ARGS__);                                                           \
+    take_torch_threads();                                                                           \
     constexpr Copy copies[] = {GAFEXT_BASELINE::name,                                               \
                                GAFEXT_IF_X86(avx2::name, avx512::name, ) GAFEXT_IF_AMX(amx::name)}; \
     return copies[static_cast<int>(instruction_set())](args...);                                    \

@@ -95,12 +95,17 @@ GAFEXT_INLINE void add_products(IntVec& sum, IntVec a, IntVec b) {
     return;
   }
 #endif
+  // Unsigned, whose sums may wrap around: kernels compute whole register tiles, and some rows hold what nobody wrote.
+  BitVec total = bit_cast<BitVec>(sum);
+  const auto add = [&](IntVec left, IntVec right) { total += bit_cast<BitVec>(left) * bit_cast<BitVec>(right); };
   if constexpr (is_quads(kind)) {
     GAFEXT_UNROLL
-    for (int byte = 0; byte < 32; byte += 8) sum += ((a >> byte) & 0xff) * ((b << (24 - byte)) >> 24);
+    for (int byte = 0; byte < 32; byte += 8) add((a >> byte) & 0xff, (b << (24 - byte)) >> 24);
   } else {
-    sum += ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+    add((a << 16) >> 16, (b << 16) >> 16);
+    add(a >> 16, b >> 16);
   }
+  sum = bit_cast<IntVec>(total);
 }
 
 // tile[r, :] += sum over `words` of a[r, word] b[word, :], of kPanel columns.

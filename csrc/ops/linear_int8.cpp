@@ -26,6 +26,22 @@ void check_linear_int8(const char* op, const Tensor& x, const Tensor& weight, co
           weight.size(1));
 }
 
+// Blocks of rows whose rounded form, which scratch memory keeps for good, has at most kMaxRounded numbers.
+void run_in_blocks(const LinearInt8Args& args) {
+  constexpr int64_t kMaxRounded = int64_t{12} << 20, kFewestRows = 1024;
+  const int64_t rows = std::max(kFewestRows, kMaxRounded / at_least_one(args.in_features));
+  const int64_t out_stride = args.gated ? args.out_features / 2 : args.out_features;
+  const int64_t size = args.dtype == DType::kFloat32 ? 4 : 2;
+  LinearInt8Args block = args;
+  for (int64_t row = 0; row < args.rows; row += rows) {
+    block.rows = std::min(rows, args.rows - row);
+    block.x = static_cast<const char*>(args.x) + row * args.x_stride * size;
+    block.out = static_cast<char*>(args.out) + row * out_stride * size;
+    if (args.residual) block.residual = static_cast<const char*>(args.residual) + row * args.residual_stride * size;
+    cpu::linear_int8(block);
+  }
+}
+
 Tensor apply(const char* op, const Tensor& x, const Tensor& weight, const Tensor& scale,
              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool gated) {
   LinearInt8Args args{};
@@ -39,8 +55,7 @@ Tensor apply(const char* op, const Tensor& x, const Tensor& weight, const Tensor
   }
   const Tensor scales = torch::stable::contiguous(scale);
   args.scale = static_cast<const float*>(scales.const_data_ptr());
-  return project(args, x, weight, bias, gated ? args.out_features / 2 : args.out_features,
-                 [](const LinearInt8Args& complete) { cpu::linear_int8(complete); });
+  return project(args, x, weight, bias, gated ? args.out_features / 2 : args.out_features, run_in_blocks);
 }
 
 Tensor linear_int8_on_cpu(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,

@@ -6,6 +6,7 @@ goes back the same way.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ class Conv2d(nn.Conv2d):
         # peft's adapters make 1×1 convolutions of the class of the layer that they adapt.
         if input.dim() != 4 or not is_conv3x3(self):
             return super().forward(input)
+        if input.is_cpu and not (self.weight.is_contiguous() or torch.compiler.is_compiling()):
+            self.weight.data = self.weight.data.contiguous()  # once: the kernel would copy channels-last weights
         out = conv3x3(input, self.weight, self.bias)
         return out.contiguous() if self.out_channels < _FEATURES else out
 

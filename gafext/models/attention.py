@@ -162,7 +162,7 @@ class GEGLU(nn.Module):
         if not isinstance(self.proj, nn.Linear):  # 8-bit weights
             fused = getattr(self.proj, "geglu", None)
             if fused is not None:
-                return fused(hidden_states, backend=self.attention_backend)
+                return fused(hidden_states)
             return geglu_gate(self.proj(hidden_states), backend=self.attention_backend)
         return geglu(hidden_states, self.proj.weight, self.proj.bias, backend=self.attention_backend)
 

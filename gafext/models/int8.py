@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from gafext.models.blocks import Conv2d, Conv3x3, MultiViewSpatialTransformer
 from gafext.models.int8_conv import Int8Conv3x3, Int8PatchConv
-from gafext.ops.backend import prefer
+from gafext.models.int8_layer import Int8Layer
 from gafext.ops.conv3x3_int8 import FEW_CHANNELS
 from gafext.ops.geglu_int8 import geglu_int8
-from gafext.ops.linear_int8 import linear_int8, quantize_weight, slower_than_float32
+from gafext.ops.linear_int8 import linear_int8, slower_than_float32
 from gafext.weights import WeightFile
 
 IN_8_BITS: dict[str, torch.dtype | None] = {"int8": None, "int8-bfloat16": torch.bfloat16}
@@ -22,7 +22,7 @@ QUANTIZATION = {"quantization_config": {"quant_method": "gafext_int8"}}
 """What `config.json` says of a network with 8-bit layers, under the key that diffusers refuses unknown methods by."""
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Int8Layer):
     """Linear layer with 8-bit weights, scaled per output channel, and 8-bit inputs, scaled per row at run time.
 
     y = s_x s_w (q_x q_wᵀ) + b,  q = round(value / s),  s_w = max |w| / 127 per channel, s_x = max |x| / 127 per row
@@ -34,17 +34,10 @@ class Int8Linear(nn.Module):
     """
 
     adds_residual = True  # for `linear_layer`
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
+        super().__init__(linear.weight, linear.bias)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = quantize_weight(linear.weight)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map [...,in_features] to [...,out_features], and add `residual` [...,out_features]."""
@@ -52,16 +45,10 @@ class Int8Linear(nn.Module):
             self._check(x)
         return linear_int8(x, self.weight, self.scale, self.bias, residual)
 
-    def geglu(self, x: Tensor, *, backend: str = "auto") -> Tensor:
+    def geglu(self, x: Tensor) -> Tensor:
         """Map [...,in_features] to [...,out_features/2], the first half times the GELU of the second."""
         self._check(x)
-        return geglu_int8(x, self.weight, self.scale, self.bias, backend=prefer(backend))
-
-    def _check(self, x: Tensor) -> None:
-        if x.device.type != "cpu":
-            raise ValueError(f"int8 linear layer: expected an input on the CPU, got {x.device}")
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("int8 linear layer: expected an input without gradient, got one that needs it")
+        return geglu_int8(x, self.weight, self.scale, self.bias)
 
 
 _LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -193,7 +180,7 @@ def replace_stored(network: nn.Module, file: WeightFile, *, dtype: torch.dtype |
 
 def is_quantized(network: nn.Module) -> bool:
     """Return whether a network has layers in 8-bit integers, and so can be neither moved nor converted."""
-    return any(isinstance(module, (Int8Linear, Int8Conv3x3, Int8PatchConv)) for module in network.modules())
+    return any(isinstance(module, Int8Layer) for module in network.modules())
 
 
 def dtype_name(network: nn.Module) -> str:

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gafext.models.blocks import Conv3x3
+from gafext.models.int8_layer import Int8Layer
 from gafext.ops import conv3x3_int8, linear_int8
 from gafext.ops.backend import prefer
 from gafext.ops.conv3x3_int8 import prefers_channels_last
-from gafext.ops.linear_int8 import quantize_weight
 
 
-class Int8Conv3x3(nn.Module):
+class Int8Conv3x3(Int8Layer):
     """3×3 convolution with zero padding of 1 and 8-bit weights, scaled per output channel.
 
     The error is about 1 % of the result's norm.
@@ -24,15 +24,8 @@ class Int8Conv3x3(nn.Module):
         conv: float32; its weights are not kept.
     """
 
-    weight: Tensor
-    scale: Tensor
-
     def __init__(self, conv: Conv3x3):
-        super().__init__()
-        weight, scale = quantize_weight(conv.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.bias = conv.bias
+        super().__init__(conv.weight, conv.bias)
         self.attention_backend = conv.attention_backend
 
     def forward(self, x: Tensor, *, addend: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -43,7 +36,7 @@ class Int8Conv3x3(nn.Module):
         return conv3x3_int8(x, self.weight, self.scale, bias, residual, backend=prefer(self.attention_backend))
 
 
-class Int8PatchConv(nn.Module):
+class Int8PatchConv(Int8Layer):
     """Convolution of any square kernel and stride as an 8-bit linear layer of each output pixel's patch.
 
     The patches are copied: at stride 2, 9/4 of the input for a 3×3 kernel; with a 1×1 kernel they are the pixels.
@@ -52,19 +45,13 @@ class Int8PatchConv(nn.Module):
         conv: float32, with zero padding, without groups and dilation; its weights are not kept.
     """
 
-    weight: Tensor  # [out_channels, kernel * kernel * in_channels]
-    scale: Tensor
-
     def __init__(self, conv: nn.Conv2d):
-        super().__init__()
+        super().__init__(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)  # [out, kernel * kernel * in]
         self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], cast("int", conv.padding[0])
-        weight, scale = quantize_weight(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B,in_channels,h,w] to [B,out_channels,h',w'], channels-last."""
+        self._check(x)
         pixels = x.movedim(1, -1)
         if self.kernel > 1 or self.stride > 1:
             sides = (self.padding,) * 2

@@ -100,14 +100,16 @@ def dtype_reasons(tensor: Tensor) -> list[str]:
 
 
 def is_slow_half(tensor: Tensor) -> bool:
-    """Return whether PyTorch multiplies matrices of the tensor's dtype many times slower than float32.
+    """Return whether PyTorch multiplies matrices of the tensor's dtype, or autocast's, many times slower than float32.
 
     So it is in half precision on a CPU without instructions for it: measured 5 to 15 times with AVX2.
     """
+    if not tensor.is_cpu:
+        return False
     dtype = tensor.dtype
-    if dtype == torch.bfloat16:
-        return tensor.is_cpu and not MULTIPLIES_BFLOAT16
-    return dtype == torch.float16 and tensor.is_cpu and not MULTIPLIES_FLOAT16
+    if dtype in KERNEL_DTYPES and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    return (dtype == torch.bfloat16 and not MULTIPLIES_BFLOAT16) or (dtype == torch.float16 and not MULTIPLIES_FLOAT16)
 
 
 def are_plain_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:

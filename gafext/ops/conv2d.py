@@ -42,7 +42,8 @@ def conv2d(
     if weight.shape[1:] == (x.shape[1], 1, 1) and stride in (1, (1, 1)) and padding in (0, (0, 0)):
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     wide_bias = None if bias is None else bias.float()
-    return F.conv2d(x.float(), weight.float(), wide_bias, stride=stride, padding=padding).to(x.dtype)
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(x.float(), weight.float(), wide_bias, stride=stride, padding=padding).to(x.dtype)
 
 
 def conv2d_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:

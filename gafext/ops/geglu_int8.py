@@ -8,7 +8,13 @@ from torch import Tensor
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
 from gafext.ops.geglu import geglu_gate, reference_geglu_gate
-from gafext.ops.linear_int8 import check_linear_int8, kernel_reasons, reference_linear_int8, unsupported_reasons
+from gafext.ops.linear_int8 import (
+    check_linear_int8,
+    kernel_reasons,
+    reference_linear_int8,
+    require_no_gradient,
+    unsupported_reasons,
+)
 
 _OP = "geglu_int8"
 
@@ -33,15 +39,18 @@ def geglu_int8(
         [..., inner], contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
+        ValueError: shapes, dtypes or devices do not match, x needs a gradient, or the backend is "kernel" and does not
+            support them.
 
     Inputs that the kernel does not support (`unsupported_reasons` of `linear_int8`) fall back to the formula.
 
     Source: GEGLU of "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6.
     """
+    x, bias = _common.autocast(x, bias)
     check_geglu_int8(x, weight, scale, bias)
     if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, scale, bias)):
         return torch.ops.gafext.geglu_int8(x, weight, scale, bias)
+    require_no_gradient(_OP, x)
     return geglu_gate(reference_linear_int8(x, weight, scale, bias), backend=backend)
 
 

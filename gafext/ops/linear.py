@@ -110,8 +110,10 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def slower_reasons(x: Tensor) -> list[str]:
     """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
+    if _common.is_slow_half(x):
+        return []
     if x.dtype in (torch.float16, torch.bfloat16):
-        return [] if _common.is_slow_half(x) else _FAST_HALF
+        return _FAST_HALF
     if not _HAS_AMX:
         return _WITHOUT_AMX
     if torch.compiler.is_compiling():  # the rest would add a guard on sizes

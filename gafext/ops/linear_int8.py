@@ -41,16 +41,19 @@ def linear_int8(
         [..., out_features], contiguous if the kernel ran.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
+        ValueError: shapes, dtypes or devices do not match, x needs a gradient, which rounding does not have, or the
+            backend is "kernel" and does not support them.
 
     Inputs that the kernel does not support (`unsupported_reasons`) fall back to the formula in plain PyTorch.
     """
     if backend == "auto" and _is_plain(x, weight, scale, bias, residual):
         return torch.ops.gafext.linear_int8(x, weight, scale, bias, residual)
+    x, bias, residual = _common.autocast(x, bias, residual)
     check_linear_int8(x, weight, scale, bias)
     check_residual(x, weight, residual)
     if use_kernel(backend, _OP, lambda: unsupported_reasons(x, weight, scale, bias, residual)):
         return torch.ops.gafext.linear_int8(x, weight, scale, bias, residual)
+    require_no_gradient(_OP, x)
     return reference_linear_int8(x, weight, scale, bias, residual)
 
 
@@ -105,9 +108,8 @@ def slower_than_float32() -> list[str]:
 def kernel_reasons(x: Tensor, weight: Tensor) -> list[str]:
     """List why the kernels do not support the dtype or the size; empty when they do."""
     reasons = _common.dtype_reasons(x)
-    features = int(weight.shape[1])
-    if features > MAX_FEATURES:
-        reasons.append(f"in_features must be at most {MAX_FEATURES}, got {features}")
+    if weight.shape[1] > MAX_FEATURES:
+        reasons.append(f"in_features must be at most {MAX_FEATURES}, got {int(weight.shape[1])}")
     return reasons
 
 
@@ -120,7 +122,7 @@ def _is_plain(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, res
     dtype = x.dtype
     return (
         not torch.compiler.is_compiling()  # this expression would add guards
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         and (x.is_cpu and weight.is_cpu and scale.is_cpu and dtype in _common.KERNEL_DTYPES)
         and (weight.dtype == torch.int8 and scale.dtype == torch.float32)
         and (weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1] <= MAX_FEATURES)
@@ -145,6 +147,11 @@ def check_linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         lambda: f"x must have shape (..., {shape[1]}) to go with weight {shape}, got {tuple(x.shape)}",
     )
     _common.check_per_channel(op, x, weight, scale, bias)
+
+
+def require_no_gradient(op: str, x: Tensor) -> None:
+    """Raise a ValueError if autograd follows x: the gradient of rounding is zero almost everywhere."""
+    _common.require(not _common.needs_gradient(x), op, lambda: "x must not need a gradient: rounding has none")
 
 
 def check_residual(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:

@@ -47,8 +47,8 @@ def patches_are_faster(layer: nn.Conv2d, x: Tensor) -> bool:
     fits = x.dtype == torch.float32 and x.dim() == 4 and x.is_cpu and not torch.compiler.is_compiling()
     if not fits or _common.INSTRUCTION_SET == "amx" or not _is_square(layer):
         return False
-    sides = ((x.shape[2 + i] + 2 * int(layer.padding[i]) - layer.kernel_size[i]) // layer.stride[i] + 1 for i in (0, 1))
-    return 0 < x.shape[0] * math.prod(sides) < layer.out_channels
+    sides = [(x.shape[2 + i] + 2 * int(layer.padding[i]) - layer.kernel_size[i]) // layer.stride[i] + 1 for i in (0, 1)]
+    return min(sides) > 0 and 0 < x.shape[0] * math.prod(sides) < layer.out_channels
 
 
 def _is_square(layer: nn.Conv2d) -> bool:

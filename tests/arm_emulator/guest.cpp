@@ -7,6 +7,7 @@
 
 #include <exception>
 
+#define GAFEXT_WITHOUT_TORCH
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/ops/conv3x3.h"
 #include "../../csrc/ops/conv3x3_int8.h"

@@ -158,6 +158,12 @@ def test_half_precision_agrees(tmp_path):
     assert len(measured(tmp_path, "--dtype", "bfloat16", *options)["races"]) == len(shapes)
 
 
+@pytest.mark.parametrize("shape", ["128,1280->1280", "8,1280->1280,4x4", "128,1280"])
+def test_inputs_have_the_dtype_of_the_race(shape):
+    found = [case for case in cases("cpu", torch.bfloat16, compiled=False) if case.shape.startswith(shape)]
+    assert found and all(tensor.dtype == torch.bfloat16 for case in found for tensor in case.inputs())
+
+
 @pytest.mark.parametrize("device, count", [("cpu", 77), ("cuda", 83)])
 def test_every_shape_once(device, count):
     listed = list(cases(device, torch.float32, compiled=False))

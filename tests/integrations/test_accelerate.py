@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CLIPModel
 
 import gafext
+from gafext.integrations.layers import Conv2d
 
 
 def generate(pipe, **options):
@@ -87,6 +88,16 @@ def test_a_residual_block_keeps_its_settings():
     stock = block(*inputs)
     assert gafext.accelerate(block).swapped["ResnetBlock2D"] == 1
     assert max_abs_diff(block(*inputs), stock) <= 1e-5
+
+
+@torch.no_grad()
+def test_channels_last_weights_are_laid_out_once():
+    unet = wide_unet().to(memory_format=torch.channels_last)
+    stock = forward(unet)
+    gafext.accelerate(unet)
+    assert max_abs_diff(forward(unet), stock) <= 1e-4
+    convolutions = [layer for layer in unet.modules() if type(layer) is Conv2d and layer.kernel_size == (3, 3)]
+    assert convolutions and all(layer.weight.is_contiguous() for layer in convolutions if layer.stride == (1, 1))
 
 
 def test_its_kernels_run():

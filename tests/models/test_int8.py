@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import channels_last
 from torch import nn
 
 import gafext
 from gafext.config import SD21_UNET
+from gafext.models.attention import GEGLU
 from gafext.models.blocks import Conv2d, Conv3x3, MultiViewTransformerBlock
 from gafext.models.int8 import Int8Linear, is_quantized, quantize, quantize_transformers, unsupported_reasons
-from gafext.models.int8_conv import Int8Conv3x3
+from gafext.models.int8_conv import Int8Conv3x3, Int8PatchConv
 from gafext.models.unet import MultiViewUNet
+from gafext.ops.backend import BACKENDS, set_attention_backend
 
 pytestmark = pytest.mark.skipif(bool(unsupported_reasons(torch.device("cpu"))), reason="needs AVX2")
 
@@ -168,3 +171,45 @@ def test_command_line(checkpoint, tmp_path, capsys):
     arguments = ["generate", "--model", str(checkpoint), "--views", "2", "--steps", "1", "--device", "cpu", "--quiet"]
     assert main([*arguments, "--dtype", "int8", "--out", str(tmp_path / "views")]) == 0
     assert json.loads((tmp_path / "views" / "run.json").read_text())["dtype"] == "int8"
+
+
+LAYERS = {
+    "linear": lambda: (nn.Linear(128, 128), Int8Linear),
+    "3x3": lambda: (Conv3x3(128, 128), Int8Conv3x3),
+    "1x1": lambda: (nn.Conv2d(128, 128, 1), Int8PatchConv),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_conversion_leaves_weights_and_scales(name):
+    plain, kind = LAYERS[name]()
+    layer, x = kind(plain), torch.randn(3, 128) if name == "linear" else channels_last(2, 128, 5, 5)
+    expected = layer(x)
+    halved = layer.to(torch.bfloat16)
+    assert (halved.weight.dtype, halved.scale.dtype, halved.bias.dtype) == (torch.int8, torch.float32, torch.bfloat16)
+    assert halved(x.bfloat16()).dtype == torch.bfloat16
+    back = halved.float()
+    back.bias = plain.bias
+    assert torch.equal(back(x), expected)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_that_are_not_rounded_are_refused(name, strict):
+    plain, kind = LAYERS[name]()
+    layer = kind(plain)
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match="weight: expected 8-bit integers, got torch.float32"):
+        layer.load_state_dict(plain.state_dict(), strict=strict)
+    assert torch.equal(layer.weight, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backend_of_attention_leaves_the_gate_in_8_bits(backend):
+    gate, x = GEGLU(64, 128), torch.randn(3, 64)
+    gate.proj = Int8Linear(gate.proj)
+    expected = gate(x)
+    set_attention_backend(gate, backend)
+    assert torch.equal(gate(x), expected)

@@ -39,6 +39,21 @@ def test_layer_is_close_to_the_convolution_that_it_replaces(name, memory):
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_with_gradients_on_the_layer_computes_the_same(name):
+    kind, ours, options = CONVOLUTIONS[name]
+    layer, x = ours(kind(130, 128, **options)), channels_last(2, 130, 9, 8)
+    with torch.no_grad():
+        expected = layer(x)
+    assert torch.equal(layer(x), expected) and not list(layer.parameters())
+
+
+def test_a_rounded_input_has_no_gradient():
+    layer = Int8PatchConv(nn.Conv2d(130, 128, 1))
+    with pytest.raises(ValueError, match="expected an input without gradient"):
+        layer(channels_last(2, 130, 9, 8).requires_grad_())
+
+
 @torch.no_grad()
 def test_without_bias_and_without_pixels():
     conv = nn.Conv2d(130, 128, 1, bias=False)

@@ -7,6 +7,7 @@ from helpers import called, channels_last
 from torch import nn
 
 from gafext.ops.conv2d import conv2d, conv2d_layer
+from gafext.ops.linear import linear
 
 HALVES = [torch.float16, torch.bfloat16]
 LAYERS = {
@@ -87,3 +88,17 @@ def test_gradients(dtype, slow_halves):
         theirs = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
         for left, right in zip(ours, theirs, strict=True):
             torch.testing.assert_close(left.float(), right, atol=0.03, rtol=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast_to_a_slow_half_is_computed_as_that_half(slow_halves, dtype):
+    layer, x = nn.Conv2d(33, 20, 3, stride=2, padding=1), channels_last(2, 33, 9, 8)
+    linear_layer = nn.Linear(8, 20)
+    with torch.autocast("cpu", dtype):
+        out, rows = conv2d_layer(layer, x), linear(x, linear_layer.weight, linear_layer.bias)
+        assert "gafext::linear" in called(linear, x, linear_layer.weight, linear_layer.bias)
+    half = layer.to(dtype)
+    assert torch.equal(out, conv2d_layer(half, x.to(dtype)))
+    half = linear_layer.to(dtype)
+    assert torch.equal(rows, linear(x.to(dtype), half.weight, half.bias))

@@ -135,6 +135,16 @@ def test_the_largest_numbers_do_not_overflow():
     assert relative_error(ones, weight, torch.ones(64)) < 0.02
 
 
+def test_the_least_8_bit_number_as_a_weight():
+    """-128, which `quantize_weight` does not make but a file may have; sums are largest for this picture."""
+    signs = torch.tensor([0.0, 1, 0, -1, 0, 1])
+    x, weight = torch.zeros(1, 128, 12, 12), torch.zeros(1, 128, 3, 3, dtype=torch.int8)
+    x[:, :, 3:9, 3:9], weight[:, :, 2, 2] = signs[:, None] * signs, -128
+    exact = reference_conv3x3_int8(x.double(), weight, torch.ones(1).double())
+    out = OP(x.contiguous(memory_format=torch.channels_last), weight, torch.ones(1))
+    assert (out - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
 def test_tiles_do_not_depend_on_each_other():
     x, weight, scale, bias = problem(3, 40, 20, 12, 12)
     x[1] *= 1e4

@@ -162,6 +162,7 @@ def test_same_bits_on_any_number_of_threads(sizes):
 def test_every_instruction_set(instruction_set):
     """All that this processor has compute the same sums; portable runs the shifted quads of AVX512_VNNI."""
     environment = {**os.environ, "GAFEXT_INSTRUCTION_SET": instruction_set, "OMP_NUM_THREADS": "1"}
+    environment.pop("GAFEXT_EMULATED_CPU", None)
     tests = [
         f"{__file__}::{name}" for name in ("test_sums_are_exact_at_odd_sizes", "test_strides", "test_empty_inputs")
     ]
@@ -256,6 +257,44 @@ def test_unsupported_goes_to_the_formula_with_the_reason():
     assert_refused(OP, f"linear_int8: in_features must be at most {MAX_FEATURES}, got {MAX_FEATURES + 1}", *wide)
     with pytest.raises(ValueError, match="backend='kernel' cannot serve this linear_int8: inputs need a gradient"):
         ops.linear_int8(x.requires_grad_(), weight, scale, bias, backend="kernel")
+    for call in (ops.linear_int8, ops.geglu_int8):
+        with pytest.raises(ValueError, match="_int8: x must not need a gradient: rounding has none"):
+            call(x, weight, scale, bias)
+
+
+@torch.no_grad()
+def test_more_rows_than_are_rounded_at_a_time():
+    """Blocks of 1024 rows where they are this long; of a layer with a gate and of one with a residual."""
+    x, weight, scale, bias = problem(2050, 12290, 6)
+    residual = torch.randn(2050, 6)
+    out, gated = ops.linear_int8(x, weight, scale, bias, residual), ops.geglu_int8(x, weight, scale, bias)
+    for rows in (slice(1000, 1048), slice(2040, 2050)):
+        assert torch.equal(out[rows], ops.linear_int8(x[rows], weight, scale, bias, residual[rows]))
+        assert torch.equal(gated[rows], ops.geglu_int8(x[rows], weight, scale, bias))
+
+
+@torch.no_grad()
+def test_autocast_as_pytorch():
+    x, weight, scale, bias = problem(40, 64, 32)
+    for call in (ops.linear_int8, ops.geglu_int8):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = call(x, weight, scale, bias)
+        assert torch.equal(out, call(x.bfloat16(), weight, scale, bias.bfloat16()))
+
+
+def test_exports_with_any_number_of_features():
+    x, weight, scale, _ = problem(5, 48, 32)
+    features = torch.export.Dim("features", max=MAX_FEATURES)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight, scale):
+            return ops.linear_int8(x, weight, scale)
+
+    program = torch.export.export(
+        Layer(), (x, weight, scale), dynamic_shapes={"x": {1: features}, "weight": {1: features}, "scale": None}
+    )
+    x, weight, scale, _ = problem(5, 50, 32)
+    assert torch.equal(program.module()(x, weight, scale), ops.linear_int8(x, weight, scale))
 
 
 @pytest.mark.parametrize("rows", [3, 100])

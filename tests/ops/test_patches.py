@@ -68,3 +68,9 @@ def test_autocast_gives_its_dtype():
     layer, x = layer_and_map(1, 4, 4, kernel_size=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert conv2d_layer(layer, x).dtype == torch.bfloat16
+
+
+def test_a_map_smaller_than_the_kernel_is_an_error():
+    layer, x = layer_and_map(1, 1, 1, kernel_size=3)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        conv2d_layer(layer, x)

@@ -37,3 +37,29 @@ def test_small_work_ends_no_thread():
     """libgomp ends the threads that a team smaller than the last one leaves out; the next large one starts others."""
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["4", "0"]
+
+
+IN_A_THREAD = """
+import os, threading
+import torch
+import gafext.ops
+
+torch.set_num_threads(1)
+x = torch.randn(2, 4, 600, 64)
+before = len(os.listdir("/proc/self/task"))
+thread = threading.Thread(target=lambda: print(len(os.listdir("/proc/self/task")) if call() is not None else 0))
+
+def call():
+    return torch.ops.gafext.flash_attention(x, x, x)
+
+thread.start()
+thread.join()
+print(before + 1)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads")
+def test_a_python_thread_has_the_number_of_threads_that_was_set():
+    result = subprocess.run([sys.executable, "-c", IN_A_THREAD], capture_output=True, text=True, check=True)
+    during, expected = result.stdout.split()
+    assert during == expected

@@ -43,7 +43,8 @@ def case(batch: int, in_channels: int, out_channels: int, side: int, where: str,
 
     def inputs() -> tuple[Tensor, ...]:
         weight = torch.randn(out_channels, in_channels, 3, 3) * (9 * in_channels) ** -0.5
-        return *channels_last(torch.randn(batch, in_channels, side, side)), weight, torch.randn(out_channels)
+        [x] = channels_last(torch.randn(batch, in_channels, side, side))
+        return tuple(tensor.to(options["dtype"]) for tensor in (x, weight, torch.randn(out_channels)))
 
     contestants = [
         Contestant("gafext", conv3x3),

@@ -33,7 +33,8 @@ def case(rows: int, in_features: int, out_features: int, where: str, **options: 
 
     def inputs() -> tuple[Tensor, ...]:
         weight = torch.randn(out_features, in_features) * in_features**-0.5
-        return torch.randn(rows, in_features), weight, torch.randn(out_features)
+        floats = torch.randn(rows, in_features), weight, torch.randn(out_features)
+        return tuple(tensor.to(options["dtype"]) for tensor in floats)
 
     contestants = [Contestant("gafext", linear), Contestant("eager", F.linear)]
     if options["dtype"] == torch.float32 and torch.backends.mkl.is_available():
