@@ -22,6 +22,7 @@ MARKER = re.compile(r"<!--=([\w.]+)-->(.*?)<!--/-->", re.DOTALL)
 
 RAPIDS = "cpu-sapphire-rapids-2-cores"
 EPYC = "cpu-amd-epyc-avx2-2-cores"
+CASCADE_LAKE = "cpu-cascade-lake-2-cores"
 DROP_IN = {
     "stock": "diffusers",
     "accelerated": "the same, accelerated",
@@ -309,6 +310,8 @@ def values() -> dict[str, str]:
     drop_in, peers = result(f"drop-in-{EPYC}")["unet"], result(f"peers-{EPYC}")["unet"]
     with_amx = result(f"peers-{RAPIDS}")["unet"] | result(f"peers-{RAPIDS}-int8")["unet"]
     without_amx = result(f"peers-{RAPIDS}-without-amx")["unet"] | result(f"peers-{RAPIDS}-without-amx-int8")["unet"]
+    cascade_lake = result(f"peers-{CASCADE_LAKE}")["unet"] | result(f"peers-{CASCADE_LAKE}-int8")["unet"]
+    ran = {name: name for name, row in cascade_lake.items() if "median" in row}
     cold, epyc = Races(f"ops-{RAPIDS}-cold"), Races(f"ops-{EPYC}-cross-view")
     longest = result("lengths-cpu-amd-epyc-avx2-1-thread")["races"][-1]["contestants"]
     mib = {row["name"]: row["peak_mib"] for row in longest}
@@ -336,6 +339,7 @@ def values() -> dict[str, str]:
         "peers": compared(peers, "gafext float32", {name: name for name in peers}),
         "peers.amx": compared(with_amx, "gafext float32", {name: name for name in with_amx}),
         "peers.avx512": compared(without_amx, "gafext float32", {name: name for name in without_amx}),
+        "peers.cascade_lake": compared(cascade_lake, "gafext float32", ran),
         "amx.int8": f"{100 * with_amx['gafext int8']['relative_difference']:.1f} %",
         "amx.int8_bfloat16": f"{100 * with_amx['gafext int8-bfloat16']['relative_difference']:.1f} %",
         "drop_in": f"{drop_in['accelerated']['times_stock']:.2f}",
