@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gafext import weights
@@ -167,8 +166,7 @@ class LatentUpsampler(nn.Module):
         (folder / EMPTY_PROMPT_NAME).unlink(missing_ok=True)  # left by an upsampler that was saved here before
         if self.empty_prompt is not None:
             with replace_whole(folder) as temporary:
-                tensors = {name: value.contiguous().cpu() for name, value in self.empty_prompt._asdict().items()}
-                save_file(tensors, temporary / EMPTY_PROMPT_NAME, metadata={"format": "pt"})
+                weights.save_tensors(self.empty_prompt._asdict(), temporary / EMPTY_PROMPT_NAME)
 
     @torch.no_grad()
     def forward(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gafext import weights
@@ -208,6 +207,5 @@ def save_parts(components: Mapping[str, Any], folder: Path) -> None:
             index[name] = [library, "MultiViewUNet" if name == "unet" else class_name]
     with replace_whole(folder) as temporary:
         if components["prompt_embeds"] is not None:
-            tensors = {"prompt_embeds": components["prompt_embeds"].contiguous().cpu()}
-            save_file(tensors, temporary / prompt_file, metadata={"format": "pt"})
+            weights.save_tensors({"prompt_embeds": components["prompt_embeds"]}, temporary / prompt_file)
         weights.write_json(temporary / "model_index.json", index)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gafext import images
@@ -18,6 +17,7 @@ from gafext.families import family_of
 from gafext.heads import head_normals
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.head import Head
+from gafext.weights import save_tensors
 
 
 class EncodedHead:
@@ -137,7 +137,7 @@ def encode_heads(
         if not path.is_file():
             tensors = encode_head(head, pipeline, size=size, degrees=degrees)
             temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # another run may write the same cache
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            save_tensors(tensors, temporary)
             temporary.replace(path)  # whole or not at all: a killed run resumes here
         encoded.append(EncodedHead(path))
     return encoded

@@ -9,7 +9,7 @@ from gafext.weights.files import (
     write_json,
 )
 from gafext.weights.keys import KeyRule, same_key, unwrapped_rule
-from gafext.weights.store import WeightFile, check_keys, listing, load_into, save_weights
+from gafext.weights.store import WeightFile, check_keys, listing, load_into, save_tensors, save_weights
 
 __all__ = [
     "KeyRule",
@@ -23,6 +23,7 @@ __all__ = [
     "read_json",
     "require_safetensors",
     "same_key",
+    "save_tensors",
     "save_weights",
     "unwrapped_rule",
     "write_json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gafext.atomic import replace_whole
-from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.errors import CheckpointError, CheckpointNotFoundError, OutputError
 from gafext.weights.files import MAX_KEY, read_json, require_content, write_json
 from gafext.weights.keys import KeyRule, same_key
 
@@ -233,12 +233,23 @@ def load_into(
     module.load_state_dict(tensors, assign=True)
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file, whose tensors may be on any device.
+
+    Raises:
+        OutputError: the file cannot be written, as on a full disk.
+    """
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"{path}: cannot be written ({error})") from None
+
+
 def save_weights(module: torch.nn.Module, config: dict, folder: Path, stem: str) -> None:
     """Write `config.json` and `<stem>.safetensors` atomically, and remove an older index and its shards."""
     with replace_whole(folder) as temporary:
         write_json(temporary / "config.json", config)
-        tensors = {key: value.detach().contiguous().cpu() for key, value in module.state_dict().items()}
-        save_file(tensors, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
+        save_tensors(module.state_dict(), temporary / f"{stem}.safetensors")
     stale = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
     for path in folder.iterdir():
         if stale.fullmatch(path.name):  # readers such as diffusers prefer it to the file just written

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from helpers import UNET_WEIGHTS, max_abs_diff, randomized
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_checkpoints import portrait, run, stock_clip, stock_unet, stock_vae
 
@@ -87,6 +88,19 @@ def test_a_failure_leaves_nothing(parents, tmp_path, capsys):
     command = ["assemble", "--parent", sd, "--image-encoder", tmp_path / "none", "--out", tmp_path / "model"]
     assert main(list(map(str, command))) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(parents, tmp_path, capsys, monkeypatch):
+    def save_file(tensors, path, **options):
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gafext.weights.store.save_file", save_file)
+    sd, clip = parents
+    assert main(["assemble", "--parent", str(sd), "--image-encoder", str(clip), "--out", str(tmp_path / "model")]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and ".safetensors: cannot be written (" in error and "No space left" in error
     assert list(tmp_path.iterdir()) == []
 
 

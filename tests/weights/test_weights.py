@@ -19,7 +19,7 @@ from small_checkpoints import stock_clip, stock_unet, stock_vae
 
 from gafext import weights
 from gafext.config import UNetConfig, VAEConfig
-from gafext.errors import CheckpointError, CheckpointNotFoundError
+from gafext.errors import CheckpointError, CheckpointNotFoundError, OutputError
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.clip_text import CLIPTextEncoder
 from gafext.models.unet import MultiViewUNet
@@ -194,6 +194,12 @@ def single_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("single") / "sd.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
     return path, stock
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    path = tmp_path / "none" / "x.safetensors"
+    with pytest.raises(OutputError, match=f"{path}: cannot be written"):
+        weights.save_tensors({"x": torch.zeros(9, 9).T}, path)
 
 
 def test_a_single_file_gives_every_network(single_file):
