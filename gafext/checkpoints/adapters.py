@@ -59,7 +59,7 @@ class PipelineAdapters(PipelineMemory):
             after = self.unet.state_dict()
         merged = {name: value.cpu() for name, value in before.items() if value.data_ptr() != after[name].data_ptr()}
         self._before_lora = merged | (self._before_lora or {})
-        self.origin |= {"lora": str(path), "lora_scale": scale}
+        self.origin |= {"lora": [*self.origin.get("lora", ()), {"file": str(path), "scale": scale}]}
 
     def unload_lora_weights(self) -> None:
         """Give the U-Net the weights back that it had before the first `load_lora_weights`, bit for bit.
@@ -74,7 +74,7 @@ class PipelineAdapters(PipelineMemory):
             self.maybe_free_model_hooks()
             self.unet.load_state_dict(self._before_lora, strict=False)
         self._before_lora = None
-        self.origin = {name: value for name, value in self.origin.items() if name not in ("lora", "lora_scale")}
+        self.origin = {name: value for name, value in self.origin.items() if name != "lora"}
 
     def load_ip_adapter(
         self,

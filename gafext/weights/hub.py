@@ -72,7 +72,9 @@ def checkpoint_folder(
     if path.is_dir():
         return _inside(path, subfolder)
     if path.exists():
-        raise CheckpointNotFoundError(f"{path_or_repo_id}: expected a folder, got a file")
+        advice = "; gafext assemble --parent makes one of Stable Diffusion's single file, to be trained"
+        advice = advice if path.suffix == ".safetensors" else ""
+        raise CheckpointNotFoundError(f"{path_or_repo_id}: expected a folder, got a file{advice}")
     if isinstance(path_or_repo_id, Path) or not _REPO_ID.fullmatch(path_or_repo_id):
         raise CheckpointNotFoundError(f"{path_or_repo_id}: no such folder")
     try:

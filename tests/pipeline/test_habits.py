@@ -226,7 +226,10 @@ def test_unloading_a_lora_gives_the_weights_back_bit_for_bit(stock, tmp_path):
     save_lora(tmp_path / "b.safetensors")
     stock.load_lora_weights(tmp_path / "a.safetensors", scale=3.0)
     stock.load_lora_weights(tmp_path, weight_name="b.safetensors", scale=0.1)
-    assert max_abs_diff(run(stock).images, expected) > 1e-4
+    output = run(stock)
+    assert max_abs_diff(output.images, expected) > 1e-4
+    merged = [("a.safetensors", 3.0), ("b.safetensors", 0.1)]
+    assert output.run["lora"] == [{"file": str(tmp_path / name), "scale": scale} for name, scale in merged]
     stock.unload_lora_weights()
     assert_equal_weights(stock.unet, before)
     assert torch.equal(run(stock).images, expected) and stock.origin == origin

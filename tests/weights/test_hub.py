@@ -173,3 +173,11 @@ def test_a_checkpoint_in_a_folder_of_a_repository(tmp_path, monkeypatch):
     assert calls[0]["allow_patterns"] == [f"some/checkpoint/{name}" for name in hub.wanted_files()]
     with pytest.raises(CheckpointNotFoundError, match=r"some/other: no such folder"):
         hub.checkpoint_folder("owner/name", subfolder="some/other")
+
+
+def test_a_file_for_a_folder_says_what_makes_one(tmp_path):
+    for name in ("sd.safetensors", "sd.zip"):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointNotFoundError, match=f"{name}: expected a folder, got a file") as caught:
+            MultiViewDiffusionPipeline.from_pretrained(tmp_path / name)
+        assert ("gafext assemble --parent" in str(caught.value)) is (name == "sd.safetensors")
