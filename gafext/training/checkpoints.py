@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from gafext.errors import CheckpointError
 from gafext.models.unet import MultiViewUNet
@@ -25,9 +24,7 @@ from gafext.training.settings import Settings
 
 _STATE = "checkpoint"
 _SETTINGS = "settings.json"
-_MODEL = "model.safetensors"
 _WEIGHTS = ("train", "adam_8bit", "parent")  # what decides which tensors a checkpoint has
-_WRAPPER = "module."  # what DistributedDataParallel puts before the names of the weights
 
 
 class Average:
@@ -139,24 +136,12 @@ def resume(accelerator: Accelerator, out: Path, described: dict[str, Any]) -> in
             f"{folder}: expected it in the output folder of every node, as in the main process's, got none; share --out"
         )
     differences = compare(folder, described)
-    hook = accelerator.register_load_state_pre_hook(_match_names)
     accelerator.load_state(str(folder))
-    hook.remove()
     accelerator.step = 0  # of batches: a checkpoint is written where a step of the optimizer ends
     if accelerator.is_main_process:
         _shorten(out / "log.jsonl", step)
     accelerator.print("; ".join([f"{folder}: resumed at step {step}", *differences]))
     return step
-
-
-def _match_names(models: list[nn.Module], folder: str) -> None:
-    """Give the weights the names that they have in a checkpoint, which one process or several may have written."""
-    with safe_open(Path(folder) / _MODEL, "pt") as file:
-        names = file.keys()
-    wrapped = all(name.startswith(_WRAPPER) for name in names)
-    for index, model in enumerate(models):
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        models[index] = nn.ModuleDict({_WRAPPER.rstrip("."): inner}) if wrapped else inner
 
 
 def _shorten(log: Path, last: int) -> None:
