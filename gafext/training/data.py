@@ -6,6 +6,7 @@ import json
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +62,8 @@ def read_heads(root: str | Path, *, views: int = 2, thorough: bool = False) -> t
 def hold_out(heads: Sequence[Head], count: int) -> tuple[list[Head], list[Head]]:
     """Divide heads into those to train on and those to measure: the first moment of each of the last subjects.
 
+    Of one subject its last moments are held out, with a warning: their measures say nothing of other people.
+
     Args:
         heads: heads in the order of `read_heads`.
         count: number of subjects that are held out, with all their moments.
@@ -69,6 +72,13 @@ def hold_out(heads: Sequence[Head], count: int) -> tuple[list[Head], list[Head]]
         ValueError: no subject is left to train on.
     """
     subjects = list(dict.fromkeys(head.subject for head in heads))
+    if len(subjects) == 1 and 0 < count < len(heads):
+        warnings.warn(
+            f"data: all heads are moments of one subject, {subjects[0]}: the last {count} are held out, of a person "
+            "whom the model is trained on",
+            stacklevel=2,
+        )
+        return list(heads[:-count]), list(heads[-count:])
     if len(subjects) <= count:
         raise ValueError(
             f"data: expected more than the {count} heads held out, got {len(subjects)} (timesteps of one subject are "

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,8 +112,10 @@ def test_moments_of_a_subject_are_held_out_together(tmp_path):
         (tmp_path / "data" / f"head_00{index}").rename(tmp_path / "data" / name)
     heads, _ = read_heads(tmp_path / "data")
     assert {head.subject for head in heads} == {"074"}
+    with pytest.warns(UserWarning, match="moments of one subject, 074: the last 2 are held out, of a person whom"):
+        assert hold_out(heads, 2) == (heads[:-2], heads[-2:])
     with pytest.raises(ValueError, match=r"got 1 .timesteps of one subject are held out together"):
-        hold_out(heads, 1)
+        hold_out(heads, len(heads))
 
 
 def test_a_union_has_the_cameras_of_each_sequence(tmp_path):
@@ -204,7 +207,8 @@ def test_what_lies_behind_transparent_pixels(tmp_path):
     assert (np.asarray(head.normal_map(0))[outside] == 128).all()
     assert (np.asarray(head.mask(0)) == np.asarray(alphas[0])).all()
     assert (np.asarray(head.picture(0))[outside] == 255).all()
-    assert (np.asarray(head.picture(0, (127, 127, 127)))[outside] == 127).all()
+    for same in (head, replace(head, masks=[None] * 3)):
+        assert (np.asarray(same.picture(0, (127, 127, 127)))[outside] == 127).all()
 
 
 @pytest.mark.parametrize(
