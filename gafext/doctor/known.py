@@ -30,6 +30,10 @@ KNOWN = (
         *("torch", "2.13", "2.14", False),
         "torch.compile makes wrong numbers of its attention of five dimensions on the CPU; gafext's has four",
     ),
+    Known(
+        *("torch", "2.14", "2.16", False),
+        "its attention gives zeros, not NaN, for a query with NaN on the CPU; gafext's kernel gives NaN",
+    ),
     Known("Pillow", "13", None, False, "gradio, and so `gafext demo`, needs Pillow < 13"),
 )
 

@@ -37,14 +37,14 @@ BACKWARD = torch.ops.gafext.cross_view_attention_backward
 
 
 def position_by_position(query, key, value, num_views, *, scale=None):
-    """The definition, one SDPA call for each portrait and position."""
+    """The definition, one SDPA call for each portrait and position; a query with NaN has NaN with any torch."""
     out = torch.empty_like(query)
     for first in range(0, query.shape[0], num_views):
         views = slice(first, first + num_views)
         for position in range(query.shape[2]):
             q, k, v = (t[views, :, position].transpose(0, 1) for t in (query, key, value))  # [H,V,D]
             out[views, :, position] = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1)
-    return out
+    return out.masked_fill(query.isnan().any(dim=-1, keepdim=True), torch.nan)
 
 
 def assert_exact(*args, **options):
