@@ -185,7 +185,7 @@ def presets() -> str:
         "in all": "times_as_fast_in_all:.1f",
     }
     lines = []
-    for number, row in enumerate(result(f"presets-{EPYC}")["options"], 1):
+    for number, row in enumerate(result("presets-cpu-cascade-lake-1-thread")["options"], 1):
         shown = [f"{{{column}}}".format(**row) for column in columns.values()]
         if row["name"] == "quality":
             shown[3] = ""
@@ -194,7 +194,7 @@ def presets() -> str:
 
 
 def precision() -> str:
-    rows = runpy.run_path(str(ROOT / "benchmarks/precision_table.py"))["table"](result(f"precision-{EPYC}"))
+    rows = runpy.run_path(str(ROOT / "benchmarks/precision_table.py"))["table"](result("precision-cpu-cascade-lake-1-thread"))
     return "\n\n" + "\n".join(rows) + "\n\n"
 
 
