@@ -194,8 +194,8 @@ def presets() -> str:
 
 
 def precision() -> str:
-    rows = runpy.run_path(str(ROOT / "benchmarks/precision_table.py"))["table"](result("precision-cpu-cascade-lake-1-thread"))
-    return "\n\n" + "\n".join(rows) + "\n\n"
+    tabulate = runpy.run_path(str(ROOT / "benchmarks/precision_table.py"))["table"]
+    return "\n\n" + "\n".join(tabulate(result("precision-cpu-cascade-lake-1-thread"))) + "\n\n"
 
 
 def peaks() -> dict[tuple, dict]:
