@@ -193,9 +193,9 @@ def presets() -> str:
     return table(["", "option", *columns], lines)
 
 
-def precision() -> str:
+def precision(machine: str) -> str:
     tabulate = runpy.run_path(str(ROOT / "benchmarks/precision_table.py"))["table"]
-    return "\n\n" + "\n".join(tabulate(result("precision-cpu-cascade-lake-1-thread"))) + "\n\n"
+    return "\n\n" + "\n".join(tabulate(result(f"precision-{machine}"))) + "\n\n"
 
 
 def peaks() -> dict[tuple, dict]:
@@ -350,7 +350,8 @@ def values() -> dict[str, str]:
         "trained": trained(),
         "pipeline": pipeline(),
         "presets": presets(),
-        "precision": precision(),
+        "precision": precision("cpu-cascade-lake-1-thread"),
+        "precision.avx2": precision(EPYC),
         "memory": memory(),
         "memory.512": f"{found['unet', 8, 64]['bytes'] / 2**30:.2f}",
         "memory.whole_32": whole_run("32 views, 256x256"),
