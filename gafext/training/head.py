@@ -14,7 +14,6 @@ from gafext import images
 from gafext.cameras import Cameras, orbit
 
 _BLACK = (0, 0, 0)
-_NO_NORMAL = (128, 128, 128)  # of a zero vector
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Head:
 
     def normal_map(self, view: int) -> Image.Image:
         """Load a normal map over the value of a background, padded with it to a square."""
-        return _square(images.load_image(self.normals[view], background=_NO_NORMAL), _NO_NORMAL)
+        return _square(images.load_image(self.normals[view], background=images.GREY), images.GREY)
 
     def describe(self) -> dict[str, Any]:
         """Return the head's line of `index.json`."""

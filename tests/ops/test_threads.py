@@ -1,5 +1,6 @@
 """The kernels leave the threads of the process as they are."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,12 +47,15 @@ import gafext.ops
 
 torch.set_num_threads(1)
 x = torch.randn(2, 4, 600, 64)
-before = len(os.listdir("/proc/self/task"))
-thread = threading.Thread(target=lambda: print(len(os.listdir("/proc/self/task")) if call() is not None else 0))
 
-def call():
-    return torch.ops.gafext.flash_attention(x, x, x)
+def count():
+    return len(os.listdir("/proc/self/task"))
 
+def run():
+    torch.ops.gafext.flash_attention(x, x, x)
+    print(count())
+
+before, thread = count(), threading.Thread(target=run)
 thread.start()
 thread.join()
 print(before + 1)
@@ -60,6 +64,9 @@ print(before + 1)
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads")
 def test_a_python_thread_has_the_number_of_threads_that_was_set():
-    result = subprocess.run([sys.executable, "-c", IN_A_THREAD], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # what the thread would have without torch's word
+    result = subprocess.run(
+        [sys.executable, "-c", IN_A_THREAD], env=environment, capture_output=True, text=True, check=True
+    )
     during, expected = result.stdout.split()
     assert during == expected
