@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gafext.atomic import replace_whole
 from gafext.cameras import read_transforms
 from gafext.errors import CameraError
 from gafext.training.checks import faults_of
@@ -91,10 +91,9 @@ def hold_out(heads: Sequence[Head], count: int) -> tuple[list[Head], list[Head]]
 
 def write_index(path: Path, heads: Sequence[Head]) -> None:
     """Write `index.json`, for people to read: the files and cameras of each head."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps([head.describe() for head in heads], indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps([head.describe() for head in heads], indent=1) + "\n"
+    with replace_whole(path.parent) as new:
+        (new / path.name).write_text(text, encoding="utf-8")
 
 
 def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], list[str]]:

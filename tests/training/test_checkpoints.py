@@ -7,16 +7,11 @@ import sys
 import pytest
 from accelerate.state import GradientState
 from helpers import ROOT
-from training_runs import ENVIRONMENT, LAUNCH, command, losses, write_files, write_heads
+from training_runs import ENVIRONMENT, LAUNCH, command, losses, write_heads
 
 from gafext.cli import main
 from gafext.errors import CheckpointError
 from gafext.training.checkpoints import compare
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")

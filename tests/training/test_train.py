@@ -26,7 +26,7 @@ from small_checkpoints import (
     stock_unet,
 )
 from tensorboard.backend.event_processing import event_accumulator
-from training_runs import ENVIRONMENT, LAUNCH, OPTIONS, command, losses, write_files, write_heads
+from training_runs import ENVIRONMENT, LAUNCH, OPTIONS, command, losses, write_heads
 
 from gafext import MultiViewDiffusionPipeline
 from gafext.assets import MODEL
@@ -43,11 +43,6 @@ from gafext.training.denoiser import Denoiser, min_snr_weights
 from gafext.training.latents import cache_key, encode_head, encode_heads
 from gafext.training.settings import Settings
 from gafext.training.train import check_parent
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
