@@ -37,7 +37,7 @@ from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.portraits.batch import check_batch_size
 from gafext.portraits.command import generate_portraits, process_pair
 from gafext.portraits.jobs import is_many, list_pictures
-from gafext.schedulers import MAX_STEPS, check_eta
+from gafext.schedulers import MAX_STEPS, check_eta, check_steps
 from gafext.versions import versions
 from gafext.watch.events import StepEvents, print_event
 from gafext.watch.preview import LatentToRGB, Preview
@@ -63,6 +63,7 @@ def _eval(args: argparse.Namespace) -> int:
         guidance_interval=args.guidance_interval,
         generator=args.seed,
         upsample=args.upsample,
+        upsample_steps=args.upsample_steps,
     )
     lines = evaluation.baselines() + evaluation.main() + (evaluation.ablations() if args.ablations else [])
     print(table(lines))
@@ -158,8 +159,9 @@ def _check_early(args: argparse.Namespace) -> None:
     if args.preview is not None and args.preview < 1:
         raise ValueError(f"--preview: expected a whole number of steps above 0, got {args.preview}")
     check_turntable(args.turntable)
-    if args.steps is not None and not 1 <= args.steps <= MAX_STEPS:
-        raise ValueError(f"num_inference_steps: expected a whole number from 1 to {MAX_STEPS}, got {args.steps}")
+    for name, steps in (("num_inference_steps", args.steps), ("upsample_steps", args.upsample_steps)):
+        if steps is not None:
+            check_steps(steps, MAX_STEPS, name=name)
 
 
 @contextlib.contextmanager
@@ -226,6 +228,7 @@ def _generate(args: argparse.Namespace) -> int:
         "strength": args.strength,
         "eta": args.eta,
         "upsample": args.upsample,
+        "upsample_steps": args.upsample_steps,
         "crop": not args.no_crop,
         "fit": not args.no_fit,
     }

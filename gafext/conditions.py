@@ -46,6 +46,7 @@ class RunOptions(TypedDict, total=False):
     strength: float
     eta: float | None
     upsample: str
+    upsample_steps: int | None
     output_type: str
     matte: bool
     crop: bool
@@ -129,6 +130,7 @@ class Run:
         parallel: "guidance": this process computes one pass of a guided step, and another the other one; or None.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".
+        upsample_steps: of the checkpoint's upsampler.
         output_type: "pil", "np", "pt" or "latent".
         is_batch: True if the call got a list of portraits or asked for several results each; it then returns a list.
         num_images_per_prompt: results per portrait; each counts as a portrait everywhere else.
@@ -153,6 +155,7 @@ class Run:
     parallel: str | None = None
     eta: float = 0.0
     upsample: str = "auto"
+    upsample_steps: int = 10
     output_type: str = "pil"
     is_batch: bool = False
     num_images_per_prompt: int = 1

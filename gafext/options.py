@@ -54,7 +54,7 @@ def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
     add = command.add_argument
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
     add(
-        "--preset", choices=tuple(PRESETS), help="solver, steps and guidance interval that are not given; docs/speed.md"
+        "--preset", choices=tuple(PRESETS), help="solver, both kinds of steps and guidance interval; docs/speed.md"
     )
     add("--steps", type=int, metavar="N", help=f"denoising steps, 1 to 1000; default: {steps}, or the preset's")
     add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
@@ -71,6 +71,12 @@ def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
         choices=UPSAMPLE,
         default="auto",
         help="double the size of the latents before decoding; default: auto, with the checkpoint's upsampler",
+    )
+    add(
+        "--upsample-steps",
+        type=int,
+        metavar="N",
+        help="steps of the checkpoint's upsampler, 1 to 1000; default: 10, or the preset's",
     )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; default: the first of cuda, mps, cpu")
     add("--quiet", action="store_true", help="no progress and no summary")

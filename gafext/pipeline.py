@@ -37,7 +37,7 @@ from gafext.output import MultiViewOutput
 from gafext.portraits.reading import load_portraits
 from gafext.portraits.stream import PipelineStream
 from gafext.predictor import Predictor
-from gafext.schedulers import check_eta
+from gafext.schedulers import MAX_STEPS, check_eta, check_steps
 from gafext.schedulers.callbacks import StepCallback
 from gafext.schedulers.plan import set_timesteps, with_preset
 from gafext.upsampler import NOISE_STEP
@@ -143,6 +143,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         strength: float = 1.0,
         eta: float | None = None,
         upsample: str = "auto",
+        upsample_steps: int | None = None,
         output_type: str = "pil",
         matte: bool = False,
         crop: bool = True,
@@ -182,6 +183,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             upsample: "auto" doubles the latents before decoding, with the checkpoint's upsampler if it has one, unless
                 its U-Net has latents of the final size; "bilinear" doubles them by interpolation; "none" does not
                 resize them.
+            upsample_steps: steps of the checkpoint's upsampler, 1 to 1000; ignored where it does not run. None: the
+                preset's, 10 without one.
             output_type: "pil", "np", "pt" or "latent".
             matte: remove the background of portraits without transparency, with rembg; the family's takes its place.
             crop: crop portraits to the head, of a checkpoint with a head_detector, where it is far from filling them.
@@ -196,7 +199,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         """
         family = family_of(self.unet.config)
         plan = {"num_inference_steps": num_inference_steps, "scheduler": scheduler}
-        plan = with_preset(preset, {**plan, "guidance_interval": guidance_interval})
+        plan |= {"guidance_interval": guidance_interval, "upsample_steps": upsample_steps}
+        plan = with_preset(preset, plan)
         solver, steps = self._solver(plan["scheduler"]), plan["num_inference_steps"]
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         eta = max(family.eta, solver.default_eta) if eta is None else eta
@@ -207,6 +211,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         self._check_graph(graph)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("upsample", upsample, UPSAMPLE)
+        check_steps(plan["upsample_steps"], MAX_STEPS, name="upsample_steps")
         given = {"cameras": cameras, "normal_maps": normal_maps, "latents": latents, "renders": renders}
         cameras = resolve_cameras(cameras, num_views, family)
         is_batch, portraits = load_portraits(
@@ -272,6 +277,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             guidance_interval=plan["guidance_interval"],
             eta=eta,
             upsample=upsample,
+            upsample_steps=plan["upsample_steps"],
             output_type=output_type,
             is_batch=is_batch,
             num_images_per_prompt=num_images_per_prompt,
@@ -363,12 +369,17 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         self.maybe_free_model_hooks()
         return outputs if run.is_batch else outputs[0]
 
+    def _is_learned(self, upsample: str) -> bool:
+        """The latents of a run with this `upsample` are doubled by the checkpoint's upsampler."""
+        return upsample == "auto" and self.upsampler is not None
+
     def _settings(self, run: Run, index: int) -> dict[str, Any]:
         """Collect the parameters of one result for run.json: everything that its views depend on."""
-        learned = run.upsample == "auto" and self.upsampler is not None
+        learned = self._is_learned(run.upsample)
         upsample = "upsampler" if learned else "none" if run.upsample == "none" else "bilinear"
-        scheduler = dict(run.solver.config)
-        return {**self.describe(), "scheduler": scheduler, "upsample": upsample, **run.describe(index)}
+        own = {"scheduler": dict(run.solver.config), "upsample": upsample}
+        own["upsample_steps"] = run.upsample_steps if learned else None
+        return {**self.describe(), **own, **run.describe(index)}
 
     def _noise(self, seed: int | tuple[int, ...], *, portraits: int, views: int, size: int, step: int = 0) -> Tensor:
         shape = (self.vae.config.latent_channels, size, size)
@@ -459,7 +470,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         """Double the size of latents [B*V,4,h,w] by the run's method; "none" returns them unchanged."""
         if run.upsample == "none":
             return latents
-        if run.upsample == "bilinear" or self.upsampler is None:
+        if self.upsampler is None or not self._is_learned(run.upsample):
             return F.interpolate(latents, scale_factor=2.0, mode="bilinear", align_corners=False)
         shape = {"portraits": run.num_portraits, "views": run.num_views, "size": 2 * latents.shape[-1]}
         noise = self._noise(run.seed, **shape, step=NOISE_STEP)
@@ -467,7 +478,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         numbers = latents[0, 0].numel() * self.upsampler.unet.config.block_out_channels[0]
         rows = _rows_together(run.num_views, numbers, most=_UPSAMPLED)
         pairs = zip(latents.split(rows), noise.split(rows), strict=True)
-        return torch.cat([self.upsampler(part, noise=drawn) for part, drawn in pairs])
+        steps = run.upsample_steps
+        return torch.cat([self.upsampler(part, noise=drawn, num_inference_steps=steps) for part, drawn in pairs])
 
     def _pictures(self, latents: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gafext import weights
 from gafext.errors import CheckpointError
-from gafext.schedulers.base import CONFIG_NAME, MAX_STEPS, Scheduler, check_eta
+from gafext.schedulers.base import CONFIG_NAME, MAX_STEPS, Scheduler, check_eta, check_steps
 from gafext.schedulers.ddim import DDIMScheduler
 from gafext.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from gafext.schedulers.euler import EulerDiscreteScheduler

@@ -31,11 +31,11 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta: expected 0.0 to 1.0, got {eta!r}")
 
 
-def check_steps(count: Any, most: int) -> int:
+def check_steps(count: Any, most: int, *, name: str = "num_inference_steps") -> int:
     """Return a number of steps as an int; raise a ValueError unless it is a whole number from 1 to `most`."""
     whole = hasattr(count, "__index__") and not isinstance(count, bool)
     if not whole or not 1 <= operator.index(count) <= most:
-        raise ValueError(f"num_inference_steps: expected a whole number from 1 to {most}, got {count!r}")
+        raise ValueError(f"{name}: expected a whole number from 1 to {most}, got {count!r}")
     return operator.index(count)
 
 

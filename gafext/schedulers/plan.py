@@ -11,9 +11,9 @@ from torch import Tensor
 from gafext.schedulers.base import Scheduler
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quality": {"num_inference_steps": 50},
+    "quality": {"num_inference_steps": 50, "upsample_steps": 10},
     "balanced": {"scheduler": "dpm++", "num_inference_steps": 25},
-    "fast": {"scheduler": "dpm++", "num_inference_steps": 15, "guidance_interval": (0.28, 5.42)},
+    "fast": {"scheduler": "dpm++", "num_inference_steps": 15, "guidance_interval": (0.28, 5.42), "upsample_steps": 2},
 }
 """Options of a run by the name of a preset; without `scheduler`, the pipeline's. docs/speed.md has their errors."""
 
@@ -23,14 +23,14 @@ def with_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         preset: a name in `PRESETS`; None: "quality".
-        given: num_inference_steps, scheduler and guidance_interval.
+        given: options of the run that presets set; `quality` stands in for those that the preset does not.
 
     Raises:
         ValueError: the preset is unknown.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
-    chosen = PRESETS[preset or "quality"]
+    chosen = PRESETS["quality"] | PRESETS[preset or "quality"]
     return {name: chosen.get(name) if value is None else value for name, value in given.items()}
 
 

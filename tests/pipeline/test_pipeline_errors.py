@@ -37,6 +37,7 @@ BAD_ARGUMENTS = {
     "latents": (dict(latents=torch.zeros(3, 4, 8, 8)), ValueError, r"latents: expected \[4,4,s,s\]"),
     "eta": (dict(eta=1.5), ValueError, "eta"),
     "upsample": (dict(upsample="cubic"), ValueError, "upsample"),
+    "steps of the upsampler": (dict(upsample_steps=0), ValueError, "upsample_steps: expected a whole number"),
     "output type": (dict(output_type="tiff"), ValueError, "output_type"),
     "seed": (dict(generator=-1), ValueError, "generator"),
     "cameras and another number": (dict(cameras=torch.eye(4).repeat(3, 1, 1), num_views=2), ValueError, "num_views"),
