@@ -126,7 +126,7 @@ class Run:
         seed: seed of all noise, or one per portrait.
         portraits: B portraits, RGB of any size.
         guidance_interval: noise levels (a, b) of the steps with guidance, a < σ ≤ b; None: all steps.
-        graph: launch the U-Net as a CUDA graph.
+        graph: launch the U-Net and the upsampler's network as CUDA graphs.
         parallel: "guidance": this process computes one pass of a guided step, and another the other one; or None.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         upsample: "auto", "bilinear" or "none".

@@ -53,9 +53,7 @@ def _add_sampling(command: argparse.ArgumentParser, *, steps: int) -> None:
     """Add the options of every command that runs a pipeline."""
     add = command.add_argument
     add("--model", metavar="DIR", help="checkpoint folder or hub id; default: the small built-in model")
-    add(
-        "--preset", choices=tuple(PRESETS), help="solver, both kinds of steps and guidance interval; docs/speed.md"
-    )
+    add("--preset", choices=tuple(PRESETS), help="solver, both kinds of steps and guidance interval; docs/speed.md")
     add("--steps", type=int, metavar="N", help=f"denoising steps, 1 to 1000; default: {steps}, or the preset's")
     add("--guidance", type=float, metavar="G", help="guidance scale, 1 to 20; default: the checkpoint's, usually 7.5")
     add(

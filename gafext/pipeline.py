@@ -31,6 +31,7 @@ from gafext.families import family_of
 from gafext.guidance import check_guidance_interval, check_guidance_scale, check_parallel, needs_unconditional
 from gafext.heads import Heads, head_normals
 from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
+from gafext.models.graph import GraphedCall
 from gafext.noise import is_seeded, resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
@@ -164,7 +165,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             num_inference_steps: 1 to 1000; None: the preset's, 50 without one.
             scheduler: name of the run's solver, over the noise schedule of the pipeline's; None: the preset's or the
                 pipeline's.
-            graph: on CUDA, record the U-Net's work once and launch it as a whole in later steps (not run on a GPU yet).
+            graph: on CUDA, record the work of the U-Net and of the upsampler's network once and launch it as a whole in
+                later steps (not run on a GPU yet).
             parallel: "guidance": of two processes of torch.distributed that make the same call, each computes one pass
                 of every guided step; both return the views. None: this process computes both passes.
             guidance_scale: 1.0 to 20.0; at 1.0 no unconditional pass runs. None: the checkpoint's, usually 7.5.
@@ -478,8 +480,9 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         numbers = latents[0, 0].numel() * self.upsampler.unet.config.block_out_channels[0]
         rows = _rows_together(run.num_views, numbers, most=_UPSAMPLED)
         pairs = zip(latents.split(rows), noise.split(rows), strict=True)
-        steps = run.upsample_steps
-        return torch.cat([self.upsampler(part, noise=drawn, num_inference_steps=steps) for part, drawn in pairs])
+        options = {"num_inference_steps": run.upsample_steps}
+        options |= {"network": GraphedCall(self.upsampler.unet)} if run.graph else {}
+        return torch.cat([self.upsampler(part, noise=drawn, **options) for part, drawn in pairs])
 
     def _pictures(self, latents: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,6 +183,7 @@ class LatentUpsampler(nn.Module):
         generator: torch.Generator | int | None = 0,
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
+        network: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Double the size of latents.
 
@@ -194,6 +197,7 @@ class LatentUpsampler(nn.Module):
             generator: seed of the noise: row i depends only on (seed, i), on every device. None: a random seed.
             num_inference_steps: 1 to 1000.
             guidance_scale: 0 to 20; up to 1 no unconditional pass runs.
+            network: computes what `unet` computes of tensors alone, such as its CUDA graph; None: `unet` itself.
 
         Returns:
             [B,4,2h,2w], dtype of the latents; noise levels and steps are computed in float32.
@@ -211,12 +215,13 @@ class LatentUpsampler(nn.Module):
                 "negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, batch=len(latents)
             )
 
+        denoise = functools.partial(self._denoise, network or self.unet)
         x = self._noise(noise, generator, latents) * self.scheduler.init_noise_sigma
         low = F.interpolate(latents.to(self.device, self.dtype), scale_factor=2.0, mode="nearest")
         for timestep, sigma in zip(self.scheduler.timesteps.tolist(), self.scheduler.sigmas.tolist(), strict=False):
-            clean = self._denoise(x, sigma, low, prompt)
+            clean = denoise(x, sigma, low, prompt)
             if negative is not None:
-                clean = guide(self._denoise(x, sigma, low, negative), clean, guidance_scale)
+                clean = guide(denoise(x, sigma, low, negative), clean, guidance_scale)
             x = self.scheduler.step(clean, timestep, x)
         return x.to(latents.dtype)
 
@@ -230,12 +235,14 @@ class LatentUpsampler(nn.Module):
                 f"got {height}×{width}"
             )
 
-    def _denoise(self, x: Tensor, sigma: float, low: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
+    def _denoise(
+        self, network: Callable[..., Tensor], x: Tensor, sigma: float, low: Tensor, prompt: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Compute D(x; σ) for x [B,4,2h,2w] float32; same shape and dtype."""
         scale = 1 / math.sqrt(sigma**2 + 1)
         sample = torch.cat([(x * scale).to(low.dtype), low], dim=1)
         timestep = torch.full((1,), math.log(sigma) / 4, device=x.device)  # filled on the device: no copy to wait for
-        output = self.unet(sample, timestep, *prompt)[:, :-1]
+        output = network(sample, timestep, *prompt)[:, :-1]
         return x * scale**2 + sigma * scale * output.float()
 
     def _noise(self, noise: Tensor | None, generator: torch.Generator | int | None, latents: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "Scheduler",
     "as_scheduler",
     "check_eta",
+    "check_steps",
     "scheduler_class",
     "scheduler_from_pretrained",
 ]

@@ -1,13 +1,16 @@
 """GraphedCall, with CUDA graphs that are recorded and replayed on the CPU: the same operations on the same memory."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
 from helpers import max_abs_diff
+from small_checkpoints import save_upsampler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gafext
+from gafext import pipeline
 from gafext.models import graph as graphs
 from gafext.models.graph import GraphedCall
 
@@ -106,3 +109,16 @@ def test_a_run_replays_its_steps(pipe, recorded, scheduler, interval):
     assert max_abs_diff(result.images, expected) < 1e-5 and seen == list(range(8))
     kinds = 1 if interval is None else 2
     assert len(recorded) == kinds and sum(graph.replays for graph in recorded) == 8 - kinds
+
+
+@torch.no_grad()
+def test_the_upsampler_replays_its_steps_for_all_views(checkpoint, tmp_path, recorded, monkeypatch):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    save_upsampler(tmp_path / "model" / "upsampler")
+    pipe = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    monkeypatch.setattr(pipeline, "_UPSAMPLED", 1)  # view by view, as large views are
+    options = {"num_views": 3, "num_inference_steps": 1, "upsample_steps": 4, "generator": 0, "output_type": "latent"}
+    expected = pipe(gafext.PORTRAIT, **options).images
+    assert not recorded
+    assert max_abs_diff(pipe(gafext.PORTRAIT, graph=True, **options).images, expected) < 1e-5
+    assert len(recorded) == 1 and recorded[0].replays == 3 * 4 - 1

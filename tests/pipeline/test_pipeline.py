@@ -266,7 +266,9 @@ def test_the_upsampler_in_the_folder_is_used(checkpoint, tmp_path):
 
     for given, steps in (({"upsample_steps": 3}, 3), ({"preset": "fast"}, 2), ({}, 10)):
         ours = run(pipe, **options, **given)
-        expected = upsampler(run(pipe, upsample="none", **options, **given).images, noise=noise, num_inference_steps=steps)
+        expected = upsampler(
+            run(pipe, upsample="none", **options, **given).images, noise=noise, num_inference_steps=steps
+        )
         assert max_abs_diff(ours.images, expected) < 1e-5 and ours.run["upsample_steps"] == steps
     assert run(pipe, upsample="bilinear", upsample_steps=3, **options).run["upsample_steps"] is None
 
