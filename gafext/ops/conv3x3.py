@@ -94,10 +94,18 @@ def reference_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, res
 
 def _with_conv2d(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias, residual) -> Tensor:
     if bias is not None and bias.dim() == 2:
-        out = convolve(x, weight, padding=1) + bias[:, :, None, None]
+        out = _sum(bias[:, :, None, None], convolve(x, weight, padding=1))
     else:
         out = convolve(x, weight, bias, padding=1)
-    return out if residual is None else residual + out  # in this order, the sum has the memory format of the residual
+    return out if residual is None else _sum(residual, out)
+
+
+def _sum(addend: Tensor, out: Tensor) -> Tensor:
+    """Return the sum, in the memory of `out`, which nobody else has, where no gradient and no memory format differs."""
+    alike = addend.shape[2:] == (1, 1) or addend.stride() == out.stride()
+    if torch.is_grad_enabled() or _common.is_transformed() or not alike:
+        return addend + out  # in this order, the sum of two images has the memory format of the addend
+    return out.add_(addend)
 
 
 def unsupported_reasons(

@@ -13,7 +13,7 @@ from gafext.schedulers.base import Scheduler
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"num_inference_steps": 50, "upsample_steps": 10},
     "balanced": {"scheduler": "dpm++", "num_inference_steps": 25},
-    "fast": {"scheduler": "dpm++", "num_inference_steps": 15, "guidance_interval": (0.28, 5.42), "upsample_steps": 2},
+    "fast": {"scheduler": "dpm++", "num_inference_steps": 15, "guidance_interval": (0.28, 5.42), "upsample_steps": 1},
 }
 """Options of a run by the name of a preset; without `scheduler`, the pipeline's. docs/speed.md has their errors."""
 

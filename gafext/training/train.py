@@ -89,7 +89,7 @@ def train(
         settings: everything else.
 
     Returns:
-        PSNR in dB and SSIM of the held-out heads; empty without any.
+        PSNR in dB and SSIM of the held-out heads, and LPIPS where the package lpips is installed; empty without any.
 
     Raises:
         ValueError: the data has faults, the batch does not divide among the processes, the loss is not finite, or

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,23 @@ from gafext.training.head import Head
 from gafext.training.settings import Settings
 
 
+def perceptual_distance(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return LPIPS with AlexNet, a distance of images [N,3,H,W] in [0,1], or None where lpips is not installed.
+
+    lpips downloads AlexNet's weights at its first use; where they cannot be had, a warning says so, and None is returned.
+
+    Source: Zhang et al.: The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (arXiv 1801.03924).
+    """
+    if importlib.util.find_spec("lpips") is None:
+        return None
+    try:
+        network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False).to(device).eval()
+    except Exception as error:  # of the network, the disk, or torchvision beside another torch: training goes on
+        warnings.warn(f"lpips: not measured, because it cannot be loaded: {error}", stacklevel=2)
+        return None
+    return lambda left, right: network(left.to(device), right.to(device), normalize=True).cpu()
+
+
 @torch.no_grad()
 def validate(
     pipeline: MultiViewDiffusionPipeline, heads: list[Head], folder: Path, settings: Settings, *, views: int
@@ -34,9 +55,12 @@ def validate(
         views: number of views, spread over the cameras of a head.
 
     Returns:
-        Mean PSNR in dB and SSIM, by name; and the pictures, [H,W,3] uint8.
+        Mean PSNR in dB and SSIM, and LPIPS where it is installed, by name; and the pictures, [H,W,3] uint8.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+    if (lpips := perceptual_distance(pipeline.device)) is not None:
+        measures["lpips"] = lpips
     scores, pictures = [], []
     background = family_of(pipeline.unet.config).background
     for index, head in enumerate(heads):
@@ -57,13 +81,12 @@ def validate(
         assert isinstance(output, MultiViewOutput) and isinstance(output.images, Tensor)  # of one portrait, as asked
         made = output.images.cpu()
         true = images.to_square_tensor([head.picture(view, background) for view in chosen], made.shape[-1])
-        scores.append((psnr(made, true).mean(), ssim(made, true).mean()))
+        scores.append([measure(made, true).mean() for measure in measures.values()])
         rows = torch.cat([torch.cat(list(made), dim=2), torch.cat(list(true), dim=2)], dim=1)
         picture = images.to_pil(rows[None])[0]
         picture.save(folder / f"{index:03d}.png")
         pictures.append(np.asarray(picture))
-    means = torch.tensor(scores).mean(0).tolist()
-    return {"psnr": means[0], "ssim": means[1]}, pictures
+    return dict(zip(measures, torch.tensor(scores).mean(0).tolist(), strict=True)), pictures
 
 
 def publish(
