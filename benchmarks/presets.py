@@ -28,6 +28,7 @@ OPTIONS = {
     "quality": {"preset": "quality"},
     "balanced": {"preset": "balanced"},
     "fast": {"preset": "fast"},
+    "fast, 10 steps of the upsampler": {"preset": "fast", "upsample_steps": 10},
     "DDIM, 50 steps, interval": {"num_inference_steps": 50, "guidance_interval": INTERVAL},
     "DDIM, 25 steps": {"num_inference_steps": 25},
     "DDIM, 15 steps": {"num_inference_steps": 15},

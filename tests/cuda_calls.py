@@ -23,6 +23,20 @@ def cross_view(views, positions, num_heads):
     return lambda *inputs: OPS.cross_view_attention(*inputs, views), draw
 
 
+def cross_view_backward(views, positions, num_heads):
+    def draw(dtype, device="cuda"):
+        return [heads(2 * views, positions, num_heads, 64, dtype, device) for _ in range(4)]
+
+    return lambda *inputs: torch.stack(OPS.cross_view_attention_backward(*inputs, views)), draw
+
+
+def gate_backward(rows, inner):
+    def draw(dtype, device="cuda"):
+        return [torch.randn(rows, width, device=device).to(dtype) for width in (inner, 2 * inner)]
+
+    return OPS.geglu_gate_backward, draw
+
+
 def gate(rows, inner):
     return OPS.geglu_gate, lambda dtype, device="cuda": [torch.randn(rows, 2 * inner, device=device).to(dtype)]
 
@@ -49,7 +63,10 @@ CALLS = {
     "cross view 4": cross_view(4, 1024, 5),
     "cross view 8": cross_view(8, 257, 10),
     "cross view 6": cross_view(6, 63, 3),
+    "cross view 4, backward": cross_view_backward(4, 1024, 5),
+    "cross view 6, backward": cross_view_backward(6, 63, 3),
     "gate": gate(1024, 1280),
+    "gate, backward": gate_backward(1024, 1280),
     "norm, few packs": norm(8, 64, 1280),
     "norm, many packs": norm(8, 1024, 320),
     "norm, in chunks": norm(1, 4096, 320),

@@ -105,12 +105,36 @@ def cross_view_attention(query, key, value, num_views, *, scale=None):
     return _attention(query, key, value, scale, **sizes)
 
 
+def cross_view_attention_backward(grad, query, key, value, num_views, *, scale=None):
+    """The three gradients, [3, batch * views, heads, length, head_dim]."""
+    batch, heads, length, head_dim = query.shape
+    out = torch.empty(3, batch, length, heads, head_dim, dtype=query.dtype).transpose(2, 3)
+    inputs = dict(grad=grad, query=query, key=key, value=value)
+    strides = {f"{name}_stride": tensor.stride()[:3] for name, tensor in inputs.items()}
+    return Call(
+        out,
+        inputs
+        | dict(zip(("grad_query", "grad_key", "grad_value"), out, strict=True))
+        | strides
+        | dict(out_stride=out.stride()[1:4], batch=batch // num_views, views=num_views, heads=heads, length=length)
+        | dict(head_dim=head_dim, scale=head_dim**-0.5 if scale is None else scale, dtype=query.dtype),
+    )
+
+
 def geglu_gate(projected):
     """`projected` [rows, 2 * inner], with any stride from row to row."""
     rows, inner = projected.shape[0], projected.shape[1] // 2
     out = torch.empty(rows, inner, dtype=projected.dtype)
     sizes = dict(rows=rows, inner=inner, projected_stride=projected.stride(0), dtype=projected.dtype)
     return Call(out, dict(projected=projected, out=out, **sizes))
+
+
+def geglu_gate_backward(grad, projected):
+    """`grad` [rows, inner] and `projected` [rows, 2 * inner], with any stride from row to row."""
+    rows, inner = grad.shape
+    out = torch.empty(rows, 2 * inner, dtype=grad.dtype)
+    sizes = dict(rows=rows, inner=inner, projected_stride=projected.stride(0), grad_stride=grad.stride(0))
+    return Call(out, dict(grad=grad, projected=projected, out=out, dtype=grad.dtype, **sizes))
 
 
 def group_norm_silu(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True):
@@ -128,7 +152,8 @@ def group_norm_silu(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=Tru
     )
 
 
-OPERATIONS = {f.__name__: f for f in (flash_attention, cross_view_attention, geglu_gate, group_norm_silu)}
+_FORWARD_PASSES = (flash_attention, cross_view_attention, geglu_gate, group_norm_silu)
+OPERATIONS = {f.__name__: f for f in (*_FORWARD_PASSES, cross_view_attention_backward, geglu_gate_backward)}
 
 
 def emulate(operation, *args, library=None, orders=ORDERS, capability=80, multiprocessors=3, **kwargs):
@@ -186,7 +211,8 @@ class Library:
         self._prototypes = [
             (name, struct, more)
             for name, struct, more in re.findall(
-                r"(?:cudaError_t|int64_t) (\w+)\(const (\w+)& args(, cudaStream_t stream|, int64_t& bytes|)\);", text
+                r"(?:cudaError_t|int64_t) (\w+)\(const (\w+)& args(, cudaStream_t stream|, int64_t& bytes|)\);",
+                re.sub(r"\s+", " ", text),
             )
             if f"{name}(" in code
         ]

@@ -48,10 +48,11 @@ Tensor cross_view_attention_on_cpu(const Tensor& query, const Tensor& key, const
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_view_attention_backward_on_cpu(const Tensor& grad, const Tensor& query,
-                                                                        const Tensor& key, const Tensor& value,
-                                                                        int64_t num_views,
-                                                                        std::optional<double> scale) {
+// Checks the inputs, and calls kernel(args).
+template <typename Kernel>
+std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                 const Tensor& value, int64_t num_views, std::optional<double> scale,
+                                                 const Kernel& kernel) {
   const char* op = "cross_view_attention_backward";
   const CrossViewAttentionArgs forward = check_cross_view_attention(query, key, value, num_views, scale, op);
   check_equal_shape(op, {"query", query}, {"grad", grad});
@@ -66,8 +67,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_view_attention_backward_on_cpu(const Te
   const Tensor grad_query = empty_heads(query), grad_key = empty_heads(query), grad_value = empty_heads(query);
   args.grad_query = grad_query.mutable_data_ptr(), args.grad_key = grad_key.mutable_data_ptr();
   args.grad_value = grad_value.mutable_data_ptr(), args.out_stride = head_strides(grad_query);
-  cpu::cross_view_attention_backward(args);
+  kernel(args);
   return {grad_query, grad_key, grad_value};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_view_attention_backward_on_cpu(const Tensor& grad, const Tensor& query,
+                                                                        const Tensor& key, const Tensor& value,
+                                                                        int64_t num_views,
+                                                                        std::optional<double> scale) {
+  return differentiate(grad, query, key, value, num_views, scale, cpu::cross_view_attention_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gafext, CPU, m) {
@@ -86,7 +94,21 @@ Tensor cross_view_attention_on_cuda(const Tensor& query, const Tensor& key, cons
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) { m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cuda)); }
+std::tuple<Tensor, Tensor, Tensor> cross_view_attention_backward_on_cuda(const Tensor& grad, const Tensor& query,
+                                                                         const Tensor& key, const Tensor& value,
+                                                                         int64_t num_views,
+                                                                         std::optional<double> scale) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  return differentiate(grad, query, key, value, num_views, scale, [&](const CrossViewAttentionBackwardArgs& args) {
+    check_launch(cross_view_attention_backward_cuda(args, current_stream(query)), "cross_view_attention_backward",
+                 "query", query);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) {
+  m.impl("cross_view_attention", TORCH_BOX(&cross_view_attention_on_cuda));
+  m.impl("cross_view_attention_backward", TORCH_BOX(&cross_view_attention_backward_on_cuda));
+}
 
 #endif
 

@@ -34,6 +34,8 @@ struct CrossViewAttentionBackwardArgs {
 
 #ifdef GAFEXT_WITH_CUDA
 GAFEXT_LOCAL cudaError_t cross_view_attention_cuda(const CrossViewAttentionArgs& args, cudaStream_t stream);
+GAFEXT_LOCAL cudaError_t cross_view_attention_backward_cuda(const CrossViewAttentionBackwardArgs& args,
+                                                            cudaStream_t stream);
 #endif
 
 }  // namespace gafext

@@ -54,7 +54,9 @@ Tensor gate(const Tensor& projected, const Kernel& kernel) {
 
 Tensor geglu_gate_on_cpu(const Tensor& projected) { return gate(projected, cpu::geglu_gate); }
 
-Tensor geglu_gate_backward_on_cpu(const Tensor& grad, const Tensor& projected) {
+// Checks the inputs, and calls kernel(args) with them or contiguous copies of them.
+template <typename Kernel>
+Tensor differentiate_gate(const Tensor& grad, const Tensor& projected, const Kernel& kernel) {
   const char* op = "geglu_gate_backward";
   check_projected(op, projected);
   GegluGateBackwardArgs args{};
@@ -70,8 +72,12 @@ Tensor geglu_gate_backward_on_cpu(const Tensor& grad, const Tensor& projected) {
   args.grad = grad_rows.tensor.const_data_ptr(), args.grad_stride = grad_rows.stride;
   args.projected = rows.tensor.const_data_ptr(), args.projected_stride = rows.stride;
   args.out = out.mutable_data_ptr();
-  cpu::geglu_gate_backward(args);
+  kernel(args);
   return out;
+}
+
+Tensor geglu_gate_backward_on_cpu(const Tensor& grad, const Tensor& projected) {
+  return differentiate_gate(grad, projected, cpu::geglu_gate_backward);
 }
 
 Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -98,6 +104,14 @@ Tensor geglu_gate_on_cuda(const Tensor& projected) {
   });
 }
 
+Tensor geglu_gate_backward_on_cuda(const Tensor& grad, const Tensor& projected) {
+  const torch::stable::accelerator::DeviceGuard guard(projected.get_device_index());
+  return differentiate_gate(grad, projected, [&](const GegluGateBackwardArgs& args) {
+    check_launch(geglu_gate_backward_cuda(args, current_stream(projected)), "geglu_gate_backward", "projected",
+                 projected);
+  });
+}
+
 Tensor geglu_on_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_geglu(x, weight, bias);
   return geglu_gate_on_cuda(aten_linear(x, weight, bias));
@@ -106,6 +120,7 @@ Tensor geglu_on_cuda(const Tensor& x, const Tensor& weight, const std::optional<
 STABLE_TORCH_LIBRARY_IMPL(gafext, CUDA, m) {
   m.impl("geglu", TORCH_BOX(&geglu_on_cuda));
   m.impl("geglu_gate", TORCH_BOX(&geglu_gate_on_cuda));
+  m.impl("geglu_gate_backward", TORCH_BOX(&geglu_gate_backward_on_cuda));
 }
 
 #endif

@@ -41,6 +41,7 @@ struct GegluGateBackwardArgs {
 
 #ifdef GAFEXT_WITH_CUDA
 GAFEXT_LOCAL cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream);
+GAFEXT_LOCAL cudaError_t geglu_gate_backward_cuda(const GegluGateBackwardArgs& args, cudaStream_t stream);
 #endif
 
 }  // namespace gafext

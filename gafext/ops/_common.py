@@ -170,12 +170,13 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def place_reasons(*tensors: Tensor | None, fast_backward: bool = False) -> list[str]:
+def place_reasons(*tensors: Tensor | None, fast_backward: bool = False, cuda_backward: bool = False) -> list[str]:
     """List why the kernels do not support the tensors' device or their need of a gradient.
 
     Args:
         tensors: of one device and dtype.
         fast_backward: the backward pass was measured to be faster than PyTorch's, in float32 on a CPU.
+        cuda_backward: it has a kernel for CUDA, which moves fewer bytes than PyTorch's; not measured yet.
     """
     first = next(t for t in tensors if t is not None)
     device = first.device
@@ -188,6 +189,7 @@ def place_reasons(*tensors: Tensor | None, fast_backward: bool = False) -> list[
     if is_transformed():
         reasons.append("torch.func or forward-mode differentiation follows the call, which the kernel cannot")
     is_fast = fast_backward and device.type == "cpu" and first.dtype == torch.float32
+    is_fast |= cuda_backward and device.type == "cuda"
     if not is_fast and needs_gradient(*tensors):
         reasons.append("inputs need a gradient, and PyTorch's operation has the faster backward pass")
     return reasons
@@ -216,9 +218,15 @@ def call_kernel(op: Callable[..., Tensor], *args, **options) -> Tensor:
     return call_without_gradient(op, *args, **options)
 
 
-def has_backward_kernel(grad: Tensor) -> bool:
-    """Return whether a backward pass runs its kernel: on a CPU, unless autograd follows it (create_graph=True)."""
-    return grad.is_cpu and not torch.is_grad_enabled() and not is_transformed() and not _is_batched(grad)
+def has_backward_kernel(grad: Tensor, *, cuda: bool = False) -> bool:
+    """Return whether a backward pass runs its kernel, unless autograd follows it (create_graph=True).
+
+    Args:
+        grad: gradient of the result.
+        cuda: there is a kernel for CUDA too, beside that for CPUs.
+    """
+    placed = grad.is_cpu or (cuda and grad.is_cuda and not _cuda_reason(grad.device.index))
+    return placed and not torch.is_grad_enabled() and not is_transformed() and not _is_batched(grad)
 
 
 def refuse_second_order(op: str) -> None:

@@ -65,7 +65,8 @@ def reference_cross_view_attention(
 
 def unsupported_reasons(query: Tensor, key: Tensor, value: Tensor, num_views: int) -> list[str]:
     """List why the kernel does not support tensors of matching shapes; empty when it does."""
-    return _kernel_reasons(query, key, value, num_views) + _common.place_reasons(query, key, value, fast_backward=True)
+    place = _common.place_reasons(query, key, value, fast_backward=True, cuda_backward=True)
+    return _kernel_reasons(query, key, value, num_views) + place
 
 
 def check_cross_view_attention(query: Tensor, key: Tensor, value: Tensor, num_views: int, op: str = _OP) -> None:
@@ -138,7 +139,7 @@ torch.library.impl("gafext::cross_view_attention", "MPS", _mps)
 def cross_view_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, num_views: int, *, scale: float | None = None
 ) -> tuple[Tensor, ...]:
-    """Compute the gradients of `cross_view_attention`, on a CPU without a score matrix in memory.
+    """Compute the gradients of `cross_view_attention`, with a kernel without a score matrix in memory.
 
     With P the weights of a position: dV = P^T dO, dS = scale P * (dO V^T - rowsum(P * dO V^T)), dQ = dS K, dK = dS^T Q.
 
@@ -151,7 +152,7 @@ def cross_view_attention_backward(
 
     Source: FlashAttention (arXiv 2205.14135), appendix B.2.
     """
-    if _common.has_backward_kernel(grad):
+    if _common.has_backward_kernel(grad, cuda=True):
         return torch.ops.gafext.cross_view_attention_backward(grad, query, key, value, num_views, scale=scale)
     grad, query, key, value = (views_last(t, num_views) for t in (grad, query, key, value))
     return tuple(views_first(g) for g in attention_backward(grad, query, key, value, scale=scale) if g is not None)

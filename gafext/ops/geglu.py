@@ -84,7 +84,7 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def gate_unsupported_reasons(projected: Tensor) -> list[str]:
     """List why the gate's kernel does not support a tensor; empty when it does."""
-    return _common.dtype_reasons(projected) + _common.place_reasons(projected, fast_backward=True)
+    return _common.dtype_reasons(projected) + _common.place_reasons(projected, fast_backward=True, cuda_backward=True)
 
 
 def check_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -135,7 +135,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def geglu_gate_backward(grad: Tensor, projected: Tensor) -> Tensor:
-    """Compute the gradient of `geglu_gate` for h = [value, gate], in one pass over memory on a CPU.
+    """Compute the gradient of `geglu_gate` for h = [value, gate], in one pass over memory with a kernel.
 
     dh = [grad * gelu(gate), grad * value * gelu'(gate)],  gelu(g) = g cdf(g),  gelu'(g) = cdf(g) + g pdf(g)
 
@@ -146,7 +146,7 @@ def geglu_gate_backward(grad: Tensor, projected: Tensor) -> Tensor:
     Returns:
         [..., 2 * inner], contiguous.
     """
-    if _common.has_backward_kernel(grad):
+    if _common.has_backward_kernel(grad, cuda=True):
         return torch.ops.gafext.geglu_gate_backward(grad, projected)
     value, gate = projected.float().chunk(2, dim=-1)
     cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))

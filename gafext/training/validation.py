@@ -27,7 +27,7 @@ from gafext.training.settings import Settings
 def perceptual_distance(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return LPIPS with AlexNet, a distance of images [N,3,H,W] in [0,1], or None where lpips is not installed.
 
-    lpips downloads AlexNet's weights at its first use; where they cannot be had, a warning says so, and None is returned.
+    lpips downloads AlexNet's weights at its first use. Where they cannot be had, a warning says so, and this is None.
 
     Source: Zhang et al.: The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (arXiv 1801.03924).
     """
