@@ -26,7 +26,11 @@ inline DType check_supported_heads(const char* op, const Named& query, const Nam
   return dtype;
 }
 
-inline HeadStrides head_strides(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+// 0 for a dimension of size 1, whose stride may be anything and must not decide how the others are aligned.
+inline HeadStrides head_strides(const Tensor& tensor) {
+  const auto stride = [&](int64_t dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+  return {stride(0), stride(1), stride(2)};
+}
 
 template <typename Args>
 void set_inputs(Args& args, const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale) {

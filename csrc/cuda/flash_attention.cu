@@ -67,11 +67,12 @@ FlashPlan plan_for(const FlashAttentionArgs& args, const Device& device) {
   plan.columns = *std::lower_bound(std::begin(kHeadSizes), std::end(kHeadSizes), args.head_dim);
   plan.kernel = wide ? FlashKernel::kWide : FlashKernel::kMma;
 
-  // Twice the rows halve the reads of keys and values, as long as every multiprocessor has its two blocks (wide: one).
+  // Twice the rows halve the reads of keys and values, as long as every multiprocessor has its two blocks (one of wide
+  // heads and of 160 columns, whose registers leave no room for a second).
   const int few = wide ? 32 : 64, many = 2 * few;
   plan.rows = many;
   const bool fits = wide ? device.shared_bytes >= 132 * 1024 : args.head_dim <= 160;
-  const bool fills = plan.blocks(args) >= (wide ? 1 : 2) * device.multiprocessors;
+  const bool fills = plan.blocks(args) >= (wide || plan.columns == 160 ? 1 : 2) * device.multiprocessors;
   if (!fits || !fills || args.query_length <= (wide ? few : 256)) plan.rows = few;
 
   // Keys are split where blocks of the rows alone leave half of the multiprocessors idle; `unit` keys are worth the

@@ -24,7 +24,8 @@
 //           (flash_attention_sm90.cu) saves most of them.
 //
 // Nothing in this file was measured on a GPU. Shapes were chosen so that ptxas needs no local memory for any of sm_75
-// to sm_120, both types, and that two blocks share a multiprocessor of sm_80 and sm_90 (registers on sm_80 / 90 / 120):
+// to sm_120, both types, and that two blocks share a multiprocessor of sm_80 and sm_90, but for 160 with long queries
+// (registers on sm_80 / 90 / 120):
 //   head   long queries: rows, keys; registers, KB      short queries: rows, keys; registers, KB
 //     48   128, 64; 204 / 202 / 210, 24                 64, 64; 135 / 136 / 136, 24
 //     64   128, 64; 223 / 228 / 239, 32                 64, 64; 143 / 140 / 148, 32

@@ -1,5 +1,5 @@
 // Attention with an online softmax over tiles of 32 keys (arXiv 2205.14135, algorithm 1). The simple kernel, for
-// float32 and what the tensor-core kernels do not serve: every head_dim up to 256, every stride, any card since Turing.
+// float32 and what the tensor-core kernels do not serve: every head_dim up to 256, every stride, any card since Volta.
 //
 // Mapping   A block of 8 warps takes 8 query rows of one (batch, head), one row per warp, in tiles of 32 keys: all
 //           warps put the key tile into shared memory; lane j scores key j; maximum and sum go over the warp; then a

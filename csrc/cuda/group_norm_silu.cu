@@ -156,8 +156,11 @@ __device__ void add_up_chunks(const Moments* of_chunks, int positions, const Div
   __syncthreads();
 }
 
+template <int kPacks>
+constexpr int kMostThreads = kPacks == kManyPacks ? kManyThreads : kMaxThreads;  // for the registers of their packs
+
 template <typename T, int kSize, int kPacks, Pass pass>
-__global__ void __launch_bounds__(kPacks == kManyPacks ? kManyThreads : kMaxThreads, 1)
+__global__ void __launch_bounds__(kMostThreads<kPacks>, 1)
     group_norm_silu_kernel(const GroupNormSiluArgs args, const Division division) {
   const Statistics statistics;
   const Place<kSize> place(args, division);
@@ -257,19 +260,23 @@ Plan plan_for(const GroupNormSiluArgs& args) {
   return plan;
 }
 
+template <typename T, int kSize, int kPacks, Pass pass>
+cudaError_t launch_pass(const GroupNormSiluArgs& args, const Plan& plan, cudaStream_t stream) {
+  if (plan.threads() > kMostThreads<kPacks>) return cudaErrorInvalidConfiguration;  // as a GPU says, and no emulator
+  const int64_t blocks = args.batch * plan.division.chunks * plan.division.slabs;
+  return launch(group_norm_silu_kernel<T, kSize, kPacks, pass>, blocks, plan.threads(), kSharedFloats * sizeof(float),
+                stream, args, plan.division);
+}
+
 template <typename T, int kSize>
 cudaError_t launch_plan(const GroupNormSiluArgs& args, const Plan& plan, cudaStream_t stream) {
-  const auto run = [&](auto* kernel) {
-    const int64_t blocks = args.batch * plan.division.chunks * plan.division.slabs;
-    return launch(kernel, blocks, plan.threads(), kSharedFloats * sizeof(float), stream, args, plan.division);
-  };
-  if (!plan.in_chunks()) {
-    return plan.packs_of_thread == kFewPacks ? run(group_norm_silu_kernel<T, kSize, kFewPacks, Pass::kWhole>)
-                                             : run(group_norm_silu_kernel<T, kSize, kManyPacks, Pass::kWhole>);
+  if (plan.in_chunks()) {
+    const cudaError_t error = launch_pass<T, kSize, kChunkPacks, Pass::kMoments>(args, plan, stream);
+    return error != cudaSuccess ? error : launch_pass<T, kSize, kChunkPacks, Pass::kApply>(args, plan, stream);
   }
-  const cudaError_t error = run(group_norm_silu_kernel<T, kSize, kChunkPacks, Pass::kMoments>);
-  if (error != cudaSuccess) return error;
-  return run(group_norm_silu_kernel<T, kSize, kChunkPacks, Pass::kApply>);
+  if (plan.packs_of_thread == kFewPacks) return launch_pass<T, kSize, kFewPacks, Pass::kWhole>(args, plan, stream);
+  if (plan.packs_of_thread == kManyPacks) return launch_pass<T, kSize, kManyPacks, Pass::kWhole>(args, plan, stream);
+  return launch_pass<T, kSize, kChunkPacks, Pass::kWhole>(args, plan, stream);  // one chunk of a wide slab
 }
 
 }  // namespace

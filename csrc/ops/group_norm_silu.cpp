@@ -42,7 +42,7 @@ GroupNormSiluArgs check_group_norm_silu(const Tensor& x, int64_t num_groups, con
   require(height == 1 || width == 1 || x.stride(2) == width * args.position_stride, op, ": x must have a stride of ",
           width * args.position_stride, " from row to row, got ", x.stride(2));
   args.batch = x.size(0), args.channels = channels, args.positions = height * width, args.groups = num_groups;
-  args.image_stride = x.stride(0);
+  args.image_stride = args.batch == 1 ? 0 : x.stride(0);  // of one image anything, which must not decide its alignment
   args.eps = static_cast<float>(eps);
   args.silu = silu;
   return args;

@@ -12,6 +12,7 @@ from typing import Any
 
 from gafext.doctor.cards import verification, verified_cards
 from gafext.doctor.known import known_problems
+from gafext.versions import has_code_for, oldest_architecture
 
 _PACKAGES = ("gafext", "torch", "numpy", "Pillow", "safetensors", "diffusers", "transformers")
 _PARTS = {"torch": "PyTorch", "gafext.ops": "gafext's extension", "gafext.cli": "gafext"}
@@ -131,8 +132,15 @@ def _gpus(found: dict[str, Any]) -> list[dict[str, Any]]:
         capability = f"{gpu.major}.{gpu.minor}"
         known = verification(gpu.name, capability, found["verified_cards"])
         gpus.append({"device": f"cuda:{index}", "name": gpu.name, "capability": capability, "verified": known})
-        oldest = min((int(arch.split("-")[0]) for arch in build["cuda_architectures"]), default=0)
-        if 10 * gpu.major + gpu.minor < oldest:
+        architectures, number = build["cuda_architectures"], 10 * gpu.major + gpu.minor
+        oldest = oldest_architecture(architectures)
+        if number >= oldest and build["cuda"] and not has_code_for(architectures, number):
+            names = " ".join(architectures)
+            notes.append(
+                f"cuda:{index} has compute capability {capability}, for which this build ({names}) has neither machine "
+                "code nor PTX: PyTorch's operations run. A build on this machine has its own kernels"
+            )
+        if number < oldest:
             again = "on this machine" if (gpu.major, gpu.minor) >= (7, 5) else "with CUDA 12"
             advice = f". A build {again} has kernels for {capability}" if gpu.major >= 7 else ""
             notes.append(

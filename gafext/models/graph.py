@@ -49,12 +49,15 @@ class GraphedCall:
             for mine, given in zip(self._inputs, tensors, strict=True):
                 mine.copy_(given)
         assert self._graph is not None and self._output is not None
-        self._graph.replay()
+        with torch.cuda.device_of(self._output):
+            self._graph.replay()
         return self._output.clone()
 
     def _record(self, tensors: tuple[Tensor, ...]) -> None:
         self._inputs = tuple(tensor.clone() for tensor in tensors)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, first = torch.cuda.CUDAGraph(), self._inputs[0]
+        # By default PyTorch records on a stream of the device that was current at its first recording.
+        options = {"stream": torch.cuda.Stream(first.device)} if first.is_cuda else {}
+        with torch.cuda.device_of(first), torch.cuda.graph(graph, **options):
             self._output = self._function(*self._inputs)
         self._graph = graph

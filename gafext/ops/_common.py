@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gafext import _C
+from gafext.versions import has_code_for, oldest_architecture
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/types.h
@@ -21,8 +21,7 @@ INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
 MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU multiplies it faster than float32, and may
 MULTIPLIES_FLOAT16 = _BUILD["multiplies_float16"]  # AVX512_FP16, or it is no x86
 INT8_PRODUCTS = _BUILD["int8_products"]
-# Ten times the lowest compute capability that the kernels were compiled for.
-_OLDEST_GPU = min((int(re.findall(r"\d+", arch)[0]) for arch in _BUILD["cuda_architectures"]), default=0)
+_ARCHITECTURES = _BUILD["cuda_architectures"]
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -149,8 +148,12 @@ def _cuda_reason(index: int | None) -> str:
         return "gafext was built without its CUDA kernels"
     if torch.cuda.is_available():  # fake CUDA tensors exist without a GPU
         gpu = torch.cuda.get_device_properties(index)
-        if 10 * gpu.major + gpu.minor < _OLDEST_GPU:
-            return f"the CUDA kernels need compute capability {_OLDEST_GPU / 10}, this GPU has {gpu.major}.{gpu.minor}"
+        number, oldest = 10 * gpu.major + gpu.minor, oldest_architecture(_ARCHITECTURES)
+        if number < oldest:
+            return f"the CUDA kernels need compute capability {oldest / 10}, this GPU has {gpu.major}.{gpu.minor}"
+        if not has_code_for(_ARCHITECTURES, number):
+            built = ", ".join(_ARCHITECTURES)
+            return f"the CUDA kernels are built for {built}, none of which runs on compute capability {number / 10}"
     return ""
 
 

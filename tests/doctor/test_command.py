@@ -18,6 +18,7 @@ import gafext
 from gafext import ops
 from gafext.cli import main
 from gafext.doctor.text import screen, without_names
+from gafext.versions import has_code_for, oldest_architecture
 
 
 def examined(capsys, *arguments):
@@ -130,6 +131,33 @@ def test_a_build_for_other_cards(volta, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: ada)
     [note] = [note for note in examined(capsys)[1]["notes"] if "8.9" in note]
     assert "has kernels for 9.0 and later" in note and "A build on this machine has kernels for 8.9" in note
+
+
+def test_a_build_with_neither_machine_code_nor_ptx_for_the_card(volta, capsys, monkeypatch):
+    thor = SimpleNamespace(name="Thor", major=11, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: thor)
+    volta("75-real", "90-real", "120")
+    [note] = [note for note in examined(capsys)[1]["notes"] if "11.0" in note]
+    assert "this build (75-real 90-real 120) has neither machine code nor PTX" in note
+    for built in (["75-real", "90"], ["native"], ["all-major"]):
+        volta(*built)
+        assert not [note for note in examined(capsys)[1]["notes"] if "11.0" in note]
+
+
+@pytest.mark.parametrize(
+    "architectures, runs, does_not",
+    [
+        (["75-real", "80-real", "90"], [75, 80, 86, 89, 90, 100, 120], [70, 72]),
+        (["80-real", "120"], [80, 87, 120, 121], [75, 90, 100, 110]),
+        (["80-virtual"], [80, 86, 90], [75]),
+        (["90a"], [90], [80, 100]),
+        (["native"], [70, 120], []),
+        ([], [], [70, 120]),
+    ],
+)
+def test_which_cards_run_what_was_compiled(architectures, runs, does_not):
+    assert [capability for capability in runs + does_not if has_code_for(architectures, capability)] == runs
+    assert oldest_architecture(architectures) == (runs[0] if architectures != ["native"] and runs else 0)
 
 
 def test_a_build_for_the_card_needs_no_excuse(volta, capsys):

@@ -80,6 +80,8 @@ CUDA_SIZES = [  # (batch, channels, positions), groups, and which way of the ker
     ((1, 33, 1300), 3, "single elements in chunks"),
     ((2, 24, 17), 24, "one channel a group"),
     ((1, 32, 1), 2, "one position"),
+    ((1, 511, 6), 1, "one chunk of single elements, more threads than for 16 packs"),
+    ((1, 3080, 6), 8, "one chunk of packs, more threads than for 16 packs"),
 ]
 
 
