@@ -28,7 +28,7 @@ _FLOAT_SLACK = 1e-3  # resampling in floating point may overshoot [0, 1] by this
 
 
 def read_image(image: ImageLike, *, name: str = "image") -> Image.Image:
-    """Read an upright image with its transparency: first frame, EXIF orientation applied, colours converted to sRGB.
+    """Read an upright image with its transparency: a file's first frame, by its EXIF orientation, in sRGB.
 
     Args:
         image: a path; a PIL image of any mode; an array [H,W,C] or [H,W]; or a tensor [C,H,W] or
@@ -36,7 +36,7 @@ def read_image(image: ImageLike, *, name: str = "image") -> Image.Image:
         name: name of an image without a path, for messages.
 
     Returns:
-        PIL image of 8 bits per channel, of any size: mode RGBA if it has transparency, else RGB.
+        PIL image of 8 bits per channel, of any size: mode RGBA if a pixel is transparent, else RGB.
 
     Raises:
         ImageError: the image cannot be read, or its shape, dtype or range is not accepted.
@@ -200,7 +200,9 @@ def _read_file(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # up to this number Pillow only warns
         raise ImageError(f"{path}: expected at most {limit} pixels, cannot be read ({error}); scale it down") from None
-    except OSError as error:
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:  # ValueError: a PNG with more text than Pillow takes
         raise ImageError(f"{path}: expected an image file, but it cannot be read ({error})") from None
 
 
@@ -244,14 +246,15 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         if image.mode == "La":  # premultiplied: Pillow converts it to nothing but LA
             image = image.convert("LA")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert() would clip these at 255
-            image = _from_array(np.asarray(image), name)
+            image = _from_array(_sixteen_bits(np.asarray(image)), name)
         if image.has_transparency_data:
             image = image.convert("RGBA")
         elif image.mode not in ("L", "CMYK"):  # the modes besides RGB that have colour profiles of their own
             image = image.convert("RGB")
         if profile:
             image = _to_srgb(image, profile, name)
-        return image if image.mode == "RGBA" else image.convert("RGB")
+        opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
+        return image if image.mode == "RGBA" and not opaque else image.convert("RGB")
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
@@ -290,15 +293,18 @@ def _from_array(image: np.ndarray | Tensor, name: str) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
 
 
+def _sixteen_bits(pixels: np.ndarray) -> np.ndarray:
+    """Return int32 as uint16 where its numbers are: Pillow decodes 16-bit grey to int32 in some file formats."""
+    fits = pixels.dtype == np.int32 and 0 <= pixels.min() <= pixels.max() <= 65535
+    return pixels.astype(np.uint16) if fits else pixels
+
+
 def _eight_bits(pixels: np.ndarray, name: str) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.bool_:
         return pixels * np.uint8(255)
-    # Pillow decodes 16-bit grey to int32 in some file formats.
-    if (pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2) or (
-        pixels.dtype == np.int32 and 0 <= pixels.min() <= pixels.max() <= 65535
-    ):
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         return (pixels / 257).round().astype(np.uint8)
     if pixels.dtype.kind != "f":
         raise ImageError(f"{name}: expected uint8, uint16, bool or floating point in [0, 1], got {pixels.dtype}")

@@ -5,6 +5,7 @@ trimesh reads the file, and Intel's Embree, through embreex, casts the rays: `pi
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from gafext.cameras import Cameras
 from gafext.errors import MeshError
 
 _CREASE = 45.0  # degrees between faces beyond which an edge stays sharp, as in the smooth shading of modelling programs
-_FACES_AT_ONCE = 2**16
+_PAIRS_AT_ONCE = 2**20  # corners, each with every face around it
 _LITTLE, _ALL = 0.03, 0.97  # shares of a picture that no head has; the neutral head on the default orbit has 0.37
 HEAD_HEIGHT = 1.6  # of the neutral head with its neck, in world units; from chin to crown it is 1.3
 
@@ -42,12 +43,13 @@ class Mesh:
     """
 
     def __init__(self, vertices: Any, faces: Any):
-        self.vertices = np.asarray(vertices, dtype=np.float64).reshape(-1, 3)
-        self.faces = np.asarray(faces, dtype=np.int64).reshape(-1, 3)
+        self.vertices = _rows_of_three("vertices", vertices, "fiu").astype(np.float64)
+        self.faces = _rows_of_three("faces", faces, "iu").astype(np.int64)
         if len(self.faces) == 0:
             raise MeshError("mesh: expected triangles, got none")
-        if self.faces.min() < 0 or self.faces.max() >= len(self.vertices):
-            raise MeshError(f"mesh: expected indices of {len(self.vertices)} vertices, got {self.faces.max()}")
+        for index in (self.faces.min(), self.faces.max()):
+            if not 0 <= index < len(self.vertices):
+                raise MeshError(f"mesh: expected indices of {len(self.vertices)} vertices, got {index}")
         if not np.isfinite(self.vertices).all():
             raise MeshError("mesh: expected finite vertices, got NaN or infinity")
         self._corner_normals = self._smooth_normals()  # [F,3,3]
@@ -57,15 +59,23 @@ class Mesh:
         first, second, third = self.vertices[self.faces].transpose(1, 0, 2)
         scaled = np.cross(second - first, third - first)  # of length twice the area
         unit = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-30)
-        around = _faces_of_vertices(self.faces, len(self.vertices))  # [N,most], padded with the number of faces
-        scaled, padded = (np.concatenate([normals, np.zeros((1, 3))]) for normals in (scaled, unit))
-        result = np.empty((len(self.faces), 3, 3))
-        for start in range(0, len(self.faces), _FACES_AT_ONCE):
-            rows = slice(start, start + _FACES_AT_ONCE)
-            neighbours = around[self.faces[rows]]  # [f,3,most]
-            smooth = (padded[neighbours] @ unit[rows, None, :, None])[..., 0] > np.cos(np.radians(_CREASE))
-            result[rows] = (scaled[neighbours] * smooth[..., None]).sum(2)
-        return result / np.maximum(np.linalg.norm(result, axis=2, keepdims=True), 1e-30)
+        vertex = self.faces.flatten()  # of every corner
+        around = np.argsort(vertex, kind="stable") // 3  # the faces around vertex 0, then those around vertex 1, ...
+        valence = np.bincount(vertex, minlength=len(self.vertices))
+        first, count = (np.cumsum(valence) - valence)[vertex], valence[vertex]  # of each corner's in `around`
+        ends, result = np.cumsum(count), np.empty((len(vertex), 3))
+        start = 0
+        while start < len(vertex):
+            pairs = ends[start] - count[start] + _PAIRS_AT_ONCE
+            stop = max(start + 1, int(np.searchsorted(ends, pairs, side="right")))
+            counts = count[start:stop]
+            begin = np.cumsum(counts) - counts
+            corner = np.repeat(np.arange(start, stop), counts)
+            neighbour = around[np.arange(len(corner)) + np.repeat(first[start:stop] - begin, counts)]
+            smooth = (unit[neighbour] * unit[corner // 3]).sum(1) > np.cos(np.radians(_CREASE))
+            result[start:stop] = np.add.reduceat(scaled[neighbour] * smooth[:, None], begin)
+            start = stop
+        return (result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-30)).reshape(-1, 3, 3)
 
     def render(self, cameras: Cameras, size: int, *, samples: int = 3) -> Surface:
         """Render normals, alpha and depth.
@@ -183,12 +193,15 @@ def load_mesh(path: str | Path, *, pose: Any = None) -> Mesh:
     trimesh = _trimesh()
     matrix = _similarity(np.eye(4) if pose is None else pose)
     try:
-        found = trimesh.load_mesh(str(path), process=False)
+        if Path(path).suffix.lower() == ".obj":
+            found = trimesh.load_mesh(_read_obj(Path(path)), file_type="obj", process=False)
+        else:
+            found = trimesh.load_mesh(str(path), process=False)
         found = found.to_mesh() if hasattr(found, "to_mesh") else found
         # Seams of a texture have their vertices twice, and would be edges.
         found.merge_vertices(merge_tex=True, merge_norm=True)
         vertices = np.asarray(found.vertices) @ matrix[:3, :3].T + matrix[:3, 3]
-    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # of trimesh, and of zipfile, struct, lxml and others that it reads some formats with
         raise MeshError(f"{path}: not readable as a mesh ({type(error).__name__}: {error})") from None
     try:
         return Mesh(vertices, found.faces)
@@ -209,15 +222,33 @@ def _similarity(pose: Any) -> np.ndarray:
     return matrix
 
 
-def _faces_of_vertices(faces: np.ndarray, count: int) -> np.ndarray:
-    """List the faces around each vertex: [count, most], padded with the number of faces."""
-    vertex = faces.flatten()
-    order = np.argsort(vertex, kind="stable")
-    valence = np.bincount(vertex, minlength=count)
-    column = np.arange(len(vertex)) - np.repeat(np.cumsum(valence) - valence, valence)
-    table = np.full((count, max(1, valence.max())), len(faces))
-    table[vertex[order], column] = order // 3
-    return table
+def _rows_of_three(name: str, values: Any, kinds: str) -> np.ndarray:
+    """Return an array [N,3] of numbers of one of some kinds of dtype; an empty one may have any shape and dtype."""
+    rows = np.asarray(values)
+    if rows.size == 0:
+        return rows.reshape(0, 3)
+    if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype.kind not in kinds:
+        what = "numbers" if "f" in kinds else "whole numbers"
+        raise MeshError(f"mesh: expected {name} [N,3] of {what}, got {list(rows.shape)} of {rows.dtype}")
+    return rows
+
+
+def _read_obj(path: Path) -> io.StringIO:
+    """Read an OBJ file, its relative indices made absolute: trimesh takes them to count from the end of the file."""
+    counts, lines = {"v": 0, "vt": 0, "vn": 0}, []
+
+    def absolute(corner: str) -> str:
+        parts = zip(corner.split("/"), counts.values(), strict=False)
+        return "/".join(str(count + 1 + int(index)) if index.startswith("-") else index for index, count in parts)
+
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        kind, *values = line.split() or [""]
+        if kind in counts:
+            counts[kind] += 1
+        elif kind == "f":
+            line = " ".join([kind, *map(absolute, values)])
+        lines.append(line)
+    return io.StringIO("\n".join(lines) + "\n")
 
 
 def _trimesh() -> Any:

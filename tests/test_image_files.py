@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+import torch
+from PIL import Image, ImageCms, PngImagePlugin
 
 from gafext.assets import PORTRAIT
 from gafext.errors import ImageError
@@ -223,3 +224,29 @@ def test_matte_removes_the_background(monkeypatch):
     transparent = cut_out(portrait)  # a cut-out needs no rembg
     monkeypatch.setitem(sys.modules, "rembg", None)
     assert load_image(transparent, matte=True, background=GREY).getpixel((2, 2)) == GREY
+
+
+def test_integers_that_are_not_sixteen_bits_are_refused():
+    for pixels in (np.full((8, 8, 3), 200, np.int32), torch.full((3, 8, 8), 200, dtype=torch.int32)):
+        with pytest.raises(ImageError, match="expected uint8, uint16, bool or floating point"):
+            read_image(pixels)
+    grey = Image.fromarray(np.full((8, 8), 257 * 200, np.int32))  # mode I, as Pillow decodes 16-bit grey
+    assert read_image(grey).getpixel((0, 0)) == (200, 200, 200)
+
+
+def test_an_opaque_alpha_channel_is_no_transparency(monkeypatch):
+    picture = Image.new("RGBA", (8, 8), (10, 20, 30, 255))
+    assert read_image(picture).mode == "RGB"
+    matted = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    monkeypatch.setitem(sys.modules, "rembg", SimpleNamespace(remove=lambda image: matted))
+    assert load_image(picture, matte=True).getpixel((0, 0)) == (255, 255, 255)
+    picture.putpixel((0, 0), (0, 0, 0, 254))
+    assert read_image(picture).mode == "RGBA"
+
+
+def test_a_png_with_too_much_text_is_named(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "text.png", pnginfo=info)
+    with pytest.raises(ImageError, match="text.png: expected an image file, but it cannot be read"):
+        read_image(tmp_path / "text.png")

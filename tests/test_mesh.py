@@ -1,6 +1,7 @@
 """Normal maps of meshes against formulas."""
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -196,3 +197,53 @@ def test_generate_says_what_the_views_do_not_see(checkpoint, tmp_path, capsys):
     assert not (tmp_path / "views").exists()
     assert main([str(a) for a in (*base, "--radius", 1, "--out", tmp_path / "views")]) == 0
     assert "normal_maps: expected 3% to 97% of each picture covered, got 100.0% of view 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "vertices, faces, words",
+    [
+        (np.zeros((8, 3)), [[0, 1, 2, 3]] * 6, r"expected faces \[N,3\] of whole numbers, got \[6, 4\] of int64"),
+        (np.zeros((8, 4)), [[0, 1, 2]], r"expected vertices \[N,3\] of numbers, got \[8, 4\] of float64"),
+        (np.zeros((8, 3)), [[0.0, 1.0, 2.7]], r"expected faces \[N,3\] of whole numbers, got \[1, 3\] of float64"),
+        (np.zeros((3, 3)), [[0, 1, -1]], "expected indices of 3 vertices, got -1"),
+        (np.zeros((3, 3)), [], "expected triangles, got none"),
+    ],
+)
+def test_rows_that_are_no_triangles(vertices, faces, words):
+    with pytest.raises(MeshError, match=words):
+        Mesh(vertices, faces)
+
+
+def test_relative_indices_of_an_obj_file_count_back_from_their_line(tmp_path):
+    corners = ["v 0 0 0", "v 1 0 0", "v 0 1 0"]
+    moved = ["v 5 0 0", "v 6 0 0", "v 5 1 0"]
+    face = "f -3//-1 -2//-1 -1//-1"
+    lines = ["mtllib none.mtl", *corners, "vn 0 0 1", face, *moved, "vn 0 0 1", face, "f 1 2 3"]
+    (tmp_path / "two.obj").write_text("\n".join(lines) + "\n")
+    mesh = load_mesh(tmp_path / "two.obj")
+    left = sorted(mesh.vertices[face][:, 0].min() for face in mesh.faces)
+    assert left == [0, 0, 5]
+
+
+def test_a_vertex_with_very_many_faces_takes_little_memory():
+    count = 3000
+    angles = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    ring = np.stack([np.cos(angles), np.sin(angles), np.zeros(count)], axis=1)
+    faces = [[0, 1 + i, 1 + (i + 1) % count] for i in range(count)]
+    tracemalloc.start()
+    mesh = Mesh(np.concatenate([[[0, 0, 0.5]], ring]), faces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 * 2**20  # a table of all neighbours took 1.9 GiB
+    middle = np.array(mesh._corner_normals)[:, 0]
+    assert np.allclose(middle, middle[0], atol=0.6) and (middle[:, 2] > 0.8).all()
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("a.zip", b"PK no"), ("a.dae", b"<x/>"), ("a.3mf", b"PK no"), ("a.ply", b"ply\nformat ascii 1.0\n")],
+)
+def test_files_that_trimesh_cannot_read_are_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MeshError, match=f"{name}: not readable as a mesh"):
+        load_mesh(tmp_path / name)

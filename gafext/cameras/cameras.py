@@ -70,14 +70,17 @@ class Cameras:
 
     def __getitem__(self, index: int | slice) -> Tensor | Cameras:
         """Return the w2c matrix [4,4] of one view, or the `Cameras` of a slice of views."""
-        return self.with_poses(self.w2c[index], index) if isinstance(index, slice) else self.w2c[index]
+        if not isinstance(index, slice):
+            return self.w2c[index]
+        return self.with_poses(self.w2c[list(range(len(self))[index])], index)  # tensors take no negative step
 
     def with_poses(self, w2c: Tensor, views: slice = slice(None)) -> Cameras:
         """Return cameras at other poses [V,4,4] with the intrinsics of `views`."""
         tracking = None if self.tracking is None else self.tracking[views]
         if self._lenses is None:
             return Cameras(w2c, self._fov, tracking=tracking)
-        return Cameras(w2c, intrinsics=self._lenses[views], size=1, tracking=tracking)
+        lenses = self._lenses[list(range(len(self))[views])]
+        return Cameras(w2c, intrinsics=lenses, size=1, tracking=tracking)
 
     @property
     def c2w(self) -> Tensor:

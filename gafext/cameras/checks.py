@@ -56,7 +56,9 @@ def pinhole(intrinsics: Tensor | np.ndarray | Sequence, size: float, views: int)
     matrices = matrices.expand(views, 3, 3)
     for view, matrix in enumerate(matrices):
         (fx, skew, _), (zero, fy, _), last = matrix.tolist()
-        if not matrix.isfinite().all() or fx <= 0 or fy <= 0:
+        if not matrix.isfinite().all():
+            raise CameraError(f"intrinsics {view}: expected finite numbers, got {matrix.tolist()}")
+        if fx <= 0 or fy <= 0:
             raise CameraError(f"intrinsics {view}: expected positive focal lengths, got {fx:g} and {fy:g}")
         if skew != 0 or zero != 0 or last != [0, 0, 1]:
             raise CameraError(

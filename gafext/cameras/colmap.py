@@ -33,7 +33,7 @@ def read_colmap(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
         OSError, ValueError, KeyError: a file is missing or not of this form.
     """
     cameras = {}
-    for line in _lines(folder / "cameras.txt"):
+    for line in filter(str.strip, _lines(folder / "cameras.txt")):
         number, model, width, height, *parameters = line.split()
         if model not in _PARAMETERS:
             raise CameraError(f"camera {number}: expected one of {', '.join(_PARAMETERS)}, got {model}")
@@ -41,17 +41,19 @@ def read_colmap(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
         focal = {"fl_x": values["fl"], "fl_y": values["fl"]} if "fl" in values else {}
         cameras[number] = {"camera_model": model, "w": int(width), "h": int(height), **values, **focal}
     images = []
-    for line in _lines(folder / "images.txt", every=2):  # every second line lists the points of an image
+    lines = _lines(folder / "images.txt")
+    for points in lines[1::2]:
+        if len(points.split()) % 3:
+            raise CameraError(f"images.txt: expected a line of points (x, y, id) below each image's, got {points!r}")
+    for line in filter(str.strip, lines[::2]):
         _, *pose, camera, name = line.split(maxsplit=9)
         images.append((name, _matrix(*map(float, pose)), cameras[camera]))
     images.sort(key=lambda image: image[0])
     return np.stack([matrix for _, matrix, _ in images]), [values for _, _, values in images]
 
 
-def _lines(path: Path, *, every: int = 1) -> list[str]:
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if not line.startswith("#")]
-    lines = lines[::every]
-    return [line for line in lines if line.strip()]
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if not line.startswith("#")]
 
 
 def _matrix(qw: float, qx: float, qy: float, qz: float, tx: float, ty: float, tz: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -109,7 +110,7 @@ def arc(
 def spiral(
     num_views: int,
     turns: float = 2.0,
-    elevation: tuple[float, float] = (-20.0, 40.0),
+    elevation: float | tuple[float, float] = (-20.0, 40.0),
     radius: float = 4.0,
     fov: float = DEFAULT_FOV,
 ) -> Cameras:
@@ -120,7 +121,7 @@ def spiral(
     Args:
         num_views: number of cameras, at least 1.
         turns: turns around the head, above 0.
-        elevation: degrees above the horizon of the first and the last camera, each between -90 and 90.
+        elevation: degrees above the horizon of the first and the last camera, each between -90 and 90; or one of all.
         radius: distance to the origin in world units, above 0.
         fov: field of view in degrees, 0 < fov < 180.
 
@@ -129,7 +130,8 @@ def spiral(
     """
     num_views = at_least_one("num_views", num_views)
     turns = between("turns", turns, 0, math.inf)
-    low, high = (between("elevation", value, -90, 90) for value in elevation)
+    ends = (elevation, elevation) if isinstance(elevation, numbers.Real) else elevation
+    low, high = (between("elevation", value, -90, 90) for value in ends)
     azimuth = torch.arange(num_views, dtype=torch.float64, device="cpu") * (360 * turns / num_views)
     return on_sphere(azimuth, torch.linspace(low, high, num_views, dtype=torch.float64, device="cpu"), radius, fov)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +21,12 @@ _AXES = {"opencv": (1, 1, 1, 1), "opengl": (1, -1, -1, 1), "blender": (1, -1, -1
 CONVENTIONS = tuple(f"{axes}-{direction}" for axes in _AXES for direction in ("w2c", "c2w"))
 """Names for `read_transforms`: axes of the camera, and direction of the matrix. Blender's camera has OpenGL's axes."""
 
-_DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2", "distortion", "distortion_params")
+_DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "distortion", "distortion_params", "is_fisheye")
+_FOCAL = ("fl_x", "fx", "fl_y", "fy")  # the file's give way to a frame's camera_angle_x
 _MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL", "perspective")  # without distortion, equal
 _FILES = ("transforms.json", "transforms_train.json", "opencv_cameras.json")
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError, EOFError)
+_UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 
 class Lens(NamedTuple):
@@ -75,7 +79,7 @@ def read_transforms(
             return _read_bare(values, convention, fov)
         _refuse("convention", convention)
         _refuse("fov", fov)
-        return _read_folder(path) if values is None else _read_frames(values, path.parent, pad)
+        return _read_folder(path, pad) if values is None else _read_frames(values, path.parent, pad)
     except CameraError as error:
         raise CameraError(f"{path}: {error}") from None
     except _UNREADABLE as error:
@@ -86,7 +90,7 @@ def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool = False) -> 
     frames = values["frames"]
     if not frames:
         raise CameraError("frames: expected at least one, got none")
-    lenses = [_lens({**values, **frame}, view, pad) for view, frame in enumerate(frames)]
+    lenses = [_lens(_merged(values, frame), view, pad) for view, frame in enumerate(frames)]
     if all("w2c" in frame for frame in frames):
         return _cameras(np.array([frame["w2c"] for frame in frames], dtype=np.float64), "opencv-w2c", lenses)
     c2w = np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64)
@@ -96,8 +100,17 @@ def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool = False) -> 
     return _cameras(c2w, "opengl-c2w", lenses, Tracking.of(folder, frames))
 
 
+def _merged(values: Mapping[str, Any], frame: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a frame and of its file, of which its own go first; null is no value."""
+    own = {name: value for name, value in frame.items() if value is not None}
+    shared = {name: value for name, value in values.items() if value is not None}
+    if "camera_angle_x" in own:
+        shared = {name: value for name, value in shared.items() if name not in _FOCAL}
+    return {**shared, **own}
+
+
 def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
-    """Read the intrinsics of a frame, whose own values go before those of the file."""
+    """Read the intrinsics of a frame."""
     for name in _DISTORTION:
         value = values.get(name, 0)
         if np.any(np.asarray(0 if value is None else value, dtype=np.float64) != 0):
@@ -109,11 +122,15 @@ def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
     width, height = values.get("w"), values.get("h")
     if None not in (width, height) and width != height and not pad:
         raise CameraError(f"frame {view}: expected square pictures, got {width} x {height}; crop or pad them first")
+    if any(side is not None and not side > 0 for side in (width, height)):
+        raise CameraError(f"frame {view}: expected positive w and h, got {width} x {height}")
     size = width or height
     if focal is None:
         angle = values["camera_angle_x"]
         if not 0 < angle < math.pi:
             raise CameraError(f"frame {view}: expected 0 < camera_angle_x < pi radians, got {angle:g}")
+        if size is None and not values.keys().isdisjoint(("cx", "cy")):
+            raise CameraError(f"frame {view}: expected w and h beside cx and cy, got none")
         size = size or 1
         focal = size / (2 * math.tan(angle / 2))
     if size is None:
@@ -148,19 +165,22 @@ def to_opencv(matrices: np.ndarray, convention: str) -> np.ndarray:
     return np.linalg.inv(Cameras(matrices * flip, 1.0).w2c.double().numpy())
 
 
-def _read_folder(folder: Path) -> Cameras:
+def _read_folder(folder: Path, pad: bool) -> Cameras:
+    binary = None
     for place in (folder, folder / "sparse" / "0", folder / "sparse"):
         if (place / "images.txt").is_file():
             matrices, cameras = read_colmap(place)
-            return _cameras(matrices, "opencv-w2c", [_lens(values, view) for view, values in enumerate(cameras)])
+            return _cameras(matrices, "opencv-w2c", [_lens(values, view, pad) for view, values in enumerate(cameras)])
         if (place / "images.bin").is_file():
-            raise CameraError(
-                "expected COLMAP's text files, got images.bin; convert it: colmap model_converter --input_path "
-                f"{place} --output_path {place} --output_type TXT"
-            )
+            binary = binary or place
     for name in _FILES:
         if (folder / name).is_file():
-            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")), folder)
+            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")), folder, pad)
+    if binary is not None:
+        raise CameraError(
+            "expected COLMAP's text files, got images.bin; convert it: colmap model_converter --input_path "
+            f"{binary} --output_path {binary} --output_type TXT"
+        )
     raise CameraError(f"expected {', '.join(_FILES)} or COLMAP's images.txt in it, got none")
 
 
