@@ -13,6 +13,8 @@ from pathlib import Path
 
 from gafext.errors import OutputError
 
+_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # what Finder and Explorer leave in folders they show
+
 
 @contextmanager
 def replace_whole(target: Path) -> Iterator[Path]:
@@ -54,6 +56,8 @@ def whole_folder(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | No
     with _staging(target, replaceable) as new:
         yield new
         check_target(target, replaceable)  # again, because another process may have written there meanwhile
+        if target.exists():
+            shutil.copymode(target, new)
         _swap(new, target)
 
 
@@ -82,7 +86,7 @@ def check_target(target: Path, replaceable: re.Pattern[str] | None) -> None:
             f"{target}: expected a folder that can be replaced as a whole, got the current folder or a mount "
             f"point; pass a folder inside it, such as {target / 'views'}"
         )
-    entries = sorted(target.iterdir())
+    entries = sorted(path for path in target.iterdir() if path.name not in _SYSTEMS)
     if entries and replaceable is None:
         raise OutputError(
             f"{target}: expected a new or empty folder, got one that holds {_listing(entries)}; pass another "
@@ -103,7 +107,8 @@ def _is_replaceable(path: Path, target: Path, replaceable: re.Pattern[str]) -> b
     """Return whether a path below `target` is a file that may be replaced, or a folder that holds something."""
     if path.is_dir() and not path.is_symlink():
         return any(path.iterdir())
-    return path.is_file() and replaceable.fullmatch(path.relative_to(target).as_posix()) is not None
+    known = path.name in _SYSTEMS or replaceable.fullmatch(path.relative_to(target).as_posix()) is not None
+    return path.is_file() and known
 
 
 def _listing(paths: list[Path]) -> str:

@@ -33,6 +33,7 @@ from gafext.mesh import Mesh, load_mesh
 from gafext.noise import resolve_seed
 from gafext.options import EVAL_STEPS, parser
 from gafext.output import VIEW_FILES, MultiViewOutput, check_turntable, choose_formats
+from gafext.output.output import json_clean
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.portraits.batch import check_batch_size
 from gafext.portraits.command import generate_portraits, process_pair
@@ -70,7 +71,7 @@ def _eval(args: argparse.Namespace) -> int:
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "figure")}
         report = {"settings": settings, "versions": versions(), "lines": [asdict(line) for line in lines]}
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(json_clean(report), indent=2) + "\n")
     if args.figure:
         evaluation.figure(evaluation.generate()).save(args.figure)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
@@ -343,6 +344,8 @@ def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Came
 
     The number of cameras must agree with num_views, unless that is None or 4.
     """
+    if isinstance(cameras, (str, os.PathLike)):
+        raise ValueError(f"cameras: expected Cameras or matrices, got a path; pass read_transforms({str(cameras)!r})")
     default = family.default_cameras()
     if family.fixed_cameras and default is not None:
         others = cameras is not None and not _see_alike(as_cameras(cameras, num_views=len(default)), default)

@@ -83,8 +83,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels; default: the pictures'")
     parser.add_argument("--hold-out", type=int, default=4, help="each which view is not fitted but measured; 0: none")
     parser.add_argument("--swap", action="store_true", help="give each view its neighbour's camera")
-    parser.add_argument("--figure", type=Path, help="picture of the held-out views above their renders")
+    parser.add_argument("--figure", type=Path, help="picture of all views above their renders")
     args = parser.parse_args()
+    if args.hold_out < 0 or args.hold_out == 1:
+        parser.error(f"--hold-out: expected 0, or 2 and more, got {args.hold_out}")
     views, cameras = read_views(args.views, args.size)
     if args.swap:  # by pairs: on a full circle, giving each view the next one's camera only turns the world
         order = torch.arange(len(cameras)) ^ 1
@@ -92,7 +94,8 @@ def main() -> None:
     points = read_points(args.views / "points3d.ply")
     options = {"steps": args.steps, "count": args.gaussians, "hold_out": args.hold_out}
     gaussians, score = fit(views, cameras, points, **options)
-    print(f"PSNR of {'held-out' if args.hold_out else 'all'} views: {score:.2f} dB")
+    is_held_out = args.hold_out and args.hold_out // 2 < len(views)
+    print(f"PSNR of {'held-out' if is_held_out else 'all'} views: {score:.2f} dB")
     gaussians.save(args.ply)
     if not args.swap:
         write_viewer(args.views, splat=args.ply)

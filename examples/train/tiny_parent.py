@@ -52,8 +52,8 @@ def write_parent(folder: Path, *, widths: tuple[int, ...] = (64, 96), seed: int 
     torch.manual_seed(seed)
     MultiViewUNet(config).save_pretrained(folder / "sd" / "unet")
     DDIMScheduler(schedule).save_pretrained(folder / "sd" / "scheduler")
-    shutil.copytree(ASSETS / "vae", folder / "sd" / "vae")
-    shutil.copytree(ASSETS / "image_encoder", folder / "clip")
+    shutil.copytree(ASSETS / "vae", folder / "sd" / "vae", dirs_exist_ok=True)
+    shutil.copytree(ASSETS / "image_encoder", folder / "clip", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ def write_heads(root: Path, count: int, *, views: int, size: int, normals: bool 
                     "camera_index": view,
                     "file_path": f"images/{name}",
                     "fg_mask_path": f"fg_masks/{name}",
-                    "flame_param_path": "flame_param/00000.npz",
                     "transform_matrix": path.opengl_c2w[view].tolist(),
                 }
             )

@@ -64,6 +64,8 @@ def subjects(
     Raises:
         ValueError: `count` is over the number of identities.
     """
+    if not 0 <= first < len(of):
+        raise ValueError(f"first: expected 0 to {len(of) - 1}, got {first}")
     identities = list(of[first : first + count])
     if count < 1 or len(identities) < count:
         raise ValueError(f"heads: expected 1 to {len(of) - first}, got {count}")
@@ -228,9 +230,14 @@ class Evaluation:
 
         Args:
             only: names of the lines to compute; None: all.
+
+        Raises:
+            ValueError: a name is unknown.
         """
         changes = self._changes()
         names = list(changes) if only is None else list(only)
+        if unknown := [name for name in names if name not in changes]:
+            raise ValueError(f"only: expected some of {list(changes)}, got {unknown[0]!r}")
         return [self._score(name, lambda change=changes[name]: self.generate(**change)) for name in names]
 
     def _changes(self) -> dict[str, dict[str, Any]]:

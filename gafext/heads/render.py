@@ -140,10 +140,10 @@ def _trace(heads: Heads, rows: Tensor, w2c: Tensor, rays: Tensor) -> tuple[Tenso
     near = torch.where(at_eye + near * slope >= 0, near, far)
     missed[:, _CLIPPED] |= at_eye + near * slope < 0
     depth[:, _CLIPPED] = near
+    missed |= depth <= 0  # behind a camera that is near: it must not hide what is in front
     depth, part = depth.masked_fill_(missed, torch.inf).min(dim=1)  # [B,pixels]
 
-    hit = depth.isfinite() & (depth > 0)
-    depth = depth.masked_fill(~hit, torch.inf)
+    hit = depth.isfinite()
     t, (x, y) = depth.masked_fill(~hit, 1.0), rays[3:5]
     table = [quadric.flatten(2)[..., [0, 1, 2, 4, 5, 8]], gradient, heads.colour[rows], to_sphere[..., 2, :]]
     table = torch.cat([*table, start[..., 2:]], dim=-1).float()  # [B,P,16]

@@ -34,7 +34,8 @@ def accelerate(pipe: Any) -> Acceleration:
 
     Attention, GEGLU, residual blocks, 3×3 convolutions, linear layers and group normalisations are exchanged in all
     networks of a pipeline: U-Net, autoencoder, ControlNet, and CLIP of transformers. Parameters, keys, configuration,
-    hooks and attention processors stay the same objects; results change by rounding only. What gafext does not
+    hooks and attention processors stay the same objects; results change by rounding only, and on a CPU features of 16
+    channels and more become channels-last, which `view` of their shape may refuse. What gafext does not
     compute (masks, a custom processor) is left to diffusers in each call. LoRA, IP-Adapters and processors may come
     before or after; a second call takes in layers that are new. For the CPU, malloc keeps freed memory from now on
     (see `gafext.ops.memory`).

@@ -177,6 +177,9 @@ def serve(pipelines: Mapping[str, Any], *, host: str, port: int, max_upload: flo
             blocks.close(verbose=False)
 
 
+_RECORDING = threading.Lock()  # what catch_warnings changes is the process's, and uploads are shown beside a run
+
+
 @contextmanager
 def _messages(gradio: Any, portrait: str | None) -> Iterator[None]:
     """Show gafext's errors and warnings on the page, without the folder of the upload; bugs are logged alone."""
@@ -186,7 +189,7 @@ def _messages(gradio: Any, portrait: str | None) -> Iterator[None]:
         return html.escape(str(message).replace(folder, "") or type(message).__name__, quote=False)
 
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with _RECORDING, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:

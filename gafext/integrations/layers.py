@@ -34,7 +34,7 @@ class Conv2d(nn.Conv2d):
 
 class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in (3, 4):
+        if input.dim() not in (3, 4) or not _is_of_dtype(self, input):
             return super().forward(input)
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, silu=False)
 
@@ -54,9 +54,15 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def _is_of_dtype(norm: nn.Module, x: Tensor) -> bool:
+    """Return whether a norm's weights have the dtype of x, or autocast gives both one: PyTorch's may mix two."""
+    weight = norm.weight
+    return not isinstance(weight, Tensor) or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+
+
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a group normalisation and SiLU: in one operation, unless a hook or an adapter wants the norm's result."""
-    if is_plain(norm, GroupNorm):
+    if is_plain(norm, GroupNorm) and _is_of_dtype(norm, x):
         assert isinstance(norm, GroupNorm)
         return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x))

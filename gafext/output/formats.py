@@ -80,14 +80,15 @@ def _write_nerfstudio(folder: Path, scene: Scene) -> None:
         lens = {} if scene.cameras.has_fov else _lens(scene.cameras, scene.size, view)
         frames.append({"file_path": name, **mask, **lens, "transform_matrix": matrix})
     # No camera_model: Brush does not know "PINHOLE", and nerfstudio's default is one without distortion here.
-    content = {**_lens(scene.cameras, scene.size, 0), "ply_file_path": POINTS, "frames": frames}
-    write_json(folder / "transforms.json", content)
-    _write_points(folder, scene)
+    points = {"ply_file_path": POINTS} if _write_points(folder, scene) else {}
+    write_json(folder / "transforms.json", {**_lens(scene.cameras, scene.size, 0), **points, "frames": frames})
 
 
-def _write_points(folder: Path, scene: Scene) -> None:
-    if not (folder / POINTS).exists():  # two formats share the file
+def _write_points(folder: Path, scene: Scene) -> bool:
+    """Write the points, which two formats share; none if there are none: without the file 3DGS draws its own."""
+    if len(scene.points.positions) and not (folder / POINTS).exists():
         write_ply(folder / POINTS, scene.points)
+    return len(scene.points.positions) > 0
 
 
 def _write_colmap(folder: Path, scene: Scene) -> None:
@@ -146,7 +147,7 @@ def choose_formats(names: Iterable[str] | None, cameras: Cameras) -> list[str]:
         if flame and "3dgs" not in names:
             reason = unsupported_reason("3dgs", cameras)
             warnings.warn(f"format {reason}: FLAME's parameters are not handed on", stacklevel=1)
-    names = list(dict.fromkeys(names))
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     for name in names:
         if name not in FORMATS:
             raise ValueError(f"format: expected some of {', '.join(FORMATS)}, got {name!r}")

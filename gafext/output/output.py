@@ -18,7 +18,7 @@ from torch import Tensor
 from gafext.atomic import whole_folder
 from gafext.cameras import Cameras
 from gafext.heads import Heads
-from gafext.images import to_pil, to_square_tensor
+from gafext.images import load_image, to_pil, to_square_tensor
 from gafext.mesh import Mesh
 from gafext.output.alpha import with_alpha
 from gafext.output.formats import FORMATS, Scene, choose_formats
@@ -88,8 +88,11 @@ class MultiViewOutput:
             raise ValueError("save: expected pictures, got latents (output_type='latent')")
         pictures = self.images
         if isinstance(pictures, np.ndarray):
-            pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+            pictures = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
         if isinstance(pictures, Tensor):
+            if not pictures.is_floating_point() or pictures.ndim != 4 or pictures.shape[1] != 3:
+                got = f"{list(pictures.shape)} of {str(pictures.dtype).removeprefix('torch.')}"
+                raise ValueError(f"save: expected images [V,3,H,W], as an array [V,H,W,3], in [0,1], got {got}")
             pictures = to_pil(pictures)
         options = {"overwrite": overwrite, "formats": formats, "alpha": alpha, "turntable": turntable}
         options |= {"surface": self.surface, "portrait": self.portrait, "normal_maps": self.normal_maps}
@@ -114,7 +117,7 @@ def write_views(
 
     Args:
         folder: an empty folder or one that does not exist yet; its parents are created.
-        images: V square images of one size.
+        images: V square images of one size; of another mode than RGB, over white.
         cameras: V cameras.
         run: parameters for run.json; values without a JSON type are written as strings, NaN and infinity as null.
         overwrite: replace a folder that holds only an earlier result.
@@ -132,6 +135,7 @@ def write_views(
         ValueError: the images are not one per camera, square and of one size, a format is unknown or cannot describe
             the cameras, or the film is of an unknown kind or has no encoder.
     """
+    images = [image if image.mode == "RGB" else load_image(image, name="images") for image in images]
     sizes = sorted({image.size for image in images})
     for name, pictures in (("images", images), ("normal_maps", normal_maps)):
         if pictures is not None and len(pictures) != len(cameras):
@@ -166,7 +170,7 @@ def _write_inputs(
 ) -> None:
     """Write portrait.png, at most as large as a view, and normals/view_000.png ..."""
     if portrait is not None:
-        small = portrait.copy()
+        small = portrait.copy() if portrait.mode in ("RGB", "RGBA") else load_image(portrait, name="portrait")
         small.thumbnail(size)
         small.save(folder / "portrait.png")
     for view, picture in enumerate(normal_maps):
@@ -184,4 +188,5 @@ def json_clean(value: Any) -> Any:
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return json_clean(value.tolist()) if hasattr(value, "tolist") else str(value)
+    has_list = hasattr(value, "tolist") and not isinstance(value, type)
+    return json_clean(value.tolist()) if has_list else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -29,13 +30,22 @@ def angles(cameras: Cameras) -> list[tuple[float, float]]:
 def turn(cameras: Cameras) -> Turn:
     """Sort views by azimuth, from view 0 on or, if they do not go all around, from one end to the other.
 
-    They go all around if no gap between neighbours is much larger than all others.
+    They go all around if no gap between neighbours is much larger than all others. Views that go around several times,
+    as `gafext.cameras.spiral` does, keep their order, and are not closed.
     """
     azimuth = [round(azimuth, 3) % 360 for azimuth, _ in angles(cameras)]
     elevation = [elevation for _, elevation in angles(cameras)]
+    steps = [(after - before) % 360 for before, after in itertools.pairwise(azimuth)]
+    rises = [after - before for before, after in itertools.pairwise(elevation)]
+    if sum(steps) > 360 and _all_equal(steps) and _all_equal(rises) and abs(rises[0]) > 0.01:
+        return Turn(list(range(len(cameras))), closed=False)
     order = sorted(range(len(cameras)), key=lambda view: (azimuth[view], elevation[view]))
     gaps = [(azimuth[after] - azimuth[view]) % 360 for view, after in zip(order, order[1:] + order[:1], strict=True)]
     largest, second = sorted([0.0, *gaps], reverse=True)[:2]
     closed = largest <= 1.5 * second
     first = order.index(0) if closed else gaps.index(largest) + 1
     return Turn(order[first:] + order[:first], closed)
+
+
+def _all_equal(degrees: list[float]) -> bool:
+    return max(degrees) - min(degrees) < 0.01

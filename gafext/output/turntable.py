@@ -69,7 +69,7 @@ def _encoder() -> str | None:
     """Return the path of ffmpeg: imageio-ffmpeg's, or the one on PATH."""
     try:
         return importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
-    except ImportError:
+    except (ImportError, RuntimeError):  # RuntimeError: imageio-ffmpeg without a binary for this system
         return shutil.which("ffmpeg")
 
 

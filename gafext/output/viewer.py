@@ -43,7 +43,8 @@ def write_viewer(
     folder = Path(folder)
     if cameras is None:
         cameras = read_transforms(folder)
-    names = sorted((path.name for path in folder.glob("view_*.png")), key=lambda name: (len(name), name))
+    found = (path.name for path in folder.glob("view_*.png") if path.stem.removeprefix("view_").isdecimal())
+    names = sorted(found, key=lambda name: (len(name), name))
     if not names or len(names) != len(cameras):
         raise ValueError(f"{folder}: expected {len(cameras)} views, one per camera, got {len(names)}")
     if splat is not None:

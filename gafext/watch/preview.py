@@ -69,10 +69,14 @@ class Preview:
     ):
         if every < 1:
             raise ValueError(f"preview: expected a whole number of steps above 0, got {every}")
+        if path.suffix.lower() not in PIL.Image.registered_extensions():
+            raise ValueError(f"preview: expected the name of a picture, such as views.png, got {path.name}")
         self.path, self.to_rgb, self.every, self.show = path, to_rgb, every, show
         self._rows: list[np.ndarray] = []
 
     def __call__(self, pipeline: Any, step: int, timestep: float, tensors: dict[str, Tensor]) -> None:
+        if step + 1 == self.every:
+            self._rows = []  # of a run before this one, which may have had other views
         if (step + 1) % self.every == 0:
             self._rows.append(_row(self.to_rgb(tensors["pred_original_sample"])))
             with replace_whole(self.path.parent) as temporary:

@@ -159,3 +159,14 @@ def test_the_neutral_head_faces_front():
     assert (flipped - maps[0]).abs().mean() < 1e-3  # left is right
     assert (maps[0] - maps[2]).abs().mean() > 0.01  # but a face is no back of a head
     assert torch.allclose(heads.head_normals(Cameras(orbit(4).w2c[2:], 30.0), 64), maps[2:])
+
+
+def test_a_part_behind_a_near_camera_hides_nothing():
+    """From below and near, the neck lies behind some of the cameras."""
+    head = heads.make_heads([5])
+    near, far = (
+        heads.render(head, orbit(4, elevation=-60, radius=radius).w2c, 32, fov=fov).alpha[0]
+        for radius, fov in ((1.1, 60.0), (2.2, 30.0))
+    )
+    covered = near.flatten(1).mean(1)
+    assert (covered > 0.5 * covered.max()).all() and covered.min() > far.flatten(1).mean(1).min() / 2

@@ -347,3 +347,11 @@ def test_twice_is_once_and_restoring_nothing_is_nothing():
 def test_other_objects_are_refused(call):
     with pytest.raises(TypeError, match=r"pipe: expected a diffusers pipeline or a torch.nn.Module, got str"):
         call("stabilityai/stable-diffusion-2-1")
+
+
+def test_a_norm_with_weights_in_float32_of_an_input_in_bfloat16():
+    norm = nn.Sequential(nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1).bfloat16())
+    x = torch.randn(2, 16, 8, 8).bfloat16()
+    expected = norm(x)
+    gafext.accelerate(norm)
+    assert torch.equal(norm(x), expected)

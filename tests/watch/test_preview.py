@@ -65,3 +65,14 @@ def test_generate_writes_previews_beside_the_folder_and_the_same_views(checkpoin
     assert len({(tmp_path / name / "view_001.png").read_bytes() for name in ("plain", "watched")}) == 1
     assert main([*words, str(tmp_path / "none"), "--preview", "0"]) == 1
     assert "--preview: expected a whole number of steps above 0, got 0" in capsys.readouterr().err
+
+
+def test_a_preview_serves_one_run_after_another(tmp_path):
+    preview = Preview(tmp_path / "views.png", lambda latents: latents[:, :3].clamp(0, 1), every=2)
+    for views in (3, 2):
+        for step in range(4):
+            preview(None, step, 0.0, {"pred_original_sample": torch.rand(views, 4, 8, 8)})
+        with Image.open(tmp_path / "views.png") as written:
+            assert written.width == views * written.height // 2  # two rows
+    with pytest.raises(ValueError, match="preview: expected the name of a picture, such as views.png, got views"):
+        Preview(tmp_path / "views", lambda latents: latents, every=1)
