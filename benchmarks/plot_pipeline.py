@@ -17,6 +17,8 @@ import matplotlib.pyplot as plt
 COLOURS = {"encode": "#9ecae9", "denoise": "#4c78a8", "upsample": "#f58518", "decode": "#54a24b"}
 
 
+# The same JSON gives the same file.
+@plt.rc_context({"svg.hashsalt": "gafext", "svg.fonttype": "none", "font.family": "DejaVu Sans"})
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
@@ -25,8 +27,6 @@ def main() -> None:
     result = json.loads(args.json.read_text())
     place, given = result["environment"], result["arguments"]
     rows = {name: row["stages"] for name, row in result["contestants"].items() if "stages" in row}
-    # The same JSON gives the same file.
-    plt.rcParams.update({"svg.hashsalt": "gafext", "svg.fonttype": "none", "font.family": "DejaVu Sans"})
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.45 * len(rows)), layout="constrained")
     for index, stages in enumerate(rows.values()):
         left = 0.0

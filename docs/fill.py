@@ -305,7 +305,7 @@ def trained() -> str:
 
 def values() -> dict[str, str]:
     """Everything that pages may name."""
-    unet, int8 = (result(f"unet-{RAPIDS}")["unet"][name] for name in ("sdpa", "int8"))
+    unet = result(f"unet-{RAPIDS}")["unet"]["sdpa"]
     whole = result(f"full-size-{RAPIDS}")["seconds_in_all"]
     drop_in, peers = result(f"drop-in-{EPYC}")["unet"], result(f"peers-{EPYC}")["unet"]
     with_amx = result(f"peers-{RAPIDS}")["unet"] | result(f"peers-{RAPIDS}-int8")["unet"]
@@ -332,8 +332,6 @@ def values() -> dict[str, str]:
         "unet.times": f"{unet['times_auto']:.1f}",
         "unet.quartiles": " and ".join(f"{end:.1f}" for end in unet["quartiles"]),
         "unet.difference": f"{unet['largest_difference']:.0e}",
-        "unet.int8": f"{int8['times_auto']:.2f}",
-        "unet.int8_difference": f"{100 * int8['relative_difference']:.1f} %",
         "whole.ours": f"{whole['auto']:.0f}",
         "whole.theirs": f"{whole['sdpa']:.0f}",
         "peers": compared(peers, "gafext float32", {name: name for name in peers}),

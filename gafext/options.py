@@ -124,7 +124,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--out", metavar="DIR", default="views", help="folder to write; must be new or empty; default: views")
     add("--overwrite", action="store_true", help="replace the result of an earlier run")
     add("--json", action="store_true", help="print one line of JSON per event")
-    add("--log-level", choices=_LEVELS, default="warning", help="what to log on stderr; default: warning")
+    add("--log-level", choices=_LEVELS, default="warning", help="of several portraits, on stderr; default: warning")
     add("--format", action="append", choices=tuple(FORMATS), help="program to write camera files for; default: all")
     add("--alpha", action="store_true", help="make the plain background of the views transparent")
     add(
@@ -169,7 +169,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--preview",
         type=int,
         metavar="N",
-        help="every N steps, add a row of the views to the picture OUT.preview.png, and show it in kitty and iTerm2",
+        help="every N steps, add a row of the views to the picture OUT.preview.png, and show it in terminals that can",
     )
     add(
         "--parallel",
@@ -350,7 +350,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     add = evaluate.add_argument
     _add_sampling(evaluate, steps=EVAL_STEPS)
     add("--heads", type=int, default=8, metavar="N", help="number of heads; default: 8")
-    add("--views", type=int, default=4, metavar="V", help="number of views on an orbit; default: 4")
+    add("--views", type=int, default=4, metavar="V", help="views on an orbit; default: 4")
     add("--ablations", action="store_true", help="also measure with inputs or parts of the network removed or changed")
     add("--json", metavar="FILE", help="write the numbers to this file")
     add("--figure", metavar="FILE", help="write an image of portraits, normal maps, generated views and ground truth")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -130,7 +129,7 @@ def spiral(
     """
     num_views = at_least_one("num_views", num_views)
     turns = between("turns", turns, 0, math.inf)
-    ends = (elevation, elevation) if isinstance(elevation, numbers.Real) else elevation
+    ends = elevation if isinstance(elevation, Sequence) else (elevation, elevation)
     low, high = (between("elevation", value, -90, 90) for value in ends)
     azimuth = torch.arange(num_views, dtype=torch.float64, device="cpu") * (360 * turns / num_views)
     return on_sphere(azimuth, torch.linspace(low, high, num_views, dtype=torch.float64, device="cpu"), radius, fov)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class GraphedCall:
         self._inputs = tuple(tensor.clone() for tensor in tensors)
         graph, first = torch.cuda.CUDAGraph(), self._inputs[0]
         # By default PyTorch records on a stream of the device that was current at its first recording.
-        options = {"stream": torch.cuda.Stream(first.device)} if first.is_cuda else {}
+        options: dict[str, Any] = {"stream": torch.cuda.Stream(first.device)} if first.is_cuda else {}
         with torch.cuda.device_of(first), torch.cuda.graph(graph, **options):
             self._output = self._function(*self._inputs)
         self._graph = graph
