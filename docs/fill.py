@@ -23,6 +23,7 @@ MARKER = re.compile(r"<!--=([\w.]+)-->(.*?)<!--/-->", re.DOTALL)
 RAPIDS = "cpu-sapphire-rapids-2-cores"
 EPYC = "cpu-amd-epyc-avx2-2-cores"
 CASCADE_LAKE = "cpu-cascade-lake-2-cores"
+CASCADE = "cpu-cascade-lake-1-thread"
 DROP_IN = {
     "stock": "diffusers",
     "accelerated": "the same, accelerated",
@@ -236,13 +237,17 @@ def pipeline() -> str:
 
 
 def profile() -> str:
-    kinds = result(f"profile-{EPYC}-float32")["kinds"]
-    lines = [
-        [kind["kind"], f"{100 * kind['share']:.1f} %", f"{kind['of_limit']:.2f}" if "of_limit" in kind else ""]
-        for kind in kinds
-        if kind["share"] > 0.001
-    ]
-    return table(["", "of the time", "of the limit"], lines)
+    """Tabulate share and fraction of the limit of the first machine's kinds, machine by machine."""
+    machines = {"AVX2": f"{EPYC}-float32", "AVX-512": f"{CASCADE}-float32", "AVX-512, int8": f"{CASCADE}-int8"}
+    passes = [{kind["kind"]: kind for kind in result(f"profile-{name}")["kinds"]} for name in machines.values()]
+    lines = []
+    for name, first in passes[0].items():
+        if first["share"] > 0.001:
+            kinds = [kinds.get(name, {"share": 0.0}) for kinds in passes]
+            shares = [f"{100 * kind['share']:.1f} %" for kind in kinds]
+            limits = [f"{kind['of_limit']:.2f}" if "of_limit" in kind else "" for kind in kinds]
+            lines.append([name, *(cell for pair in zip(shares, limits, strict=True) for cell in pair)])
+    return table(["", *(cell for name in machines for cell in (f"{name}: of the time", "of the limit"))], lines)
 
 
 def samplers() -> str:
