@@ -80,20 +80,12 @@ __global__ void __launch_bounds__(kThreads)
   store_pack(out + args.inner, from_floats<T>(x));
 }
 
-template <typename T, int kSize>
-cudaError_t launch_gate(const GegluGateArgs& args, cudaStream_t stream) {
-  const int64_t packs = args.rows * (args.inner / kSize);
+// A thread per pack of `size` elements of a row of `inner`.
+template <typename Args>
+cudaError_t launch_packs(void (*kernel)(Args, uint32_t), int size, const Args& args, cudaStream_t stream) {
+  const int64_t packs = args.rows * (args.inner / size);
   if (packs > UINT32_MAX - kThreads) return cudaErrorInvalidConfiguration;
-  return launch(geglu_gate_kernel<T, kSize>, (packs + kThreads - 1) / kThreads, kThreads, 0, stream, args,
-                static_cast<uint32_t>(packs));
-}
-
-template <typename T, int kSize>
-cudaError_t launch_gate_backward(const GegluGateBackwardArgs& args, cudaStream_t stream) {
-  const int64_t packs = args.rows * (args.inner / kSize);
-  if (packs > UINT32_MAX - kThreads) return cudaErrorInvalidConfiguration;
-  return launch(geglu_gate_backward_kernel<T, kSize>, (packs + kThreads - 1) / kThreads, kThreads, 0, stream, args,
-                static_cast<uint32_t>(packs));
+  return launch(kernel, (packs + kThreads - 1) / kThreads, kThreads, 0, stream, args, static_cast<uint32_t>(packs));
 }
 
 }  // namespace
@@ -105,7 +97,8 @@ cudaError_t geglu_gate_cuda(const GegluGateArgs& args, cudaStream_t stream) {
                        takes_packs(args.out, args.inner, args.dtype);
   return with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    return aligned ? launch_gate<T, kPackSize<T>>(args, stream) : launch_gate<T, 1>(args, stream);
+    return aligned ? launch_packs(geglu_gate_kernel<T, kPackSize<T>>, kPackSize<T>, args, stream)
+                   : launch_packs(geglu_gate_kernel<T, 1>, 1, args, stream);
   });
 }
 
@@ -115,7 +108,8 @@ cudaError_t geglu_gate_backward_cuda(const GegluGateBackwardArgs& args, cudaStre
                        takes_packs(args.grad, args.grad_stride, args.dtype) && takes_packs(args.out, 0, args.dtype);
   return with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    return aligned ? launch_gate_backward<T, kPackSize<T>>(args, stream) : launch_gate_backward<T, 1>(args, stream);
+    return aligned ? launch_packs(geglu_gate_backward_kernel<T, kPackSize<T>>, kPackSize<T>, args, stream)
+                   : launch_packs(geglu_gate_backward_kernel<T, 1>, 1, args, stream);
   });
 }
 
