@@ -230,13 +230,14 @@ def _generate(args: argparse.Namespace) -> int:
         "eta": args.eta,
         "upsample": args.upsample,
         "upsample_steps": args.upsample_steps,
+        "matte": args.matte,
         "crop": not args.no_crop,
         "fit": not args.no_fit,
     }
     saving = {"formats": args.format, "alpha": args.alpha, "turntable": args.turntable}
     inputs = {"cameras": views, "normal_maps": normals}
     if portrait is None:
-        return generate_portraits(args, lambda: _load(args), {**options, **inputs, "matte": args.matte}, saving)
+        return generate_portraits(args, lambda: _load(args), {**options, **inputs}, saving)
     options |= {"parallel": args.parallel}
     if args.parallel is None:
         return _generate_one(args, path, portrait, {**options, **inputs}, saving)

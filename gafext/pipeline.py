@@ -289,6 +289,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             num_inference_steps=steps,
             settings={
                 "strength": strength,
+                "crop": crop,
+                "matte": matte,
                 **{name: "default" if value is None else "given" for name, value in given.items()},
                 **({} if fitted is None else {"normal_maps": "fitted"}),
             },

@@ -102,7 +102,7 @@ def _with_conv2d(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bia
 
 def _sum(addend: Tensor, out: Tensor) -> Tensor:
     """Return the sum, in the memory of `out`, which nobody else has, where no gradient and no memory format differs."""
-    alike = addend.shape[2:] == (1, 1) or addend.stride() == out.stride()
+    alike = addend.dtype == out.dtype and (addend.shape[2:] == (1, 1) or addend.stride() == out.stride())
     if torch.is_grad_enabled() or _common.is_transformed() or not alike:
         return addend + out  # in this order, the sum of two images has the memory format of the addend
     return out.add_(addend)

@@ -6,11 +6,17 @@ from emulator import EmulatorError, emulate, kernels
 from emulator_build import KERNELS, needs_compiler
 from helpers import DTYPES, HAS_CUDA, LAYOUTS
 from helpers import heads_in_layout as heads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gafext.ops import cross_view_attention, geglu_gate
 from gafext.ops.cross_view_attention import reference_cross_view_attention
-from gafext.ops.geglu import reference_geglu_gate
+from gafext.ops.cross_view_attention import unsupported_reasons as cross_view_attention_reasons
+from gafext.ops.geglu import gate_unsupported_reasons, reference_geglu_gate
 
+FORWARD = {
+    "cross_view_attention": lambda x: cross_view_attention_reasons(x, x, x, 4),
+    "geglu_gate": lambda x: gate_unsupported_reasons(x),
+}
 needs_gpu = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
 
 
@@ -141,3 +147,14 @@ def test_gradients_of_the_gate_on_a_gpu(rows, inner, dtype):
     grad = torch.randn(rows, inner, device="cuda").to(dtype)
     [found] = torch.autograd.grad(geglu_gate(projected, backend="kernel"), projected, grad)
     assert_near(found, *true_gradients(reference_geglu_gate, grad, projected), dtype)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_training_takes_the_kernels_on_cuda_and_not_half_precision_on_a_cpu(name):
+    def wants_pytorch(device, dtype):
+        x = torch.empty(8, 2, 9, 16, device=device, dtype=dtype, requires_grad=True)
+        return any("need a gradient" in reason for reason in FORWARD[name](x))
+
+    with FakeTensorMode():
+        found = {(device, dtype): wants_pytorch(device, dtype) for device in ("cuda", "cpu") for dtype in DTYPES}
+    assert [where for where, wants in found.items() if wants] == [("cpu", torch.float16), ("cpu", torch.bfloat16)]

@@ -227,6 +227,7 @@ def test_save_from_every_output_type(pipe, tmp_path):
     assert pictures[0] == pictures[1] == pictures[2]
     record = json.loads((tmp_path / "pil" / "run.json").read_text())
     assert record["seed"] == 0 and record["num_inference_steps"] == 2 and record["guidance_scale"] == 7.5
+    assert record["crop"] is True and record["matte"] is False
     with pytest.raises(ValueError, match="latents"):
         run(pipe, output_type="latent").save(tmp_path / "latent")
 
