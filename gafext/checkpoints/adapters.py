@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gafext.checkpoints.ip_adapter import IPAdapter
 from gafext.checkpoints.lora import merge_lora
 from gafext.checkpoints.memory import PipelineMemory
 from gafext.config import UNetConfig
+from gafext.errors import CheckpointNotFoundError
 from gafext.models.attention import DecoupledAttention
 from gafext.models.int8 import require_floats
 from gafext.models.unet import MultiViewUNet
@@ -141,7 +143,11 @@ class PipelineAdapters(PipelineMemory):
 
 def _file(place: str | Path, weight_name: str | None, subfolder: str | None) -> Path:
     if weight_name is not None:
-        return checkpoint_file(place, weight_name if subfolder is None else f"{subfolder}/{weight_name}")
+        prefix = "" if subfolder is None else f"{subfolder}/"
+        if weight_name == "adapter_model.safetensors":  # peft's, whose alpha is in a file beside it
+            with suppress(CheckpointNotFoundError):
+                checkpoint_file(place, f"{prefix}adapter_config.json")
+        return checkpoint_file(place, f"{prefix}{weight_name}")
     if subfolder is not None:
         raise ValueError(f"weight_name: expected the name of the file in {place}/{subfolder}, got None")
     return Path(place)

@@ -108,10 +108,17 @@ def encode_text(
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """Read the begin, end and padding tokens: strings, or objects with a string `content`."""
+    """Read the begin, end and padding tokens: strings, or objects with a string `content`.
+
+    special_tokens_map.json goes first, unless tokenizer_config.json says itself which tokens were added: so do
+    transformers (tokenization_utils_base.py).
+    """
     tokens = dict(_TOKENS)
-    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        values = weights.read_json(path) if path.is_file() else {}
+    config, special = (
+        weights.read_json(path) if (path := folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    for values in (config, {} if "added_tokens_decoder" in config else special):
         for name in tokens:
             value = values.get(name)
             value = value.get("content") if isinstance(value, dict) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -132,9 +133,15 @@ def adapter_inputs(latents: Tensor | None, rays: Tensor | None, *, channels: int
 
 @contextmanager
 def recorded_inputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Record the first argument of every call of the layers, in the order of the calls."""
+    """Record the first argument of every call of the layers by this thread, in the order of the calls."""
     inputs: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
+    thread = threading.get_ident()  # another may denoise a portrait meanwhile, with the same layers
+
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            inputs.append(args[0])
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield inputs
     finally:

@@ -149,6 +149,13 @@ def _pickle_advice(pickle: str, target: str, *, nested: bool = False) -> str:
 
 def require_safetensors(path: Path, *, nested: bool = False) -> None:
     """Raise a CheckpointError unless the path is a safetensors file; the message has a command to convert a pickle."""
+    if path.is_dir():
+        found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "none"
+        raise CheckpointError(f"{path}: expected a .safetensors file, got a folder; pass weight_name=, of: {found}")
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise CheckpointError(
+            f"{path}: expected a .safetensors file, or weight_name= beside a folder or hub id, got neither"
+        )
     if path.suffix != ".safetensors":
         advice = _pickle_advice(path.name, path.with_suffix(".safetensors").name, nested=nested)
         raise CheckpointError(f"{path}: expected a .safetensors file. {advice}")

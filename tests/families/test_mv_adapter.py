@@ -30,6 +30,7 @@ from gafext.cli import main
 from gafext.errors import CameraError
 from gafext.families import families
 from gafext.models.unet import MultiViewUNet
+from gafext.portraits.stream import Hooks, stream
 
 FAMILY = families()["mv_adapter"]
 SCHEDULE = {**SD_SCHEDULE, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -188,6 +189,14 @@ def test_each_of_two_portraits_is_seen_and_alone(pipe):
     latents = normal(2, 4, SIZE, SIZE)
     other = run(pipe, portrait(1), num_views=2, latents=latents).images
     assert max_abs_diff(run(pipe, portrait(0), num_views=2, latents=latents).images, other) > 1e-3
+
+
+def test_a_portrait_that_is_encoded_beside_the_loop_has_features_of_its_own(pipe):
+    portraits = [portrait(index) for index in range(4)]
+    options = {"num_views": 2, "num_inference_steps": 4, "generator": 7, "output_type": "pt"}
+    alone = [run(pipe, picture, **options).images for picture in portraits]
+    for result, images in zip(stream(pipe, portraits, hooks=Hooks(overlap=True), **options), alone, strict=True):
+        assert result.error is None and max_abs_diff(result.output.images, images) < 1e-5
 
 
 def test_saved_and_loaded_again_it_is_the_same(pipe, tmp_path):

@@ -209,6 +209,17 @@ def test_prompt_ids_equal_transformers(tmp_path, changes, resaved):
     assert prompt_ids(folder, ["AB c", "a " * 9], 6).tolist() == [[8, 7, 6, 9, pad, pad], [8, 4, 4, 4, 4, 9]]
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_which_file_of_special_tokens_goes_first(added, tmp_path):
+    folder = stock_tokenizer(tmp_path / "tokenizer")
+    end = transformers.CLIPTokenizer.from_pretrained(folder).eos_token
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    edit_json(folder / "tokenizer_config.json", pad_token=end, **({"added_tokens_decoder": {}} if added else {}))
+    expected = transformers.CLIPTokenizer.from_pretrained(folder)([""], padding="max_length", max_length=7).input_ids
+    assert empty_prompt_ids(folder, 7).tolist() == expected
+    assert torch.equal(prompt_ids(folder, "", 7), empty_prompt_ids(folder, 7))
+
+
 def test_empty_prompt_without_tokenizer_files_is_vit_l_s(tmp_path):
     assert empty_prompt_ids(tmp_path / "nowhere", 5).tolist() == [[49406, 49407, 49407, 49407, 49407]]
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "!"}')

@@ -13,7 +13,7 @@ from PIL import Image
 from small_checkpoints import SIZE, multi_view_unet, portrait, run, save_checkpoint, save_ip_adapter, save_lora
 
 from gafext import MultiViewDiffusionPipeline, cameras
-from gafext.errors import CheckpointNotFoundError, ImageError
+from gafext.errors import CheckpointError, CheckpointNotFoundError, ImageError
 from gafext.heads import head_normals
 from gafext.noise import view_generators
 from gafext.pipeline import _rows_together
@@ -270,6 +270,29 @@ def test_an_adapter_that_is_nowhere(stock, tmp_path, monkeypatch):
         stock.load_ip_adapter("nobody/nothing", subfolder="models", weight_name="a.safetensors")
     with pytest.raises(ValueError, match="weight_name: expected the name of the file in"):
         stock.load_ip_adapter(tmp_path, subfolder="models")
+    save_lora(tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"got a folder; pass weight_name=, of: pytorch_lora_weights.safetensors"):
+        stock.load_lora_weights(tmp_path)
+    with pytest.raises(CheckpointError, match="or weight_name= beside a folder or hub id, got neither"):
+        stock.load_lora_weights("owner/lcm-lora")
+
+
+def test_pefts_settings_come_from_the_hub_with_its_weights(stock, monkeypatch, tmp_path):
+    def download(repository, name):
+        asked.append(name)
+        if not (tmp_path / name).is_file():
+            raise FileNotFoundError(name)
+        return str(tmp_path / name)
+
+    asked = []
+    save_lora(tmp_path / "adapter_model.safetensors")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
+    for settings in (False, True):
+        if settings:
+            (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16, "r": 8}')
+        stock.load_lora_weights("owner/name", weight_name="adapter_model.safetensors")
+        stock.unload_lora_weights()
+    assert asked == ["adapter_config.json", "adapter_model.safetensors"] * 2
 
 
 # Memory of the autoencoder; offloading is in tests/models/test_offload.py.
