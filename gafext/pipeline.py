@@ -160,7 +160,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             normal_maps: V images of camera-space normals, n/2 + 1/2; or a `gafext.mesh.Mesh` to render them of; None:
                 those of a drawn head, fitted to the portrait where the checkpoint has a head_fitter, else neutral.
             num_views: V, if no cameras are given; without the reference frame of ImageDream's family. None: 4, or the
-                views that the checkpoint was trained with.
+                views that the checkpoint was trained with. 4 beside other cameras counts as None.
             preset: "quality", "balanced" or "fast": what it sets is used for options that are None; see `PRESETS`.
             num_inference_steps: 1 to 1000; None: the preset's, 50 without one.
             scheduler: name of the run's solver, over the noise schedule of the pipeline's; None: the preset's or the

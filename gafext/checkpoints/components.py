@@ -158,7 +158,7 @@ class PipelineComponents(PipelineAdapters):
             revision: branch, tag or commit of a hub id.
             subfolder: folder inside the path or repository that is the checkpoint.
             scheduler: a solver's name, "ddim", "dpm++", "euler", "euler-a" or "lcm"; or a scheduler, as the constructor
-                takes; None: the checkpoint's.
+                takes, whose noise schedule stays (MV-Adapter shifts the checkpoint's); None: the checkpoint's.
             lora: LoRA file to merge; see `load_lora_weights`.
             lora_scale: weight of the LoRA.
             ip_adapter: IP-Adapter file, plain, Plus or full-face; see `load_ip_adapter`.
