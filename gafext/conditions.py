@@ -379,3 +379,12 @@ def latent_size(latents: Tensor | None, *, rows: int, channels: int, config: UNe
     if len(shape) != 4 or shape[:2] != [rows, channels] or shape[2] != shape[3] or shape[2] == 0:
         raise ValueError(f"latents: expected [{rows},{channels},s,s], got {shape}")
     return shape[2]
+
+
+def rows_together(views: int, numbers: int, *, most: int) -> int:
+    """Return how many views, of so many numbers each, to compute together: of one portrait only, which they divide.
+
+    So the result of a portrait does not depend on the others, and views that are large take no more memory than one.
+    """
+    rows = min(max(1, most // numbers), views)
+    return next(n for n in range(rows, 0, -1) if views % n == 0)

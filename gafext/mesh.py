@@ -245,7 +245,7 @@ def _read_obj(path: Path) -> io.StringIO:
         kind, *values = line.split() or [""]
         if kind in counts:
             counts[kind] += 1
-        elif kind == "f":
+        elif kind == "f" and "-" in line:
             line = " ".join([kind, *map(absolute, values)])
         lines.append(line)
     return io.StringIO("\n".join(lines) + "\n")

@@ -27,6 +27,7 @@ from gafext.conditions import (
     prepare_conditions,
     resolve_cameras,
 )
+from gafext.conditions import rows_together as _rows_together
 from gafext.families import family_of
 from gafext.guidance import check_guidance_interval, check_guidance_scale, check_parallel, needs_unconditional
 from gafext.heads import Heads, head_normals
@@ -496,12 +497,3 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         if output_type == "pt":
             return pictures.clamp(0, 1)
         return imaging.to_pil(pictures) if output_type == "pil" else imaging.to_numpy(pictures)
-
-
-def _rows_together(views: int, numbers: int, *, most: int) -> int:
-    """Return how many views, of so many numbers each, to compute together: of one portrait only, which they divide.
-
-    So the result of a portrait does not depend on the others, and views that are large take no more memory than one.
-    """
-    rows = min(max(1, most // numbers), views)
-    return next(n for n in range(rows, 0, -1) if views % n == 0)

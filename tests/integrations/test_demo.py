@@ -8,7 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import warnings
 import zipfile
+from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -215,3 +218,24 @@ def test_models_are_offered_with_their_families_and_a_taken_port_is_an_error(che
         text = fails(capsys, "--model", checkpoint, "--device", "cpu", "--port", port)
     assert f"127.0.0.1:{port}: cannot be listened on" in text
     assert offered == [f"gaf: {checkpoint}"]
+
+
+def test_a_warning_is_shown_to_whom_it_concerns_alone():
+    """An upload is read while another page's portrait is: warnings are recorded for the whole process."""
+    shown, entered = {"first": [], "second": []}, threading.Event()
+
+    def read(name, begin):
+        gradio = SimpleNamespace(Warning=shown[name].append, Error=RuntimeError)
+        begin()
+        with demo._messages(gradio, None):
+            entered.set()
+            time.sleep(0.2)  # the other one enters, unless it has to wait
+            warnings.warn(f"of the {name}", stacklevel=1)
+            time.sleep(0.1 if name == "first" else 0.4)
+
+    pages = [threading.Thread(target=read, args=arguments) for arguments in (("first", bool), ("second", entered.wait))]
+    for page in pages:
+        page.start()
+    for page in pages:
+        page.join()
+    assert shown == {"first": ["of the first"], "second": ["of the second"]}
