@@ -43,7 +43,7 @@ struct Matrix {
   explicit Matrix(const Tensor& from) : tensor(from) {
     std::optional<int64_t> found = row_stride(from);
     if (!found) tensor = torch::stable::contiguous(from), found = row_stride(tensor);
-    stride = *found;
+    stride = found.value_or(tensor.size(tensor.dim() - 1));  // an empty one is contiguous with any strides
   }
 };
 

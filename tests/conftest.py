@@ -30,11 +30,19 @@ def pretend_cpu(monkeypatch):
     """A function that lets operations choose as on another CPU; which kernels run stays the same."""
     import gafext.ops  # noqa: F401
 
-    def pretend(instruction_set, *, multiplies_bfloat16=True, multiplies_float16=False, int8_products="plain C++"):
+    def pretend(
+        instruction_set,
+        *,
+        multiplies_bfloat16=True,
+        multiplies_float16=False,
+        outruns_mkl=False,
+        int8_products="plain C++",
+    ):
         common, linear = (sys.modules[f"gafext.ops.{name}"] for name in ("_common", "linear"))
         monkeypatch.setattr(common, "INSTRUCTION_SET", instruction_set)
         monkeypatch.setattr(common, "MULTIPLIES_BFLOAT16", multiplies_bfloat16)
         monkeypatch.setattr(common, "MULTIPLIES_FLOAT16", multiplies_float16)
+        monkeypatch.setattr(common, "OUTRUNS_MKL", outruns_mkl)
         monkeypatch.setattr(common, "INT8_PRODUCTS", int8_products)
         monkeypatch.setattr(linear, "_HAS_AMX", instruction_set == "amx")
 

@@ -81,9 +81,51 @@ struct Plan {
     const int64_t block_floats = depths * kPoints * block * kDepth;
     superblock = max_of(1, min_of(ceil_div(tiles, block), kInputFloats / block_floats));
     input_floats = superblock * block_floats;
-    thread_floats = kPoints * (kPointStride + block * kColumns) + kDepth * kTaps * kColumns;
+    thread_floats = kPoints * (kPointStride + block * kColumns) + slice_channels * kTaps * kColumns;
   }
 };
+
+// Output channels [column, column + count) of tile `tile`, whose products are a row of [kPoints, block, kColumns].
+template <typename T, typename Args>
+void write_tile(const Args& args, const Plan& plan, int64_t tile, const float* products, int64_t column,
+                int64_t count) {
+  const int64_t image = tile / (plan.tiles_y * plan.tiles_x);
+  const int64_t y = tile / plan.tiles_x % plan.tiles_y * kOut, x = tile % plan.tiles_x * kOut;
+  const int64_t rows = min_of(kOut, args.height - y), columns = min_of(kOut, args.width - x);
+  T* out = static_cast<T*>(args.out) + ((image * args.height + y) * args.width + x) * args.out_channels + column;
+  const T* biases = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + image * args.bias_stride;
+  const PixelStrides& stride = args.residual_stride;
+  const T* residual = static_cast<const T*>(args.residual);
+  if (residual != nullptr) residual += image * stride.image + y * stride.row + x * stride.column + column;
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const int64_t lanes = min_of(kLanes, count - c);
+    const Vec bias = biases != nullptr ? load_first(biases + column + c, lanes) : Vec{};
+    Vec half[kOut][kIn];
+    for (int j = 0; j < kIn; ++j) {
+      Vec m[kIn], y_column[kOut];
+      GAFEXT_UNROLL
+      for (int i = 0; i < kIn; ++i) {
+        m[i] = load(products + (i * kIn + j) * plan.block * kColumns + c);
+      }
+      transform_output(m, y_column);
+      GAFEXT_UNROLL
+      for (int i = 0; i < kOut; ++i) half[i][j] = y_column[i];
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      Vec pixels[kOut];
+      transform_output(half[i], pixels);
+      for (int64_t j = 0; j < columns; ++j) {
+        T* to = out + (i * args.width + j) * args.out_channels + c;
+        Vec sum = pixels[j] + bias;
+        if (residual != nullptr) {
+          const T* from = residual + i * stride.row + j * stride.column + c;
+          sum += lanes == kLanes ? load(from) : load_first(from, lanes);
+        }
+        lanes == kLanes ? store(to, sum) : store_first(to, sum, lanes);
+      }
+    }
+  }
+}
 
 }  // namespace
 }  // namespace gafext::GAFEXT_ISA

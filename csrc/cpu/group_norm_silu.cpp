@@ -56,7 +56,7 @@ GAFEXT_INLINE void add_positions(const T* x, int64_t stride, int64_t channels, i
     for (int i = 0; i < kCount; ++i) squares[i] = (values[i] - center) * (values[i] - center);
     const Vec old = load(mean + c), step = center - old;
     store(mean + c, old + step * share);
-    store(square + c, load(square + c) + (sum_in_pairs(squares) + step * step * weight));
+    store(square + c, load(square + c) + (sum_in_pairs(squares) + step * (step * weight)));
   };
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) add(c, [](const T* from) { return load(from); });

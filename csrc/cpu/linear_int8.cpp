@@ -9,7 +9,8 @@
 //            Sums of slices before it wait in the L2 cache, [rows, kColumns] 32-bit integers
 //
 // Of gated layers a panel is half a panel of value columns beside their gate columns, and out = value gelu(gate).
-// Integers add exactly, so every instruction set and any number of threads give the same sums. Weights are read in
+// Integers add exactly, so any number of threads gives the same sums, and every instruction set but for x that is rounded
+// next to a tie. Weights are read in
 // their plain layout: nothing is packed at load. With AMX, amx/linear_int8.h takes all but few rows.
 #include "../ops/linear_int8.h"
 

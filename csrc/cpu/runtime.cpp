@@ -123,6 +123,17 @@ bool multiplies_bfloat16() {
 #endif
 }
 
+bool outruns_mkl() {
+#ifdef GAFEXT_X86
+  constexpr unsigned kZen5 = 0x1a;  // the family; Zen 4, whose AVX-512 is as wide as its AVX2, was not measured
+  unsigned eax, ebx, ecx, edx = 0;
+  return instruction_set() == InstructionSet::kAvx512 && __builtin_cpu_is("amd") &&
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 8 & 0xf) + (eax >> 20 & 0xff) >= kZen5;
+#else
+  return false;
+#endif
+}
+
 bool multiplies_float16() {
 #ifdef GAFEXT_X86
   unsigned eax, ebx, ecx, edx = 0;

@@ -206,6 +206,18 @@ GAFEXT_INLINE void copy_row(float* to, const T* from, int64_t count, float facto
 
 GAFEXT_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
 
+GAFEXT_INLINE Vec sqrt_of(Vec x) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_sqrt_ps(bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec>(vsqrtq_f32(bit_cast<float32x4_t>(x)));
+#else
+  return Vec{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+#endif
+}
+
 // 2^x for x <= 128: a polynomial over the fraction (minimax with 2^0 = 1 exactly, relative error 1.4e-7), the whole part
 // into the exponent. Below -126 it is subnormal with AVX-512 and 0 without, at -infinity 0, at 128 infinity; NaN stays
 // NaN.

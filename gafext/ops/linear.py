@@ -1,4 +1,4 @@
-"""Linear layer, on the AMX tiles of a CPU, and in half precision on CPUs that lack it."""
+"""Linear layer: on CPUs with AMX, in half precision on those that lack it, in float32 where MKL is slow."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ _OP = "linear"
 _HAS_AMX = _common.INSTRUCTION_SET == "amx"
 # Rows below which PyTorch's linear is faster. Measured on two cores of a Sapphire Rapids, three runs, as gafext's speed
 # over PyTorch's: 128 rows of 1280 features 1.15 to 1.25, of 5120 1.4, of 320 0.9; 64 and 77 rows 0.8 to 1.2.
-# Without AMX this is torch's linear: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to 1.3 below,
-# which saved a hundredth of a U-Net's time and cost a second copy of the weights.
+# Without AMX this is torch's linear on Intel: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to 1.3
+# below, which saved a hundredth of a U-Net's time and cost a second copy of the weights.
 _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
+# Where the kernel outruns MKL: with fewer products calling it takes longer. Two cores of a Zen 5: 64 rows of 128 features
+# to 128 1.2 (1.4 on one core), 16 of 128 .8, 8 of 320 to 320 1.05, 2 of 1280 to 1280 1.05 to 1.7, one row at most 1.3.
+_FEW_PRODUCTS = 1 << 20
 _WITHOUT_AMX = [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
 _FAST_HALF = ["this processor multiplies half precision, and PyTorch makes use of it"]
 
@@ -45,10 +48,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
 
     With "auto", inputs that the kernel does not support (`unsupported_reasons`) or that PyTorch computes faster
-    (`slower_reasons`) fall back to torch's linear; torch.ops.gafext.linear runs the kernel on
-    every CPU in half precision, and on every CPU with AMX in float32.
+    (`slower_reasons`) fall back to torch's linear; torch.ops.gafext.linear runs the kernel on every CPU.
     """
-    slower = slower_reasons(x) if backend == "auto" else []
+    slower = slower_reasons(x, weight) if backend == "auto" else []
     if slower and _fits(x, weight, bias):  # without AMX, every valid call ends here
         return F.linear(x, weight, bias)
     x, weight, bias = _common.autocast(x, weight, bias)
@@ -108,17 +110,24 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return reasons + _common.dtype_reasons(x)
 
 
-def slower_reasons(x: Tensor) -> list[str]:
-    """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not."""
+def slower_reasons(x: Tensor, weight: Tensor | None = None) -> list[str]:
+    """List why PyTorch's operation is faster for inputs that the kernel supports; empty when it is not.
+
+    Without `weight`, x [..., in_features] is taken to be projected to as many features.
+    """
     if _common.is_slow_half(x):
         return []
     if x.dtype in (torch.float16, torch.bfloat16):
         return _FAST_HALF
-    if not _HAS_AMX:
+    if not _HAS_AMX and not _common.OUTRUNS_MKL:
         return _WITHOUT_AMX
     if torch.compiler.is_compiling():  # the rest would add a guard on sizes
         return []
     width = x.shape[-1] if x.dim() else 1
+    if not _HAS_AMX:
+        outputs = width if weight is None else weight.shape[0]
+        few = x.numel() < 2 * width or x.numel() * outputs < _FEW_PRODUCTS
+        return [f"fewer than {_FEW_PRODUCTS} products, or one row, do not pay for calling the kernel"] if few else []
     few = _FEW_ROWS if width >= _WIDE else _FEW_NARROW_ROWS
     if x.numel() < few * width:
         return [f"fewer than {few} rows do not pay for splitting the weights"]

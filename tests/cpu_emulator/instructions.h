@@ -66,6 +66,12 @@ inline __m512 minus_floor(__m512 x) {
   return as<__m512>(v);
 }
 
+inline __m512 sqrt_ps(__m512 x) {
+  Floats v = as<Floats>(x);
+  for (int i = 0; i < 16; ++i) v[i] = sqrtf(v[i]);
+  return as<__m512>(v);
+}
+
 // x 2^floor(y)
 inline __m512 scalef_ps(__m512 x, __m512 y) {
   Floats v = as<Floats>(x), by = as<Floats>(y);
@@ -197,6 +203,7 @@ inline void tile_dpbf16ps(int sums, int left, int right) {
 #define _mm512_cvtps_ph(x, rounding) emulated::to_nearest_halves(x)
 #define _mm512_reduce_ps(x, how) (emulated::require((how) == 1, "expected 1 of reduce_ps"), emulated::minus_floor(x))
 #define _mm512_scalef_ps emulated::scalef_ps
+#define _mm512_sqrt_ps emulated::sqrt_ps
 #define _mm512_maskz_loadu_epi16 emulated::maskz_loadu_epi16<__m512i>
 #define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16<__m256i>
 

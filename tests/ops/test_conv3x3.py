@@ -1,5 +1,7 @@
 """conv3x3 against float64, against PyTorch's conv2d, and against misuse."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,83 @@ def test_strides():
     assert "gafext::conv3x3" in called(conv3x3, strided, weight, bias)
 
 
+def outlying_channels(x):
+    return x * torch.where(torch.arange(x.shape[1]) % 50 == 0, 50.0, 1.0)[:, None, None]
+
+
+def outlying_pixels(x):
+    return x * torch.where(torch.rand(1, 1, *x.shape[2:]) < 0.05, 50.0, 1.0)
+
+
+@pytest.mark.parametrize("sizes", [(1, 128, 128, 1, 1), (2, 129, 257, 5, 3), (3, 320, 130, 13, 17)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [F.silu, outlying_channels, outlying_pixels, *(functools.partial(torch.mul, 10.0**i) for i in (-28, -12, 0, 30))],
+)
+def test_wide_layers_in_bfloat16_are_as_good_as_pytorchs(change, sizes):
+    """AVX512_VNNI multiplies them as 16-bit integers: of any size, and beside any others, no term loses its digits."""
+    x, weight, bias = (t.bfloat16() for t in problem(*sizes))
+    weight[::3] /= 1024
+    x = change(x).bfloat16().contiguous(memory_format=torch.channels_last)
+    exact = reference_conv3x3(x.double(), weight.double())
+    rounding = exact.bfloat16() - exact  # PyTorch's error
+    error = conv3x3(x, weight).double() - exact
+    assert error.norm() < 1.25 * rounding.norm()
+    per_channel = (error.square().sum((0, 2, 3)) / exact.square().sum((0, 2, 3))).sqrt()
+    assert exact[:, 0].numel() == 1 or per_channel.max() < 5e-3
+    assert error.abs().max() < 2 * rounding.abs().max()
+    bias *= exact.std()
+    moved = conv3x3(x, weight, bias).double() - (exact + bias[:, None, None])
+    assert moved.norm() < 1.25 * 2**0.5 * rounding.norm()  # of sums as large again
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_channels_whose_weights_make_up_for_their_size_keep_their_digits(spread):
+    x, weight, _ = (t.bfloat16() for t in problem(1, 320, 192, 12, 12))
+    scale = torch.randn(320, 1, 1).mul(spread).exp()
+    x, weight = (x * scale).bfloat16(), (weight / scale).bfloat16()
+    exact = reference_conv3x3(x.double(), weight.double())
+    assert (conv3x3(x, weight).double() - exact).norm() < 1.7 * (exact.bfloat16() - exact).norm()
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 11, 1000])
+def test_a_loud_pixel_leaves_its_neighbours_their_digits(size):
+    x, weight, _ = (t.bfloat16() for t in problem(1, 256, 192, 16, 16))
+    x[:, :, 5, 6] *= size
+    exact = reference_conv3x3(x.double(), weight.double())
+    of_pixel, rounding = ((out - exact).square().sum(1).sqrt() for out in (conv3x3(x, weight), exact.bfloat16()))
+    assert (of_pixel < 2 * rounding).all()
+    assert of_pixel.mean() < 1.25 * rounding.mean()
+
+
+def test_what_a_picture_is_beside_does_not_change_its_bits():
+    x, weight, bias = (t.bfloat16() for t in problem(5, 130, 128, 9, 9))
+    x[1, :, 4, 4] *= 1000
+    x[3] *= 0
+    x[4, 7] = 1e30
+    apart = [conv3x3(picture[None], weight, bias) for picture in x]
+    assert torch.equal(conv3x3(x, weight, bias), torch.cat(apart))
+
+
+def test_zeros_in_bfloat16_give_the_bias():
+    bias = torch.randn(130).bfloat16()
+    x = channels_last(1, 200, 9, 9).bfloat16()
+    for image, weight in ((0 * x, torch.randn(130, 200, 3, 3)), (x, torch.zeros(130, 200, 3, 3))):
+        assert torch.equal(conv3x3(image, weight.bfloat16(), bias), bias[:, None, None].expand(1, -1, 9, 9))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_in_wide_layers_of_bfloat16(bad):
+    x, weight = channels_last(1, 130, 12, 12).bfloat16(), torch.randn(150, 130, 3, 3).bfloat16()
+    x[0, 128, 5, 5] = bad
+    finite = conv3x3(x, weight).isfinite().all(dim=1)[0]
+    assert not finite[4:7, 4:7].any() and finite[:4].all() and finite[8:].all()
+    x[0, 128, 5, 5] = 0
+    weight[3, 129, 1, 1] = bad
+    finite = conv3x3(x, weight).isfinite()
+    assert not finite[:, 3].any() and finite[:, :3].all() and finite[:, 4:].all()
+
+
 def test_empty_inputs():
     x, weight, bias = problem(2, 8, 4, 5, 6)
     assert conv3x3(x[:0], weight, bias).shape == (0, 4, 5, 6)
@@ -130,6 +209,8 @@ def test_a_nan_stays_within_its_tiles():
 
 def test_same_bits_on_any_number_of_threads():
     assert_same_bits_on_any_number_of_threads(conv3x3, *problem(3, 70, 100, 13, 17))
+    wide = (t.bfloat16() for t in problem(3, 150, 200, 13, 17))
+    assert_same_bits_on_any_number_of_threads(conv3x3, *wide)
 
 
 BAD_INPUTS = {

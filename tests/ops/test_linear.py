@@ -162,6 +162,18 @@ def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason(pretend_cpu):
     assert not calls_kernel(ops.linear, *many)
 
 
+def test_float32_runs_the_kernel_where_it_outruns_mkl(pretend_cpu):
+    pretend_cpu("avx512", outruns_mkl=True)
+    reason = "fewer than 1048576 products, or one row, do not pay for calling the kernel"
+    for rows, features, outputs, few in ((1, 1280, 1280, True), (2, 1280, 1280, False), (8, 320, 320, True)):
+        x, weight, bias = problem(rows, features, outputs)
+        assert slower_reasons(x, weight) == ([reason] if few else [])
+        assert calls_kernel(ops.linear, x, weight, bias) != few
+    assert slower_reasons(torch.ones(11, 320)) == [] and slower_reasons(torch.ones(320)) == [reason]
+    half = torch.ones(64, 320).bfloat16()
+    assert slower_reasons(half) == ["this processor multiplies half precision, and PyTorch makes use of it"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_runs_the_kernel_where_pytorch_is_slow(dtype, pretend_cpu):
     inputs = [t.to(dtype) for t in problem(3, 40, 70)]

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../../ops/conv3x3.h"
+#include "../pictures.h"
 #include "product.h"
 
 #if defined(__AMX_BF16__)
@@ -169,17 +170,9 @@ constexpr int64_t kPictureWords = int64_t{12} << 20;  // at a time, or one pictu
 template <typename T, typename Args, typename Run>
 void for_some_pictures(const Args& args, int64_t groups, const Run& run) {
   const int64_t words = TiledPicture({1, args.height, args.width}, groups).words();
-  const int64_t count = max_of(1, kPictureWords / words), numbers = args.height * args.width * args.out_channels;
+  const int64_t count = max_of(1, kPictureWords / words);
   for (int64_t first = 0; first < args.batch; first += count) {
-    Args part = args;
-    part.batch = min_of(count, args.batch - first);
-    part.x = static_cast<const T*>(args.x) + first * args.x_stride.image;
-    part.out = static_cast<T*>(args.out) + first * numbers;
-    if (args.bias != nullptr) part.bias = static_cast<const T*>(args.bias) + first * args.bias_stride;
-    if (args.residual != nullptr) {
-      part.residual = static_cast<const T*>(args.residual) + first * args.residual_stride.image;
-    }
-    run(part);
+    run(pictures_of<T>(args, first, min_of(count, args.batch - first)));
   }
 }
 
