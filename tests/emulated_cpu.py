@@ -1,6 +1,6 @@
 """Runs the CPU kernels for AVX-512 and AMX on a processor with AVX2 alone: the very sources, over tests/cpu_emulator.
 
-    GAFEXT_EMULATED_CPU=amx pytest tests/ops/test_linear_int8.py      (avx512, avx512_vnni, amx)
+    GAFEXT_EMULATED_CPU=amx pytest tests/ops/test_linear_int8.py      (avx512, avx512_vnni, avx512_bf16, amx)
 
 runs tests with each operation of gafext on that processor; tests/conftest.py calls `emulate_all`. An operation is
 compiled when first called. Wrong results show, and uses of tiles that a processor would refuse; speed does not.
@@ -24,11 +24,12 @@ import torch
 from emulator_build import ROOT, cache_folder, call, compiler_version, hash_of, once
 
 CSRC, MACHINE = ROOT / "csrc", ROOT / "tests/cpu_emulator"
-PROCESSORS = {"avx512": (0, 0), "avx512_vnni": (1, 0), "amx": (1, 1)}  # VNNI, 8-bit products on tiles
+# VNNI, 8-bit products on tiles, products of bfloat16
+PROCESSORS = {"avx512": (0, 0, 0), "avx512_vnni": (1, 0, 0), "avx512_bf16": (1, 0, 1), "amx": (1, 1, 1)}
 _FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique", "-w",
           "-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"]  # fmt: skip
 _FLAGS += os.environ.get("GAFEXT_EMULATED_FLAGS", "").split()
-_DEFINES = ["-DGAFEXT_ISA=portable", "-DGAFEXT_EMULATOR"]  # portable: the copy that is called
+_DEFINES = ["-DGAFEXT_ISA=portable", "-DGAFEXT_EMULATOR", "-DGAFEXT_BFLOAT16_PAIRS"]  # portable: the copy that is called
 
 needs_compiler = pytest.mark.skipif(
     compiler_version() < 12 or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
@@ -47,7 +48,7 @@ class Emulated:
         self._op, self._has = getattr(getattr(torch.ops, namespace), name), PROCESSORS[processor]
 
     def __call__(self, *args, **options):
-        for name, value in zip(("emulated_vnni", "emulated_tiles"), self._has, strict=True):
+        for name, value in zip(("emulated_vnni", "emulated_tiles", "emulated_bfloat16"), self._has, strict=True):
             ctypes.c_int.in_dll(self._dll, name).value = value
         return self._op(*args, **options)
 

@@ -3,6 +3,7 @@
 // A unit of work is a block of query rows of one (batch, head). A thread that claims one walks over the keys in tiles:
 //
 //   pack      the tile's keys transposed and its values, both float32, in panels     L2 cache, 128 KiB each
+//             (bfloat16 where pairs.h multiplies it: words of two features, and of two keys)
 //             (of few rows: the values stay where they are)
 //   for each group of up to kTileRows query rows:
 //     scores  S = Q K^T, a panel of keys at a time in registers, with the rows'
@@ -117,10 +118,13 @@ struct Pass {
   int64_t out_stride;
   const float* values;  // [keys, value_stride], read in place; null where they are packed
   int64_t value_stride;
+  float scale;  // of scores of words
 };
 
-// The scores become weights relative to the new running maximum; max and sum are updated. alpha[r] rescales row r's
-// accumulator to the new maximum, factor[r] normalises it at the last tile.
+// The scores become weights relative to the new running maximum, rounded to bfloat16 at the row's beginning if Number is
+// a word; max and sum are updated. alpha[r] rescales row r's accumulator to the new maximum, factor[r] normalises it at
+// the last tile.
+template <typename Number>
 void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const Pass& pass, float* alpha,
                   float* factor) {
   alignas(64) float reference[kGroupLanes], total[kGroupLanes];
@@ -140,6 +144,13 @@ void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const 
     const Vec zero = broadcast(reference[r]);
     for (int64_t j = 0; j < pass.seen; j += kLanes) {
       const Vec weight = exp2_of(load(row + j) - zero);
+#if defined(GAFEXT_HAS_PAIRS)
+      if constexpr (!kIsFloat<Number>) {
+        store_rounded_pairs(reinterpret_cast<uint16_t*>(row) + j, weight);
+        sums[r] += weight;
+        continue;
+      }
+#endif
       store(row + j, weight);
       sums[r] += weight;
     }
@@ -153,8 +164,12 @@ void softmax_rows(float* scores, int rows, Vec (&highest)[kMaxGroupRows], const 
   }
 }
 
-template <int Rows>
+template <typename Number, int Rows>
 void attend_rows(const Scratch& scratch, const Pass& pass, int64_t head_dim, RowsAhead& ahead) {
+  constexpr int64_t kNumbers = kIsFloat<Number> ? 1 : 2;  // of an element
+  const int64_t depth = ceil_div(head_dim, kNumbers);
+  const auto* query = reinterpret_cast<const Number*>(scratch.query);
+  const auto* weights = reinterpret_cast<const Number*>(scratch.scores);
   Vec highest[kMaxGroupRows];
   for (Vec& row : highest) row = broadcast(-kInfinity);
   // First, so that its sums across lanes are under way while the panels multiply.
@@ -165,12 +180,13 @@ void attend_rows(const Scratch& scratch, const Pass& pass, int64_t head_dim, Row
   for_each_panel(pass.vectors, [&](int64_t first, auto width) {
     const int64_t key = first * kLanes;
     if (key >= pass.seen) return;
-    score_panel<Rows, width.value>(scratch.query, scratch.keys + key * head_dim, head_dim, pass.keys - key,
-                                   pass.diagonal - key, scratch.scores + key, highest, ahead);
+    const auto* keys = reinterpret_cast<const Number*>(scratch.keys) + key * depth;
+    score_panel<Rows, width.value>(query, keys, depth, pass.scale, pass.keys - key, pass.diagonal - key,
+                                   scratch.scores + key, highest, ahead);
   });
 
   alignas(64) float alpha[kGroupLanes], factor[kGroupLanes];
-  softmax_rows(scratch.scores, Rows, highest, pass, alpha, factor);
+  softmax_rows<Number>(scratch.scores, Rows, highest, pass, alpha, factor);
 
   constexpr float ones[kTileRows] = {1, 1, 1, 1, 1, 1};
   const int64_t head_vectors = ceil_div(head_dim, kLanes);
@@ -178,52 +194,90 @@ void attend_rows(const Scratch& scratch, const Pass& pass, int64_t head_dim, Row
     constexpr int64_t kPanel = width.value * kLanes;
     const int64_t column = first * kLanes;
     const bool packed = pass.values == nullptr;
-    const float* values = packed ? scratch.values + column * pass.keys : pass.values + column;
+    const auto* values = reinterpret_cast<const Number*>(packed ? scratch.values : pass.values) +
+                         (packed ? column * ceil_div(pass.keys, kNumbers) : column);
     const int64_t value_stride = packed ? kPanel : pass.value_stride;
     const float* accumulator = pass.accumulator == nullptr ? nullptr : pass.accumulator + column;
     float* out = pass.out + column;
     const int64_t chain = min_of(kChain, pass.seen);
-    value_panel<Rows, width.value>(scratch.scores, values, value_stride, chain, accumulator, head_vectors * kLanes,
-                                   alpha, chain < pass.seen ? ones : factor, out, pass.out_stride);
+    value_panel<Rows, width.value>(weights, values, value_stride, chain, accumulator, head_vectors * kLanes, alpha,
+                                   chain < pass.seen ? ones : factor, out, pass.out_stride);
     if (chain == pass.seen) return;
-    value_panel<Rows, width.value>(scratch.scores + chain, values + chain * value_stride, value_stride,
+    value_panel<Rows, width.value>(weights + chain / kNumbers, values + chain / kNumbers * value_stride, value_stride,
                                    pass.seen - chain, out, pass.out_stride, ones, factor, out, pass.out_stride);
   });
 }
 
+template <typename Number>
 void attend_rows(int64_t rows, const Scratch& scratch, const Pass& pass, int64_t head_dim, RowsAhead& ahead) {
   static_assert(kTileRows == 6);
   switch (rows) {
     case 1:
-      return attend_rows<1>(scratch, pass, head_dim, ahead);
+      return attend_rows<Number, 1>(scratch, pass, head_dim, ahead);
     case 2:
-      return attend_rows<2>(scratch, pass, head_dim, ahead);
+      return attend_rows<Number, 2>(scratch, pass, head_dim, ahead);
     case 3:
-      return attend_rows<3>(scratch, pass, head_dim, ahead);
+      return attend_rows<Number, 3>(scratch, pass, head_dim, ahead);
     case 4:
-      return attend_rows<4>(scratch, pass, head_dim, ahead);
+      return attend_rows<Number, 4>(scratch, pass, head_dim, ahead);
     case 5:
-      return attend_rows<5>(scratch, pass, head_dim, ahead);
+      return attend_rows<Number, 5>(scratch, pass, head_dim, ahead);
     default:
-      return attend_rows<6>(scratch, pass, head_dim, ahead);
+      return attend_rows<Number, 6>(scratch, pass, head_dim, ahead);
   }
 }
 
-// One thread at work.
-template <typename T>
+// One thread at work. Number: what is multiplied, float, or uint32_t for words of pairs of bfloat16.
+template <typename T, typename Number>
 struct Worker {
   const FlashAttentionArgs& args;
   const Plan& plan;
   const Scratch scratch;
+  bool* fits;  // false where values are so small that products of words with them would be zeros
 
   // Of the keys that go into panels. The last of all is left out where its vector would hold nothing else: with 257
   // keys that is 2% faster. (The last of a causal block is not: how a key is multiplied must not depend on the cut.)
   int64_t panel_vectors(int64_t first, int64_t count) const {
-    const bool has_lone_key = first + count == args.key_length && count % kLanes == 1;
+    const bool has_lone_key = kIsFloat<Number> && first + count == args.key_length && count % kLanes == 1;
     return has_lone_key ? count / kLanes : ceil_div(count, kLanes);
   }
 
+#if defined(GAFEXT_HAS_PAIRS)
+
+  void pack_words(const T* key, const T* value, int64_t count, int64_t vectors) const {
+    auto *keys = reinterpret_cast<uint32_t*>(scratch.keys), *values = reinterpret_cast<uint32_t*>(scratch.values);
+    const int64_t key_stride = args.key_stride.row, value_stride = args.value_stride.row;
+    for_each_panel(vectors, [&](int64_t first, auto width) {
+      constexpr int64_t kPanel = width.value * kLanes;
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        const int64_t j = first * kLanes + c;
+        transpose_words(keys + first * kLanes * ceil_div(args.head_dim, 2) + c, kPanel, key + j * key_stride,
+                        key_stride, min_of(kLanes, count - j), args.head_dim);
+      }
+    });
+    BitVec largest{};
+    for_each_panel(plan.head_floats / kLanes, [&](int64_t first, auto width) {
+      constexpr int64_t kPanel = width.value * kLanes;
+      uint32_t* to = values + first * kLanes * ceil_div(count, 2);
+      for (int64_t j = 0; j < count; j += 2, to += kPanel) {
+        for (int64_t c = 0; c < kPanel; c += kLanes) {
+          const int64_t column = first * kLanes + c;
+          const T* low = value + j * value_stride + column;
+          const BitVec words = zip_rows(low, j + 1 < count ? low + value_stride : nullptr, args.head_dim - column);
+          __builtin_memcpy(to + c, &words, sizeof(words));
+          largest = largest_pair(largest, words);
+        }
+      }
+    });
+    if (!products_are_normal(largest)) __atomic_store_n(fits, false, __ATOMIC_RELAXED);
+  }
+
+#endif
+
   void pack_tile(const T* key, const T* value, int64_t count, int64_t vectors) const {
+#if defined(GAFEXT_HAS_PAIRS)
+    if constexpr (!kIsFloat<Number>) return pack_words(key, value, count, vectors);
+#endif
     for_each_panel(vectors, [&](int64_t first, auto width) {
       constexpr int64_t kPanel = width.value * kLanes;
       for (int64_t c = 0; c < kPanel; c += kLanes) {
@@ -253,14 +307,21 @@ struct Worker {
     if (first > 0 && first >= keys) return;
 
     for (int64_t r = 0; r < rows; ++r) {
-      copy_row(scratch.query + r * kQueryStride, block.query + (row + r) * args.query_stride.row, args.head_dim,
-               args.scale * kLog2E);
+      float* to = scratch.query + r * kQueryStride;
+      const T* from = block.query + (row + r) * args.query_stride.row;
+      if constexpr (kIsFloat<Number>) {
+        copy_row(to, from, args.head_dim, args.scale * kLog2E);
+      } else {
+        if (args.head_dim % 2 != 0) to[args.head_dim / 2] = 0.0f;
+        __builtin_memcpy(to, from, args.head_dim * sizeof(T));
+      }
     }
     float* accumulator = scratch.accumulator + min_of(row, plan.accumulator_rows - kTileRows) * plan.head_floats;
     T* result = block.out + row * args.out_stride.row;
 
     Pass pass;
     pass.keys = count;
+    pass.scale = args.scale * kLog2E;
     pass.vectors = panel_vectors(first, count);
     pass.values =
         plan.values_in_place ? reinterpret_cast<const float*>(block.value + first * args.value_stride.row) : nullptr;
@@ -279,7 +340,7 @@ struct Worker {
       ahead.results.is_written = true;
     }
 
-    attend_rows(rows, scratch, pass, args.head_dim, ahead);
+    attend_rows<Number>(rows, scratch, pass, args.head_dim, ahead);
     if (!pass.is_last || direct) return;
     for (int64_t r = 0; r < rows; ++r)
       copy_result(result + r * args.out_stride.row, accumulator + r * plan.head_floats);
@@ -340,12 +401,20 @@ void flash_attention(const FlashAttentionArgs& args) {
 #endif
   const Plan plan = make_plan(args);
   float* memory = scratch(max_threads() * plan.scratch_floats);
-  with_element_type(args.dtype, [&](auto element) {
+  bool fits = true;
+  const auto attend = [&](auto element, auto number) {
     parallel_for_ahead(args.batch * args.heads * plan.row_blocks, [&](int64_t thread, int64_t unit, int64_t next) {
       const Scratch scratch(plan, memory + thread * plan.scratch_floats);
-      Worker<decltype(element)>{args, plan, scratch}.attend_block(unit, next);
+      Worker<decltype(element), decltype(number)>{args, plan, scratch, &fits}.attend_block(unit, next);
     });
-  });
+  };
+#if defined(GAFEXT_HAS_PAIRS)
+  if (args.dtype == DType::kBFloat16 && has_pairs()) {
+    attend(BFloat16(), uint32_t());
+    if (fits) return;
+  }
+#endif
+  with_element_type(args.dtype, [&](auto element) { attend(element, float()); });
 }
 
 }  // namespace gafext::GAFEXT_ISA

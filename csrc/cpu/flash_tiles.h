@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../ops/flash_attention.h"
-#include "vector.h"
+#include "pairs.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
@@ -98,6 +98,11 @@ GAFEXT_INLINE void for_each_panel(int64_t vectors, const Body& body) {
   }
 }
 
+template <typename Number>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
 // tile[r, :] += left[r * Stride] * panel[:]
 template <int64_t Stride, int Rows, int Width>
 GAFEXT_INLINE void add_product(Vec (&tile)[Rows][Width], const float* left, const float* panel) {
@@ -112,6 +117,25 @@ GAFEXT_INLINE void add_product(Vec (&tile)[Rows][Width], const float* left, cons
   }
 }
 
+#if defined(GAFEXT_HAS_PAIRS)
+
+// The same of words of two numbers; `kept` clears what does not count of the panel's.
+template <int64_t Stride, int Rows, int Width>
+GAFEXT_INLINE void add_product(Vec (&tile)[Rows][Width], const uint32_t* left, const uint32_t* panel,
+                               uint32_t kept = ~uint32_t{}) {
+  BitVec right[Width];
+  GAFEXT_UNROLL
+  for (int c = 0; c < Width; ++c) right[c] = load_bits<BitVec>(panel + c * kLanes) & kept;
+  GAFEXT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const BitVec words = bit_cast<BitVec>(broadcast_word(left + r * Stride));
+    GAFEXT_UNROLL
+    for (int c = 0; c < Width; ++c) add_pairs(tile[r][c], words, right[c]);
+  }
+}
+
+#endif
+
 // Row r keeps the panel's first min(count, diagonal + r) scores, the others become -inf.
 template <int Rows, int Width>
 GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t diagonal) {
@@ -125,10 +149,10 @@ GAFEXT_INLINE void mask_scores(Vec (&tile)[Rows][Width], int64_t count, int64_t 
   }
 }
 
-// scores[r, :] = sum_d query[r, d] keys[d, :] for one panel of keys, masked; highest[r] keeps the highest of a row so
-// far, lane by lane.
-template <int Rows, int Width>
-void score_panel(const float* query, const float* keys, int64_t head_dim, int64_t count, int64_t diagonal,
+// scores[r, :] = scale sum_d query[r, d] keys[d, :] for one panel of keys, masked; highest[r] keeps the highest of a row
+// so far, lane by lane. Of words of pairs `depth` is their number; of float32 the scale is in the query.
+template <int Rows, int Width, typename Number>
+void score_panel(const Number* query, const Number* keys, int64_t depth, float scale, int64_t count, int64_t diagonal,
                  float* scores, Vec* highest, RowsAhead& ahead) {
   constexpr int kUnroll = 4;  // multiply-adds of a row for each row ahead; 2 stall it
   constexpr int kPanel = Width * kLanes;
@@ -137,7 +161,7 @@ void score_panel(const float* query, const float* keys, int64_t head_dim, int64_
 
   Vec tile[Rows][Width] = {};
   int64_t d = 0;
-  for (; d + kUnroll <= head_dim; d += kUnroll) {
+  for (; d + kUnroll <= depth; d += kUnroll) {
     while (stream.count == 0) {
       waiting->count = 0;
       stream = *++waiting;
@@ -146,8 +170,15 @@ void score_panel(const float* query, const float* keys, int64_t head_dim, int64_
     GAFEXT_UNROLL
     for (int i = 0; i < kUnroll; ++i) add_product<kQueryStride>(tile, query + d + i, keys + (d + i) * kPanel);
   }
-  for (; d < head_dim; ++d) add_product<kQueryStride>(tile, query + d, keys + d * kPanel);
+  for (; d < depth; ++d) add_product<kQueryStride>(tile, query + d, keys + d * kPanel);
   *waiting = stream;
+  if constexpr (!kIsFloat<Number>) {
+    GAFEXT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      GAFEXT_UNROLL
+      for (int c = 0; c < Width; ++c) tile[r][c] *= scale;
+    }
+  }
 
   if (min_of(count, diagonal) < kPanel) mask_scores(tile, count, diagonal);
   GAFEXT_UNROLL
@@ -163,19 +194,23 @@ void score_panel(const float* query, const float* keys, int64_t head_dim, int64_
 }
 
 // out[r, :] = factor[r] (sum_j weights[r, j] values[j, :] + alpha[r] accumulator[r, :]) for one panel of columns; a
-// null accumulator counts as zero.
-template <int Rows, int Width>
-void value_panel(const float* weights, const float* values, int64_t value_stride, int64_t keys,
+// null accumulator counts as zero. Words hold two keys each.
+template <int Rows, int Width, typename Number>
+void value_panel(const Number* weights, const Number* values, int64_t value_stride, int64_t keys,
                  const float* accumulator, int64_t accumulator_stride, const float* alpha, const float* factor,
                  float* out, int64_t out_stride) {
   constexpr int kUnroll = 4;
   Vec tile[Rows][Width] = {};
   int64_t j = 0;
-  for (; j + kUnroll <= keys; j += kUnroll) {
+  const int64_t whole = kIsFloat<Number> ? keys : keys / 2;
+  for (; j + kUnroll <= whole; j += kUnroll) {
     GAFEXT_UNROLL
     for (int i = 0; i < kUnroll; ++i) add_product<kScoreStride>(tile, weights + j + i, values + (j + i) * value_stride);
   }
-  for (; j < keys; ++j) add_product<kScoreStride>(tile, weights + j, values + j * value_stride);
+  for (; j < whole; ++j) add_product<kScoreStride>(tile, weights + j, values + j * value_stride);
+  if constexpr (!kIsFloat<Number>) {  // a key that no row sees may be infinite
+    if (keys % 2 != 0) add_product<kScoreStride>(tile, weights + j, values + j * value_stride, 0xffff);
+  }
   if (accumulator != nullptr) {
     GAFEXT_UNROLL
     for (int r = 0; r < Rows; ++r) {

@@ -14,8 +14,8 @@ from gafext.ops.backend import prefer, use_kernel
 
 _OP = "linear"
 _HAS_AMX = _common.INSTRUCTION_SET == "amx"
-# Rows below which PyTorch's linear is faster. Measured on two cores of a Sapphire Rapids, three runs, as gafext's speed
-# over PyTorch's: 128 rows of 1280 features 1.15 to 1.25, of 5120 1.4, of 320 0.9; 64 and 77 rows 0.8 to 1.2.
+# Rows below which PyTorch's linear is faster with AMX. Two cores of a Sapphire Rapids, three runs, as gafext's
+# speed over PyTorch's: 128 rows of 1280 features 1.15 to 1.25, of 5120 1.4, of 320 0.9; 64 and 77 rows 0.8 to 1.2.
 # Without AMX this is torch's linear on Intel: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to 1.3
 # below, which saved a hundredth of a U-Net's time and cost a second copy of the weights.
 _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
