@@ -125,7 +125,8 @@ void multiply_slice(const Plan& plan, const float* input, int64_t tiles, int64_t
   for (int64_t point = 0; point < kPoints; ++point) {
     for (int64_t panel = 0; panel < count; panel += kPanel) {
       const float* weight = scratch.weight + point * kPointStride + panel * kDepth;
-      const auto multiply = count - panel <= kPanel / 2 ? multiply_rows<kTileVectors / 2> : multiply_rows<kTileVectors>;
+      const auto multiply =
+          count - panel <= kPanel / 2 ? multiply_rows<kTileVectors / 2, float> : multiply_rows<kTileVectors, float>;
       for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
         next.fetch();
         multiply(min_of(kTileRows, tiles - tile), input + (point * plan.block + tile) * kDepth, kDepth, weight, depth,

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../ops/flash_attention.h"
-#include "pairs.h"
+#include "gemm.h"
 
 namespace gafext::GAFEXT_ISA {
 namespace {
@@ -97,11 +97,6 @@ GAFEXT_INLINE void for_each_panel(int64_t vectors, const Body& body) {
     first += width;
   }
 }
-
-template <typename Number>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
 
 // tile[r, :] += left[r * Stride] * panel[:]
 template <int64_t Stride, int Rows, int Width>

@@ -68,7 +68,7 @@ void geglu(const GegluArgs& args) {
 #endif
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    PanelProduct<T, GatedPanels<T>>(GatedPanels<T>{args}).run();
+    multiply_panels<T>(GatedPanels<T>{args});
   });
 }
 

@@ -1,27 +1,56 @@
 // The inner loop of the kernels that multiply matrices: a register tile of kTileRows x kTileVectors accumulators.
 #pragma once
 
-#include "vector.h"
+#include "pairs.h"
 
 namespace gafext::GAFEXT_ISA {
 
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a packed right-hand side: [depth, kPanel]
 
+// What a matrix holds: float, or words of two numbers of bfloat16 (pairs.h), which are multiplied with each other.
+template <typename Number>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
+template <typename T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
+
+template <typename Number>
+struct Operand {
+  using Vector = Vec;
+  static GAFEXT_INLINE Vec of_one(float a) { return broadcast(a); }
+  static GAFEXT_INLINE void multiply(Vec& sum, Vec a, Vec b) { sum += a * b; }
+};
+
+#if defined(GAFEXT_HAS_PAIRS)
+template <>
+struct Operand<uint32_t> {
+  using Vector = BitVec;
+  static GAFEXT_INLINE BitVec of_one(const uint32_t& a) { return bit_cast<BitVec>(broadcast_word(&a)); }
+  static GAFEXT_INLINE void multiply(Vec& sum, BitVec a, BitVec b) { add_pairs(sum, a, b); }
+};
+#endif
+
 // c[r, :] = (or +=) sum_k a[r, k] b[k, :] for `Rows` rows of a and c, and the first `Vectors` vectors of columns. What
 // is there is added last: a sum of short sums rounds less than one long chain.
-template <int Vectors, int Rows>
-void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
+template <int Vectors, int Rows, typename Number>
+void multiply_tile(const Number* a, int64_t a_stride, const Number* b, int64_t depth, float* c, int64_t c_stride,
                    bool accumulate) {
   Vec tile[Rows][Vectors] = {};
+  using Of = Operand<Number>;
+  using Vector = typename Of::Vector;
   for (int64_t k = 0; k < depth; ++k) {
-    Vec row[Vectors];
+    Vector row[Vectors];
     GAFEXT_UNROLL
-    for (int v = 0; v < Vectors; ++v) row[v] = load(b + k * kPanel + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) row[v] = load_bits<Vector>(b + k * kPanel + v * kLanes);
     GAFEXT_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      const Vec factor = broadcast(a[r * a_stride + k]);
+      const Vector factor = Of::of_one(a[r * a_stride + k]);
       GAFEXT_UNROLL
-      for (int v = 0; v < Vectors; ++v) tile[r][v] += factor * row[v];
+      for (int v = 0; v < Vectors; ++v) Of::multiply(tile[r][v], factor, row[v]);
     }
   }
   GAFEXT_UNROLL
@@ -35,8 +64,8 @@ void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t dep
 }
 
 // The same for `rows` <= kTileRows.
-template <int Vectors = kTileVectors>
-void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+template <int Vectors = kTileVectors, typename Number>
+void multiply_rows(int64_t rows, const Number* a, int64_t a_stride, const Number* b, int64_t depth, float* c,
                    int64_t c_stride, bool accumulate) {
   switch (rows) {
     case 1:

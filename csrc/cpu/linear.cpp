@@ -80,7 +80,7 @@ bool linear_in_bfloat16(const LinearArgs& args) {
 #else
 
 bool linear_in_float32(const LinearArgs& args) {
-  PanelProduct<float, PlainPanels<float>>(PlainPanels<float>{args}).run();
+  multiply_panels<float>(PlainPanels<float>{args});
   return true;
 }
 
@@ -96,7 +96,7 @@ bool linear(const LinearArgs& args) {
   if (args.dtype == DType::kBFloat16 && linear_in_bfloat16(args)) return true;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    PanelProduct<T, PlainPanels<T>>(PlainPanels<T>{args}).run();
+    multiply_panels<T>(PlainPanels<T>{args});
   });
   return true;
 }

@@ -1,5 +1,6 @@
 // Linear layers in float32 arithmetic, whatever the memory holds: f(x weight^T), where `Layer` says which rows of the
-// weight make up a panel, kPanel columns of the product, and what becomes of its sums.
+// weight make up a panel, kPanel columns of the product, and what becomes of its sums. Where the processor multiplies
+// bfloat16 (pairs.h), in that.
 //
 // A unit of work is a block of rows times a group of panels. It takes slices of kDepth features:
 //
@@ -16,7 +17,9 @@
 namespace gafext::GAFEXT_ISA {
 namespace {
 
-template <typename T, typename Layer>
+// Number: what is multiplied, float, or words of two features. Those take an even number of features, and rows of x an
+// even number of elements apart.
+template <typename T, typename Layer, typename Number = float>
 class PanelProduct {
  public:
   explicit PanelProduct(const Layer& layer) : layer_(layer), args_(layer.args) {
@@ -29,14 +32,14 @@ class PanelProduct {
   }
 
   void run() {
-    const int64_t floats = (kDepth + kGroup + kGroup * rows_) * kPanel + (kWidens ? rows_ * kDepth : 0);
+    const int64_t floats = (kWords + kGroup + kGroup * rows_) * kPanel + (kWidens ? rows_ * kDepth : 0);
     float* memory = scratch(max_threads() * floats);
     parallel_for(groups_ * blocks_, [&](int64_t thread, int64_t index) {
       const int64_t row = index / groups_ * rows_;
       const Unit unit{index % groups_ * kGroup * Layer::kColumns, row, min_of(rows_, args_.rows - row)};
       Scratch parts;
-      parts.weight = memory + thread * floats;
-      parts.bias = parts.weight + kDepth * kPanel;
+      parts.weight = reinterpret_cast<Number*>(memory + thread * floats);
+      parts.bias = memory + thread * floats + kWords * kPanel;
       parts.sums = parts.bias + kGroup * kPanel;
       parts.x = parts.sums + kGroup * rows_ * kPanel;
       multiply(unit, parts);
@@ -44,10 +47,12 @@ class PanelProduct {
   }
 
  private:
-  static constexpr bool kWidens = sizeof(T) != sizeof(float);
-  static constexpr int64_t kDepth = 128;                    // features of a slice: short sums round less
-  static constexpr int64_t kMaxRows = kWidens ? 252 : 504;  // of a unit; sums, and x if widened, take 129 KB each
-  static constexpr int64_t kMinRows = 96;                   // of a unit, below which transposing the weights shows
+  static constexpr bool kWidens = kIsFloat<Number> && sizeof(T) != sizeof(float);
+  static constexpr int64_t kNumbers = kIsFloat<Number> ? 1 : 2;  // of an element that is multiplied
+  static constexpr int64_t kWords = 128;                         // of a slice: short sums round less
+  static constexpr int64_t kDepth = kWords * kNumbers;           // features of it
+  static constexpr int64_t kMaxRows = kWidens ? 252 : 504;       // of a unit; sums, and x if widened, take 129 KB each
+  static constexpr int64_t kMinRows = 96;                        // of a unit, below which transposing the weights shows
   // Panels of a unit: widening x once for each of AVX2's narrow ones took 10 % of the time.
   static constexpr int64_t kGroup = kWidens && kPanel < 64 ? 64 / kPanel : 1;
 
@@ -58,10 +63,10 @@ class PanelProduct {
 
   // One thread's memory. Every part begins at a whole vector.
   struct Scratch {
-    float* weight;  // [kDepth, kPanel]
-    float* bias;    // [kGroup, kPanel]
-    float* sums;    // [kGroup, rows, kPanel]
-    float* x;       // [rows, kDepth], for rows that are not float32
+    Number* weight;  // [kWords, kPanel]
+    float* bias;     // [kGroup, kPanel]
+    float* sums;     // [kGroup, rows, kPanel]
+    float* x;        // [rows, kDepth], for rows that are not float32
   };
 
   const T* weight() const { return static_cast<const T*>(args_.weight); }
@@ -87,7 +92,8 @@ class PanelProduct {
         if constexpr (kWidens) {
           multiply_slice(unit, first, k, depth, scratch.x, kDepth, scratch.weight, sums);
         } else {
-          multiply_slice(unit, first, k, depth, x, args_.x_stride, scratch.weight, sums);
+          const auto* words = reinterpret_cast<const Number*>(x);
+          multiply_slice(unit, first, k, depth, words, args_.x_stride / kNumbers, scratch.weight, sums);
         }
       }
     }
@@ -100,11 +106,15 @@ class PanelProduct {
   }
 
   // Features [k, k + depth) of a panel; missing columns are zero.
-  void pack_weight(int64_t first, int64_t k, int64_t depth, float* to) const {
+  void pack_weight(int64_t first, int64_t k, int64_t depth, Number* to) const {
     for (int64_t c = 0; c < kPanel; c += kLanes) {
       const WeightRows rows = layer_.weight_rows(first, c);
-      transpose_rows(to + c, kPanel, weight() + rows.first * args_.weight_stride + k, args_.weight_stride, rows.count,
-                     depth);
+      const T* from = weight() + rows.first * args_.weight_stride + k;
+      if constexpr (kIsFloat<Number>) {
+        transpose_rows(to + c, kPanel, from, args_.weight_stride, rows.count, depth);
+      } else {
+        transpose_words(to + c, kPanel, from, args_.weight_stride, rows.count, depth);
+      }
     }
   }
 
@@ -117,9 +127,10 @@ class PanelProduct {
   }
 
   // sums (+)= x W^T over features [k, k + depth); fetches the same panel's weights of the next slice.
-  void multiply_slice(const Unit& unit, int64_t first, int64_t k, int64_t depth, const float* x, int64_t x_stride,
-                      const float* packed, float* sums) const {
+  void multiply_slice(const Unit& unit, int64_t first, int64_t k, int64_t depth, const Number* x, int64_t x_stride,
+                      const Number* packed, float* sums) const {
     const int64_t after = min_of(kDepth, args_.in_features - k - depth), calls = ceil_div(unit.rows, kTileRows);
+    const int64_t words = depth / kNumbers;
     Prefetcher next[Layer::kParts];
     for (int part = 0; part < Layer::kParts; ++part) {
       const int64_t row = layer_.weight_rows(first, part * Layer::kColumns).first;
@@ -128,7 +139,7 @@ class PanelProduct {
     }
     for (int64_t r = 0; r < unit.rows; r += kTileRows) {
       for (Prefetcher& part : next) part.fetch();
-      multiply_rows(min_of(kTileRows, unit.rows - r), x + r * x_stride, x_stride, packed, depth, sums + r * kPanel,
+      multiply_rows(min_of(kTileRows, unit.rows - r), x + r * x_stride, x_stride, packed, words, sums + r * kPanel,
                     kPanel, k > 0);
     }
   }
@@ -137,6 +148,19 @@ class PanelProduct {
   decltype(Layer::args) args_;
   int64_t groups_, blocks_, rows_;  // of panels, of rows, rows of a block
 };
+
+// The product of a layer whose memory holds T.
+template <typename T, typename Layer>
+void multiply_panels(const Layer& layer) {
+#if defined(GAFEXT_HAS_PAIRS)
+  if constexpr (kIsBFloat16<T>) {
+    if (layer.args.in_features % 2 == 0 && layer.args.x_stride % 2 == 0 && has_pairs()) {
+      return PanelProduct<T, Layer, uint32_t>(layer).run();
+    }
+  }
+#endif
+  PanelProduct<T, Layer>(layer).run();
+}
 
 }  // namespace
 }  // namespace gafext::GAFEXT_ISA

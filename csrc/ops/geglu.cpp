@@ -83,8 +83,9 @@ Tensor geglu_gate_backward_on_cpu(const Tensor& grad, const Tensor& projected) {
 Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const GegluArgs args = check_geglu(x, weight, bias);
   // A few rows are as fast with the kernel, which rounds once instead of twice.
-  const bool matrix_units =
-      args.dtype == DType::kBFloat16 && multiplies_bfloat16() && instruction_set() != InstructionSet::kAmx;
+  const bool has_products = instruction_set() == InstructionSet::kAmx ||
+                            (instruction_set() == InstructionSet::kAvx512 && args.in_features % 2 == 0);
+  const bool matrix_units = args.dtype == DType::kBFloat16 && multiplies_bfloat16() && !has_products;
   if (matrix_units && args.rows >= 16 && args.in_features >= 64) return geglu_gate_on_cpu(aten_linear(x, weight, bias));
   return project(args, x, weight, bias, args.inner, cpu::geglu);
 }
