@@ -16,11 +16,12 @@ _OP = "linear"
 _HAS_AMX = _common.INSTRUCTION_SET == "amx"
 # Rows below which PyTorch's linear is faster with AMX. Two cores of a Sapphire Rapids, three runs, as gafext's
 # speed over PyTorch's: 128 rows of 1280 features 1.15 to 1.25, of 5120 1.4, of 320 0.9; 64 and 77 rows 0.8 to 1.2.
-# Without AMX this is torch's linear on Intel: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to 1.3
-# below, which saved a hundredth of a U-Net's time and cost a second copy of the weights.
+# Without AMX this is torch's linear on Intel: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to
+# 1.3 below, which saved a hundredth of a U-Net's time and cost a second copy of the weights.
 _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
-# Where the kernel outruns MKL: with fewer products calling it takes longer. Two cores of a Zen 5: 64 rows of 128 features
-# to 128 1.2 (1.4 on one core), 16 of 128 .8, 8 of 320 to 320 1.05, 2 of 1280 to 1280 1.05 to 1.7, one row at most 1.3.
+# Where the kernel outruns MKL: with fewer products calling it takes longer. Two cores of a Zen 5: 64 rows of 128
+# features to 128 1.2 (1.4 on one core), 16 of 128 .8, 8 of 320 to 320 1.05, 2 of 1280 to 1280 1.05 to 1.7, one row at
+# most 1.3.
 _FEW_PRODUCTS = 1 << 20
 _WITHOUT_AMX = [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
 _FAST_HALF = ["this processor multiplies half precision, and PyTorch makes use of it"]
