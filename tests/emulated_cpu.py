@@ -29,7 +29,8 @@ PROCESSORS = {"avx512": (0, 0, 0), "avx512_vnni": (1, 0, 0), "avx512_bf16": (1, 
 _FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique", "-w",
           "-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"]  # fmt: skip
 _FLAGS += os.environ.get("GAFEXT_EMULATED_FLAGS", "").split()
-_DEFINES = ["-DGAFEXT_ISA=portable", "-DGAFEXT_EMULATOR", "-DGAFEXT_BFLOAT16_PAIRS"]  # portable: the copy that is called
+# portable: the copy that is called
+_DEFINES = ["-DGAFEXT_ISA=portable", "-DGAFEXT_EMULATOR", "-DGAFEXT_BFLOAT16_PAIRS"]
 
 needs_compiler = pytest.mark.skipif(
     compiler_version() < 12 or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
