@@ -55,23 +55,38 @@ GAFEXT_INLINE BitVec words_of(Vec low, Vec high, Vec factor) {
 
 GAFEXT_INLINE Vec magnitude_of(Vec v) { return v < 0.0f ? -v : v; }
 
-// c[r, :] = (or +=) row_scale[r] column_scale[:] sum over `words` of a[r, word] b[word, :], of kTileRows rows and kPanel
+// c[r, :] = (or +=) row_scale[r] column_scale[:] sum over `words` of a[r, word] b[word, :], of `Rows` rows and kPanel
 // columns.
-template <Products kind>
+template <Products kind, int Rows>
 void multiply_tile(const uint32_t* a, const float* row_scale, const uint32_t* b, const float* column_scale,
                    int64_t words, float* c, bool accumulate) {
-  IntVec tile[kTileRows][kTileVectors] = {};
+  IntVec tile[Rows][kTileVectors] = {};
   add_words<kind>(a, kDepth, b, words, tile);
   GAFEXT_UNROLL
   for (int v = 0; v < kTileVectors; ++v) {
     const Vec of_columns = load(column_scale + v * kLanes);
     GAFEXT_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
       float* to = c + r * kColumns + v * kLanes;
       const Vec sum = __builtin_convertvector(tile[r][v], Vec) * (of_columns * row_scale[r]);
       store(to, accumulate ? load(to) + sum : sum);
     }
   }
+}
+
+// Rows of a register tile, of which `tiles` rows waste the fewest.
+inline int64_t rows_of_tile(int64_t tiles) {
+  int64_t best = kTileRows;
+  for (int64_t rows = kTileRows - 1; rows >= kTileRows - 2; --rows) {
+    if (round_up(tiles, rows) < round_up(tiles, best)) best = rows;
+  }
+  return best;
+}
+
+template <Products kind>
+auto multiply_tile_of(int64_t rows) {
+  static_assert(kTileRows == 6);
+  return rows == 6 ? multiply_tile<kind, 6> : rows == 5 ? multiply_tile<kind, 5> : multiply_tile<kind, 4>;
 }
 
 // `Args` with a contiguous weight, whose elements may be a scale for each output channel times what the memory holds.
@@ -315,15 +330,16 @@ class WordConvolution {
   // Register tiles are whole: the rows beyond `tiles` are scratch that nothing reads.
   void multiply_slice(const float* block, int64_t channel, int64_t depth, int64_t tiles, Prefetcher next,
                       const Scratch& scratch) const {
-    auto* multiply = multiply_tile<Products::kPairs>;
+    const int64_t rows = rows_of_tile(tiles);
+    auto* multiply = multiply_tile_of<Products::kPairs>(rows);
 #if defined(__AVX512F__)
-    if (has_vnni()) multiply = multiply_tile<Products::kPairsVnni>;
+    if (has_vnni()) multiply = multiply_tile_of<Products::kPairsVnni>(rows);
 #endif
     const int64_t words = round_up(depth, kGroup) / 2, slice = channel / kChannels * kPoints;
     for (int64_t point = 0; point < kPoints; ++point) {
       for (int64_t panel = 0; panel < kColumns; panel += kPanel) {
         const uint32_t* weight = scratch.weight + point * kPointStride + panel * kDepth;
-        for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
+        for (int64_t tile = 0; tile < tiles; tile += rows) {
           next.fetch();
           const int64_t row = (slice + point) * plan_.block + tile;
           multiply(reinterpret_cast<const uint32_t*>(block) + row * kDepth, block + scale_offset_ + row, weight,
