@@ -91,6 +91,15 @@ def test_wide_heads_stay_where_there_are_tiles(dtype, queries, keys, head_dim, s
         assert torch.equal(out, kernels)
 
 
+@pytest.mark.parametrize("dtype, fewest", [(torch.float32, 256), (torch.float16, 64), (torch.bfloat16, 64)], ids=str)
+def test_wide_heads_stay_where_the_kernels_outrun_mkl(dtype, fewest, pretend_cpu):
+    pretend_cpu("avx512", outruns_mkl=True)
+    enough, few = heads(1, max(fewest, 96), 1, 512, dtype), heads(1, fewest - 1, 1, 512, dtype)
+    wide = "PyTorch's matrix products are the faster ones for heads this wide"
+    assert slower_reasons(enough, enough) == []
+    assert wide in slower_reasons(few, enough) and wide in slower_reasons(enough, few)
+
+
 @pytest.mark.parametrize("dtype, keys", [(torch.float32, 1024), (torch.float32, 77), (torch.bfloat16, 77)], ids=str)
 def test_what_the_kernel_does_faster_stays(dtype, keys):
     query, key = heads(4, 64, 20, 64, dtype), heads(4, keys, 20, 64, dtype)
