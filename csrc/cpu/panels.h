@@ -76,9 +76,8 @@ class PanelProduct {
   }
 
   void multiply(const Unit& unit, const Scratch& scratch) const {
-    if (args_.in_features == 0) {
-      for (int64_t i = 0; i < kGroup * rows_ * kPanel; ++i) scratch.sums[i] = 0.0f;
-    }
+    for (int64_t p = 0; p < panels(unit); ++p) pack_bias(unit.first + p * Layer::kColumns, scratch.bias + p * kPanel);
+    if (args_.in_features == 0) return write_bias(unit, scratch);
     for (int64_t k = 0; k < args_.in_features; k += kDepth) {
       const int64_t depth = min_of(kDepth, args_.in_features - k);
       const T* x = static_cast<const T*>(args_.x) + unit.row * args_.x_stride + k;
@@ -89,19 +88,22 @@ class PanelProduct {
         const int64_t first = unit.first + p * Layer::kColumns;
         pack_weight(first, k, depth, scratch.weight);
         float* sums = scratch.sums + p * rows_ * kPanel;
+        const float* bias = k + depth == args_.in_features ? scratch.bias + p * kPanel : nullptr;
         if constexpr (kWidens) {
-          multiply_slice(unit, first, k, depth, scratch.x, kDepth, scratch.weight, sums);
+          multiply_slice(unit, first, k, depth, scratch.x, kDepth, scratch.weight, sums, bias);
         } else {
           const auto* words = reinterpret_cast<const Number*>(x);
-          multiply_slice(unit, first, k, depth, words, args_.x_stride / kNumbers, scratch.weight, sums);
+          multiply_slice(unit, first, k, depth, words, args_.x_stride / kNumbers, scratch.weight, sums, bias);
         }
       }
     }
+  }
+
+  // The result of no features.
+  void write_bias(const Unit& unit, const Scratch& scratch) const {
+    for (int64_t i = 0; i < rows_ * kPanel; ++i) scratch.sums[i] = 0.0f;
     for (int64_t p = 0; p < panels(unit); ++p) {
-      const int64_t first = unit.first + p * Layer::kColumns;
-      float* bias = scratch.bias + p * kPanel;
-      pack_bias(first, bias);
-      layer_.write(unit.row, unit.rows, first, scratch.sums + p * rows_ * kPanel, bias);
+      layer_.write(unit.row, unit.rows, unit.first + p * Layer::kColumns, scratch.sums, scratch.bias + p * kPanel);
     }
   }
 
@@ -126,9 +128,10 @@ class PanelProduct {
     }
   }
 
-  // sums (+)= x W^T over features [k, k + depth); fetches the same panel's weights of the next slice.
+  // sums (+)= x W^T over features [k, k + depth); fetches the same panel's weights of the next slice. With `bias`, that of
+  // the last slice, what the layer makes of the sums is written while they are in the L1 cache.
   void multiply_slice(const Unit& unit, int64_t first, int64_t k, int64_t depth, const Number* x, int64_t x_stride,
-                      const Number* packed, float* sums) const {
+                      const Number* packed, float* sums, const float* bias) const {
     const int64_t after = min_of(kDepth, args_.in_features - k - depth), calls = ceil_div(unit.rows, kTileRows);
     const int64_t words = depth / kNumbers;
     Prefetcher next[Layer::kParts];
@@ -139,8 +142,9 @@ class PanelProduct {
     }
     for (int64_t r = 0; r < unit.rows; r += kTileRows) {
       for (Prefetcher& part : next) part.fetch();
-      multiply_rows(min_of(kTileRows, unit.rows - r), x + r * x_stride, x_stride, packed, words, sums + r * kPanel,
-                    kPanel, k > 0);
+      const int64_t rows = min_of(kTileRows, unit.rows - r);
+      multiply_rows(rows, x + r * x_stride, x_stride, packed, words, sums + r * kPanel, kPanel, k > 0);
+      if (bias != nullptr) layer_.write(unit.row + r, rows, first, sums + r * kPanel, bias);
     }
   }
 
