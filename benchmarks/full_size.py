@@ -25,6 +25,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peers import PEERS, PRECISIONS, missing_packages, race_peers
@@ -194,7 +195,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="default: 2, with --whole 50")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument(
-        "--rounds", type=int, help="runs of the whole pipeline per backend, in turn (1); with --peers passes (7)"
+        "--rounds", type=int, default=1, help="runs of the whole pipeline per backend, in turn; not with --peers"
     )
     parser.add_argument("--unet-rounds", type=int, default=7, help="timed passes of the U-Net, 0 or at least 7")
     parser.add_argument("--device", default="cpu")
@@ -209,12 +210,15 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if 0 < args.unet_rounds < 7:
         parser.error("--unet-rounds: expected at least 7: a median of fewer says little")
+    if args.peers and not args.unet_rounds:
+        parser.error("--peers: expected --unet-rounds of at least 7")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that exists, got {args.json}")
     if args.peers and (missing := missing_packages(args.peers)):
         parser.error(f"--peers: expected {' and '.join(missing)} to be installed: pip install {' '.join(missing)}")
     if args.dtype == "int8" and (reasons := int8.unsupported_reasons(torch.device(args.device))):
         parser.error("--dtype: " + "; ".join(reasons))
     args.steps = args.steps or (50 if args.whole else 2)
-    args.rounds = args.rounds if args.rounds is not None else (7 if args.peers else 1)
     return args
 
 
@@ -222,7 +226,7 @@ def main() -> None:
     args = arguments()
     given = {name: value for name, value in vars(args).items() if name != "json"}
     if args.peers:
-        size = {"batch": args.batch, "size": args.size, "rounds": args.rounds}
+        size = {"batch": args.batch, "size": args.size, "rounds": args.unet_rounds}
         result = {"arguments": given, **race_peers(args.peers, args.precisions, **size)}
         write(result, args.json)
         print(json.dumps(result, indent=2))

@@ -69,7 +69,9 @@ step info 30 python3 -m gafext info
 
 pytest=(python3 -m pytest -vv -rf -p no:cacheprovider)
 # Where Hopper's own kernel hangs, faults or is wrong, all that follows goes on without it, and is not lost with it.
-step hopper 60 "${pytest[@]}" -k hopper tests/cuda/test_device.py || export GAFEXT_CUDA_ATTENTION=mma
+if [ "$capability" = 90 ]; then
+  step hopper 60 "${pytest[@]}" -k hopper tests/cuda/test_device.py || export GAFEXT_CUDA_ATTENTION=mma
+fi
 
 # Nothing is timed here, so these run side by side. Not what needs a compiler instead of a GPU: the emulator's tests
 # (cuda_kernel), which take minutes. Every test's name goes to the log, for one that hangs takes the summary with it.

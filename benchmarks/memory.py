@@ -27,7 +27,8 @@ from gafext.models.vae import AutoencoderKL
 from gafext.ops import memory
 from gafext.watch.peak import peak_memory
 
-PARTS = ["unet,8,32", "unet,8,64", "upsampler,1,64", "upsampler,1,128", "decoder,1,32", "decoder,4,32", "decoder,1,64"]
+PARTS = ["unet,8,32", "unet,8,64", "upsampler,1,64", "upsampler,1,128"]
+PARTS += ["decoder,1,32", "decoder,4,32", "decoder,1,64", "decoder,1,128"]
 
 
 def passes(part: str, rows: int, size: int, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -66,14 +67,15 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", default=PARTS, metavar="NETWORK,ROWS,SIZE")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one part, in a process of its own
     args = parser.parse_args()
-    if len(args.part) == 1:
-        part, rows, size = args.part[0].split(",")
+    if args.measure:
+        part, rows, size = args.measure.split(",")
         print(json.dumps(measure(part, int(rows), int(size), args.dtype)))
         return
     found = {"environment": environment("cpu"), "peaks": []}
     for part in args.part:
-        words = [sys.executable, __file__, "--part", part, "--dtype", args.dtype]
+        words = [sys.executable, __file__, "--measure", part, "--dtype", args.dtype]
         found["peaks"].append(json.loads(subprocess.check_output(words, text=True)))
         print(part, f"{found['peaks'][-1]['bytes'] / 2**30:.2f} GiB", flush=True)
         write(found, args.json)

@@ -43,7 +43,7 @@ def opponents(race: dict) -> list[dict]:
 def draw(axes: Axes, races: list[dict], limits: tuple[float, float]) -> None:
     names = list(dict.fromkeys(row["name"] for race in races for row in opponents(race)))
     for y, race in enumerate(races):
-        fastest = min(row["speedup"] for row in opponents(race))
+        fastest = min((row["speedup"] for row in opponents(race)), default=1.0)
         axes.barh(y, fastest - 1, left=1, height=0.72, color=WIN if fastest >= 1 else LOSS, alpha=0.55)
         axes.annotate(
             f"{fastest:.2f}", (limits[0] * 1.02, y), va="center", fontsize=8, color="black" if fastest >= 1 else LOSS
@@ -84,7 +84,9 @@ def draw_lengths(axes: Axes, rows: dict[str, list[dict]], key: str, label: str) 
         power = 2 if name == "standard" or key != "peak_mib" else 1
         if name in ("standard", "gafext"):
             axes.plot(x, [y[-1] * (n / x[-1]) ** power for n in x], color="grey", linewidth=0.6)
-            axes.annotate(f"N{'²' * (power == 2)}", (x[-2], y[-1] * (x[-2] / x[-1]) ** power), color="grey", fontsize=8)
+            x_of_text = x[-2:][0]
+            at = (x_of_text, y[-1] * (x_of_text / x[-1]) ** power)
+            axes.annotate(f"N{'²' * (power == 2)}", at, color="grey", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("length N of the sequence", fontsize=9)
@@ -106,7 +108,7 @@ def plot_speedups(races: list[dict]) -> plt.Figure:
     groups = [[race for race in races if race["op"] == op] for op in ops]
     groups = [group for group in groups if group]
     speedups = [row["speedup"] for race in races for row in opponents(race)]
-    limits = (min(0.45, *speedups) * 0.9, max(3, *speedups) * 1.1)
+    limits = (min([0.45, *speedups]) * 0.9, max([3, *speedups]) * 1.1)
     figure, panels = plt.subplots(
         len(groups),
         figsize=(9, 0.21 * len(races) + 0.75 * len(groups) + 0.6),

@@ -145,7 +145,7 @@ def per_second(work: int, run: Callable[[], object]) -> float:
 
 def limits(dtype: str) -> Callable[[], dict[str, float]]:
     """Return what measures the machine: FLOP/s of torch's matrix product, by dtype, and bytes/s of a copy."""
-    dtypes = ["float32", *(["bfloat16"] if dtype == "bfloat16" else [])]
+    dtypes = ["float32", *(["bfloat16"] if "bfloat16" in dtype else [])]
     matrices = {name: torch.randn(1024, 1024).to(getattr(torch, name)) for name in dtypes}
     source = torch.rand(16 << 20)
     target = source.clone()

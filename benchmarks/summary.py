@@ -41,7 +41,7 @@ def table(results: dict) -> list[str]:
 def line(shape: str, modes: dict[str, dict], environment: dict) -> str:
     """Format one shape; the other form is the fastest one cold, or warm if only that was measured."""
     race = modes.get("cold") or modes["warm"]
-    best = min(opponents(race), key=lambda row: row["median_ms"])
+    best = min(opponents(race), key=lambda row: row["median_ms"], default={"name": "nothing else ran"})
     micros, faster = [], []
     for mode in ("cold", "warm"):
         rows = {row["name"]: row for row in modes[mode]["contestants"]} if mode in modes else {}

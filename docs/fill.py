@@ -23,6 +23,7 @@ MARKER = re.compile(r"<!--=([\w.]+)-->(.*?)<!--/-->", re.DOTALL)
 RAPIDS = "cpu-sapphire-rapids-2-cores"
 EPYC = "cpu-amd-epyc-avx2-2-cores"
 CASCADE_LAKE = "cpu-cascade-lake-2-cores"
+ZEN_5 = "cpu-zen-5-2-cores"
 CASCADE = "cpu-cascade-lake-1-thread"
 DROP_IN = {
     "stock": "diffusers",
@@ -84,9 +85,10 @@ def operations() -> str:
         return "; ".join(map(span, rows))
 
     def linear(*where: str) -> str:
-        return "; ".join(span(ours.speedups("linear", "eager", where=part)) for part in where)
+        return "; ".join(span(ours.speedups("linear", "eager", "packed by MKL", where=part)) for part in where)
 
-    convolutions = ("conv2d channels-last", "conv2d contiguous")
+    convolutions = ("conv2d channels-last", "conv2d contiguous", "conv2d prepacked")
+    geglus = ("eager", "eager compiled", "eager packed by MKL")
     sides = ("32x32", "16x16", r"\b8x8", r"\b4x4")
     rows = [
         ["flash attention against SDPA", "self-attention of 4096; 1024; 256; 64 tokens, heads of 64",
@@ -97,11 +99,11 @@ def operations() -> str:
         ["against the best compiled form", "V = 4; 6; 8; 16", views(ours, "sdpa compiled", "elementwise compiled")],
         ["against batched products of permuted views, the best eager form (EPYC, AVX2)", "V = 4; 6; 8; 16",
          views(epyc, "matmul")],
-        ["GEGLU against linear, chunk, gelu", "4096×320; 1024×640; 256×1280",
-         "; ".join(f"{ratio:.1f}" for ratio in ours.speedups("geglu", "eager"))],
-        ["linear layers against linear", "8192 to 512 rows; 128 rows; 257 rows (CLIP)",
+        ["GEGLU against linear, chunk, gelu: eager, compiled, weights packed", "4096×320; 1024×640; 256×1280",
+         "; ".join(f"{ratio:.1f}" for ratio in ours.speedups("geglu", *geglus))],
+        ["linear layers against linear, weights packed or not", "8192 to 512 rows; 128 rows; 257 rows (CLIP)",
          linear(r"(32x32|16x16|\b8x8)$", r"\b4x4$", "^CLIP")],
-        ["3×3 convolution against the faster conv2d", "32×32; 16×16; 8×8; 4×4",
+        ["3×3 convolution against the fastest conv2d, weights packed or not", "32×32; 16×16; 8×8; 4×4",
          "; ".join(span(ours.speedups("conv3x3", *convolutions, where=side)) for side in sides)],
     ]  # fmt: skip
     command = result(f"ops-{RAPIDS}")["environment"]["command"].rsplit(maxsplit=1)[0]  # without its file
@@ -114,10 +116,9 @@ def five_bars() -> list[tuple[str, float]]:
     ours = Races(f"ops-{RAPIDS}")
     [flash] = ours.speedups("flash_attention", "sdpa", where="^self-attention, 64x64")
     [views] = ours.speedups("cross_view_attention", "sdpa", where="^4 views, 32x32")
-    [geglu] = ours.speedups("geglu", "eager", where="^4 views, 32x32")
-    [conv] = ours.speedups(
-        "conv3x3", "conv2d channels-last", "conv2d contiguous", where="^4 views with guidance, 32x32"
-    )
+    [geglu] = ours.speedups("geglu", "eager", "eager compiled", "eager packed by MKL", where="^4 views, 32x32")
+    forms = ("conv2d channels-last", "conv2d contiguous", "conv2d prepacked")
+    [conv] = ours.speedups("conv3x3", *forms, where="^4 views with guidance, 32x32")
     return [
         ("flash attention of 4096 tokens", flash),
         ("attention across 4 views", views),
@@ -162,6 +163,21 @@ def compared(rows: dict, baseline: str, names: dict[str, str]) -> str:
         difference = "" if key == baseline else f"{row['relative_difference']:.1g}"
         lines.append([name, f"{row['median']:.1f}", f"{row[times]:.2f}", f"{low:.2f} to {high:.2f}", difference])
     return table(["", "seconds of a pass", "relative", "quartiles", "difference"], lines)
+
+
+def peers(*files: str) -> str:
+    """Tabulate the races of full_size.py --peers, run by run, each relative to its own float32 of gafext."""
+    lines = []
+    for run, file in enumerate(files, 1):
+        for name, row in result(f"peers-{file}")["unet"].items():
+            if "median" not in row:  # what the machine does not offer
+                continue
+            low, high = row["quartiles"]
+            times = f"{row['median']:.1f}", f"{row['times_gafext float32']:.2f}", f"{low:.2f} to {high:.2f}"
+            difference = "" if name == "gafext float32" else f"{row['relative_difference']:.1g}"
+            lines.append([*([str(run)] if len(files) > 1 else []), name, *times, difference])
+    heads = ["", "seconds of a pass", "relative", "quartiles", "difference"]
+    return table(["run", *heads] if len(files) > 1 else heads, lines)
 
 
 def train_step() -> str:
@@ -312,11 +328,7 @@ def values() -> dict[str, str]:
     """Everything that pages may name."""
     unet = result(f"unet-{RAPIDS}")["unet"]["sdpa"]
     whole = result(f"full-size-{RAPIDS}")["seconds_in_all"]
-    drop_in, peers = result(f"drop-in-{EPYC}")["unet"], result(f"peers-{EPYC}")["unet"]
-    with_amx = result(f"peers-{RAPIDS}")["unet"] | result(f"peers-{RAPIDS}-int8")["unet"]
-    without_amx = result(f"peers-{RAPIDS}-without-amx")["unet"] | result(f"peers-{RAPIDS}-without-amx-int8")["unet"]
-    cascade_lake = result(f"peers-{CASCADE_LAKE}")["unet"] | result(f"peers-{CASCADE_LAKE}-int8")["unet"]
-    ran = {name: name for name, row in cascade_lake.items() if "median" in row}
+    drop_in, in_8_bits = result(f"drop-in-{EPYC}")["unet"], result(f"peers-{RAPIDS}-int8")["unet"]
     cold, epyc = Races(f"ops-{RAPIDS}-cold"), Races(f"ops-{EPYC}-cross-view")
     longest = result("lengths-cpu-amd-epyc-avx2-1-thread")["races"][-1]["contestants"]
     mib = {row["name"]: row["peak_mib"] for row in longest}
@@ -339,12 +351,13 @@ def values() -> dict[str, str]:
         "unet.difference": f"{unet['largest_difference']:.0e}",
         "whole.ours": f"{whole['auto']:.0f}",
         "whole.theirs": f"{whole['sdpa']:.0f}",
-        "peers": compared(peers, "gafext float32", {name: name for name in peers}),
-        "peers.amx": compared(with_amx, "gafext float32", {name: name for name in with_amx}),
-        "peers.avx512": compared(without_amx, "gafext float32", {name: name for name in without_amx}),
-        "peers.cascade_lake": compared(cascade_lake, "gafext float32", ran),
-        "amx.int8": f"{100 * with_amx['gafext int8']['relative_difference']:.1f} %",
-        "amx.int8_bfloat16": f"{100 * with_amx['gafext int8-bfloat16']['relative_difference']:.1f} %",
+        "peers": peers(EPYC),
+        "peers.amx": peers(RAPIDS, f"{RAPIDS}-int8"),
+        "peers.avx512": peers(f"{RAPIDS}-without-amx", f"{RAPIDS}-without-amx-int8"),
+        "peers.cascade_lake": peers(CASCADE_LAKE, f"{CASCADE_LAKE}-int8"),
+        "peers.zen_5": peers(ZEN_5, f"{ZEN_5}-int8"),
+        "amx.int8": f"{100 * in_8_bits['gafext int8']['relative_difference']:.1f} %",
+        "amx.int8_bfloat16": f"{100 * in_8_bits['gafext int8-bfloat16']['relative_difference']:.1f} %",
         "drop_in": f"{drop_in['accelerated']['times_stock']:.2f}",
         "drop_in_table": compared(drop_in, "stock", DROP_IN),
         "profile": profile(),

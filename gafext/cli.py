@@ -372,7 +372,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        left = "the same command goes on at the last checkpoint" if args.command == "train" else "nothing was written"
+        left = {
+            "train": "the same command goes on at the last checkpoint",
+            "bench": "the file of --json has the races until then",
+        }.get(args.command, "nothing was written")
         print(f"gafext: interrupted; {left}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does

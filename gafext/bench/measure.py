@@ -2,13 +2,14 @@
 
 Changes of the machine's speed affect a whole round, so only times of the same round are compared. The order is shuffled
 in each round: a contestant that always followed the copy would find its bytes in the caches. Warm: every call has the
-same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache. The ceilings are a
-large matrix product, and a copy of as many bytes as the operation has to move, equally warm or cold. On a GPU, a turn
-is the replay of a CUDA graph between two events (cuda.py).
+same inputs. Cold: the calls rotate over sets of inputs that together exceed the last-level cache, which is emptied
+between contestants. The ceilings are a large matrix product, and a copy of as many bytes as the operation has to move,
+equally warm or cold. On a GPU, a turn is the replay of a CUDA graph between two events (cuda.py).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from gafext.bench import cuda
 from gafext.bench.cases import Case, Contestant
+from gafext.bench.environment import cold_bytes as bytes_of_cold_calls
 from gafext.bench.environment import watch_others
 from gafext.ops.memory import release_freed_memory
 from gafext.watch.peak import Peak, peak_memory
@@ -62,6 +64,7 @@ class Entrant:
         self._arguments = itertools.cycle(self.arguments)
         self._calls = 1
         self._graph: cuda.GraphTurns | None = None
+        self._flush: Callable[[], object] = lambda: None
 
     def result(self) -> Tensor:
         with self.contestant.context():
@@ -87,16 +90,28 @@ class Entrant:
                 self._graph = cuda.GraphTurns(self.contestant.run, self.arguments, **seconds)
             else:
                 self._calls = max(1, math.ceil(turn_seconds / call_seconds))
+                self._flush = flush if len(self.arguments) > 1 else lambda: None
 
     def turn(self) -> float:
         if self._graph is not None:
             return self._graph.turn()
+        self._flush()  # another contestant may just have read the same sets
         with self.contestant.context():
             if len(self.arguments) == 1:
                 self.calls(1)  # reload what the previous contestant has evicted from the caches
             start = time.perf_counter()
             self.calls(self._calls)
             return (time.perf_counter() - start) / self._calls
+
+
+def flush() -> None:
+    """Evict the CPU's caches by reading."""
+    _flush_buffer().sum()
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    return torch.ones(bytes_of_cold_calls("cpu") // 4)
 
 
 def race(case: Case, device: str, *, cold_bytes: int, rounds: int, turn_seconds: float) -> Race:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gafext.atomic import replace_whole
 from gafext.bench.environment import QUIET
 from gafext.bench.measure import CEILINGS, Race, quartiles, ratio
 
@@ -94,4 +95,9 @@ def write_json(path: str, environment: dict, races: list[dict], **more: object) 
     lines = ",\n  ".join(json.dumps(race) for race in races)
     head = "".join(f' "{name}": {json.dumps(value, indent=1)},\n' for name, value in more.items())
     text = f'{{\n "environment": {json.dumps(environment, indent=1)},\n{head} "races": [\n  {lines}\n ]\n}}\n'
-    Path(path).write_text(text)
+    target = Path(path).absolute()
+    if target.exists() and not target.is_file():  # a pipe
+        target.write_text(text)
+        return
+    with replace_whole(target.parent) as new:
+        (new / target.name).write_text(text)

@@ -24,6 +24,11 @@ _ADVICE = {
     "undefined symbol": "it was built for another torch: `pip install -U 'torch>=2.11'`, then install gafext again",
     "No module named": "install the missing package, or `pip install gafext` with its dependencies",
 }
+# What the advice of the same words would be wrong about where it is PyTorch itself that does not load.
+_ADVICE_ON_TORCH = {
+    "GLIBC": "this PyTorch needs a newer system: install an older one",
+    "undefined symbol": "its libraries do not go together: install PyTorch again, and look at LD_LIBRARY_PATH",
+}
 _NEEDS = {"avx2": "avx2", "avx512": "avx512f", "amx": "amx_bf16"}
 
 
@@ -58,7 +63,8 @@ def loading_problem() -> str | None:
             importlib.import_module(module)
         except Exception as error:  # whatever a library raises while it is loaded
             reason = str(error).strip() or type(error).__name__
-            advice = next((advice for words, advice in _ADVICE.items() if words in reason), f"install {part} again")
+            known = _ADVICE | _ADVICE_ON_TORCH if module == "torch" else _ADVICE
+            advice = next((advice for words, advice in known.items() if words in reason), f"install {part} again")
             return f"{part} does not load: {reason}: {advice}"
     return None
 

@@ -55,9 +55,9 @@ def _machine(found: dict[str, Any]) -> list[str]:
         )
     gpus = [f"{_names(gpus)}: {gpus[0]['verified']}" for gpus in _alike(found["devices"]) if "verified" in gpus[0]]
     cards = ", ".join(sorted({record["card"] for record in found["verified_cards"]}))
-    return lines + (
-        gpus or [f"GPU: none that PyTorch can use; the CUDA kernels were verified on {cards or 'no card yet'}"]
-    )
+    if len(found["devices"]) == 1:  # the CPU
+        gpus = [f"GPU: none that PyTorch can use; the CUDA kernels were verified on {cards or 'no card yet'}"]
+    return lines + gpus
 
 
 def _operations(devices: list[dict[str, Any]], sizes: str) -> list[str]:

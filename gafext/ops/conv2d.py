@@ -24,8 +24,7 @@ def conv2d(
     """Convolve as torch's conv2d does, in half precision on any CPU.
 
     Where the CPU has no half-precision products, PyTorch's half-precision convolution takes 5 to 20 times as long as
-    its float32 one. There a 1×1 kernel is gafext's `linear`; others are convolved in float32 and rounded once. A 1×1
-    kernel in float32 is as well where PyTorch multiplies by MKL and `linear` is faster.
+    its float32 one. There a 1×1 kernel is gafext's `linear`; others are convolved in float32 and rounded once.
 
     Args:
         x: [batch, in_channels, height, width].
@@ -38,23 +37,13 @@ def conv2d(
         [batch, out_channels, out_height, out_width].
     """
     x, weight, bias = _common.autocast(x, weight, bias)
-    is_slow_half = _common.is_slow_half(x)
-    if not (is_slow_half or _multiplies_by_mkl(x)) or weight.dtype != x.dtype:
+    if not _common.is_slow_half(x) or weight.dtype != x.dtype:
         return F.conv2d(x, weight, bias, stride=stride, padding=padding)
     if weight.shape[1:] == (x.shape[1], 1, 1) and stride in (1, (1, 1)) and padding in (0, (0, 0)):
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if not is_slow_half:
-        return F.conv2d(x, weight, bias, stride=stride, padding=padding)
     wide_bias = None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
         return F.conv2d(x.float(), weight.float(), wide_bias, stride=stride, padding=padding).to(x.dtype)
-
-
-def _multiplies_by_mkl(x: Tensor) -> bool:
-    """Return whether PyTorch convolves 1×1 kernels in float32 by MKL, which `linear` outruns: on one thread alone."""
-    if not _common.OUTRUNS_MKL or torch.compiler.is_compiling():
-        return False
-    return x.is_cpu and x.dtype == torch.float32 and torch.get_num_threads() == 1
 
 
 def conv2d_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -74,8 +63,6 @@ def conv2d_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
         return conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
     if _is_simple(layer) and patches_are_faster(layer, x):
         return convolve_patches(x, layer.weight, layer.bias, stride=layer.stride[0], padding=int(layer.padding[0]))
-    if _is_simple(layer) and _multiplies_by_mkl(x):
-        return conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
     return nn.Conv2d.forward(layer, x)
 
 

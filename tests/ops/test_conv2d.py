@@ -69,22 +69,6 @@ def test_elsewhere_it_is_pytorchs(dtype, pretend_cpu):
 
 
 @torch.no_grad()
-def test_float32_on_one_thread_where_linear_outruns_mkl(pretend_cpu):
-    """PyTorch's own way to convolve 1x1 kernels changes with the number of threads."""
-    pretend_cpu("avx512", outruns_mkl=True)
-    threads = torch.get_num_threads()
-    x, layer, strided = channels_last(2, 200, 30, 15), nn.Conv2d(200, 140, 1), nn.Conv2d(200, 140, 1, stride=2)
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert ("gafext::linear" in called(conv2d_layer, layer, x)) == (count == 1)
-            assert "gafext::linear" not in called(conv2d_layer, strided, x)
-            torch.testing.assert_close(conv2d_layer(layer, x), layer(x))
-    finally:
-        torch.set_num_threads(threads)
-
-
-@torch.no_grad()
 def test_other_convolutions_are_pytorchs(slow_halves):
     x = channels_last(2, 33, 10, 15).bfloat16()
     for options in ({"groups": 3, "out_channels": 21}, {"dilation": 2}):
