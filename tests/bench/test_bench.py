@@ -1,5 +1,6 @@
 """`gafext bench`: what it writes follows from what it measured, and its contestants do the same work."""
 
+import argparse
 import json
 import platform
 import shlex
@@ -16,7 +17,7 @@ from helpers import doubling
 from gafext import ops
 from gafext.bench import command
 from gafext.bench.cases import Case, Contestant, cases, cross_view_attention
-from gafext.bench.measure import race
+from gafext.bench.measure import Race, race
 from gafext.bench.report import rows, summary
 from gafext.cli import main
 
@@ -150,6 +151,22 @@ def test_patience_takes_the_least_disturbed(monkeypatch, tmp_path):
     shares[:] = [0.5, 0.2]
     (result,) = measured(tmp_path, "--shape", "V=4,(64")["races"]
     assert result["others_busy"] == 0.5 and shares == [0.2]
+
+
+def test_a_repeated_race_keeps_the_time_of_the_first_compilation(monkeypatch):
+    races = [
+        Race(None, 0, 0, first_seconds={"sdpa": seconds}, others=share) for seconds, share in ((9.0, 0.5), (0.1, 0))
+    ]
+    monkeypatch.setattr(command, "race", lambda *_, **__: races.pop(0))
+    args = argparse.Namespace(patience=100, quick=True, device="cpu", rounds=None)
+    chosen = command._least_disturbed(args, None, 0)
+    assert chosen.others == 0 and chosen.first_seconds == {"sdpa": 9.0}
+
+
+def test_8_bit_layers_read_only_what_they_compute_with():
+    for case in cases("cpu", torch.float32, compiled=False):
+        if case.op in ("linear_int8", "geglu_int8", "conv3x3_int8"):
+            assert [x.dtype for x in case.inputs()] == [torch.float32, torch.int8, torch.float32, torch.float32]
 
 
 def test_half_precision_agrees(tmp_path):

@@ -13,7 +13,8 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend
 
 from gafext.bench import cuda
-from gafext.bench.cases import Contestant, cases
+from gafext.bench.cases import Contestant, cases, lengths
+from gafext.bench.cases import flash_attention as attention_cases
 from gafext.bench.cases.flash_attention import case as attention_case
 from gafext.bench.environment import cold_bytes
 from gafext.bench.measure import race
@@ -233,6 +234,16 @@ def test_gpu_contestants_of_attention_agree_and_count_their_copies(monkeypatch):
             out = contestant.run(*(contestant.prepare(*inputs) if contestant.prepare else inputs))
         torch.testing.assert_close(out, expected)
         assert out.is_contiguous() or contestant.name == "sdpa contiguous"
+
+
+def test_the_suite_of_lengths_compares_results_of_one_layout_on_gpus(monkeypatch):
+    monkeypatch.setattr(lengths, "LENGTHS", [64])
+    monkeypatch.setattr(attention_cases, "heads_first", lambda batch, n, heads, d, **_: torch.randn(batch, heads, n, d))
+    (case,) = lengths.cases(device="cuda", dtype=torch.float32)
+    inputs = case.inputs()
+    ours, standard, sdpa = (contestant.run(*inputs) for contestant in case.contestants)
+    torch.testing.assert_close(standard, ours)
+    torch.testing.assert_close(sdpa, ours)
 
 
 def test_the_issues_shapes_are_measured():

@@ -17,6 +17,7 @@ from helpers import ROOT
 import gafext
 from gafext import ops
 from gafext.cli import main
+from gafext.doctor.findings import examine, loading_problem
 from gafext.doctor.text import screen, without_names
 from gafext.versions import has_code_for, oldest_architecture
 
@@ -48,6 +49,26 @@ def test_one_screen(capsys, monkeypatch):
     assert all(word in top for word in ("instruction set: ", "threads: ", "memory: the built-in model needs", "GB"))
     for word in ("gafext ", f"torch {torch.__version__}", "python ", "build: ", "GAFEXT_KEEP_MEMORY=1"):
         assert word in report
+
+
+def test_an_apple_gpu_is_a_gpu():
+    found = examine()
+    found["devices"] = found["devices"][:1]
+    assert "GPU: none that PyTorch can use" in screen(found)
+    found["devices"].append({"device": "mps", "name": "Apple GPU", "operations": {}})
+    assert "none that PyTorch can use" not in screen(found)
+
+
+def test_advice_is_on_the_part_that_does_not_load(monkeypatch):
+    def broken(module):
+        if module == part:
+            raise ImportError("libcusparse.so.12: undefined symbol: __nvJitLinkComplete_12_4")
+
+    monkeypatch.setattr("gafext.doctor.findings.importlib.import_module", broken)
+    part = "torch"
+    assert loading_problem().endswith("install PyTorch again, and look at LD_LIBRARY_PATH")
+    part = "gafext.ops"
+    assert loading_problem().endswith("then install gafext again")
 
 
 def test_json(capsys):
