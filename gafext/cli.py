@@ -374,7 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         left = {
             "train": "the same command goes on at the last checkpoint",
-            "bench": "the file of --json has the races until then",
+            "bench": "the file of --json has the races until then"
+            if getattr(args, "json", None)
+            else "nothing was written",
         }.get(args.command, "nothing was written")
         print(f"gafext: interrupted; {left}", file=sys.stderr)
         return 130

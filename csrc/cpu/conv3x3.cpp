@@ -181,10 +181,10 @@ void convolve_all(const Conv3x3Args& args) {
 // they do not pay.
 bool convolve_words(const Conv3x3Args& args) {
   constexpr int64_t kFewChannels = 128, kMostPictures = 64;
-  if (args.dtype != DType::kBFloat16 || args.in_channels < kFewChannels || args.out_channels < kFewChannels ||
-      !has_vnni()) {
-    return false;
-  }
+  const bool is_wide = args.in_channels >= kFewChannels && args.out_channels >= kFewChannels;
+  const bool is_one_tile =
+      args.height <= kOut && args.width <= kOut;  // for which looking at the weights takes too long
+  if (args.dtype != DType::kBFloat16 || !is_wide || is_one_tile || !has_vnni()) return false;
   for (int64_t first = 0; first < args.batch; first += kMostPictures) {
     const Conv3x3Args some = pictures_of<BFloat16>(args, first, min_of(kMostPictures, args.batch - first));
     const Evenness is_even(some);

@@ -4,9 +4,10 @@
 // is smaller than that by more than usual where
 //
 //   pixels    of a tile differ much in size: the results beside quiet ones get the digits of the loud ones
-//   channels  that are loud have small weights, and the other way around
+//   channels  that are loud have small weights for an output channel, which then gets their digits
 //
-// so both are compared, picture by picture. Networks' activations pass. One that does not is convolved in float32.
+// so both are compared, picture by picture, and for every output channel. Networks' activations pass; a picture that
+// does not is convolved in float32. What is not looked at is filters that cancel most of what they read.
 #pragma once
 
 #include "../ops/conv3x3.h"
@@ -19,30 +20,47 @@ class Evenness {
  public:
   // Of at most 64 pictures of bfloat16.
   explicit Evenness(const Conv3x3Args& args)
-      : args_(args), rows_(args.batch * args.height), channels_(round_up(args.in_channels, kLanes)) {
-    pixels_ = scratch(rows_ * (channels_ + args.width) + channels_);
+      : args_(args),
+        rows_(args.batch * args.height),
+        channels_(round_up(args.in_channels, kLanes)),
+        taps_(round_up(args.in_channels * kTaps, kLanes)),
+        slices_(ceil_div(args.in_channels, kSlice)) {
+    pixels_ = scratch(rows_ * (channels_ + args.width) + (args.batch + 1) * (taps_ + slices_));
     sums_ = pixels_ + rows_ * args.width;
-    weights_ = sums_ + rows_ * channels_;
+    energies_ = sums_ + rows_ * channels_;
+    of_taps_ = energies_ + (args.batch + 1) * slices_;
     parallel_for(rows_, [&](int64_t, int64_t row) { square_row(row); });
-    parallel_for(ceil_div(args.in_channels, kSlice), [&](int64_t, int64_t slice) { square_weights(slice * kSlice); });
     parallel_for(args.batch, [&](int64_t, int64_t image) {
-      if (is_even(image)) __atomic_fetch_or(&even_, uint64_t{1} << image, __ATOMIC_RELAXED);
+      if (sum_rows(image) && pixels_are_even(image)) __atomic_fetch_or(&even_, bit(image), __ATOMIC_RELAXED);
     });
+    least_of_all();
+    // First against the least of all pictures, which takes one look at the weights: mostly it is enough.
+    if (even_ != 0 && !channels_are_even(args.batch)) {
+      for (int64_t image = 0; image < args.batch; ++image) {
+        if ((*this)(image) && !channels_are_even(image)) even_ &= ~bit(image);
+      }
+    }
   }
 
-  bool operator()(int64_t image) const { return (even_ >> image & 1) != 0; }
+  bool operator()(int64_t image) const { return (even_ & bit(image)) != 0; }
 
  private:
-  static constexpr int64_t kSlice = 64;           // channels
-  static constexpr int64_t kSampledOutputs = 16;  // channels of the weight, evenly spread
+  static constexpr int64_t kSlice = 64;    // channels
+  static constexpr int64_t kOutputs = 16;  // channels that a thread compares at a time
 
   // A quiet result's 9 pixels have at least this part of the squares of the tile's 36, which is 1/4 where all are
-  // alike: a loud pixel of 10 times the others' size passes, and its neighbours' errors are then 1.8 times PyTorch's.
-  static constexpr float kLeastPart = 1.0f / 16;
-  // Of the squares of |V| |U|, of those of the result: an error that doubles.
-  static constexpr float kMostSquares = 4.0f;
+  // alike: a loud pixel of 6 times the others' size passes, and its neighbours' errors are then 1.4 times PyTorch's.
+  static constexpr float kLeastPart = 1.0f / 8;
+  // Of the squares of |V| |U|, of those of the result, which is 1 where channels are alike. With both at their limits
+  // errors are twice PyTorch's.
+  static constexpr float kMostSquares = 2.0f;
   // Of a picture: below and above, squares of float32 have too few digits.
   static constexpr float kLeastEnergy = 1e-20f, kMostEnergy = 1e30f;
+
+  static constexpr int kChains = 4;        // of sums
+  static constexpr int64_t kAhead = 1024;  // numbers of the weight that are prefetched ahead
+
+  static uint64_t bit(int64_t image) { return uint64_t{1} << image; }
 
   // The squares of a row of pixels: summed over channels, and over pixels.
   void square_row(int64_t row) const {
@@ -61,41 +79,99 @@ class Evenness {
     }
   }
 
-  // The squares of the weights of kSlice input channels from `channel` on.
-  void square_weights(int64_t channel) const {
-    const int64_t end = min_of(args_.in_channels, channel + kSlice), outputs = args_.out_channels;
-    const auto* weight = static_cast<const BFloat16*>(args_.weight);
-    for (int64_t c = channel; c < end; ++c) weights_[c] = 0.0f;
-    for (int64_t i = 0; i < kSampledOutputs; ++i) {
-      const int64_t output = i * outputs / kSampledOutputs;
-      for (int64_t c = channel; c < end; ++c) {
-        const BFloat16* taps =
-            weight + (args_.is_gradient ? c * outputs + output : output * args_.in_channels + c) * kTaps;
-        for (int64_t tap = 0; tap < kTaps; ++tap) {
-          const float w = bit_cast<float>(uint32_t{taps[tap].bits} << 16);
-          weights_[c] += w * w;
-        }
+  // The squares of a picture's channels, a slice's summing up to its number of channels, once for each tap. False if
+  // the picture is too large or too small for them; NaN is.
+  bool sum_rows(int64_t image) const {
+    float* const of_taps = of_taps_ + image * taps_;
+    float* const energies = energies_ + image * slices_;
+    float all = 0.0f;
+    for (int64_t slice = 0; slice < slices_; ++slice) {
+      const int64_t begin = slice * kSlice, end = min_of(args_.in_channels, begin + kSlice);
+      float energy = 0.0f;
+      for (int64_t c = begin; c < end; ++c) {
+        float sum = 0.0f;
+        for (int64_t y = 0; y < args_.height; ++y) sum += sums_[(image * args_.height + y) * channels_ + c];
+        for (int64_t tap = 0; tap < kTaps; ++tap) of_taps[c * kTaps + tap] = sum;
+        energy += sum;
       }
+      energies[slice] = energy / static_cast<float>(end - begin);
+      all += energy;
+    }
+    for (int64_t i = args_.in_channels * kTaps; i < taps_; ++i) of_taps[i] = 0.0f;
+    return all > kLeastEnergy && all < kMostEnergy;
+  }
+
+  // In the place of one more picture, shares of the slices: with none of the pictures is the result's less.
+  void least_of_all() const {
+    float* const least = of_taps_ + args_.batch * taps_;
+    for (int64_t slice = 0; slice < slices_; ++slice) energies_[args_.batch * slices_ + slice] = 1.0f;
+    for (int64_t i = 0; i < taps_; ++i) least[i] = 0.0f;
+    bool is_first = true;
+    for (int64_t image = 0; image < args_.batch; ++image) {
+      if (!(*this)(image)) continue;
+      for (int64_t i = 0; i < args_.in_channels * kTaps; ++i) {
+        const float mean = energies_[image * slices_ + i / kTaps / kSlice];
+        const float share = mean > 0.0f ? of_taps_[image * taps_ + i] / mean : 1.0f;
+        least[i] = is_first || share < least[i] ? share : least[i];
+      }
+      is_first = false;
     }
   }
 
-  bool is_even(int64_t image) const { return channels_are_even(image) && pixels_are_even(image); }
-
-  // NaN and infinities are not.
+  // Of every output channel.
   bool channels_are_even(int64_t image) const {
-    float energy = 0.0f, result = 0.0f, bound = 0.0f;
-    for (int64_t channel = 0; channel < args_.in_channels; channel += kSlice) {
-      const int64_t end = min_of(args_.in_channels, channel + kSlice);
-      float x_energy = 0.0f, weight_energy = 0.0f;
-      for (int64_t c = channel; c < end; ++c) {
-        float sum = 0.0f;
-        for (int64_t y = 0; y < args_.height; ++y) sum += sums_[(image * args_.height + y) * channels_ + c];
-        x_energy += sum, weight_energy += weights_[c], result += sum * weights_[c];
+    bool all = true;
+    parallel_for(ceil_div(args_.out_channels, kOutputs), [&](int64_t, int64_t unit) {
+      const int64_t end = min_of(args_.out_channels, (unit + 1) * kOutputs);
+      for (int64_t output = unit * kOutputs; output < end; ++output) {
+        if (!output_is_even(image, output)) __atomic_store_n(&all, false, __ATOMIC_RELAXED);
       }
-      energy += x_energy;
-      bound += x_energy * weight_energy / static_cast<float>(end - channel);
+    });
+    return all;
+  }
+
+  bool output_is_even(int64_t image, int64_t output) const {
+    const float *of_taps = of_taps_ + image * taps_, *energies = energies_ + image * slices_;
+    alignas(64) BFloat16 gathered[kSlice * kTaps];
+    float result = 0.0f, bound = 0.0f;
+    for (int64_t slice = 0; slice < slices_; ++slice) {
+      const int64_t channel = slice * kSlice, count = min_of(kSlice, args_.in_channels - channel) * kTaps;
+      const BFloat16* taps = weight(channel, output);
+      if (args_.is_gradient) taps = gather(channel, output, count, gathered);
+      Vec of_result[kChains] = {}, of_weight[kChains] = {};
+      int64_t i = 0;
+      for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+        __builtin_prefetch(taps + i + kAhead), __builtin_prefetch(taps + i + kAhead + 32);
+        GAFEXT_UNROLL
+        for (int chain = 0; chain < kChains; ++chain) {
+          const int64_t at = i + chain * kLanes;
+          const Vec w = load(taps + at), square = w * w;
+          of_weight[chain] += square;
+          of_result[chain] += square * load(of_taps + channel * kTaps + at);
+        }
+      }
+      for (; i < count; i += kLanes) {
+        const Vec w = load_up_to(taps + i, count - i), square = w * w;
+        of_weight[0] += square;
+        of_result[0] += square * load_up_to(of_taps + channel * kTaps + i, count - i);
+      }
+      static_assert(kChains == 4);
+      result += sum_in((of_result[0] + of_result[1]) + (of_result[2] + of_result[3]));
+      bound += sum_in((of_weight[0] + of_weight[1]) + (of_weight[2] + of_weight[3])) * energies[slice];
     }
-    return energy > kLeastEnergy && energy < kMostEnergy && bound <= kMostSquares * result;
+    return bound <= kMostSquares * result;
+  }
+
+  const BFloat16* weight(int64_t channel, int64_t output) const {
+    const int64_t at = args_.is_gradient ? channel * args_.out_channels + output : output * args_.in_channels + channel;
+    return static_cast<const BFloat16*>(args_.weight) + at * kTaps;
+  }
+
+  const BFloat16* gather(int64_t channel, int64_t output, int64_t count, BFloat16* to) const {
+    for (int64_t i = 0; i < count; i += kTaps) {
+      __builtin_memcpy(to + i, weight(channel + i / kTaps, output), kTaps * sizeof(BFloat16));
+    }
+    return to;
   }
 
   float pixel(int64_t image, int64_t y, int64_t x) const {
@@ -131,9 +207,11 @@ class Evenness {
 
   const Conv3x3Args& args_;
   const int64_t rows_, channels_;  // of pixels in all pictures; in whole vectors
+  const int64_t taps_, slices_;    // of an output channel, in whole vectors; of the channels
   float* pixels_;                  // [rows, width]
   float* sums_;                    // [rows, channels]
-  float* weights_;                 // [channels]
+  float* energies_;                // [pictures and one more, slices]: of a channel, on average
+  float* of_taps_;                 // [pictures and one more, taps]
   uint64_t even_ = 0;              // a bit for each picture
 };
 

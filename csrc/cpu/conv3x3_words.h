@@ -57,9 +57,9 @@ GAFEXT_INLINE Vec magnitude_of(Vec v) { return v < 0.0f ? -v : v; }
 
 // c[r, :] = (or +=) row_scale[r] column_scale[:] sum over `words` of a[r, word] b[word, :], of `Rows` rows and kPanel
 // columns.
-template <Products kind, int Rows>
+template <Products kind, int Rows, bool accumulate>
 void multiply_tile(const uint32_t* a, const float* row_scale, const uint32_t* b, const float* column_scale,
-                   int64_t words, float* c, bool accumulate) {
+                   int64_t words, float* c) {
   IntVec tile[Rows][kTileVectors] = {};
   add_words<kind>(a, kDepth, b, words, tile);
   GAFEXT_UNROLL
@@ -69,7 +69,12 @@ void multiply_tile(const uint32_t* a, const float* row_scale, const uint32_t* b,
     for (int r = 0; r < Rows; ++r) {
       float* to = c + r * kColumns + v * kLanes;
       const Vec sum = __builtin_convertvector(tile[r][v], Vec) * (of_columns * row_scale[r]);
-      store(to, accumulate ? load(to) + sum : sum);
+      // A choice at run time has the compiler round some of the sums twice, depending on where in a tile they are.
+      if constexpr (accumulate) {
+        store(to, load(to) + sum);
+      } else {
+        store(to, sum);
+      }
     }
   }
 }
@@ -83,10 +88,16 @@ inline int64_t rows_of_tile(int64_t tiles) {
   return best;
 }
 
-template <Products kind>
+template <Products kind, bool accumulate>
 auto multiply_tile_of(int64_t rows) {
   static_assert(kTileRows == 6);
-  return rows == 6 ? multiply_tile<kind, 6> : rows == 5 ? multiply_tile<kind, 5> : multiply_tile<kind, 4>;
+  return rows == 6   ? multiply_tile<kind, 6, accumulate>
+         : rows == 5 ? multiply_tile<kind, 5, accumulate>
+                     : multiply_tile<kind, 4, accumulate>;
+}
+template <Products kind>
+auto multiply_tile_of(int64_t rows, bool accumulate) {
+  return accumulate ? multiply_tile_of<kind, true>(rows) : multiply_tile_of<kind, false>(rows);
 }
 
 // `Args` with a contiguous weight, whose elements may be a scale for each output channel times what the memory holds.
@@ -331,9 +342,9 @@ class WordConvolution {
   void multiply_slice(const float* block, int64_t channel, int64_t depth, int64_t tiles, Prefetcher next,
                       const Scratch& scratch) const {
     const int64_t rows = rows_of_tile(tiles);
-    auto* multiply = multiply_tile_of<Products::kPairs>(rows);
+    auto* multiply = multiply_tile_of<Products::kPairs>(rows, channel > 0);
 #if defined(__AVX512F__)
-    if (has_vnni()) multiply = multiply_tile_of<Products::kPairsVnni>(rows);
+    if (has_vnni()) multiply = multiply_tile_of<Products::kPairsVnni>(rows, channel > 0);
 #endif
     const int64_t words = round_up(depth, kGroup) / 2, slice = channel / kChannels * kPoints;
     for (int64_t point = 0; point < kPoints; ++point) {
@@ -344,7 +355,7 @@ class WordConvolution {
           const int64_t row = (slice + point) * plan_.block + tile;
           multiply(reinterpret_cast<const uint32_t*>(block) + row * kDepth, block + scale_offset_ + row, weight,
                    scratch.scales + point * kColumns + panel, words,
-                   scratch.products + (point * plan_.block + tile) * kColumns + panel, channel > 0);
+                   scratch.products + (point * plan_.block + tile) * kColumns + panel);
         }
       }
     }

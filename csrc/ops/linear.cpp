@@ -5,7 +5,7 @@
 
 namespace gafext {
 
-// False where another library is as fast; `out` is then unfinished.
+// False where tiles do not take the numbers; `out` is then unfinished.
 GAFEXT_CPU_KERNEL(bool, linear, const LinearArgs& args)
 
 namespace {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
+from gafext.atomic import whole_folder
 from gafext.evaluation import Scores, as_portrait, subjects, table
 
 PORTRAIT_IDENTITY = 34  # index among the held-out identities
@@ -40,11 +42,11 @@ def main() -> None:
     add("--hardware", required=True, metavar="TEXT")
     add("--origin", default="nothing", metavar="TEXT", help="of the weights that --start carried over")
     args = parser.parse_args()
-    shutil.rmtree(ASSETS / "model", ignore_errors=True)
-    shutil.copytree(args.out / "model", ASSETS / "model")
+    report = json.loads((args.out / "eval.json").read_text())
+    with whole_folder(ASSETS / "model", replaceable=re.compile(".*")) as new:
+        shutil.copytree(args.out / "model", new, dirs_exist_ok=True)
     as_portrait(subjects(1, 512, first=PORTRAIT_IDENTITY)[0].portrait).save(ASSETS / "portrait.png")
 
-    report = json.loads((args.out / "eval.json").read_text())
     logs = {stage: args.out / f"{stage}.json" for stage in ("vae", "head_fitter", "unet", "upsampler", "decoder")}
     curves = {stage: json.loads(log.read_text()) for stage, log in logs.items() if log.is_file()}
     (Path(__file__).parent / "curves.json").write_text(json.dumps(curves, indent=0) + "\n")

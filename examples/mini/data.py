@@ -15,7 +15,10 @@ PHOTOGRAPHS = 0.5  # fraction of the portraits that look like photographs
 
 
 def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Create the random generator of one step, so that a resumed run equals an uninterrupted one."""
+    """Create the random generator of one step, so that a resumed run draws what an uninterrupted one does.
+
+    But for the pools of heads that stages draw before their first step, which begin anew.
+    """
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from data import RADIUS, between, draw_heads, generator
 from export import half
+from initial import carry_over
 from scenery import scenery
 from torch import Tensor, nn
 from training import Trainer, arguments
@@ -156,9 +157,13 @@ def scores(detector: nn.Module, composed: tuple[Tensor, Tensor, Tensor]) -> dict
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__).parse_args(argv)
+    args.device = "cpu"  # its time is in drawing
     torch.manual_seed(args.seed)
     config = HeadDetectorConfig()
-    detector = HeadDetector(config).to(memory_format=torch.channels_last)
+    detector = HeadDetector(config)
+    if args.start and (args.start / "head_detector").is_dir():
+        carry_over(detector, HeadDetector.from_pretrained(args.start / "head_detector").state_dict())
+    detector = detector.to(memory_format=torch.channels_last)
     start = generator(args.seed + 1, 0)
     drawn, scenes = chest_portraits(HEADS, start), scenery(SCENES, 128, start)
     counts = [len(part) for part in torch.arange(PICTURES).split(256)]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from data import generator, photographic, portrait_cameras, view_cameras
 from export import half
+from initial import carry_over
 from torch import Tensor, nn
 from training import Trainer, arguments
 
@@ -84,7 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__).parse_args(argv)
     torch.manual_seed(args.seed)
     config = HeadFitterConfig()
-    fitter = HeadFitter(config).to(args.device, memory_format=torch.channels_last)
+    fitter = HeadFitter(config)
+    if args.start and (args.start / "head_fitter").is_dir():
+        carry_over(fitter, HeadFitter.from_pretrained(args.start / "head_fitter").state_dict())
+    fitter = fitter.to(args.device, memory_format=torch.channels_last)
     start, size = generator(args.seed + 1, 0), config.image_size
     pool = Portraits(torch.empty(KEPT, 3, size, size, dtype=torch.uint8), torch.empty(KEPT, len(SHAPE)))
     filled = 0

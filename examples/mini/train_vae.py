@@ -124,8 +124,11 @@ def main(argv: list[str] | None = None) -> None:
             export_vae(args.out, averaged["vae"], scale=1 / spread, shift=shift)
         return numbers | {"latent_mean": shift, "latent_std": spread}
 
-    stage = "decoder" if args.decoder_only else "vae"
-    Trainer(stage, args, {"vae": vae}, rate=rung.vae_rate, loss=loss, measure=measure).run()
+    stage, decoder = "decoder" if args.decoder_only else "vae", args.out / "decoder.pt"
+    trainer = Trainer(stage, args, {"vae": vae}, rate=rung.vae_rate, loss=loss, measure=measure)
+    if not (args.decoder_only or trainer.done) and decoder.exists():
+        raise SystemExit(f"{decoder}: the decoder was trained on alone, which this would undo; remove it to go on")
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Trainer:
         return self.seconds / (60 * self.args.minutes)
 
     @property
-    def _done(self) -> bool:
+    def done(self) -> bool:
         return self._progress >= 1 or (self.args.steps is not None and self.step >= self.args.steps)
 
     def _record(self, **numbers: float) -> None:
@@ -142,23 +142,32 @@ class Trainer:
         return loss.detach()
 
     def run(self) -> dict[str, nn.Module]:
-        """Train until the time limit or the number of steps is reached; return the averaged modules."""
+        """Train until the time limit or the number of steps is reached; return the averaged modules.
+
+        A stage that was done before is left as it is, and so is what others made of its results.
+        """
+        if self.step > 0 and self.done:
+            print(f"{self.checkpoint}: done after {self.step} steps", flush=True)
+            return self.averaged
         losses, before = [], self._clock()
         last_saved = last_measured = self.seconds
-        while not self._done:
+        while not self.done:
             losses.append(self._advance())
             now = self._clock()
             self.seconds, before = self.seconds + now - before, now
-            if self.step % RECORD == 0:
+            saves = self.seconds - last_saved > self.args.checkpoint_every
+            measures = self.seconds - last_measured > self.args.measure_every
+            if self.step % RECORD == 0 or saves or measures or self.done:
                 mean = torch.stack(losses).mean().item()
-                if not math.isfinite(mean):
+                if not math.isfinite(mean):  # nothing of it is saved
                     raise SystemExit(f"the loss is {mean} at step {self.step}: start again from {self.checkpoint}")
+            if self.step % RECORD == 0:
                 self._record(loss=mean)
                 losses.clear()
-            if self.seconds - last_saved > self.args.checkpoint_every:
+            if saves:
                 self.save()
                 last_saved = self.seconds
-            if self.seconds - last_measured > self.args.measure_every:
+            if measures:
                 self._record(**self.measure(self.averaged, self.step))
                 last_measured = self.seconds
         self._record(**self.measure(self.averaged, self.step))

@@ -99,6 +99,12 @@ def dtype_reasons(tensor: Tensor) -> list[str]:
     return [f"dtype must be float32, float16 or bfloat16, got {dtype_name(tensor)}"]
 
 
+def computes_in(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that a CPU tensor is computed in: its own, or autocast's."""
+    is_cast = tensor.dtype in KERNEL_DTYPES and torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if is_cast else tensor.dtype
+
+
 def is_slow_half(tensor: Tensor) -> bool:
     """Return whether PyTorch multiplies matrices of the tensor's dtype, or autocast's, many times slower than float32.
 
@@ -106,9 +112,7 @@ def is_slow_half(tensor: Tensor) -> bool:
     """
     if not tensor.is_cpu:
         return False
-    dtype = tensor.dtype
-    if dtype in KERNEL_DTYPES and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    dtype = computes_in(tensor)
     return (dtype == torch.bfloat16 and not MULTIPLIES_BFLOAT16) or (dtype == torch.float16 and not MULTIPLIES_FLOAT16)
 
 

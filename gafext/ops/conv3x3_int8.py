@@ -40,8 +40,8 @@ def conv3x3_int8(
 
     Winograd's F(4×4, 3×3), whose products are of 16-bit integers: transformed inputs and weights are rounded, with a
     scale for every 64 channels of a tile of 6×6 pixels. That error is 0.1 % of the result's norm, and more beside
-    pixels that are many times as large. What reads a NaN, an infinity or a magnitude above 1e36 is NaN, and so may be
-    the rest of its 4×4 outputs.
+    pixels that are many times as large, or of channels as large that an output hardly reads. What reads a NaN, an
+    infinity or a magnitude above 1e37 is NaN, and so may be the rest of its 4×4 outputs.
 
     With AMX directly, by products of 8-bit integers: the inputs are rounded to 256 steps between the least and the
     largest number of a picture, or zero. That error is 0.3 to 1.5 % of the result's norm. A NaN or an infinity makes

@@ -52,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     (`slower_reasons`) fall back to torch's linear; torch.ops.gafext.linear runs the kernel on every CPU.
     """
     slower = slower_reasons(x, weight) if backend == "auto" else []
-    if slower and _fits(x, weight, bias):  # without AMX, every valid call ends here
+    if slower and _fits(x, weight, bias):  # what PyTorch computes ends here
         return F.linear(x, weight, bias)
     x, weight, bias = _common.autocast(x, weight, bias)
     check_linear(x, weight, bias)
@@ -118,7 +118,7 @@ def slower_reasons(x: Tensor, weight: Tensor | None = None) -> list[str]:
     """
     if _common.is_slow_half(x):
         return []
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if _common.computes_in(x) in (torch.float16, torch.bfloat16):
         return _FAST_HALF
     if not _HAS_AMX and not _common.OUTRUNS_MKL:
         return _WITHOUT_AMX

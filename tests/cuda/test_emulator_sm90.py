@@ -195,7 +195,9 @@ def test_no_spills_and_no_serialized_products():
 @pytest.mark.skipif(not shutil.which("cuobjdump"), reason="needs cuobjdump")
 def test_the_instructions_are_hoppers():
     code = subprocess.run(["cuobjdump", "-sass", compiled()[0]], capture_output=True, text=True, check=True).stdout
-    for body in re.split(r"Function : ", code)[1:]:
+    bodies = re.split(r"Function : ", code)[1:]
+    assert len(bodies) == 14
+    for body in bodies:
         for instruction in ("HGMMA", "UTMALDG.4D", "USETMAXREG", "SYNCS"):
             assert instruction in body, body.splitlines()[0]
         assert not re.search(r"\b(HMMA|LDL|STL)\b", body)

@@ -45,6 +45,15 @@ def relative_error(x, weight, scale, bias=None):
     return (error / size).max().item()
 
 
+def test_bits_do_not_depend_on_threads_or_on_what_a_picture_is_beside():
+    """Float32 results of several slices of channels: a sum that is rounded twice for some of them shows."""
+    for sizes in ((1, 128, 128, 32, 32), (3, 130, 70, 13, 13)):
+        assert_same_bits_on_any_number_of_threads(conv3x3_int8, *problem(*sizes))
+    for sizes in ((2, 128, 128, 16, 16), (3, 130, 70, 13, 13), (8, 128, 64, 8, 8)):
+        x, *layer = problem(*sizes)
+        assert torch.equal(conv3x3_int8(x, *layer), torch.cat([conv3x3_int8(one[None], *layer) for one in x]))
+
+
 SIZES = [
     (1, 1, 1, 1, 1),
     (1, 3, 5, 4, 4),

@@ -172,6 +172,8 @@ def test_float32_runs_the_kernel_where_it_outruns_mkl(pretend_cpu):
     assert slower_reasons(torch.ones(11, 320)) == [] and slower_reasons(torch.ones(320)) == [reason]
     half = torch.ones(64, 320).bfloat16()
     assert slower_reasons(half) == ["this processor multiplies half precision, and PyTorch makes use of it"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert slower_reasons(half.float()) == slower_reasons(half)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -35,9 +35,11 @@ from gafext.cli import main
 from gafext.errors import CheckpointError
 from gafext.families import family_of
 from gafext.images import to_square_tensor
+from gafext.models.blocks import ResnetBlock2D
 from gafext.predictor import Predictor
 from gafext.schedulers.schedule import alphas_cumprod
 from gafext.training.batches import Batch
+from gafext.training.checkpoints import Average
 from gafext.training.data import read_heads
 from gafext.training.denoiser import Denoiser, min_snr_weights
 from gafext.training.latents import cache_key, encode_head, encode_heads
@@ -101,6 +103,31 @@ def test_checkpointing_and_the_cache_change_no_loss(files, whole):
     assert main(command(files, out, "--steps", "3", "--checkpointing", "--cache", str(cache))) == 0
     assert losses(out) == pytest.approx(losses(whole)[:3], rel=1e-6)
     assert before and {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == before
+
+
+def test_checkpointing_computes_the_blocks_again(files, monkeypatch):
+    calls, forward = [], ResnetBlock2D.forward
+    monkeypatch.setattr(
+        ResnetBlock2D, "forward", lambda *inputs, **options: calls.append(1) or forward(*inputs, **options)
+    )
+    counts = []
+    for options in ((), ("--checkpointing",)):
+        calls.clear()
+        out = files / f"counted{len(options)}"
+        assert main(command(files, out, "--steps", "1", "--validation-steps", "1", *options)) == 0
+        counts.append(len(calls))
+    assert counts[1] > counts[0]
+
+
+def test_the_average_follows_its_decay():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average, expected = Average(network, 0.3), network.weight.item()
+    for step in range(1, 9):
+        torch.nn.init.constant_(network.weight, float(step))
+        average.update(network)
+        decay = min(0.3, (1 + step) / (10 + step))  # grows up to it from the fourth step on
+        expected = decay * expected + (1 - decay) * step
+        assert average.weights["weight"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_published_weights_are_the_averaged_ones(files, whole):
