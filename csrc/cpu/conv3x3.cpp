@@ -37,26 +37,10 @@ struct Scratch {
 // The transformed input of one tile: to[depth, point, 0, :], where a depth has plan.block tiles.
 template <typename T>
 void transform_tile(const Conv3x3Args& args, const Plan& plan, int64_t tile, float* to) {
-  const int64_t image = tile / (plan.tiles_y * plan.tiles_x);
-  const int64_t y = tile / plan.tiles_x % plan.tiles_y * kOut - 1, x = tile % plan.tiles_x * kOut - 1;
-  const T* from =
-      static_cast<const T*>(args.x) + image * args.x_stride.image + y * args.x_stride.row + x * args.x_stride.column;
-  const bool inside = y >= 0 && x >= 0 && y + kIn <= args.height && x + kIn <= args.width;
+  const Tile<T> from(args, plan, tile);
   for (int64_t c = 0; c < args.in_channels; c += kLanes) {
-    const int64_t lanes = min_of(kLanes, args.in_channels - c);
     Vec columns[kIn][kIn];
-    for (int j = 0; j < kIn; ++j) {
-      Vec d[kIn], v[kIn];
-      GAFEXT_UNROLL
-      for (int i = 0; i < kIn; ++i) {
-        const T* at = from + i * args.x_stride.row + j * args.x_stride.column + c;
-        const bool there = inside || (y + i >= 0 && y + i < args.height && x + j >= 0 && x + j < args.width);
-        d[i] = !there ? Vec{} : lanes == kLanes ? load(at) : load_first(at, lanes);
-      }
-      transform_input(d, v);
-      GAFEXT_UNROLL
-      for (int i = 0; i < kIn; ++i) columns[i][j] = v[i];
-    }
+    transform_columns(args, from, c, columns);
     float* point = to + (c / kDepth * kPoints * plan.block) * kDepth + c % kDepth;
     for (int i = 0; i < kIn; ++i) {
       Vec v[kIn];

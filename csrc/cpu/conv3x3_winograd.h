@@ -85,6 +85,42 @@ struct Plan {
   }
 };
 
+// The inputs of a tile, from the pixel (y, x) on, which may be beyond the picture.
+template <typename T>
+struct Tile {
+  const T* from;
+  int64_t y, x;
+  bool inside;
+
+  template <typename Args>
+  Tile(const Args& args, const Plan& plan, int64_t tile) {
+    const int64_t image = tile / (plan.tiles_y * plan.tiles_x);
+    y = tile / plan.tiles_x % plan.tiles_y * kOut - 1, x = tile % plan.tiles_x * kOut - 1;
+    from =
+        static_cast<const T*>(args.x) + image * args.x_stride.image + y * args.x_stride.row + x * args.x_stride.column;
+    inside = y >= 0 && x >= 0 && y + kIn <= args.height && x + kIn <= args.width;
+  }
+};
+
+// B^T d of kLanes channels from `channel` on; channels beyond the last are zero.
+template <typename T, typename Args>
+GAFEXT_INLINE void transform_columns(const Args& args, const Tile<T>& tile, int64_t channel, Vec (&columns)[kIn][kIn]) {
+  const int64_t lanes = max_of(0, min_of(kLanes, args.in_channels - channel));
+  for (int j = 0; j < kIn; ++j) {
+    Vec d[kIn], column[kIn];
+    GAFEXT_UNROLL
+    for (int i = 0; i < kIn; ++i) {
+      const T* at = tile.from + i * args.x_stride.row + j * args.x_stride.column + channel;
+      const int64_t y = tile.y + i, x = tile.x + j;
+      const bool there = tile.inside || (y >= 0 && y < args.height && x >= 0 && x < args.width);
+      d[i] = !there ? Vec{} : lanes == kLanes ? load(at) : load_first(at, lanes);
+    }
+    transform_input(d, column);
+    GAFEXT_UNROLL
+    for (int i = 0; i < kIn; ++i) columns[i][j] = column[i];
+  }
+}
+
 // Output channels [column, column + count) of tile `tile`, whose products are a row of [kPoints, block, kColumns].
 template <typename T, typename Args>
 void write_tile(const Args& args, const Plan& plan, int64_t tile, const float* products, int64_t column,

@@ -147,22 +147,9 @@ class WordConvolution {
   };
 
   // to[channel, point] = the transformed inputs of kLanes channels from `channel` on.
-  GAFEXT_INLINE void transform_channels(const T* from, int64_t y, int64_t x, bool inside, int64_t channel,
-                                        float* to) const {
-    const int64_t lanes = max_of(0, min_of(kLanes, args_.in_channels - channel));
+  GAFEXT_INLINE void transform_channels(const Tile<T>& tile, int64_t channel, float* to) const {
     Vec columns[kIn][kIn];
-    for (int j = 0; j < kIn; ++j) {
-      Vec d[kIn], column[kIn];
-      GAFEXT_UNROLL
-      for (int i = 0; i < kIn; ++i) {
-        const T* at = from + i * args_.x_stride.row + j * args_.x_stride.column + channel;
-        const bool there = inside || (y + i >= 0 && y + i < args_.height && x + j >= 0 && x + j < args_.width);
-        d[i] = !there ? Vec{} : lanes == kLanes ? load(at) : load_first(at, lanes);
-      }
-      transform_input(d, column);
-      GAFEXT_UNROLL
-      for (int i = 0; i < kIn; ++i) columns[i][j] = column[i];
-    }
+    transform_columns(args_, tile, channel, columns);
     for (int i = 0; i < kIn; ++i) {
       Vec v[kIn];
       transform_input(columns[i], v);
@@ -204,11 +191,7 @@ class WordConvolution {
 
   // Row `row` of a block's words, [depths, kPoints, block, kDepth], and scales, [depths, kPoints, block].
   void transform_tile(int64_t tile, float* block, int64_t row) const {
-    const int64_t image = tile / (plan_.tiles_y * plan_.tiles_x);
-    const int64_t y = tile / plan_.tiles_x % plan_.tiles_y * kOut - 1, x = tile % plan_.tiles_x * kOut - 1;
-    const T* from = static_cast<const T*>(args_.x) + image * args_.x_stride.image + y * args_.x_stride.row +
-                    x * args_.x_stride.column;
-    const bool inside = y >= 0 && x >= 0 && y + kIn <= args_.height && x + kIn <= args_.width;
+    const Tile<T> from(args_, plan_, tile);
     alignas(64) float points[kScales * kChannels], factors[kScales];
     for (float* to = points + kPoints * kChannels; to < points + kScales * kChannels; to += kLanes) {
       store(to, broadcast(1.0f));  // of no point; of usual size
@@ -216,7 +199,7 @@ class WordConvolution {
     for (int64_t channel = 0; channel < args_.in_channels; channel += kChannels) {
       const int64_t slice = channel / kChannels * kPoints;
       const int64_t width = min_of(kChannels, round_up(args_.in_channels - channel, kGroup));
-      for (int64_t c = 0; c < width; c += kLanes) transform_channels(from, y, x, inside, channel + c, points + c);
+      for (int64_t c = 0; c < width; c += kLanes) transform_channels(from, channel + c, points + c);
       for (int64_t p = 0; p < kScales; p += kLanes) {
         const Vec norm = norms_of(points + p * kChannels, width), scale = scale_of(norm);
         store(factors + p, factor_of(norm));

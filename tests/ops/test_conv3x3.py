@@ -154,7 +154,7 @@ def test_channels_whose_weights_make_up_for_their_size_keep_their_digits(spread)
     assert (conv3x3(x, weight).double() - exact).norm() < 1.7 * (exact.bfloat16() - exact).norm()
 
 
-@pytest.mark.parametrize("size", [1, 4, 6, 7, 10, 1000])
+@pytest.mark.parametrize("size", [1, 4, 8, 12, 1000])
 def test_a_loud_pixel_leaves_its_neighbours_their_digits(size):
     x, weight, _ = (t.bfloat16() for t in problem(1, 256, 192, 16, 16))
     x[:, :, 5, 6] *= size
