@@ -46,7 +46,7 @@ def conv3x3(
     PyTorch's conv2d, at most 1e-5 for results of unit scale, and an infinity or a NaN affects up to 4×4 outputs beyond
     the formula's. In bfloat16 with AMX, whose tiles multiply it, directly. Sums are in float32, and rounded once.
     With AVX512_VNNI, layers of bfloat16 with 128 channels or more on both sides are products of 16-bit integers: that
-    takes 0.6 to 0.8 of the time, at 1.1 times the errors of PyTorch's conv2d. Pictures whose pixels or channels differ
+    takes 0.6 to 0.85 of the time, at 1.1 times the errors of PyTorch's conv2d. Pictures whose pixels or channels differ
     so much in size that it would be more than twice are not; filters that cancel most of what they read may exceed it.
 
     Args:
