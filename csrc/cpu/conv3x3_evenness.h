@@ -6,8 +6,9 @@
 //   pixels    of a tile differ much in size: the results beside quiet ones get the digits of the loud ones
 //   channels  that are loud have small weights for an output channel, which then gets their digits
 //
-// so both are compared, picture by picture, and for every output channel. Networks' activations pass; a picture that
-// does not is convolved in float32. What is not looked at is filters that cancel most of what they read.
+// so both are compared, picture by picture, and for every output channel. In U-Nets of random weights all but one
+// picture in fifty pass; one that does not is convolved in float32. What is not looked at is filters that cancel most of
+// what they read.
 #pragma once
 
 #include "../ops/conv3x3.h"
@@ -49,8 +50,8 @@ class Evenness {
   static constexpr int kPictures = 8;      // with a look at the weights
 
   // A quiet result's 9 pixels have at least this part of the squares of the tile's 36, which is 1/4 where all are
-  // alike, and 4/25 in a corner: a loud pixel of 11 times the others' size passes, and errors beside it are then twice
-  // PyTorch's. U-Nets of random weights have 1/23 to 1/10.
+  // alike, and 4/25 in a corner: a loud pixel of 11 times the others' size passes, and errors beside it are then about
+  // twice PyTorch's. U-Nets of random weights have 1/23 to 1/10.
   static constexpr float kLeastPart = 1.0f / 18;
   // The squares of |V| |U| over those of the result: 1 where channels are alike, 1.02 to 1.05 in U-Nets of random
   // weights.
@@ -79,8 +80,8 @@ class Evenness {
     }
   }
 
-  // The squares of a picture's channels, a slice's summing up to its number of channels, once for each tap. False if
-  // the picture is too large or too small for them; NaN is.
+  // The squares of a picture's channels, once for each tap, and the mean of every slice's. False if they are too large
+  // or too small for float32, or NaN.
   bool sum_rows(int64_t image) const {
     float* const of_taps = of_taps_ + image * taps_;
     float* const energies = energies_ + image * slices_;
