@@ -35,14 +35,14 @@ def pretend_cpu(monkeypatch):
         *,
         multiplies_bfloat16=True,
         multiplies_float16=False,
-        outruns_mkl=False,
+        zen=0,
         int8_products="plain C++",
     ):
         common, linear = (sys.modules[f"gafext.ops.{name}"] for name in ("_common", "linear"))
         monkeypatch.setattr(common, "INSTRUCTION_SET", instruction_set)
         monkeypatch.setattr(common, "MULTIPLIES_BFLOAT16", multiplies_bfloat16)
         monkeypatch.setattr(common, "MULTIPLIES_FLOAT16", multiplies_float16)
-        monkeypatch.setattr(common, "OUTRUNS_MKL", outruns_mkl)
+        monkeypatch.setattr(common, "ZEN", zen)
         monkeypatch.setattr(common, "INT8_PRODUCTS", int8_products)
         monkeypatch.setattr(linear, "_HAS_AMX", instruction_set == "amx")
 

@@ -21,9 +21,10 @@ InstructionSet instruction_set();
 // float32.
 bool multiplies_bfloat16();
 
-// Whether the kernels multiply float32 matrices much faster than PyTorch's MKL, which has nothing beyond AVX2 for AMD's
-// processors: on Zen 5, whose AVX-512 has twice AVX2's width, with 1.6 to 2.1 times its speed.
-bool outruns_mkl();
+// The generation of AMD's Zen, 4 or 5, if the kernels run with its AVX-512; else 0. PyTorch's MKL has nothing beyond
+// AVX2 for AMD's processors: the kernels multiply large float32 matrices 1.05 to 1.2 times as fast on Zen 4, and 1.6 to
+// 2.1 times on Zen 5, whose AVX-512 has twice AVX2's width.
+int zen();
 
 // Whether PyTorch's libraries multiply float16 matrices faster than float32 ones: with AVX512_FP16, and on Arm.
 bool multiplies_float16();

@@ -20,7 +20,7 @@ _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
 MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU multiplies it faster than float32, and may
 MULTIPLIES_FLOAT16 = _BUILD["multiplies_float16"]  # AVX512_FP16, or it is no x86
-OUTRUNS_MKL = _BUILD["outruns_mkl"] and torch.backends.mkl.is_available()  # in float32: from AMD's Zen 5 on
+ZEN = _BUILD["zen"] if torch.backends.mkl.is_available() else 0  # AMD's generation with AVX-512, which MKL lacks there
 INT8_PRODUCTS = _BUILD["int8_products"]
 _ARCHITECTURES = _BUILD["cuda_architectures"]
 

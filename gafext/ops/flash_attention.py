@@ -136,9 +136,9 @@ def _wide_heads_pay(query: Tensor, key: Tensor) -> bool:
     # On AMX tiles with heads of 512: float32 1.2 with 256 and 1024 queries and keys, 1.4 with 4096; float16 1.1 to 2.5.
     length, keys, head_dim = query.shape[2], key.shape[2], query.shape[3]
     # Two cores of a Zen 5, with 1024 and 4096: float32 2.0 and 2.1, float16 2.7, bfloat16 3.5 and 3.7; 256: 1.1, 2.1
-    # and 1.9.
-    if _common.OUTRUNS_MKL:
-        return min(length, keys) >= (256 if query.dtype == torch.float32 else 64)
+    # and 1.9. Of a Zen 4, with 1024 and 4096: 1.06, 1.4 to 1.7, 1.8; with 256: 0.6, 1.1 and 1.0.
+    if _common.ZEN:
+        return min(length, keys) >= (512 if query.dtype == torch.float32 else 64)
     if query.dtype == torch.float32:
         return length >= 256 and keys >= 256 and head_dim >= 384
     return query.dtype == torch.float16 and length >= 64 and keys >= 64
@@ -164,7 +164,7 @@ def slower_reasons(query: Tensor, key: Tensor) -> list[str]:
     on_arm = _common.INSTRUCTION_SET == "neon"
     if dtype == torch.bfloat16 and _common.MULTIPLIES_BFLOAT16 and on_arm and not few_odd_keys:
         reasons.append("this processor multiplies bfloat16, and PyTorch makes use of it")
-    can_pay = on_tiles or _common.OUTRUNS_MKL
+    can_pay = on_tiles or _common.ZEN > 0
     if head_dim > _common.MAX_HEAD_DIM and (any_size or not can_pay or not _wide_heads_pay(query, key)):
         reasons.append("PyTorch's matrix products are the faster ones for heads this wide")
     few = _FEW_QUERIES

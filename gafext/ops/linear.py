@@ -19,10 +19,14 @@ _HAS_AMX = _common.INSTRUCTION_SET == "amx"
 # Without AMX this is torch's linear on Intel: weights packed once for MKL had 1.0 to 1.1 from 512 rows on and 1.2 to
 # 1.3 below, which saved a hundredth of a U-Net's time and cost a second copy of the weights.
 _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
-# Where the kernel outruns MKL: with fewer products calling it takes longer. Two cores of a Zen 5: 64 rows of 128
+# By generation of Zen, the products from which the kernel is the faster one. Two cores of a Zen 5: 64 rows of 128
 # features to 128 1.2 (1.4 on one core), 16 of 128 .8, 8 of 320 to 320 1.05, 2 of 1280 to 1280 1.05 to 1.7, one row at
-# most 1.3.
-_FEW_PRODUCTS = 1 << 20
+# most 1.3. Of a Zen 4: float32 1.0 to 1.1 from 2^26 on, 1.05 to 1.2 from 2^28 on, .8 to 1.0 below; bfloat16 1.0 to 1.1
+# from 2^28 on (1.1 to 1.3 for 8192 rows of 320 features), .9 to 1.0 below.
+_FEWEST_PRODUCTS = {
+    4: {torch.float32: 1 << 26, torch.bfloat16: 1 << 28},
+    5: {torch.float32: 1 << 20},
+}
 _WITHOUT_AMX = [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
 _FAST_HALF = ["this processor multiplies half precision, and PyTorch makes use of it"]
 
@@ -118,17 +122,19 @@ def slower_reasons(x: Tensor, weight: Tensor | None = None) -> list[str]:
     """
     if _common.is_slow_half(x):
         return []
-    if _common.computes_in(x) in (torch.float16, torch.bfloat16):
+    dtype = _common.computes_in(x)
+    fewest = None if _HAS_AMX else _FEWEST_PRODUCTS.get(_common.ZEN, {}).get(dtype)
+    if dtype in (torch.float16, torch.bfloat16) and fewest is None:
         return _FAST_HALF
-    if not _HAS_AMX and not _common.OUTRUNS_MKL:
+    if not _HAS_AMX and fewest is None:
         return _WITHOUT_AMX
     if torch.compiler.is_compiling():  # the rest would add a guard on sizes
-        return []
+        return [] if dtype == torch.float32 else _FAST_HALF
     width = x.shape[-1] if x.dim() else 1
-    if not _HAS_AMX:
+    if fewest is not None:
         outputs = width if weight is None else weight.shape[0]
-        few = x.numel() < 2 * width or x.numel() * outputs < _FEW_PRODUCTS
-        return [f"fewer than {_FEW_PRODUCTS} products, or one row, do not pay for calling the kernel"] if few else []
+        few = x.numel() < 2 * width or x.numel() * outputs < fewest
+        return [f"fewer than {fewest} products, or one row, do not pay for calling the kernel"] if few else []
     few = _FEW_ROWS if width >= _WIDE else _FEW_NARROW_ROWS
     if x.numel() < few * width:
         return [f"fewer than {few} rows do not pay for splitting the weights"]

@@ -163,7 +163,7 @@ def test_what_pytorch_does_faster_goes_to_pytorch_with_the_reason(pretend_cpu):
 
 
 def test_float32_runs_the_kernel_where_it_outruns_mkl(pretend_cpu):
-    pretend_cpu("avx512", outruns_mkl=True)
+    pretend_cpu("avx512", zen=5)
     reason = "fewer than 1048576 products, or one row, do not pay for calling the kernel"
     for rows, features, outputs, few in ((1, 1280, 1280, True), (2, 1280, 1280, False), (8, 320, 320, True)):
         x, weight, bias = problem(rows, features, outputs)
@@ -174,6 +174,18 @@ def test_float32_runs_the_kernel_where_it_outruns_mkl(pretend_cpu):
     assert slower_reasons(half) == ["this processor multiplies half precision, and PyTorch makes use of it"]
     with torch.autocast("cpu", torch.bfloat16):
         assert slower_reasons(half.float()) == slower_reasons(half)
+
+
+def test_zen_4_runs_the_kernel_for_many_products(pretend_cpu):
+    pretend_cpu("avx512", zen=4)
+    reason = "fewer than {} products, or one row, do not pay for calling the kernel"
+    for dtype, rows, fewest in ((torch.float32, 1024, 1 << 26), (torch.bfloat16, 4096, 1 << 28)):
+        x, weight, bias = (t.to(dtype) for t in problem(rows, 256, 256))
+        assert slower_reasons(x, weight) == [] and calls_kernel(ops.linear, x, weight, bias)
+        assert slower_reasons(x[1:], weight) == [reason.format(fewest)]
+        assert not calls_kernel(ops.linear, x[1:], weight, bias)
+    half = ["this processor multiplies half precision, and PyTorch makes use of it"]
+    assert slower_reasons(x.half(), weight.half()) == half
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
