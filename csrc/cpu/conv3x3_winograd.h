@@ -72,9 +72,10 @@ struct Plan {
     tiles = args.batch * tiles_y * tiles_x;
     depths = ceil_div(args.in_channels, slice_channels);
     columns = ceil_div(args.out_channels, kColumns);
-    // M and U in three quarters of the L2 cache: 132 tiles in 2 MiB were 10 % faster than 96 (AVX-512). With AVX2 144
-    // were 7 to 12 % faster than 48 in 512 KiB, where only 53 fit. Fewer where threads would be left without a unit.
-    const int64_t cache_floats = l2_bytes() / 4 * 3 / 4, fewest = kLanes < 16 ? kManyTiles : kFewTiles;
+    // M and U in three quarters of the L2 cache: 132 tiles in 2 MiB were 10 % faster than 96 (AVX-512). Where the L3 is
+    // close, more than fit: with AVX2 144 were 7 to 12 % faster than 48 in 512 KiB, and on a Zen 4 132 were 4 to 9 % in
+    // float32, 8 to 18 % in bfloat16, than 53 in 1 MiB. Fewer where threads would be left without a unit.
+    const int64_t cache_floats = l2_bytes() / 4 * 3 / 4, fewest = kLanes < 16 || zen() != 0 ? kManyTiles : kFewTiles;
     int64_t most = max_of(fewest, (cache_floats - kPoints * kPointStride) / (kPoints * kColumns));
     while (most >= 2 * kFewTiles && ceil_div(tiles, most) * columns < 4 * max_threads()) most /= 2;
     block = round_up(ceil_div(tiles, ceil_div(tiles, most)), tile_rows);
