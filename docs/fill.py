@@ -23,7 +23,8 @@ MARKER = re.compile(r"<!--=([\w.]+)-->(.*?)<!--/-->", re.DOTALL)
 RAPIDS = "cpu-sapphire-rapids-2-cores"
 EPYC = "cpu-amd-epyc-avx2-2-cores"
 CASCADE_LAKE = "cpu-cascade-lake-2-cores"
-ZEN_5 = "cpu-zen-5-2-cores"
+ZEN_4, ZEN_5 = "cpu-zen-4-2-cores", "cpu-zen-5-2-cores"
+PROFILED = {"AVX2": f"{EPYC}-float32", "AVX-512": f"{CASCADE}-float32", "AVX-512, int8": f"{CASCADE}-int8"}
 CASCADE = "cpu-cascade-lake-1-thread"
 DROP_IN = {
     "stock": "diffusers",
@@ -252,9 +253,8 @@ def pipeline() -> str:
     return table(["seconds", *stages, "in all", "relative"], lines)
 
 
-def profile() -> str:
+def profile(machines: dict[str, str]) -> str:
     """Tabulate share and fraction of the limit of the first machine's kinds, machine by machine."""
-    machines = {"AVX2": f"{EPYC}-float32", "AVX-512": f"{CASCADE}-float32", "AVX-512, int8": f"{CASCADE}-int8"}
     passes = [{kind["kind"]: kind for kind in result(f"profile-{name}")["kinds"]} for name in machines.values()]
     lines = []
     for name, first in passes[0].items():
@@ -355,12 +355,14 @@ def values() -> dict[str, str]:
         "peers.amx": peers(RAPIDS, f"{RAPIDS}-int8"),
         "peers.avx512": peers(f"{RAPIDS}-without-amx", f"{RAPIDS}-without-amx-int8"),
         "peers.cascade_lake": peers(CASCADE_LAKE, f"{CASCADE_LAKE}-int8"),
+        "peers.zen_4": peers(ZEN_4, f"{ZEN_4}-int8"),
         "peers.zen_5": peers(ZEN_5, f"{ZEN_5}-int8"),
         "amx.int8": f"{100 * in_8_bits['gafext int8']['relative_difference']:.1f} %",
         "amx.int8_bfloat16": f"{100 * in_8_bits['gafext int8-bfloat16']['relative_difference']:.1f} %",
         "drop_in": f"{drop_in['accelerated']['times_stock']:.2f}",
         "drop_in_table": compared(drop_in, "stock", DROP_IN),
-        "profile": profile(),
+        "profile": profile(PROFILED),
+        "profile.zen_4": profile({dtype: f"{ZEN_4}-{dtype}" for dtype in ("float32", "bfloat16", "int8-bfloat16")}),
         "train_step": train_step(),
         "samplers": samplers(),
         "trained": trained(),
