@@ -24,8 +24,8 @@ RAPIDS = "cpu-sapphire-rapids-2-cores"
 EPYC = "cpu-amd-epyc-avx2-2-cores"
 CASCADE_LAKE = "cpu-cascade-lake-2-cores"
 ZEN_4, ZEN_5 = "cpu-zen-4-2-cores", "cpu-zen-5-2-cores"
-PROFILED = {"AVX2": f"{EPYC}-float32", "AVX-512": f"{CASCADE}-float32", "AVX-512, int8": f"{CASCADE}-int8"}
 CASCADE = "cpu-cascade-lake-1-thread"
+PROFILED = {"AVX2": f"{EPYC}-float32", "AVX-512": f"{CASCADE}-float32", "AVX-512, int8": f"{CASCADE}-int8"}
 DROP_IN = {
     "stock": "diffusers",
     "accelerated": "the same, accelerated",
