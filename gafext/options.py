@@ -145,7 +145,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--convention", choices=cameras.CONVENTIONS, help="of --cameras that are bare matrices, with --fov")
     add("--elevation", type=float, metavar="DEG", help="elevation of the path; default: 0")
     add("--radius", type=float, metavar="R", help="radius of the path; default: 4")
-    add("--fov", type=float, metavar="DEG", help="field of view of the path, default: 30, or of bare matrices")
+    add("--fov", type=float, metavar="DEG", help="field of view; default: 30; also of --cameras without intrinsics")
     add("--normals", metavar="DIR", help="folder with one normal map per view; default: a drawn head's")
     add(
         "--no-fit",

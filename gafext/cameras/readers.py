@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gafext.cameras.cameras import Cameras
+from gafext.cameras.checks import between
 from gafext.cameras.colmap import read_colmap
 from gafext.cameras.tracking import Tracking
 from gafext.errors import CameraError
@@ -60,7 +61,7 @@ def read_transforms(
     Args:
         path: the file or folder.
         convention: one of `CONVENTIONS`, for bare matrices alone: other files have one.
-        fov: field of view in degrees, for matrices in a file without intrinsics and without one.
+        fov: horizontal field of view in degrees, for a file without intrinsics and without one.
         pad: of pictures in a JSON file that are not square, return the cameras after padding both sides to a square.
 
     Returns:
@@ -78,19 +79,24 @@ def read_transforms(
         if isinstance(values, list):
             return _read_bare(values, convention, fov)
         _refuse("convention", convention)
-        _refuse("fov", fov)
-        return _read_folder(path, pad) if values is None else _read_frames(values, path.parent, pad)
+        return _read_folder(path, pad, fov) if values is None else _read_frames(values, path.parent, pad, fov)
     except CameraError as error:
         raise CameraError(f"{path}: {error}") from None
     except _UNREADABLE as error:
         raise CameraError(f"{path}: not readable as cameras ({type(error).__name__}: {error})") from None
 
 
-def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool = False) -> Cameras:
+def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool, fov: float | None) -> Cameras:
     frames = values["frames"]
     if not frames:
         raise CameraError("frames: expected at least one, got none")
-    lenses = [_lens(_merged(values, frame), view, pad) for view, frame in enumerate(frames)]
+    merged = [_merged(values, frame) for frame in frames]
+    if any(_has_focal(frame) for frame in merged):
+        _refuse("fov", fov)
+    elif fov is not None:
+        angle = math.radians(between("fov", fov, 0, 180))
+        merged = [{**frame, "camera_angle_x": angle} for frame in merged]
+    lenses = [_lens(frame, view, pad) for view, frame in enumerate(merged)]
     if all("w2c" in frame for frame in frames):
         return _cameras(np.array([frame["w2c"] for frame in frames], dtype=np.float64), "opencv-w2c", lenses)
     c2w = np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64)
@@ -107,6 +113,10 @@ def _merged(values: Mapping[str, Any], frame: Mapping[str, Any]) -> dict[str, An
     if "camera_angle_x" in own:
         shared = {name: value for name, value in shared.items() if name not in _FOCAL}
     return {**shared, **own}
+
+
+def _has_focal(values: Mapping[str, Any]) -> bool:
+    return not values.keys().isdisjoint((*_FOCAL, "camera_angle_x"))
 
 
 def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
@@ -126,7 +136,9 @@ def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
         raise CameraError(f"frame {view}: expected positive w and h, got {width} x {height}")
     size = width or height
     if focal is None:
-        angle = values["camera_angle_x"]
+        angle = values.get("camera_angle_x")
+        if angle is None:
+            raise CameraError(f"frame {view}: expected fl_x, fx or camera_angle_x, or a field of view (fov), got none")
         if not 0 < angle < math.pi:
             raise CameraError(f"frame {view}: expected 0 < camera_angle_x < pi radians, got {angle:g}")
         if size is None and not values.keys().isdisjoint(("cx", "cy")):
@@ -165,17 +177,18 @@ def to_opencv(matrices: np.ndarray, convention: str) -> np.ndarray:
     return np.linalg.inv(Cameras(matrices * flip, 1.0).w2c.double().numpy())
 
 
-def _read_folder(folder: Path, pad: bool) -> Cameras:
+def _read_folder(folder: Path, pad: bool, fov: float | None) -> Cameras:
     binary = None
     for place in (folder, folder / "sparse" / "0", folder / "sparse"):
         if (place / "images.txt").is_file():
+            _refuse("fov", fov)
             matrices, cameras = read_colmap(place)
             return _cameras(matrices, "opencv-w2c", [_lens(values, view, pad) for view, values in enumerate(cameras)])
         if (place / "images.bin").is_file():
             binary = binary or place
     for name in _FILES:
         if (folder / name).is_file():
-            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")), folder, pad)
+            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")), folder, pad, fov)
     if binary is not None:
         raise CameraError(
             "expected COLMAP's text files, got images.bin; convert it: colmap model_converter --input_path "

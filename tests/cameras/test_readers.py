@@ -122,6 +122,22 @@ def test_what_the_file_has_is_not_given(tmp_path):
             read_transforms(tmp_path / name, convention="opencv-c2w")
 
 
+def test_frames_without_intrinsics_take_a_field_of_view(tmp_path):
+    write(tmp_path / "transforms.json", fl_x=None, fl_y=None, cx=None, cy=None)
+    for path in (tmp_path / "transforms.json", tmp_path):
+        cameras = read_transforms(path, fov=40)
+        assert max_abs_diff(cameras.w2c, CAMERAS.w2c) < 1e-5 and abs(cameras.fov - 40) < 1e-4
+        with pytest.raises(CameraError, match="fov: expected 0 < fov < 180, got 180"):
+            read_transforms(path, fov=180)
+    frames = [
+        {"transform_matrix": m.tolist(), "camera_angle_x": angle}
+        for m, angle in zip(C2W, (None, 0.7, 0.7), strict=True)
+    ]
+    write(tmp_path / "transforms.json", frames=frames, fl_x=None, fl_y=None)
+    with pytest.raises(CameraError, match="fov: expected none beside the one that the file has, got 40"):
+        read_transforms(tmp_path, fov=40)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -130,7 +146,7 @@ def test_what_the_file_has_is_not_given(tmp_path):
         ({"camera_model": "OPENCV_FISHEYE"}, "expected a pinhole camera, got camera_model 'OPENCV_FISHEYE'"),
         ({"w": 80}, "frame 0: expected square pictures, got 80 x 64; crop or pad them first"),
         ({"w": None, "h": None}, "expected w and h beside the focal length"),
-        ({"fl_x": None, "fl_y": None}, "KeyError: 'camera_angle_x'"),
+        ({"fl_x": None, "fl_y": None}, "frame 0: expected fl_x, fx or camera_angle_x, or a field of view"),
         ({"fl_x": None, "camera_angle_x": 4.0}, "expected 0 < camera_angle_x < pi radians, got 4"),
         ({"fl_x": -3.0}, "expected positive focal lengths, got"),
         ({"frames": []}, "frames: expected at least one, got none"),
