@@ -35,6 +35,7 @@ def pretend_cpu(monkeypatch):
         *,
         multiplies_bfloat16=True,
         multiplies_float16=False,
+        bfloat16_pairs=False,
         zen=0,
         int8_products="plain C++",
     ):
@@ -42,6 +43,7 @@ def pretend_cpu(monkeypatch):
         monkeypatch.setattr(common, "INSTRUCTION_SET", instruction_set)
         monkeypatch.setattr(common, "MULTIPLIES_BFLOAT16", multiplies_bfloat16)
         monkeypatch.setattr(common, "MULTIPLIES_FLOAT16", multiplies_float16)
+        monkeypatch.setattr(common, "BFLOAT16_PAIRS", bfloat16_pairs)
         monkeypatch.setattr(common, "ZEN", zen)
         monkeypatch.setattr(common, "INT8_PRODUCTS", int8_products)
         monkeypatch.setattr(linear, "_HAS_AMX", instruction_set == "amx")

@@ -1,5 +1,5 @@
-// A linear layer by panels of float32 (panels.h), for processors that do not multiply half precision, or float32 faster
-// than PyTorch's libraries do; with AMX on its tiles.
+// A linear layer by panels (panels.h), for processors that do not multiply half precision, and for those on which it is
+// faster than PyTorch's libraries; with AMX on its tiles.
 #include "../ops/linear.h"
 
 #include "amx/linear.h"

@@ -125,11 +125,14 @@ bool multiplies_bfloat16() {
 
 int zen() {
 #ifdef GAFEXT_X86
-  constexpr unsigned kFamily = 0x19;  // of Zen 3 and 4, of which 4 has AVX-512; later ones have larger numbers
-  unsigned eax, ebx, ecx, edx = 0;
-  const bool has_avx512 = instruction_set() == InstructionSet::kAvx512;
-  if (!has_avx512 || !__builtin_cpu_is("amd") || __get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
-  return (eax >> 8 & 0xf) + (eax >> 20 & 0xff) > kFamily ? 5 : 4;
+  static const int generation = [] {  // a virtual machine takes microseconds for each cpuid
+    constexpr unsigned kFamily = 0x19;  // of Zen 3 and 4, of which 4 has AVX-512; later ones have larger numbers
+    unsigned eax, ebx, ecx, edx = 0;
+    const bool has_avx512 = instruction_set() == InstructionSet::kAvx512;
+    if (!has_avx512 || !__builtin_cpu_is("amd") || __get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
+    return (eax >> 8 & 0xf) + (eax >> 20 & 0xff) > kFamily ? 5 : 4;
+  }();
+  return generation;
 #else
   return 0;
 #endif

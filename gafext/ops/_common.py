@@ -20,6 +20,7 @@ _BUILD = _C.build_info()
 INSTRUCTION_SET = _BUILD["instruction_set"]  # of the CPU kernels
 MULTIPLIES_BFLOAT16 = _BUILD["multiplies_bfloat16"]  # the CPU multiplies it faster than float32, and may
 MULTIPLIES_FLOAT16 = _BUILD["multiplies_float16"]  # AVX512_FP16, or it is no x86
+BFLOAT16_PAIRS = _BUILD["bfloat16_pairs"]  # the kernels multiply them with AVX512_BF16
 ZEN = _BUILD["zen"] if torch.backends.mkl.is_available() else 0  # AMD's generation with AVX-512, which MKL lacks there
 INT8_PRODUCTS = _BUILD["int8_products"]
 _ARCHITECTURES = _BUILD["cuda_architectures"]

@@ -138,7 +138,7 @@ def _wide_heads_pay(query: Tensor, key: Tensor) -> bool:
     # Two cores of a Zen 5, with 1024 and 4096: float32 2.0 and 2.1, float16 2.7, bfloat16 3.5 and 3.7; 256: 1.1, 2.1
     # and 1.9. Of a Zen 4, with 1024 and 4096: 1.06, 1.4 to 1.7, 1.8; with 256: 0.6, 1.1 and 1.0.
     if _common.ZEN:
-        return min(length, keys) >= (512 if query.dtype == torch.float32 else 64)
+        return min(length, keys) >= ((256 if _common.ZEN == 5 else 512) if query.dtype == torch.float32 else 64)
     if query.dtype == torch.float32:
         return length >= 256 and keys >= 256 and head_dim >= 384
     return query.dtype == torch.float16 and length >= 64 and keys >= 64

@@ -1,4 +1,4 @@
-"""Linear layer: on CPUs with AMX, in half precision on those that lack it, in float32 where MKL is slow."""
+"""Linear layer: on CPUs with AMX, in half precision on those that lack it, and on AMD's where MKL is slow."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ _WIDE, _FEW_ROWS, _FEW_NARROW_ROWS = 640, 128, 192
 # features to 128 1.2 (1.4 on one core), 16 of 128 .8, 8 of 320 to 320 1.05, 2 of 1280 to 1280 1.05 to 1.7, one row at
 # most 1.3. Of a Zen 4: float32 1.0 to 1.1 from 2^26 on, 1.05 to 1.2 from 2^28 on, .8 to 1.0 below; bfloat16 1.0 to 1.1
 # from 2^28 on (1.1 to 1.3 for 8192 rows of 320 features), .9 to 1.0 below.
+_MOST_SIZES = 1 << 20
 _FEWEST_PRODUCTS = {
     4: {torch.float32: 1 << 26, torch.bfloat16: 1 << 28},
-    5: {torch.float32: 1 << 20},
+    5: {torch.float32: _MOST_SIZES},
 }
+_SOME_SIZES = ["compiled for all sizes, of which PyTorch computes some faster"]
 _WITHOUT_AMX = [f"without AMX it is PyTorch's: the instruction set is {_common.INSTRUCTION_SET}"]
 _FAST_HALF = ["this processor multiplies half precision, and PyTorch makes use of it"]
 
@@ -123,13 +125,13 @@ def slower_reasons(x: Tensor, weight: Tensor | None = None) -> list[str]:
     if _common.is_slow_half(x):
         return []
     dtype = _common.computes_in(x)
-    fewest = None if _HAS_AMX else _FEWEST_PRODUCTS.get(_common.ZEN, {}).get(dtype)
+    fewest = _fewest_products(x, dtype)
     if dtype in (torch.float16, torch.bfloat16) and fewest is None:
         return _FAST_HALF
     if not _HAS_AMX and fewest is None:
         return _WITHOUT_AMX
     if torch.compiler.is_compiling():  # the rest would add a guard on sizes
-        return [] if dtype == torch.float32 else _FAST_HALF
+        return [] if fewest in (None, _MOST_SIZES) else _SOME_SIZES
     width = x.shape[-1] if x.dim() else 1
     if fewest is not None:
         outputs = width if weight is None else weight.shape[0]
@@ -139,6 +141,17 @@ def slower_reasons(x: Tensor, weight: Tensor | None = None) -> list[str]:
     if x.numel() < few * width:
         return [f"fewer than {few} rows do not pay for splitting the weights"]
     return []
+
+
+def _fewest_products(x: Tensor, dtype: torch.dtype) -> int | None:
+    """Return from how many products on the kernel is the faster one without AMX; None where it never is."""
+    if _HAS_AMX:
+        return None
+    if dtype == torch.bfloat16:  # in pairs, in rows of whole words; autocast keeps what it has cast of the weights
+        in_pairs = x.shape[-1:].numel() % 2 == 0 and (x.dim() < 2 or x.stride(-2) % 2 == 0)
+        if not (_common.BFLOAT16_PAIRS and in_pairs and x.dtype == dtype):
+            return None
+    return _FEWEST_PRODUCTS.get(_common.ZEN, {}).get(dtype)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -191,6 +191,19 @@ def test_what_a_picture_is_beside_does_not_change_its_bits(pictures, side):
     assert torch.equal(conv3x3(x, weight, bias), torch.cat(apart))
 
 
+@pytest.mark.parametrize("bad_channel", [0, 16, 160])
+def test_many_pictures_and_uneven_weights_do_not_change_what_is_beside_them(bad_channel):
+    x, weight, _ = (t.bfloat16() for t in problem(19, 200, 161, 9, 9))
+    x[[1, 9, 15, 18], :, 4, 4] *= 1000
+    assert torch.equal(conv3x3(x, weight), torch.cat([conv3x3(picture[None], weight) for picture in x]))
+    loud = torch.where(torch.arange(200) % 50 == 0, 100.0, 1.0)[:, None, None]
+    x, quiet = (x[2:5] * loud).bfloat16(), weight.clone()
+    quiet[bad_channel] = (quiet[bad_channel] / loud).bfloat16()
+    exact = reference_conv3x3(x.double(), quiet.double())[:, bad_channel]
+    error = conv3x3(x, quiet)[:, bad_channel].double() - exact
+    assert error.norm() < 1.25 * (exact.bfloat16() - exact).norm()
+
+
 def test_zeros_in_bfloat16_give_the_bias():
     bias = torch.randn(130).bfloat16()
     x = channels_last(1, 200, 9, 9).bfloat16()

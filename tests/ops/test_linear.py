@@ -177,13 +177,33 @@ def test_float32_runs_the_kernel_where_it_outruns_mkl(pretend_cpu):
 
 
 def test_zen_4_runs_the_kernel_for_many_products(pretend_cpu):
-    pretend_cpu("avx512", zen=4)
+    pretend_cpu("avx512", bfloat16_pairs=True, zen=4)
     reason = "fewer than {} products, or one row, do not pay for calling the kernel"
     for dtype, rows, fewest in ((torch.float32, 1024, 1 << 26), (torch.bfloat16, 4096, 1 << 28)):
         x, weight, bias = (t.to(dtype) for t in problem(rows, 256, 256))
         assert slower_reasons(x, weight) == [] and calls_kernel(ops.linear, x, weight, bias)
         assert slower_reasons(x[1:], weight) == [reason.format(fewest)]
         assert not calls_kernel(ops.linear, x[1:], weight, bias)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert slower_reasons(x, weight) == ["compiled for all sizes, of which PyTorch computes some faster"]
+            pretend_cpu("avx512", zen=5)
+            assert slower_reasons(x.float(), weight.float()) == []
+        pretend_cpu("avx512", bfloat16_pairs=True, zen=4)
+
+
+def test_bfloat16_that_is_not_in_pairs_is_pytorchs(pretend_cpu):
+    pretend_cpu("avx512", bfloat16_pairs=True, zen=4)
+    half = ["this processor multiplies half precision, and PyTorch makes use of it"]
+    x, weight = torch.ones(4096, 258).bfloat16(), torch.ones(258, 256).bfloat16()
+    assert slower_reasons(x, weight) == slower_reasons(x[:, :256], weight) == []
+    assert (
+        slower_reasons(x[:, :257], weight) == slower_reasons(torch.ones(4096, 259).bfloat16()[:, :258], weight) == half
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert slower_reasons(x.float(), weight.float()) == half
+    pretend_cpu("avx512", zen=4)
+    assert slower_reasons(x, weight) == half
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
