@@ -42,9 +42,9 @@ pybind11::dict build_info() {
   return pybind11::dict(
       "version"_a = GAFEXT_VERSION, "torch"_a = TORCH_VERSION, "compiler"_a = GAFEXT_CXX_COMPILER, "openmp"_a = openmp,
       "instruction_sets"_a = split(GAFEXT_INSTRUCTION_SETS), "instruction_set"_a = name_of(instruction_set()),
-      "multiplies_bfloat16"_a = multiplies_bfloat16(), "multiplies_float16"_a = multiplies_float16(), "bfloat16_pairs"_a = pairs, "zen"_a = zen(),
-      "int8_products"_a = int8_products(), "cuda"_a = cuda, "cuda_compiler"_a = cuda_compiler,
-      "cuda_architectures"_a = split(cuda ? GAFEXT_CUDA_ARCHITECTURES : ""));
+      "multiplies_bfloat16"_a = multiplies_bfloat16(), "multiplies_float16"_a = multiplies_float16(),
+      "bfloat16_pairs"_a = pairs, "zen"_a = zen(), "int8_products"_a = int8_products(), "cuda"_a = cuda,
+      "cuda_compiler"_a = cuda_compiler, "cuda_architectures"_a = split(cuda ? GAFEXT_CUDA_ARCHITECTURES : ""));
 }
 
 }  // namespace

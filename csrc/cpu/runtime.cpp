@@ -125,7 +125,7 @@ bool multiplies_bfloat16() {
 
 int zen() {
 #ifdef GAFEXT_X86
-  static const int generation = [] {  // a virtual machine takes microseconds for each cpuid
+  static const int generation = [] {    // a virtual machine takes microseconds for each cpuid
     constexpr unsigned kFamily = 0x19;  // of Zen 3 and 4, of which 4 has AVX-512; later ones have larger numbers
     unsigned eax, ebx, ecx, edx = 0;
     const bool has_avx512 = instruction_set() == InstructionSet::kAvx512;
