@@ -458,3 +458,18 @@ def test_presets_are_measured_and_drawn(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["plot_presets.py", str(file), str(figure)])
     script("plot_presets").main()
     assert "PSNR to the truth" in figure.read_text()
+
+
+def test_builds_of_the_extension_take_turns(monkeypatch, capfd):
+    from gafext import _C
+
+    small = ["conv(1,3,4,5)", "linear(3, 8, 5)", "geglu(2,8,4)", "attention(1, 2, 9, 5, 8)"]
+    cases = [word for case in small for word in ("--case", case)]
+    monkeypatch.setattr(sys, "argv", ["duel.py", _C.__file__, _C.__file__, *cases, "--seconds", "0"])
+    script("duel").main()
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.partition(")")[0] + ")" for line in lines] == small
+    assert all(float(line.split()[-1]) > 0 and float(line.split()[-3]) > 0 for line in lines)
+    monkeypatch.setattr(sys, "argv", ["duel.py", _C.__file__, _C.__file__, "--case", "linear(3)"])
+    with pytest.raises(SystemExit, match=r"ended at linear\(3\)"):
+        script("duel").main()
