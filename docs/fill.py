@@ -368,7 +368,7 @@ def values() -> dict[str, str]:
         "trained": trained(),
         "pipeline": pipeline(),
         "presets": presets(),
-        "precision": precision("cpu-cascade-lake-1-thread"),
+        "precision": precision("cpu-zen-4-1-thread"),
         "precision.avx2": precision(EPYC),
         "memory": memory(),
         "memory.512": f"{found['unet', 8, 64]['bytes'] / 2**30:.2f}",
