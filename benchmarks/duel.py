@@ -6,7 +6,7 @@
 Every process holds one build and the same inputs; one call of each follows the other, so that a busy machine slows both
 alike: ratios repeat within 1 % where times differ by 10. Cases: conv(batch, in, out, side), linear(rows, in, out),
 geglu(rows, in, inner), attention(batch, heads, queries, keys, head_dim). Prints the first build's median in ms and how
-many times as fast the others are. The builds need the Python files of this checkout.
+many times as fast the others are. Only the extension is loaded, so that a build may be older than the Python files.
 """
 
 import argparse
@@ -32,14 +32,11 @@ CASES = (
 
 def worker(build: str, dtype_name: str) -> None:
     """Time one call of each case that standard input names."""
-    spec = importlib.util.spec_from_file_location("gafext._C", build)
-    assert spec is not None and spec.loader is not None
     import torch  # which the extension is linked with
 
-    sys.modules["gafext._C"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["gafext._C"])
-    import gafext  # noqa: F401  (registers the operations)
-
+    spec = importlib.util.spec_from_file_location("gafext._C", build)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # registers torch.ops.gafext
     ops, dtype = torch.ops.gafext, getattr(torch, dtype_name)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)

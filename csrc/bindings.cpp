@@ -34,16 +34,11 @@ pybind11::dict build_info() {
 #else
   constexpr bool openmp = false;
 #endif
-#ifdef GAFEXT_BFLOAT16_PAIRS
-  const bool pairs = instruction_set() == InstructionSet::kAvx512 && multiplies_bfloat16();
-#else
-  constexpr bool pairs = false;
-#endif
   return pybind11::dict(
       "version"_a = GAFEXT_VERSION, "torch"_a = TORCH_VERSION, "compiler"_a = GAFEXT_CXX_COMPILER, "openmp"_a = openmp,
       "instruction_sets"_a = split(GAFEXT_INSTRUCTION_SETS), "instruction_set"_a = name_of(instruction_set()),
       "multiplies_bfloat16"_a = multiplies_bfloat16(), "multiplies_float16"_a = multiplies_float16(),
-      "bfloat16_pairs"_a = pairs, "zen"_a = zen(), "int8_products"_a = int8_products(), "cuda"_a = cuda,
+      "bfloat16_pairs"_a = multiplies_pairs(), "zen"_a = zen(), "int8_products"_a = int8_products(), "cuda"_a = cuda,
       "cuda_compiler"_a = cuda_compiler, "cuda_architectures"_a = split(cuda ? GAFEXT_CUDA_ARCHITECTURES : ""));
 }
 

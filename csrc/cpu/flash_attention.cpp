@@ -410,7 +410,7 @@ void flash_attention(const FlashAttentionArgs& args) {
     });
   };
 #if defined(GAFEXT_HAS_PAIRS)
-  if (args.dtype == DType::kBFloat16 && has_pairs()) {
+  if (args.dtype == DType::kBFloat16 && multiplies_pairs()) {
     attend(BFloat16(), uint32_t());
     if (fits) return;
   }

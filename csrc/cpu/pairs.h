@@ -86,9 +86,6 @@ GAFEXT_INLINE bool products_are_normal(BitVec largest) {
   return bits == 0 || bits >= bit_cast<uint32_t>(0x1p-60f);
 }
 
-// Whether the processor is one of those.
-inline bool has_pairs() { return multiplies_bfloat16(); }
-
 }  // namespace
 }  // namespace gafext::GAFEXT_ISA
 #endif

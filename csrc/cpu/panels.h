@@ -158,7 +158,7 @@ template <typename T, typename Layer>
 void multiply_panels(const Layer& layer) {
 #if defined(GAFEXT_HAS_PAIRS)
   if constexpr (kIsBFloat16<T>) {
-    if (layer.args.in_features % 2 == 0 && layer.args.x_stride % 2 == 0 && has_pairs()) {
+    if (layer.args.in_features % 2 == 0 && layer.args.x_stride % 2 == 0 && multiplies_pairs()) {
       return PanelProduct<T, Layer, uint32_t>(layer).run();
     }
   }

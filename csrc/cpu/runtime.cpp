@@ -123,6 +123,14 @@ bool multiplies_bfloat16() {
 #endif
 }
 
+bool multiplies_pairs() {
+#ifdef GAFEXT_BFLOAT16_PAIRS
+  return instruction_set() == InstructionSet::kAvx512 && multiplies_bfloat16();
+#else
+  return false;
+#endif
+}
+
 int zen() {
 #ifdef GAFEXT_X86
   static const int generation = [] {    // a virtual machine takes microseconds for each cpuid

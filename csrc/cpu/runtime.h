@@ -21,8 +21,11 @@ InstructionSet instruction_set();
 // float32.
 bool multiplies_bfloat16();
 
+// Whether the kernels multiply pairs of bfloat16 by AVX512_BF16 (pairs.h), which this compiler's assembler must know.
+bool multiplies_pairs();
+
 // The generation of AMD's Zen, 4 or 5, if the kernels run with its AVX-512; else 0. PyTorch's MKL has nothing beyond
-// AVX2 for AMD's processors: the kernels multiply large float32 matrices 1.05 to 1.2 times as fast on Zen 4, and 1.6 to
+// AVX2 for AMD's processors: the kernels multiply large float32 matrices 1.0 to 1.2 times as fast on Zen 4, and 1.6 to
 // 2.1 times on Zen 5, whose AVX-512 has twice AVX2's width.
 int zen();
 

@@ -80,19 +80,11 @@ Tensor geglu_gate_backward_on_cpu(const Tensor& grad, const Tensor& projected) {
   return differentiate_gate(grad, projected, cpu::geglu_gate_backward);
 }
 
-// Whether the kernel multiplies pairs of bfloat16 (cpu/pairs.h), whose rows begin at whole words.
-bool multiplies_pairs(int64_t in_features, const Tensor& x) {
-#ifdef GAFEXT_BFLOAT16_PAIRS
-  return instruction_set() == InstructionSet::kAvx512 && in_features % 2 == 0 && Matrix(x).stride % 2 == 0;
-#else
-  return false;
-#endif
-}
-
 Tensor geglu_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const GegluArgs args = check_geglu(x, weight, bias);
   // A few rows are as fast with the kernel, which rounds once instead of twice.
-  const bool has_products = instruction_set() == InstructionSet::kAmx || multiplies_pairs(args.in_features, x);
+  const bool in_pairs = multiplies_pairs() && args.in_features % 2 == 0 && Matrix(x).stride % 2 == 0;  // as panels.h
+  const bool has_products = instruction_set() == InstructionSet::kAmx || in_pairs;
   const bool matrix_units = args.dtype == DType::kBFloat16 && multiplies_bfloat16() && !has_products;
   if (matrix_units && args.rows >= 16 && args.in_features >= 64) return geglu_gate_on_cpu(aten_linear(x, weight, bias));
   return project(args, x, weight, bias, args.inner, cpu::geglu);

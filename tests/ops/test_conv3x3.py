@@ -154,7 +154,7 @@ def test_channels_whose_weights_make_up_for_their_size_keep_their_digits(spread)
     assert (conv3x3(x, weight).double() - exact).norm() < 1.7 * (exact.bfloat16() - exact).norm()
 
 
-@pytest.mark.parametrize("size", [1, 4, 8, 12, 1000])
+@pytest.mark.parametrize("size", [1, 4, 6, 7, 8, 12, 1000])
 def test_a_loud_pixel_leaves_its_neighbours_their_digits(size):
     x, weight, _ = (t.bfloat16() for t in problem(1, 256, 192, 16, 16))
     x[:, :, 5, 6] *= size
@@ -162,6 +162,18 @@ def test_a_loud_pixel_leaves_its_neighbours_their_digits(size):
     of_pixel, rounding = ((out - exact).square().sum(1).sqrt() for out in (conv3x3(x, weight), exact.bfloat16()))
     assert (of_pixel < 2 * rounding).all()
     assert of_pixel.mean() < 1.25 * rounding.mean()
+
+
+@pytest.mark.parametrize("size", [10, 11])
+def test_a_pixel_just_below_the_limit_costs_its_neighbours_little(size):
+    x, weight, _ = (t.bfloat16() for t in problem(1, 256, 192, 16, 16))
+    x[:, :, 5, 6] *= size
+    exact = reference_conv3x3(x.double(), weight.double())
+    error, pytorchs, rounding = (
+        out - exact for out in (conv3x3(x, weight), F.conv2d(x, weight, padding=1), exact.bfloat16())
+    )
+    assert error.abs().max() < 2 * pytorchs.abs().max() and error.norm() < 1.25 * pytorchs.norm()
+    assert (error.norm(dim=1) < 2.4 * rounding.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("factor", [10, 50, 1000])
