@@ -260,12 +260,18 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     add("--rank", type=int, default=16, metavar="R", help="of these updates; default: 16")
     add("--steps", type=int, default=10000, metavar="N", help="steps of the optimizer; default: 10000")
-    add("--minutes", type=float, metavar="M", help="end earlier, after this time")
+    add("--minutes", type=float, metavar="M", help="end earlier, after this time of training, all sittings together")
     add("--batch", type=int, default=4, metavar="B", help="heads per batch, over all devices; default: 4")
     add("--views", type=int, default=4, metavar="V", help="views per head; default: 4")
     add("--rate", type=float, default=1e-4, metavar="R", help="learning rate; default: 1e-4")
-    add("--warmup", type=int, default=200, metavar="N", help="steps over which the rate rises; default: 200")
-    add("--schedule", choices=("constant", "cosine"), default="constant", help="rate after that; default: constant")
+    add("--encoder-rate", type=float, metavar="R", help="train the image encoder too, at this rate")
+    add("--warmup", type=int, default=200, metavar="N", help="steps over which the rates rise; default: 200")
+    add(
+        "--schedule",
+        choices=("constant", "cosine", "wsd"),
+        default="constant",
+        help="rates after that; wsd: they fall over the last 30 %% of the run; default: constant",
+    )
     add("--adam-8bit", action="store_true", help="keep the optimizer's moments in 8 bits; needs bitsandbytes")
     add("--gamma", type=float, default=5.0, metavar="G", help="of the min-SNR weights of the loss; default: 5")
     add("--ema", type=float, default=0.999, metavar="D", help="decay of the averaged weights; default: 0.999")

@@ -23,14 +23,16 @@ python=${PYTHON:-python3}
 
 # Shares of the time box; what is left over goes into loading, measuring and saving.
 train() {
-    minutes=$("$python" -c "print($budget * $2)")
-    echo "== $1: $minutes minutes"
-    "$python" "$here/train_$1.py" --rung "$rung" --device "$device" --out "$out" --seed "$seed" --minutes "$minutes" \
-        --checkpoint-every 60 --measure-every 180 "${start[@]}"
+    stage=$1 minutes=$("$python" -c "print($budget * $2)")
+    shift 2
+    echo "== $stage: $minutes minutes"
+    "$python" "$here/train_$stage.py" --rung "$rung" --device "$device" --out "$out" --seed "$seed" \
+        --minutes "$minutes" "${start[@]}" "$@"
 }
-train vae 0.25
-train head_detector 0.05
-train head_fitter 0.10
+often=(--checkpoint-every 60 --measure-every 180)
+train vae 0.25 "${often[@]}"
+train head_detector 0.05 "${often[@]}"
+train head_fitter 0.10 "${often[@]}"
 train unet 0.44
-train upsampler 0.08
+train upsampler 0.08 "${often[@]}"
 du -sh "$out/model"

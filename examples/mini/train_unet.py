@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import training
 from data import draw_heads, face_weights, generator, photographic, portrait_cameras, view_cameras
 from export import GUIDANCE_SCALE, export, load_vae
 from initial import carry_over
+from rungs import Rung
 from torch import Tensor, nn
-from training import Trainer, arguments, mixed_precision, rung_of
+from training import arguments, fast_in_bfloat16, mixed_precision, rung_of
 
 from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.config import SD_SCHEDULE, SchedulerConfig
@@ -19,6 +26,9 @@ from gafext.models.clip import MEAN, STD
 from gafext.models.head_fitter import HeadFitter
 from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import schedule
+from gafext.training.batches import Batch
+from gafext.training.run import fit, start
+from gafext.training.settings import Settings
 
 POOL_VIEWS = 8  # views per head in the pool; a step uses 1, 2, 4 or 8
 VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # views per step, in turn
@@ -27,6 +37,9 @@ SOME_IMAGES = 0.5  # fraction of the heads for which each view has image tokens 
 APART = 0.3  # fraction of the heads for which each view has its own noise level
 NEUTRAL = 0.1  # fraction of the heads whose normal maps are the neutral head's
 FITTED = 0.4  # fraction whose normal maps are of the head that is fitted to the portrait
+
+SAVE_EVERY, VALIDATE_EVERY = 200, 1000  # steps
+ENDLESS = 10**9  # steps of a run that has a time limit alone
 
 LEAST_SIGNAL = 2.0**-23
 """Least ᾱ but 0, for which the solvers over noise levels take 2^-24: noise has to grow up to there."""
@@ -148,34 +161,6 @@ def fresh_heads(count: int, random: torch.Generator, source: Source) -> Pool:
     )
 
 
-def diffuse(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the noised latents for latents [N,C,h,w] at ᾱ [N], and v, the prediction's target."""
-    signal, level = alphas_cumprod.sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod).sqrt().view(-1, 1, 1, 1)
-    return signal * clean + level * noise, signal * noise - level * clean
-
-
-class Blindfold:
-    """Remove image attention from some views, which then need the identity from other views through attn_cv.
-
-    If all views attend to the portrait, the U-Net does not learn to use attn_cv.
-    """
-
-    def __init__(self, unet: MultiViewUNet):
-        self.sees: Tensor | None = None  # [B*V,1,1] of 0 and 1
-        for block in unet.transformer_blocks():
-            block.attn_ip.register_forward_hook(self)
-
-    def __call__(self, attn_ip: nn.Module, inputs: object, attended: Tensor) -> Tensor:
-        return attended * self.sees if attn_ip.training else attended
-
-    def choose(self, count: int, views: int, random: torch.Generator, device: torch.device) -> None:
-        """Choose the views of a step that attend to the portrait: per head all, none, or a random subset."""
-        kind, each = torch.rand(count, 1, generator=random), torch.rand(count, views, generator=random) < 0.5
-        none, some = kind < NO_IMAGE, kind < NO_IMAGE + SOME_IMAGES
-        sees = torch.where(some, each & ~none, True)
-        self.sees = sees.float().view(-1, 1, 1).to(device)
-
-
 def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
     """Evaluate the views of held-out heads, and write them to an image."""
     made = evaluation.generate()
@@ -188,73 +173,159 @@ def show(evaluation: Evaluation, path: Path) -> dict[str, float]:
     return numbers | {"fitted": fitted.psnr, "copy": copy.psnr}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__).parse_args(argv)
-    rung, device = rung_of(args), torch.device(args.device)
-    torch.manual_seed(args.seed)
-    vae = load_vae(args.out, device)
-    unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
-    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would dominate the patches
-    if args.start:
-        carry_over(unet, MultiViewUNet.from_pretrained(args.start / "unet").state_dict())
-        carry_over(encoder, CLIPVisionEncoder.from_pretrained(args.start / "image_encoder").state_dict())
-    unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
-    if device.type == "cpu":  # the backward pass of PyTorch's attention takes twice as long on a CPU
-        set_attention_backend(unet, "reference")
-    noise_schedule = noisier(SCHEDULE, rung.snr_divisor)
-    alphas = schedule.alphas_cumprod(noise_schedule).to(device)
-    blindfold = Blindfold(unet)
-    fitter = args.out / "model" / "head_fitter"
-    fitter = HeadFitter.from_pretrained(fitter) if fitter.is_dir() else None
-    if fitter is None:
-        print(f"{args.out}/model/head_fitter: none; the neutral head's normal maps take the place of fitted ones")
-    source = Source(vae, fitter, rung.image_size, rung.image_encoder.image_size)
-    drawn = fresh_heads(rung.pool_heads, generator(args.seed + 1, 0), source)
-    pool = drawn.enlarged(rung.pool_limit or rung.pool_heads)
+class DrawnHeads:
+    """Batches of heads that are drawn while the U-Net trains, as a source of `gafext.training`.
 
-    def loss(step: int) -> Tensor:
-        random, noises = generator(args.seed, step), generator(args.seed, step, device)
-        if step % rung.fresh_every == 0:
-            pool.add(fresh_heads(rung.fresh_heads, random, source))
+    Args:
+        source: what new heads are made with.
+        rung: sizes of the batches and of the pool.
+        timesteps: number of training timesteps.
+        seed: seed of the run.
+        out: folder of all stages, for `model/`, `unet.json` and `unet.png`.
+    """
+
+    def __init__(self, source: Source, rung: Rung, *, timesteps: int, seed: int, out: Path):
+        self.source, self.rung, self.timesteps, self.seed, self.out = source, rung, timesteps, seed, out
+        drawn = fresh_heads(rung.pool_heads, generator(seed + 1, 0), source)
+        self.pool = drawn.enlarged(rung.pool_limit or rung.pool_heads)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        fitted = self.source.fitter is not None
+        return {"data": f"drawn heads, {self.source.size} pixels, fitted: {fitted}", "held_out": []}
+
+    def batches(self, numbers: range, *, process: int, processes: int) -> Iterator[Batch]:
+        for number in numbers:
+            yield self.draw(number).part(process, processes)
+
+    def draw(self, step: int) -> Batch:
+        device = self.source.vae.device
+        random, noises = generator(self.seed, step), generator(self.seed + 2, step, device)
+        if step % self.rung.fresh_every == 0:
+            self.pool.add(fresh_heads(self.rung.fresh_heads, random, self.source))
         views = VIEWS[step % len(VIEWS)]
-        count = rung.unet_batch // views
-        chosen = torch.randint(pool.count, (count,), generator=random).to(device)
+        count = self.rung.unet_batch // views
+        chosen = torch.randint(self.pool.count, (count,), generator=random).to(device)
         first = int(torch.randint(POOL_VIEWS // views, (1,), generator=random))
         seen = slice(first, None, POOL_VIEWS // views)
-        pooled = (pool.latents, pool.normals, pool.weights, pool.poses)
-        clean, normals, weights, poses = (x[chosen][:, seen].flatten(0, 1) for x in pooled)
-        timesteps = torch.randint(len(alphas), (count, views), generator=random)
+        pooled = (self.pool.latents, self.pool.normals, self.pool.weights, self.pool.poses)
+        latents, normals, weights, poses = (x[chosen][:, seen] for x in pooled)
+        timesteps = torch.randint(self.timesteps, (count, views), generator=random)
         apart = torch.rand(count, 1, generator=random) < APART
-        timesteps = torch.where(apart, timesteps, timesteps[:, :1]).flatten().to(device)
-        noise = torch.randn(clean.shape, generator=noises, device=device)
-        noised, wanted = diffuse(clean, noise, alphas[timesteps])
-        sample = torch.cat([noised, normals], dim=1).contiguous(memory_format=torch.channels_last)
-        blindfold.choose(count, views, random, device)
-        with mixed_precision(device):
-            tokens = unet.image_projection(encoder(pool.portraits[chosen]).last_hidden_state)
-            conditioning = unet.precompute(pose=poses, image_embeds=tokens)
-            predicted = unet(sample, timesteps, conditioning=conditioning, num_views=views).float()
-        return (weights * (predicted - wanted).square()).mean()
+        return Batch(
+            latents=latents,
+            normals=normals,
+            weights=weights,
+            pose=poses,
+            features=None,
+            portraits=self.pool.portraits[chosen],
+            noise=torch.randn(latents.shape, generator=noises, device=device),
+            timesteps=torch.where(apart, timesteps, timesteps[:, :1]),
+            sees=choose_seeing(count, views, random),
+        )
 
-    def measure(averaged: dict[str, nn.Module], step: int) -> dict[str, float]:
-        for module in averaged.values():
+    def validate(self, pipeline: MultiViewDiffusionPipeline, folder: Path) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Export the averaged weights, and measure them on heads that are held out."""
+        for module in (pipeline.unet, pipeline.image_encoder):
             set_attention_backend(module, "auto")
-        parts = {"vae": vae, "scheduler": DDIMScheduler(noise_schedule), "head_fitter": source.fitter}
-        pipe = MultiViewDiffusionPipeline(guidance_scale=GUIDANCE_SCALE, **parts, **averaged)
-        export(args.out, unet=averaged["unet"], image_encoder=averaged["image_encoder"], scheduler=pipe.scheduler)
-        evaluation = Evaluation(pipe, rung.measured_heads, num_inference_steps=20, upsample="none")
-        return show(evaluation, args.out / "unet.png")
+        parts = {name: getattr(pipeline, name) for name in ("unet", "image_encoder", "scheduler")}
+        export(self.out, **parts)
+        evaluation = Evaluation(pipeline, self.rung.measured_heads, num_inference_steps=20, upsample="none")
+        numbers = show(evaluation, self.out / "unet.png")
+        train_fast(pipeline)
+        write_curves(folder.parent / "log.jsonl", self.out / "unet.json", numbers)
+        return numbers, []
 
-    Trainer(
-        "unet",
-        args,
-        {"unet": unet, "image_encoder": encoder},
+
+def choose_seeing(count: int, views: int, random: torch.Generator) -> Tensor:
+    """Choose which views attend to the portrait, of a head all, none, or a random subset: [count,views] of 0 and 1."""
+    kind, each = torch.rand(count, 1, generator=random), torch.rand(count, views, generator=random) < 0.5
+    none, some = kind < NO_IMAGE, kind < NO_IMAGE + SOME_IMAGES
+    return torch.where(some, each & ~none, True).float()
+
+
+def train_fast(pipeline: MultiViewDiffusionPipeline) -> None:
+    """Choose the attention whose backward pass is fast: on a CPU, PyTorch's takes twice as long as a formula."""
+    set_attention_backend(pipeline.unet, "reference" if pipeline.device.type == "cpu" else "auto")
+
+
+def write_curves(log: Path, path: Path, numbers: dict[str, float]) -> None:
+    """Write the mean losses of a run's log, and what was measured at its last step, as the other stages do."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    losses = [line for line in lines if "loss" in line]
+    curves = [entry for entry in before if "loss" not in entry and losses and entry["step"] < losses[-1]["step"]]
+    for first in range(0, len(losses), training.RECORD):
+        part = losses[first : first + training.RECORD]
+        mean = sum(line["loss"] for line in part) / len(part)
+        curves.append({"step": part[-1]["step"], "seconds": part[-1]["seconds"], "loss": float(f"{mean:.5g}")})
+    if losses:
+        rounded = {name: float(f"{value:.5g}") for name, value in numbers.items()}
+        curves.append({"step": losses[-1]["step"], "seconds": losses[-1]["seconds"], **rounded})
+    path.write_text(
+        json.dumps(sorted(curves, key=lambda entry: (entry["step"], "loss" not in entry)), indent=0), encoding="utf-8"
+    )
+
+
+def untrained(out: Path, rung: Rung, parent: Path | None, device: torch.device) -> MultiViewDiffusionPipeline:
+    """Put a new U-Net and image encoder around the trained autoencoder and fitter.
+
+    Args:
+        out: folder of all stages.
+        rung: sizes of the networks.
+        parent: model whose weights are carried over; None: none.
+        device: device of the networks.
+    """
+    unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
+    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would dominate the patches
+    if parent:
+        carry_over(unet, MultiViewUNet.from_pretrained(parent / "unet").state_dict())
+        carry_over(encoder, CLIPVisionEncoder.from_pretrained(parent / "image_encoder").state_dict())
+    unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
+    fitter = out / "model" / "head_fitter"
+    fitter = HeadFitter.from_pretrained(fitter) if fitter.is_dir() else None
+    if fitter is None:
+        print(f"{out}/model/head_fitter: none; the neutral head's normal maps take the place of fitted ones")
+    return MultiViewDiffusionPipeline(
+        vae=load_vae(out, device),
+        unet=unet,
+        image_encoder=encoder,
+        scheduler=DDIMScheduler(noisier(SCHEDULE, rung.snr_divisor)),
+        head_fitter=fitter,
+        guidance_scale=GUIDANCE_SCALE,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, intervals=False).parse_args(argv)
+    rung, device = rung_of(args), torch.device(args.device)
+    settings = Settings(
+        train="all",
+        steps=args.steps or ENDLESS,
+        minutes=args.minutes,
         rate=rung.unet_rate,
-        slow=(encoder, unet.image_projection),
-        slow_rate=rung.encoder_rate,
-        loss=loss,
-        measure=measure,
-    ).run()
+        encoder_rate=rung.encoder_rate,
+        schedule="wsd",
+        gamma=math.inf,  # all noise levels count alike
+        precision="bf16" if fast_in_bfloat16(device) else "no",
+        save_every=SAVE_EVERY,
+        validate_every=VALIDATE_EVERY,
+        seed=args.seed,
+        cpu=device.type == "cpu",
+    )
+    out = args.out / "unet"
+    accelerator = start(out, settings)
+    torch.manual_seed(args.seed)
+    pipeline = untrained(args.out, rung, args.start, accelerator.device)
+    train_fast(pipeline)
+    source = DrawnHeads(
+        Source(pipeline.vae, pipeline.head_fitter, rung.image_size, rung.image_encoder.image_size),
+        rung,
+        timesteps=pipeline.solver.config.num_train_timesteps,
+        seed=args.seed,
+        out=args.out,
+    )
+    fit(accelerator, pipeline, source, out, parent=args.start or "random weights", settings=settings)
 
 
 if __name__ == "__main__":

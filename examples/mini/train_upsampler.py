@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     pool = fresh(rung.upsampler_pool, generator(args.seed + 1, 0))
 
     def loss(step: int) -> Tensor:
-        random, noises = generator(args.seed, step), generator(args.seed, step, device)
+        random, noises = generator(args.seed, step), generator(args.seed + 2, step, device)
         if step % rung.upsampler_fresh_every == 0:
             replaced = step // rung.upsampler_fresh_every * rung.upsampler_fresh
             oldest = (replaced + torch.arange(rung.upsampler_fresh)) % rung.upsampler_pool

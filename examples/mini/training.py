@@ -1,4 +1,4 @@
-"""Training loop of the three scripts: time limit, resumable checkpoints, averaged weights, log of losses."""
+"""Training loop of all stages but the U-Net's: time limit, resumable checkpoints, averaged weights, log of losses."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ RECORD = 50  # steps between two losses in the log
 AVERAGE = 0.999  # decay of the averaged weights, which are measured and exported
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str, *, intervals: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--rung", choices=RUNGS, default="cpu", help="set of sizes in rungs.py")
     add("--out", type=Path, default=Path("mini"), help="folder for checkpoints, logs and weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--minutes", type=float, default=60, help="time limit: processor time on a CPU, wall-clock time on a GPU")
+    add("--minutes", type=float, default=60, help="time limit: of the U-Net's stage and on a GPU wall-clock time, else processor time")
     add("--steps", type=int, help="stop after this number of steps; a later run resumes")
     add("--seed", type=int, default=0)
     add(
         "--start", type=Path, metavar="FOLDER", help="model whose weights are carried over where names and shapes agree"
     )
-    add("--checkpoint-every", type=float, default=120, metavar="SECONDS")
-    add("--measure-every", type=float, default=240, metavar="SECONDS")
+    if intervals:
+        add("--checkpoint-every", type=float, default=120, metavar="SECONDS")
+        add("--measure-every", type=float, default=240, metavar="SECONDS")
     return parser
 
 
@@ -175,13 +176,17 @@ class Trainer:
         return self.averaged
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """Return an autocast context to bfloat16 on GPUs and on CPUs with AMX, one that does nothing on other CPUs.
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Return whether training in bfloat16 is faster: on GPUs, and on CPUs with AMX.
 
     On an EPYC with AVX2 the U-Net's step took 11 times as long in bfloat16.
     """
-    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    return device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return an autocast context to bfloat16 where that is faster, or one that does nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_in_bfloat16(device))
 
 
 def rung_of(args: argparse.Namespace) -> Rung:

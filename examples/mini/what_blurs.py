@@ -15,12 +15,12 @@ import torch
 from data import generator
 from torch import Tensor
 from torch.nn import functional as F
-from train_unet import diffuse
 
 from gafext import MultiViewDiffusionPipeline, heads
 from gafext.evaluation import Scores, Subject, as_portrait, subjects, table
 from gafext.models.clip import MEAN, STD
 from gafext.schedulers import schedule
+from gafext.training.denoiser import diffuse
 
 LEVELS = (999, 900, 750, 500, 250, 100)  # timesteps
 FIRST = 100

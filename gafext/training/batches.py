@@ -42,11 +42,13 @@ class Batch:
 
     latents: Tensor  # [B,V,C,h,w]
     pose: Tensor  # [B,V,pose_dim]
-    features: Tensor  # [B,T,D]
+    features: Tensor | None  # [B,T,D] of the image encoder; None: `portraits` are there for it
     noise: Tensor  # [B,V,C,h,w]
     timesteps: Tensor  # [B,V]
     sees: Tensor  # [B,V] of 0 and 1: the view attends to the portrait
     normals: Tensor | None = None  # [B,V,C,h,w], of a U-Net that takes them
+    portraits: Tensor | None = None  # [B,3,S,S], as the image encoder takes them
+    weights: Tensor | None = None  # [B,V,1,h,w], of the squared error
     reference: Tensor | None = None  # [B,C,h,w], of a U-Net with the portrait's latents as an extra frame
 
     def part(self, index: int, count: int) -> Batch:
@@ -116,7 +118,8 @@ def draw_batch(encoded: Sequence[EncodedHead], step: int, sampling: Sampling, *,
         normals=None if normals is None else normals * keep[..., None, None, None],
         reference=reference,
         pose=stacked["pose"] * keep[..., None],
-        features=stacked["features"],
+        features=stacked.get("features"),
+        portraits=stacked.get("portraits"),
         noise=torch.randn(latents.shape, generator=random),
         timesteps=times,
         sees=sees.to(latents.dtype),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
 from gafext.errors import CheckpointError
-from gafext.models.unet import MultiViewUNet
-from gafext.training.batches import Sampling
-from gafext.training.head import Head
+from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.latents import digest_weights
 from gafext.training.settings import Settings
 
@@ -30,22 +29,22 @@ _WEIGHTS = ("train", "adam_8bit", "parent")  # what decides which tensors a chec
 class Average:
     """Exponential moving average of the trained weights."""
 
-    def __init__(self, unet: MultiViewUNet, decay: float):
+    def __init__(self, module: nn.Module, decay: float):
         self.decay, self.steps = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in unet.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, unet: MultiViewUNet) -> None:
+    def update(self, module: nn.Module) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        own = dict(unet.named_parameters())
+        own = dict(module.named_parameters())
         for name, weight in self.weights.items():
             weight.lerp_(own[name].detach(), 1 - decay)
 
     @torch.no_grad()
-    def exchange(self, unet: MultiViewUNet) -> None:
-        """Exchange the averaged weights and the U-Net's; twice restores both."""
-        own = dict(unet.named_parameters())
+    def exchange(self, module: nn.Module) -> None:
+        """Exchange the averaged weights and the module's; twice restores both."""
+        own = dict(module.named_parameters())
         for name, weight in self.weights.items():
             kept = own[name].detach().clone()
             own[name].copy_(weight)
@@ -60,22 +59,46 @@ class Average:
             weight.copy_(state[name])
 
 
+class Clock:
+    """Seconds of training, of all sittings of a run together; it goes between `__enter__` and `__exit__`."""
+
+    def __init__(self):
+        self._before, self._since = 0.0, None
+
+    def __enter__(self) -> Clock:
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._before, self._since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"seconds": torch.tensor(self.seconds, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._before = state["seconds"].item()
+
+
 def describe(
-    unet: MultiViewUNet, settings: Settings, sampling: Sampling, *, precision: str, data: str, held_out: list[Head]
+    pipeline: MultiViewDiffusionPipeline, settings: Settings, source: dict[str, Any], *, precision: str
 ) -> dict[str, Any]:
     """Describe a run before its first step, as a checkpoint keeps it and `compare` reads it.
 
     Args:
-        unet: the parent's U-Net, of which a digest is kept.
-        settings, sampling: as for `train`.
+        pipeline: the parent, of whose trained networks a digest is kept.
+        settings: settings of the run.
+        source: `Source.described`.
         precision: mixed precision that is in use.
-        data: digest of the heads that are trained on.
-        held_out: heads of the validation.
     """
-    digest = hashlib.sha256(repr(unet.config).encode())
-    digest_weights(digest, unet)
-    own = {"precision": precision, "data": data, "held_out": sorted(head.subject for head in held_out)}
-    return {**asdict(settings), **asdict(sampling), "parent": digest.hexdigest()[:16], **own}
+    digest = hashlib.sha256(repr(pipeline.unet.config).encode())
+    digest_weights(digest, pipeline.unet)
+    if settings.encoder_rate is not None and pipeline.image_encoder is not None:
+        digest_weights(digest, pipeline.image_encoder)
+    return {**asdict(settings), **source, "parent": digest.hexdigest()[:16], "precision": precision}
 
 
 def compare(folder: Path, described: dict[str, Any]) -> list[str]:
@@ -90,7 +113,9 @@ def compare(folder: Path, described: dict[str, Any]) -> list[str]:
     """
     before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
     changed = {name: before[name] for name in described if before.get(name, described[name]) != described[name]}
-    fatal = [*_WEIGHTS, "held_out"]
+    both = (before.get("encoder_rate"), described.get("encoder_rate"))
+    fatal = ["encoder_rate"] if None in both else []  # it may change, but not begin or end
+    fatal += [*_WEIGHTS, "held_out"]
     fatal += ["rank"] if described["train"] == "lora" else []
     fatal += ["precision"] if described["precision"] == "fp16" else []  # others have no scale of the loss
     for name in fatal:

@@ -37,10 +37,10 @@ def train_command(args: argparse.Namespace) -> int:
     for name, most in (("seed", 2**31 - 1), ("validation_steps", MAX_STEPS), ("portrait_angle", 180)):
         if not 0 <= getattr(args, name) <= most:
             raise ValueError(f"--{name.replace('_', '-')}: expected 0 to {most}, got {getattr(args, name)}")
-    for name in ("rate", "gamma", "minutes"):
+    for name in ("rate", "encoder_rate", "gamma", "minutes"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name}: expected a number over 0, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number over 0, got {value}")
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("train: expected accelerate, which is not installed: pip install gafext[train]")
     from gafext.training.train import train

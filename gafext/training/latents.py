@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from gafext import images
 from gafext.families import family_of
 from gafext.heads import head_normals
+from gafext.models.clip import CLIPVisionEncoder
+from gafext.models.unet import MultiViewUNet
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.head import Head
 from gafext.weights import save_tensors
+
+_PORTRAITS = {"features", "portraits"}  # a file has one of them
 
 
 class EncodedHead:
@@ -32,17 +36,24 @@ class EncodedHead:
         with safe_open(path, "pt") as file:
             self.pose: Tensor = file.get_tensor("pose")  # [V,pose_dim]
             self.places: Tensor = file.get_tensor("places")  # [V,3], of the cameras
-            self.portraits: int = file.get_slice("features").get_shape()[0]
             self.names = frozenset(file.keys())
+            [seen] = self.names & _PORTRAITS
+            self.portraits: int = file.get_slice(seen).get_shape()[0]
 
     def read(self, views: Sequence[int], portrait: int) -> dict[str, Tensor]:
         """Read some views and one portrait, as in `Batch` without B."""
         with safe_open(self.path, "pt") as file:
-            rows = {name: file.get_slice(name)[portrait] for name in self.names & {"features", "reference"}}
+            rows = {name: file.get_slice(name)[portrait] for name in self.names & {*_PORTRAITS, "reference"}}
             for name in self.names & {"latents", "normals"}:
                 every = file.get_slice(name)
                 rows[name] = torch.stack([every[view] for view in views])
         return {**rows, "pose": self.pose[list(views)]}
+
+
+def image_features(encoder: CLIPVisionEncoder, portraits: Tensor, unet: MultiViewUNet) -> Tensor:
+    """Compute the features [B,T,D] of portraits [B,3,S,S] that a U-Net reads."""
+    output = "last_hidden_state" if unet.image_projection is None else unet.image_projection.clip_output
+    return getattr(encoder(portraits), output)
 
 
 def digest_weights(digest: hashlib._Hash, network: nn.Module) -> None:
@@ -52,7 +63,9 @@ def digest_weights(digest: hashlib._Hash, network: nn.Module) -> None:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float) -> str:
+def cache_key(
+    heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float, pixels: bool = False
+) -> str:
     """Compute a digest of what encoded heads depend on: files and their times, cameras, background, networks' sizes.
 
     Args:
@@ -60,11 +73,12 @@ def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, si
         pipeline: the parent.
         size: side of the pictures in pixels.
         degrees: largest angle of a portrait from the front.
+        pixels: keep the portraits themselves, for an image encoder that is trained, instead of its features.
     """
     networks = [network for network in (pipeline.vae, pipeline.image_encoder) if network is not None]
     configs = [repr(network.config) for network in (pipeline.unet, *networks)]
     background = family_of(pipeline.unet.config).background
-    described = [size, degrees, background, configs, [head.describe() for head in heads]]
+    described = [size, degrees, background, configs, [head.describe() for head in heads]] + ["pixels"] * pixels
     digest = hashlib.sha256(json.dumps(described).encode())
     for head in heads:
         for path in [*head.pictures, *(mask for mask in head.masks if mask), *head.normals]:
@@ -75,29 +89,34 @@ def cache_key(heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, si
 
 
 @torch.no_grad()
-def encode_head(head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float) -> dict[str, Tensor]:
+def encode_head(
+    head: Head, pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float, pixels: bool = False
+) -> dict[str, Tensor]:
     """Encode one head.
 
     Args:
-        head, pipeline, size, degrees: as for `cache_key`.
+        head, pipeline, size, degrees, pixels: as for `cache_key`.
 
     Returns:
         latents [V,C,h,w], and normals if the U-Net takes them; places [V,3] and pose [V,pose_dim] of the cameras;
-        features [P,T,D] of the P portraits, and for a U-Net with an extra frame their latents, reference [P,C,h,w].
+        features [P,T,D] of the P portraits, or these as the encoder takes them, portraits [P,3,S,S]; and for a U-Net
+        with an extra frame their latents, reference [P,C,h,w].
     """
     unet, encoder = pipeline.unet, pipeline.image_encoder
     family = family_of(unet.config)
     assert encoder is not None  # `check_parent` requires it
     cameras, views = head.cameras, [head.picture(view, family.background) for view in range(len(head.pictures))]
     chosen = [views[view] for view in head.portraits(degrees)]
-    pixels = torch.cat([encoder.preprocess(portrait) for portrait in chosen]).to(encoder.device, encoder.dtype)
-    output = "last_hidden_state" if unet.image_projection is None else unet.image_projection.clip_output
+    portraits = torch.cat([encoder.preprocess(portrait) for portrait in chosen]).to(encoder.device, encoder.dtype)
     tensors = {
         "latents": pipeline.encode(images.to_square_tensor(views, size)),
         "places": cameras.c2w[:, :3, 3],
         "pose": family.poses(unet.config, cameras)[: len(views)].float(),  # without the extra frame's
-        "features": getattr(encoder(pixels), output).float(),
     }
+    if pixels:
+        tensors["portraits"] = portraits.float()
+    else:
+        tensors["features"] = image_features(encoder, portraits, unet).float()
     if pipeline.takes_normals:
         tensors["normals"] = pipeline.encode(_normals(head, size))
     if family.has_reference_frame(unet.config):
@@ -118,12 +137,13 @@ def encode_heads(
     *,
     size: int,
     degrees: float,
+    pixels: bool = False,
     every: slice = slice(None),
 ) -> list[EncodedHead]:
     """Encode heads, or find those that are already there.
 
     Args:
-        heads, pipeline, size, degrees: as for `cache_key`.
+        heads, pipeline, size, degrees, pixels: as for `cache_key`.
         folder: folder named after `cache_key`.
         every: the heads to encode; each keeps the file of its place in `heads`.
 
@@ -135,7 +155,7 @@ def encode_heads(
     for index, head in list(enumerate(heads))[every]:
         path = folder / f"{index:06d}.safetensors"
         if not path.is_file():
-            tensors = encode_head(head, pipeline, size=size, degrees=degrees)
+            tensors = encode_head(head, pipeline, size=size, degrees=degrees, pixels=pixels)
             temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # another run may write the same cache
             save_tensors(tensors, temporary)
             temporary.replace(path)  # whole or not at all: a killed run resumes here

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "wsd")
+_DECAY, _LAST = 0.3, 0.01  # of "wsd": last part of the run, and the part of the rate at its end
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,13 @@ class Settings:
         train: weights to train, one of `trained.TRAINED`.
         rank: of the updates of train "lora".
         steps: steps of the optimizer.
-        minutes: end before that number of steps after this time of training, as at its end; None: no limit.
+        minutes: end before that number of steps after this time of training, of all sittings together; None: no limit.
         rate: learning rate of AdamW.
-        warmup: steps over which it rises.
-        schedule: "constant", or "cosine": from there it falls to 0 at the last of the steps.
+        encoder_rate: that of the image encoder and of the projection of its tokens; None: the encoder stays as it is.
+        warmup: steps over which the rates rise.
+        schedule: "constant"; "cosine": from there they fall to 0 at the end of the run; or "wsd" (warm-up, stable,
+            decay): over the last 30 % of the run they fall to 1 % in a line. The end is the last of the steps, or of
+            the minutes if that is sooner: with these, rates depend on the clock.
         adam_8bit: keep the optimizer's moments in 8 bits; needs bitsandbytes.
         gamma: of min-SNR.
         ema: decay of the averaged weights, which are measured and saved.
@@ -41,6 +45,7 @@ class Settings:
     steps: int = 10000
     minutes: float | None = None
     rate: float = 1e-4
+    encoder_rate: float | None = None
     warmup: int = 200
     schedule: str = "constant"
     adam_8bit: bool = False
@@ -58,11 +63,19 @@ class Settings:
     seed: int = 0
     cpu: bool = False
 
-    def rate_at(self, step: int) -> float:
-        """Compute the learning rate of a step, which depends on nothing else."""
+    def rate_at(self, step: int, passed: float = 0.0) -> float:
+        """Compute the learning rate of a step.
+
+        Args:
+            step: number of the step.
+            passed: fraction of the minutes that is over.
+        """
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.rate
-        passed = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.rate * (1 + math.cos(math.pi * min(passed, 1.0))) / 2
+        if self.schedule == "wsd":
+            left = 1 - max(step / self.steps, passed)
+            return self.rate * max(min(left / _DECAY, 1.0), _LAST)
+        done = max((step - self.warmup) / max(self.steps - self.warmup, 1), passed)
+        return self.rate * (1 + math.cos(math.pi * min(done, 1.0))) / 2

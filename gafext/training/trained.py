@@ -54,18 +54,20 @@ def choose_trained(unet: MultiViewUNet, which: str, *, rank: int, seed: int) -> 
         parameter.requires_grad_(which == "all" or _NEW.search(name) is not None)
     if which == "all":
         return
-    old = unet.config.out_channels
-
-    def keep_old(gradient: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(gradient[:, :old]), gradient[:, old:]], dim=1)
-
-    unet.conv_in.weight.register_hook(keep_old)
     if which == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # the same on every process
             for name, module in list(unet.named_modules()):
                 if _ADAPTED.search(name) and isinstance(module, nn.Linear):
                     parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+
+
+@torch.no_grad()
+def leave_old(unet: MultiViewUNet, which: str) -> None:
+    """Zero the gradient of the channels of conv_in that the parent had, unless all weights are trained."""
+    gradient = unet.conv_in.weight.grad
+    if which != "all" and gradient is not None:
+        gradient[:, : unet.config.out_channels] = 0
 
 
 def merge_updates(unet: MultiViewUNet) -> None:

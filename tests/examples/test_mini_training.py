@@ -20,6 +20,7 @@ from gafext.evaluation import subjects
 from gafext.heads.shape import MEASURES, SHAPE, beard_numbers, hairstyle_numbers
 from gafext.models.head_fitter import HeadShape
 from gafext.schedulers import SCHEDULERS, DDIMScheduler, schedule, scheduler_class
+from gafext.training.denoiser import Blindfold, diffuse
 
 FOLDER = ROOT / "examples" / "mini"
 
@@ -157,7 +158,7 @@ def test_the_unet_is_trained_on_what_the_solvers_undo(scripts):
     assert alphas[-1] == 0  # the last timestep is noise alone, where a run starts
     for timestep in (0, 500, 999):
         ours = alphas[timestep].expand(3)
-        noised, wanted = scripts["unet"].diffuse(clean, noise, ours)
+        noised, wanted = diffuse(clean, noise, ours)
         signal, level = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
         found, _ = schedule.predicted("v_prediction", wanted, noised, signal, level)
         assert torch.allclose(found, clean, atol=1e-5)
@@ -247,7 +248,7 @@ def test_a_view_without_the_portrait_hears_of_it_from_the_others(scripts):
     rung = scripts["rungs"].RUNGS["test"]
     torch.manual_seed(0)
     unet = MultiViewUNet(rung.unet)
-    blindfold = scripts["unet"].Blindfold(unet)
+    blindfold = Blindfold(unet)
     sample, pose, tokens = torch.randn(2, 16, 16, 16), torch.randn(2, 12), torch.randn(2, 5, 96)
     blindfold.sees = torch.tensor([0.0, 1.0]).view(2, 1, 1)
 
@@ -266,9 +267,7 @@ def test_a_view_without_the_portrait_hears_of_it_from_the_others(scripts):
 
 
 def test_some_views_see_the_portrait_and_some_do_not(scripts):
-    blindfold = scripts["unet"].Blindfold(MultiViewUNet(scripts["rungs"].RUNGS["test"].unet))
-    blindfold.choose(2000, 4, torch.Generator().manual_seed(0), torch.device("cpu"))
-    seeing = blindfold.sees.view(2000, 4).sum(1)
+    seeing = scripts["unet"].choose_seeing(2000, 4, torch.Generator().manual_seed(0)).sum(1)
     shares = [(seeing == count).float().mean().item() for count in range(5)]
     some = [0.5 * ways / 16 for ways in (1, 4, 6, 4, 1)]
     assert shares == pytest.approx([some[0] + 0.1, *some[1:4], some[4] + 0.4], abs=0.03)
@@ -340,8 +339,17 @@ def test_the_unet_learns(scripts, trained, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "vae").symlink_to(trained / "model" / "vae")
     train(scripts["unet"], tmp_path, "--steps", 40)
-    losses = [entry["loss"] for entry in json.loads((tmp_path / "unet.json").read_text()) if "loss" in entry]
-    assert losses[-1] < 0.9 * losses[0]
+    curves = json.loads((tmp_path / "unet.json").read_text())
+    losses = [entry["loss"] for entry in curves if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
+    assert {"own", "own_face", "fitted", "copy"} <= set(curves[-1])
+    before = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    train(scripts["unet"], tmp_path, "--steps", 50)  # goes on, as `gafext train` does
+    resumed = json.loads((tmp_path / "unet.json").read_text())
+    assert [entry["step"] for entry in resumed if "loss" in entry] == [10, 20, 30, 40, 50]
+    assert resumed[:4] == curves[:4] and [entry["step"] for entry in resumed if "own" in entry] == [40, 50]
+    after = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_stages_make_a_checkpoint_folder(trained):
