@@ -27,7 +27,12 @@ def arguments(description: str, *, intervals: bool = True) -> argparse.ArgumentP
     add("--rung", choices=RUNGS, default="cpu", help="set of sizes in rungs.py")
     add("--out", type=Path, default=Path("mini"), help="folder for checkpoints, logs and weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--minutes", type=float, default=60, help="time limit: of the U-Net's stage and on a GPU wall-clock time, else processor time")
+    add(
+        "--minutes",
+        type=float,
+        default=60,
+        help="time limit: of the U-Net's stage and on a GPU wall-clock time, else processor time",
+    )
     add("--steps", type=int, help="stop after this number of steps; a later run resumes")
     add("--seed", type=int, default=0)
     add(

@@ -20,10 +20,11 @@ from gafext.errors import CheckpointError
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.latents import digest_weights
 from gafext.training.settings import Settings
+from gafext.training.sharding import copy_whole, part, whole
 
 _STATE = "checkpoint"
 _SETTINGS = "settings.json"
-_WEIGHTS = ("train", "adam_8bit", "parent")  # what decides which tensors a checkpoint has
+_WEIGHTS = ("train", "adam_8bit", "fsdp", "parent")  # what decides which tensors a checkpoint has
 
 
 class Average:
@@ -39,7 +40,7 @@ class Average:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         own = dict(module.named_parameters())
         for name, weight in self.weights.items():
-            weight.lerp_(own[name].detach(), 1 - decay)
+            part(weight).lerp_(part(own[name].detach()), 1 - decay)
 
     @torch.no_grad()
     def exchange(self, module: nn.Module) -> None:
@@ -51,12 +52,12 @@ class Average:
             weight.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": torch.tensor(self.steps), **self.weights}
+        return {"steps": torch.tensor(self.steps), **{name: whole(weight) for name, weight in self.weights.items()}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.steps = int(state["steps"])
         for name, weight in self.weights.items():
-            weight.copy_(state[name])
+            copy_whole(weight, state[name])
 
 
 class Clock:
@@ -84,7 +85,7 @@ class Clock:
 
 
 def describe(
-    pipeline: MultiViewDiffusionPipeline, settings: Settings, source: dict[str, Any], *, precision: str
+    pipeline: MultiViewDiffusionPipeline, settings: Settings, source: dict[str, Any], *, precision: str, fsdp: bool
 ) -> dict[str, Any]:
     """Describe a run before its first step, as a checkpoint keeps it and `compare` reads it.
 
@@ -93,12 +94,14 @@ def describe(
         settings: settings of the run.
         source: `Source.described`.
         precision: mixed precision that is in use.
+        fsdp: whether the weights are divided among processes.
     """
     digest = hashlib.sha256(repr(pipeline.unet.config).encode())
     digest_weights(digest, pipeline.unet)
     if settings.encoder_rate is not None and pipeline.image_encoder is not None:
         digest_weights(digest, pipeline.image_encoder)
-    return {**asdict(settings), **source, "parent": digest.hexdigest()[:16], "precision": precision}
+    own = {"parent": digest.hexdigest()[:16], "precision": precision, "fsdp": fsdp}
+    return {**asdict(settings), **source, **own}
 
 
 def compare(folder: Path, described: dict[str, Any]) -> list[str]:

@@ -7,8 +7,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +23,13 @@ from gafext.training.batches import Batch
 from gafext.training.checkpoints import Average, Clock, describe, resume, save
 from gafext.training.denoiser import Denoiser
 from gafext.training.settings import Settings
+from gafext.training.sharding import Whole, fill_gradients
 from gafext.training.source import Source
 from gafext.training.trained import choose_trained, leave_old, merge_updates, recomputing
 from gafext.training.validation import publish
 
 _PATIENCE = timedelta(days=1)  # of processes that wait for the one that validates; a dead one ends the run
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_OTHERS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # ways to divide the weights that are not FSDP
 
 
 def start(out: Path, settings: Settings) -> Accelerator:
@@ -40,7 +40,7 @@ def start(out: Path, settings: Settings) -> Accelerator:
         settings: settings of the run.
 
     Raises:
-        ValueError: Accelerate is set to divide the weights among processes.
+        ValueError: Accelerate is set to divide the weights among processes by other means than FSDP 2.
     """
     watched = importlib.util.find_spec("tensorboard") is not None
     accelerator = Accelerator(
@@ -58,10 +58,10 @@ def start(out: Path, settings: Settings) -> Accelerator:
         log_with="tensorboard" if watched else None,
         project_dir=out,
     )
-    if accelerator.distributed_type in _SHARDED:
-        raise ValueError(
-            f"accelerate: expected whole weights on every device, got {accelerator.distributed_type.value}"
-        )
+    divides = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    if divides or accelerator.distributed_type in _OTHERS:
+        got = "FSDP of version 1" if divides else accelerator.distributed_type.value
+        raise ValueError(f"accelerate: expected whole weights on every device, or FSDP of version 2, got {got}")
     return accelerator
 
 
@@ -134,7 +134,8 @@ class Run:
     ):
         self.accelerator, self.pipeline, self.source, self.out = accelerator, pipeline, source, out
         self.settings, self.unet = settings, pipeline.unet
-        self.described = describe(pipeline, settings, source.described, precision=accelerator.mixed_precision)
+        precision, divided = accelerator.mixed_precision, accelerator.is_fsdp2
+        self.described = describe(pipeline, settings, source.described, precision=precision, fsdp=divided)
         choose_trained(self.unet, settings.train, rank=settings.rank, seed=settings.seed)
         encoder = None if settings.encoder_rate is None else pipeline.image_encoder
         if encoder is not None:
@@ -146,6 +147,7 @@ class Run:
             gamma=settings.gamma,
             image_encoder=encoder,
         )
+        self.whole = Whole(accelerator, self.denoiser) if divided else None
         optimizer = _optimizer(self.denoiser, settings, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.denoiser, optimizer)
         self.trained = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
@@ -186,9 +188,9 @@ class Run:
             self.accelerator.print(f"{seen / seconds:.2f} heads per second, {share:.0f} % waiting for data")
         if validated != self.step:
             scores = self._validate()
-        self.average.exchange(self.denoiser)
-        merge_updates(self.unet)
-        self.denoiser.eval()
+        self._use_average()
+        if self.whole is None or self.accelerator.is_main_process:  # divided weights cannot be merged one by one
+            merge_updates(self.pipeline.unet)
         return scores
 
     def _passed(self) -> float:
@@ -216,6 +218,8 @@ class Run:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     leave_old(self.unet, self.settings.train)
+                    if self.whole is not None:
+                        fill_gradients(self.trained)
                     self.accelerator.clip_grad_norm_(self.trained, 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -241,24 +245,35 @@ class Run:
     def _validate(self) -> dict[str, float]:
         """Measure the averaged weights on the heads held out."""
         scores: dict[str, float] = {}
+        kept = self._use_average()
         if self.accelerator.is_main_process:
-            with self._averaged():
-                scores, pictures = self.source.validate(self.pipeline, self.out / "validation")
+            scores, pictures = self.source.validate(self.pipeline, self.out / "validation")
             if scores:
                 self.accelerator.log(scores, step=self.step)
                 self._write(**scores)
             for tracker in self.accelerator.trackers:
                 named = {f"held out {index}": picture[None] for index, picture in enumerate(pictures)}
                 tracker.log_images(named, step=self.step, dataformats="NHWC")
+        kept()
         self.accelerator.wait_for_everyone()
         return scores
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Use the averaged weights."""
-        self.average.exchange(self.denoiser)
-        self.denoiser.eval()
-        try:
-            yield
-        finally:
+    def _use_average(self) -> Callable[[], None]:
+        """Give the pipeline the averaged weights, where they are divided the main process's; return what undoes it."""
+        if self.whole is None:
             self.average.exchange(self.denoiser)
+            self.denoiser.eval()
+            return lambda: self.average.exchange(self.denoiser)
+        self.whole.gather(self.denoiser, self.average.weights)
+        copy = self.whole.module
+        if copy is None:
+            return lambda: None
+        copy.to(self.accelerator.device).eval()
+        self.pipeline.unet = copy.unet
+        if copy.image_encoder is not None:
+            self.pipeline.image_encoder = copy.image_encoder
+
+        def put_back() -> None:
+            copy.cpu()
+
+        return put_back

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gafext.models.blocks import MultiViewSpatialTransformer, ResnetBlock2D
 from gafext.models.unet import MultiViewUNet
+from gafext.training.sharding import part
 
 TRAINED = ("new", "lora", "all")
 _NEW = re.compile(r"\.(norm_cv|attn_cv|norm_ip|attn_ip)\.|^(image_projection|class_embedding)\.|^conv_in\.weight$")
@@ -67,7 +68,7 @@ def leave_old(unet: MultiViewUNet, which: str) -> None:
     """Zero the gradient of the channels of conv_in that the parent had, unless all weights are trained."""
     gradient = unet.conv_in.weight.grad
     if which != "all" and gradient is not None:
-        gradient[:, : unet.config.out_channels] = 0
+        part(gradient)[:, : unet.config.out_channels] = 0
 
 
 def merge_updates(unet: MultiViewUNet) -> None:
