@@ -247,8 +247,10 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         epilog=EXIT_CODES,
     )
     add = train.add_argument
-    add("data", metavar="DATA", help="folder of training data")
+    add("data", metavar="DATA", help="folder of training data, or of its shards, or the shards' URL")
     add("--check", action="store_true", help="say what is there and what is broken, write the index, and stop")
+    add("--pack", metavar="DIR", help="write the data as WebDataset shards into a new folder, and stop")
+    add("--shard-mb", type=float, default=1000.0, metavar="MB", help="size of a shard; default: 1000")
     add("--parent", metavar="DIR", help="checkpoint folder that assemble wrote, or of ImageDream")
     add("--out", metavar="DIR", help="folder for the trained checkpoint (model/), log, checkpoints and pictures")
     add("--cache", metavar="DIR", help="folder for the index and the encoded data; default: cache/ in --out")

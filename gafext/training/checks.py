@@ -29,10 +29,15 @@ def faults_of(head: Head, *, views: int, thorough: bool) -> list[str]:
     faults = _of_files(head, decode=thorough)
     if head.normals and len(head.normals) != len(head.pictures):
         faults.append(f"{head.name}: expected {len(head.pictures)} normal maps or none, got {len(head.normals)}")
-    least = max(views, 2)
-    if len(head.pictures) < least:
-        faults.append(f"{head.name}: expected at least {least} views (--views), got {len(head.pictures)}")
+    if few := least_views(head.name, len(head.pictures), views):
+        faults.append(few)
     return faults or (_of_cameras(head) if thorough else [])
+
+
+def least_views(name: str, count: int, views: int) -> str:
+    """Say that a head has fewer views than a step takes of it; empty if it has not."""
+    least = max(views, 2)
+    return f"{name}: expected at least {least} views (--views), got {count}" if count < least else ""
 
 
 def unframed(heads: Sequence[Head]) -> str:

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from gafext.schedulers import MAX_STEPS
 from gafext.training.batches import Sampling
 from gafext.training.checks import unframed
-from gafext.training.data import read_heads, write_index
+from gafext.training.data import read_heads
+from gafext.training.data import write_index as write_file_index
 from gafext.training.settings import Settings
+from gafext.training.shards import Shards, write_index, write_shards
 
 OptionsType = TypeVar("OptionsType")
 
@@ -22,6 +24,8 @@ def train_command(args: argparse.Namespace) -> int:
     """Run `gafext train` and return its exit code."""
     if args.check:
         return _check(args)
+    if args.pack is not None:
+        return _pack(args)
     for name in ("parent", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name}: expected a folder, got none")
@@ -63,8 +67,24 @@ def _options(kind: type[OptionsType], args: argparse.Namespace) -> OptionsType:
     return kind(**values)
 
 
+def _pack(args: argparse.Namespace) -> int:
+    if not 0 < args.shard_mb < math.inf:
+        raise ValueError(f"--shard-mb: expected a number over 0, got {args.shard_mb}")
+    heads, faults = read_heads(args.data, views=args.views)
+    if faults:
+        raise ValueError(f"{faults[0]} ({len(faults)} faults; gafext train --check lists them)")
+    packed = write_shards(heads, Path(args.pack), megabytes=args.shard_mb)
+    print(f"{len(packed)} heads in {len({head.shard for head in packed})} shards: {args.pack}")
+    return 0
+
+
 def _check(args: argparse.Namespace) -> int:
-    heads, faults = read_heads(args.data, views=args.views, thorough=True)
+    if Shards.are_at(args.data):
+        if Path(args.data).is_dir():
+            write_index(Path(args.data))
+        heads, faults = Shards(args.data).check(views=args.views)
+    else:
+        heads, faults = read_heads(args.data, views=args.views, thorough=True)
     views, normals = sum(len(head.pictures) for head in heads), sum(bool(head.normals) for head in heads)
     print(f"{len(heads)} heads, {views} views, {normals} heads with normal maps, {len(faults)} faults")
     for fault in faults:
@@ -72,6 +92,6 @@ def _check(args: argparse.Namespace) -> int:
     if warning := unframed(heads):
         print(f"warning: {warning}")
     folder = args.cache or (None if args.out is None else Path(args.out) / "cache")
-    if folder is not None:
-        write_index(Path(folder) / "index.json", heads)
+    if folder is not None and not Shards.are_at(args.data):
+        write_file_index(Path(folder) / "index.json", heads)
     return 1 if faults else 0

@@ -6,10 +6,10 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from gafext.errors import CameraError
 from gafext.training.checks import faults_of
 from gafext.training.head import Head
 
+
+class Named(Protocol):
+    """A head in files or in a shard."""
+
+    subject: str
+
+
+HeadType = TypeVar("HeadType", bound=Named)
 _RIGID_TOLERANCE = 1e-4
 _NERSEMBLE = re.compile(r"(?:UNION\d*_)?(\d{3})_")  # sequences of a subject, in the names of VHAP and GaussianAvatars
 
@@ -59,7 +67,29 @@ def read_heads(root: str | Path, *, views: int = 2, thorough: bool = False) -> t
     return heads, faults
 
 
-def hold_out(heads: Sequence[Head], count: int) -> tuple[list[Head], list[Head]]:
+class Files:
+    """Heads in folders, with what `Shards` has too.
+
+    Args:
+        root: as for `read_heads`.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = root
+
+    def read_heads(self, *, views: int) -> tuple[list[Head], list[str]]:
+        return read_heads(self.root, views=views)
+
+    def open(self, heads: Sequence[Head], indices: Sequence[int]) -> Iterator[tuple[int, Head]]:
+        """Yield some of `heads`."""
+        return ((index, heads[index]) for index in indices)
+
+    def extract(self, heads: Sequence[Head], folder: Path) -> list[Head]:
+        """Return heads, whose files are there."""
+        return list(heads)
+
+
+def hold_out(heads: Sequence[HeadType], count: int) -> tuple[list[HeadType], list[HeadType]]:
     """Divide heads into those to train on and those to measure: the first moment of each of the last subjects.
 
     Of one subject its last moments are held out, with a warning: their measures say nothing of other people.
@@ -89,6 +119,12 @@ def hold_out(heads: Sequence[Head], count: int) -> tuple[list[Head], list[Head]]
     return known, [next(head for head in heads if head.subject == subject) for subject in measured]
 
 
+def subject_of(name: str) -> str:
+    """Return whose head a folder has, by its name: NeRSemble's three digits, or the whole name."""
+    found = _NERSEMBLE.match(name.rpartition("/")[2])
+    return found[1] if found else name
+
+
 def write_index(path: Path, heads: Sequence[Head]) -> None:
     """Write `index.json`, for people to read: the files and cameras of each head."""
     text = json.dumps([head.describe() for head in heads], indent=1) + "\n"
@@ -104,8 +140,7 @@ def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], 
     files = [file for file in files if not _is_empty(file)] or files[:1]
     heads: dict[int | str, Head] = {}
     name = root.name if folder == root else folder.relative_to(root).as_posix()
-    found = _NERSEMBLE.match(folder.name)
-    subject = found[1] if found else name
+    subject = subject_of(name)
     faults, poses = [], {}
     for file in files if files[0].is_file() else ():
         try:

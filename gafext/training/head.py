@@ -68,6 +68,10 @@ class Head:
         """Load a normal map over the value of a background, padded with it to a square."""
         return _square(images.load_image(self.normals[view], background=images.GREY), images.GREY)
 
+    def files(self) -> list[Path]:
+        """List all files."""
+        return [*self.pictures, *(mask for mask in self.masks if mask), *self.normals]
+
     def describe(self) -> dict[str, Any]:
         """Return the head's line of `index.json`."""
         return {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,17 @@ from gafext.training.head import Head
 from gafext.weights import save_tensors
 
 _PORTRAITS = {"features", "portraits"}  # a file has one of them
+
+
+class Described(Protocol):
+    """A head in a file of its own, or in a shard."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def files(self) -> list[Path]: ...
+
+
+Opened = Callable[[Sequence[int]], Iterator[tuple[int, Head]]]
 
 
 class EncodedHead:
@@ -64,7 +76,7 @@ def digest_weights(digest: hashlib._Hash, network: nn.Module) -> None:
 
 
 def cache_key(
-    heads: Sequence[Head], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float, pixels: bool = False
+    heads: Sequence[Described], pipeline: MultiViewDiffusionPipeline, *, size: int, degrees: float, pixels: bool = False
 ) -> str:
     """Compute a digest of what encoded heads depend on: files and their times, cameras, background, networks' sizes.
 
@@ -81,7 +93,7 @@ def cache_key(
     described = [size, degrees, background, configs, [head.describe() for head in heads]] + ["pixels"] * pixels
     digest = hashlib.sha256(json.dumps(described).encode())
     for head in heads:
-        for path in [*head.pictures, *(mask for mask in head.masks if mask), *head.normals]:
+        for path in head.files():
             digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     for network in networks:
         digest_weights(digest, network)
@@ -131,7 +143,7 @@ def _normals(head: Head, size: int) -> Tensor:
 
 
 def encode_heads(
-    heads: Sequence[Head],
+    heads: Sequence[Described],
     pipeline: MultiViewDiffusionPipeline,
     folder: Path,
     *,
@@ -139,6 +151,7 @@ def encode_heads(
     degrees: float,
     pixels: bool = False,
     every: slice = slice(None),
+    opened: Opened | None = None,
 ) -> list[EncodedHead]:
     """Encode heads, or find those that are already there.
 
@@ -146,18 +159,17 @@ def encode_heads(
         heads, pipeline, size, degrees, pixels: as for `cache_key`.
         folder: folder named after `cache_key`.
         every: the heads to encode; each keeps the file of its place in `heads`.
+        opened: what yields some heads by their places, with their files; None: `heads` have theirs.
 
     Returns:
         The encoded heads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encoded = []
-    for index, head in list(enumerate(heads))[every]:
-        path = folder / f"{index:06d}.safetensors"
-        if not path.is_file():
-            tensors = encode_head(head, pipeline, size=size, degrees=degrees, pixels=pixels)
-            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # another run may write the same cache
-            save_tensors(tensors, temporary)
-            temporary.replace(path)  # whole or not at all: a killed run resumes here
-        encoded.append(EncodedHead(path))
-    return encoded
+    paths = {index: folder / f"{index:06d}.safetensors" for index in range(len(heads))[every]}
+    missing = [index for index, path in paths.items() if not path.is_file()]
+    for index, head in opened(missing) if opened else ((index, cast(Head, heads[index])) for index in missing):
+        tensors = encode_head(head, pipeline, size=size, degrees=degrees, pixels=pixels)
+        temporary = paths[index].with_suffix(f".{uuid.uuid4().hex}.tmp")  # another run may write the same cache
+        save_tensors(tensors, temporary)
+        temporary.replace(paths[index])  # whole or not at all: a killed run resumes here
+    return [EncodedHead(path) for path in paths.values()]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from pathlib import Path
+from typing import Any
 
 from gafext.conditions import latent_size
 from gafext.errors import CheckpointError
@@ -13,10 +15,12 @@ from gafext.guidance import check_guidance_scale
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.batches import Sampling
 from gafext.training.checks import unframed
-from gafext.training.data import hold_out, read_heads
+from gafext.training.data import Files, hold_out
+from gafext.training.head import Head
 from gafext.training.latents import cache_key, encode_heads
 from gafext.training.run import fit, start
 from gafext.training.settings import Settings
+from gafext.training.shards import Shards
 from gafext.training.source import Folders
 
 SAMPLING, SETTINGS = Sampling(), Settings()
@@ -60,7 +64,7 @@ def train(
     """Train a checkpoint of `gafext assemble` or ImageDream's; a run whose `out` has a checkpoint resumes there.
 
     Args:
-        data: folder of heads, as for `read_heads`.
+        data: folder of heads, as for `read_heads`; or of shards, as `write_shards` makes them, or its URL.
         parent: checkpoint folder.
         out: folder for `model/` (the trained checkpoint), `log.jsonl`, TensorBoard's events where it is installed,
             checkpoints and pictures of held-out heads.
@@ -88,7 +92,9 @@ def train(
     count = accelerator.num_processes
     if sampling.batch % count:
         raise ValueError(f"batch: expected a multiple of the {count} processes, got {sampling.batch}")
-    heads, faults = read_heads(data, views=sampling.views)
+    found = Shards(data) if Shards.are_at(data) else Files(data)
+    heads: list[Any]  # as `found` has them
+    heads, faults = found.read_heads(views=sampling.views)
     if faults:
         raise ValueError(f"{faults[0]} ({len(faults)} faults; gafext train --check lists them)")
     known, held_out = hold_out(heads, settings.validation)
@@ -97,17 +103,21 @@ def train(
     check_parent(pipeline, settings.train)
     if settings.guidance is not None:
         pipeline.guidance_scale = settings.guidance
-    if accelerator.is_main_process and pipeline.takes_normals and (warning := unframed([*known, *held_out])):
-        warnings.warn(warning, stacklevel=2)
     size = latent_size(None, rows=1, channels=1, config=pipeline.unet.config) * pipeline.vae.config.factor
     options = {"size": size, "degrees": settings.portrait_angle, "pixels": settings.encoder_rate is not None}
     key = cache_key(known, pipeline, **options)
     folder = (out / "cache" if cache is None else Path(cache)) / key
-    encode_heads(known, pipeline, folder, **options, every=slice(accelerator.process_index, None, count))
+    options["opened"] = functools.partial(found.open, known)
+    if accelerator.is_main_process:
+        held_out = found.extract(held_out, folder / "held_out")
+        framed = [head for head in [*known, *held_out] if isinstance(head, Head)]  # of shards --check tells
+        if pipeline.takes_normals and (warning := unframed(framed)):
+            warnings.warn(warning, stacklevel=2)
+    own, block = accelerator.process_index, -(-len(known) // count)  # neighbours, which are in the same shards
+    encode_heads(known, pipeline, folder, **options, every=slice(own * block, (own + 1) * block))
     accelerator.wait_for_everyone()
-    encoded = encode_heads(
-        known, pipeline, folder, **options
-    )  # those of the others, anew on a disk that they do not write
+    # Those of the others, anew on a disk that they do not write.
+    encoded = encode_heads(known, pipeline, folder, **options)
     source = Folders(
         encoded,
         held_out,
