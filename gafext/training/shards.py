@@ -110,7 +110,7 @@ class Shards:
                 self.heads = [Packed(**line) for line in json.loads(file.read())]
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
-                f"{self._at(INDEX)}: expected the index of the shards, which gafext train FOLDER --check writes, got "
+                f"{self._at(INDEX)}: expected the index of the shards, which gafext train --check writes, got "
                 f"none that can be read ({error})"
             ) from None
 

@@ -133,7 +133,9 @@ def test_shards_that_others_made(tmp_path, capsys):
             entries[f"074_{number}"[:3] + f"{number}_v{view}_png"] = (path.parent / frame["file_path"]).read_bytes()
             frame["file_path"] = f"v{view}.png"
         add(tmp_path / "shards" / f"{number}.tar", **{f"074{number}_json": json.dumps(values).encode()}, **entries)
-    with pytest.raises(ValueError, match=r"heads.json: expected the index of the shards, .* --check writes"):
+    with pytest.raises(
+        ValueError, match=r"heads.json: expected the index of the shards, .* gafext train --check writes"
+    ):
         Shards(tmp_path / "shards")
     assert main(["train", str(tmp_path / "shards"), "--check"]) == 1
     assert "0.tar: 0740: expected at least 4 views (--views), got 3\n" in capsys.readouterr().out
