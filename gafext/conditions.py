@@ -173,6 +173,13 @@ class Run:
     def num_portraits(self) -> int:
         return len(self.latents) // self.num_views
 
+    def begun(self) -> Run:
+        """Return the run with a solver of its own at its first timestep: two runs may take steps in turns."""
+        solver = self.solver.for_run()
+        solver.set_timesteps(self.num_inference_steps)  # another run may have been prepared meanwhile
+        solver.set_begin_index(len(solver.timesteps) - len(self.timesteps))
+        return replace(self, solver=solver)
+
     def normal_maps_of(self, index: int) -> list[PIL.Image.Image] | None:
         """Return the V pictures of the normal maps of the result with this index."""
         if self.normal_maps is None or self.heads is None:

@@ -333,9 +333,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         yield from self._steps(run, StepCallback())
 
     def _steps(self, run: Run, callback: StepCallback) -> Iterator[tuple[float, Tensor]]:
+        run = run.begun()
         solver, latents = run.solver, run.latents
-        solver.set_timesteps(run.num_inference_steps)  # another run may have been prepared meanwhile
-        solver.set_begin_index(len(solver.timesteps) - len(run.timesteps))
         rows = {"portraits": run.num_portraits, "views": run.num_views}
         generator, predict = view_generators(run.seed, **rows), Predictor(self.unet, run)
         for step, timestep in enumerate(run.timesteps.tolist()):

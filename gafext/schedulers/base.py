@@ -115,6 +115,10 @@ class Scheduler:
         self._times = timesteps.tolist()  # Python numbers, so that no step waits for a device
         self._indices = {t: index for index, t in reversed(list(enumerate(self._times)))}
 
+    def for_run(self) -> Scheduler:
+        """Return a copy for one run, whose steps leave the state of others alone."""
+        return copy.copy(self)  # what steps change is replaced, never changed in place
+
     def set_begin_index(self, begin_index: int) -> None:
         """Start a run at a later entry of `timesteps`; gafext's own solvers find it by the first timestep."""
 

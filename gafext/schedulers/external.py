@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -73,6 +74,10 @@ class ExternalScheduler(Scheduler):
                 f"scheduler: expected finite noise levels, got infinite ones of {type(self.scheduler).__name__}, whose "
                 "schedule ends in pure noise: use gafext's 'dpm++' or 'euler', or a DDIMScheduler"
             )
+
+    def for_run(self) -> ExternalScheduler:
+        """Return a copy for one run, whose steps leave the state of others alone."""
+        return ExternalScheduler(copy.deepcopy(self.scheduler))
 
     def set_begin_index(self, begin_index: int) -> None:
         """Start a run at a later entry of `timesteps`."""

@@ -1,13 +1,17 @@
 """The pipeline's verbs by themselves, its components, and adapters that are loaded into it."""
 
+import itertools
+
+import diffusers
 import pytest
 import torch
 from helpers import UNET_WEIGHTS, assert_equal_weights, edit_weights
 from safetensors.torch import load_file
 from small_checkpoints import SIZE, portrait, run, save_checkpoint, save_ip_adapter, save_lora
 
-from gafext import MultiViewDiffusionPipeline
+from gafext import MultiViewDiffusionPipeline, schedulers
 from gafext.errors import CheckpointError
+from gafext.schedulers import SCHEDULERS
 
 CASES = {
     "one portrait": {},
@@ -55,6 +59,27 @@ def test_latents_may_be_changed_between_the_steps(pipe):
     seen = []
     pipe.denoise(made, callback_on_step_end=lambda pipe, step, t, kwargs: seen.append(kwargs["latents"].clone()))
     assert len(seen) == 2 and torch.equal(stopped, seen[0])
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [*(kind.__name__ for kind in SCHEDULERS.values()), "diffusers"],
+)
+def test_two_runs_step_in_turns(pipe, scheduler):
+    """Of different lengths, with solvers that remember their last step."""
+    if scheduler == "diffusers":
+        pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    else:
+        pipe.scheduler = getattr(schedulers, scheduler).from_config(pipe.scheduler.config)
+    runs = [
+        pipe.prepare(portrait(seed), num_views=2, num_inference_steps=count, generator=seed, upsample="none")
+        for seed, count in ((0, 4), (1, 3))
+    ]
+    alone = [[latents.clone() for _, latents in pipe.steps(each)] for each in runs]
+    for steps in itertools.zip_longest(*(pipe.steps(each) for each in runs)):
+        for step, expected in zip(steps, alone, strict=True):
+            assert step is None or torch.equal(step[1], expected.pop(0))
+    assert not any(alone)
 
 
 def test_components_rebuild_an_equal_pipeline(pipe):
