@@ -40,7 +40,7 @@ def scripts():
     import what_blurs
 
     sys.path.remove(str(FOLDER))
-    train_unet.fast_in_bfloat16 = lambda device: False  # Accelerate has one precision per process, also on CPUs with AMX
+    train_unet.fast_in_bfloat16 = lambda device: False  # Accelerate has one precision per process
     small = rungs.RUNGS["cpu"]
     rungs.RUNGS["test"] = replace(
         small,
