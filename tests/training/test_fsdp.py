@@ -24,19 +24,13 @@ def divided(words):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--train", "lora", "--rank", "2", "--accumulate", "2"),
-        ("--train", "all", "--encoder-rate", "1e-4", "--checkpointing"),
-    ],
-)
-def test_divided_weights_are_trained_as_whole_ones(files, tmp_path, options):
+def test_divided_weights_are_trained_as_whole_ones(files, tmp_path):
+    """Low-rank updates, of which some get no gradient; the encoder; recomputed blocks; two batches a step."""
+    options = ("--train", "lora", "--rank", "2", "--encoder-rate", "1e-4", "--checkpointing", "--accumulate", "2")
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(command(files, one, "--steps", "3", *options)) == 0
-    sittings = ("2", "3") if "lora" in options else ("3",)
-    for steps in sittings:
-        divided(command(files, two, "--steps", steps, *options))
+    divided(command(files, two, "--steps", "2", *options))
+    divided(command(files, two, "--steps", "3", *options))  # resumes
     assert losses(two) == pytest.approx(losses(one), rel=1e-4) and len(losses(two)) == 3
     whole, gathered = (MultiViewDiffusionPipeline.from_pretrained(folder / "model") for folder in (one, two))
     parent = MultiViewDiffusionPipeline.from_pretrained(files / "parent").unet.state_dict()
@@ -48,10 +42,10 @@ def test_divided_weights_are_trained_as_whole_ones(files, tmp_path, options):
     apart, moved = (sum((one[name] - theirs[name]).square().sum() for name in theirs).sqrt() for one in (ours, parent))
     assert apart < 0.01 * moved
     lines = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "psnr" in line] == list(map(int, sittings))
+    assert [line["step"] for line in lines if "psnr" in line] == [2, 3]
     encoders = [folder / "image_encoder" / "model.safetensors" for folder in (files / "parent", two / "model")]
-    same = all(torch.equal(t, load_file(encoders[1])[name]) for name, t in load_file(encoders[0]).items())
-    assert same == ("--encoder-rate" not in options)
+    before, after = map(load_file, encoders)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
     # Each process wrote its part of the state.
     state = sorted(two.glob("checkpoint-*"))[-1] / "pytorch_model_fsdp_0"
     assert len(list(state.glob("*.distcp"))) == 2
