@@ -5,6 +5,8 @@ import sys
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from gafext.cli import main
 from gafext.training import run
@@ -17,6 +19,13 @@ class Sharded(Accelerator):
         super().__init__(*args, **options)
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=self.version)
         PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+
+    def prepare(self, *parts):
+        """Say how many units there are: all blocks, and what is around them."""
+        prepared = super().prepare(*parts)
+        modules = [module for part in prepared if isinstance(part, nn.Module) for module in part.modules()]
+        self.print(f"{sum(isinstance(module, FSDPModule) for module in modules)} units")
+        return prepared
 
 
 if __name__ == "__main__":

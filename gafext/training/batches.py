@@ -52,7 +52,13 @@ class Batch:
     reference: Tensor | None = None  # [B,C,h,w], of a U-Net with the portrait's latents as an extra frame
 
     def part(self, index: int, count: int) -> Batch:
-        """Return the share of one of `count` processes."""
+        """Return the share of one of `count` processes.
+
+        Raises:
+            ValueError: the heads do not divide among them.
+        """
+        if len(self.latents) % count:
+            raise ValueError(f"batch: expected a multiple of the {count} processes, got {len(self.latents)}")
         return self._each(lambda tensor: tensor.chunk(count)[index])
 
     def to(self, device: torch.device) -> Batch:

@@ -157,6 +157,8 @@ def resume(accelerator: Accelerator, out: Path, described: dict[str, Any]) -> in
     found = [path.name for path in _checkpoints(out)]
     [name] = broadcast_object_list([found[-1] if found else None])
     if name is None:
+        if accelerator.is_main_process:
+            _shorten(out / "log.jsonl", 0)
         return 0
     folder, step = out / name, int(name.rpartition("-")[2])
     if not (folder / _SETTINGS).is_file():
@@ -174,8 +176,10 @@ def resume(accelerator: Accelerator, out: Path, described: dict[str, Any]) -> in
 
 def _shorten(log: Path, last: int) -> None:
     """Remove the lines of steps that are taken again, and what a killed process left of a line."""
+    if not log.is_file():
+        return
     kept = []
-    for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else ():
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
         with suppress(ValueError, KeyError, TypeError):
             kept += [line] if json.loads(line)["step"] <= last and line.endswith("\n") else []
     temporary = log.with_suffix(".tmp")

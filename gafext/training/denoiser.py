@@ -97,7 +97,6 @@ class Denoiser(nn.Module):
     """
 
     alphas_cumprod: Tensor  # a buffer
-    _no_split_modules = ("ResnetBlock2D", "MultiViewSpatialTransformer")  # units of Accelerate's FSDP
 
     def __init__(
         self,

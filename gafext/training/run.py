@@ -23,7 +23,7 @@ from gafext.training.batches import Batch
 from gafext.training.checkpoints import Average, Clock, describe, resume, save
 from gafext.training.denoiser import Denoiser
 from gafext.training.settings import Settings
-from gafext.training.sharding import Whole, fill_gradients
+from gafext.training.sharding import Whole, divide_by_blocks, fill_gradients, gather_keys
 from gafext.training.source import Source
 from gafext.training.trained import choose_trained, leave_old, merge_updates, recomputing
 from gafext.training.validation import publish
@@ -42,8 +42,22 @@ def start(out: Path, settings: Settings) -> Accelerator:
     Raises:
         ValueError: Accelerate is set to divide the weights among processes by other means than FSDP 2.
     """
+    try:
+        accelerator = _accelerator(out, settings)
+    except ImportError as error:  # of a way to divide the weights that is asked for and not installed
+        raise ValueError(f"accelerate: {error}") from None
+    divides = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    if divides or accelerator.distributed_type in _OTHERS:
+        got = "FSDP of version 1" if divides else accelerator.distributed_type.value
+        raise ValueError(f"accelerate: expected whole weights on every device, or FSDP of version 2, got {got}")
+    if accelerator.is_fsdp2:
+        divide_by_blocks(accelerator)
+    return accelerator
+
+
+def _accelerator(out: Path, settings: Settings) -> Accelerator:
     watched = importlib.util.find_spec("tensorboard") is not None
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=settings.cpu,
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.accumulate,
@@ -58,11 +72,6 @@ def start(out: Path, settings: Settings) -> Accelerator:
         log_with="tensorboard" if watched else None,
         project_dir=out,
     )
-    divides = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
-    if divides or accelerator.distributed_type in _OTHERS:
-        got = "FSDP of version 1" if divides else accelerator.distributed_type.value
-        raise ValueError(f"accelerate: expected whole weights on every device, or FSDP of version 2, got {got}")
-    return accelerator
 
 
 def fit(
@@ -101,14 +110,13 @@ def fit(
 
 
 def _optimizer(denoiser: Denoiser, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
-    """Make AdamW over what is trained; "share" of a group is its learning rate's part of `Settings.rate_at`."""
-    share = 1.0 if settings.encoder_rate is None else settings.encoder_rate / settings.rate
+    """Make AdamW over what is trained; "encodes" tells the group of the image encoder from the other one."""
     of_encoder, others = [], []
     for name, weight in denoiser.named_parameters():
         if weight.requires_grad:
             slow = name.startswith(("image_encoder.", "unet.image_projection."))
             (of_encoder if slow else others).append(weight)
-    groups = [{"params": others, "share": 1.0}, {"params": of_encoder, "share": share}]
+    groups = [{"params": others, "encodes": False}, {"params": of_encoder, "encodes": True}]
     groups = [group for group in groups if group["params"]]
     # Without weight decay: it would change the channels of conv_in that "new" leaves alone.
     options: dict[str, Any] = {"lr": settings.rate, "betas": (0.9, 0.99), "weight_decay": 0.0}
@@ -150,6 +158,8 @@ class Run:
         self.whole = Whole(accelerator, self.denoiser) if divided else None
         optimizer = _optimizer(self.denoiser, settings, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.denoiser, optimizer)
+        if divided:
+            gather_keys(self.denoiser)
         self.trained = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
         self.average, self.clock = Average(self.denoiser, settings.ema), Clock()
         accelerator.register_for_checkpointing(self.average, self.clock)
@@ -204,8 +214,10 @@ class Run:
 
     def _step(self, batches: Iterator[Batch], passed: float) -> tuple[float, int]:
         """Take a step of the optimizer; return the loss of the whole batch, and the heads of this process in it."""
+        rate, encoder_rate = self.settings.rate_at(self.step, passed), self.settings.encoder_rate
+        share = 1.0 if encoder_rate is None else encoder_rate / self.settings.rate
         for group in self.optimizer.param_groups:
-            group["lr"] = group["share"] * self.settings.rate_at(self.step, passed)
+            group["lr"] = rate * share if group["encodes"] else rate
         self.denoiser.train()
         losses, heads = [], 0
         for _ in range(self.settings.accumulate):

@@ -8,9 +8,33 @@ from copy import deepcopy
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gafext.training.denoiser import Denoiser
+
+_UNITS = ("ResnetBlock2D", "MultiViewTransformerBlock")  # whose weights are whole while they compute
+
+
+def divide_by_blocks(accelerator: Accelerator) -> None:
+    """Have Accelerate's FSDP divide a denoiser by residual and transformer blocks, whatever its configuration says.
+
+    Raises:
+        ValueError: the configuration has FSDP recompute activations, which renames the weights.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    assert plugin is not None  # under FSDP there is one
+    if plugin.activation_checkpointing:
+        raise ValueError("accelerate: expected --checkpointing, got FSDP's own activation checkpointing")
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, list(_UNITS)
+
+
+def gather_keys(denoiser: Denoiser) -> None:
+    """Have the blocks' weights whole also for the keys and values of tokens, which the U-Net computes before them."""
+    for block in denoiser.unet.transformer_blocks():
+        for method in ("image_key_value", "text_key_value"):
+            register_fsdp_forward_method(block, method)
 
 
 def part(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Runs whose weights FSDP divides between two processes, against runs of one process."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ from training_runs import ENVIRONMENT, LAUNCH, command, losses
 from gafext import MultiViewDiffusionPipeline
 from gafext.cli import main
 from gafext.errors import CheckpointError
+from gafext.models.blocks import MultiViewTransformerBlock, ResnetBlock2D
 from gafext.training.checkpoints import compare
 from gafext.training.run import start
 from gafext.training.settings import Settings
@@ -22,6 +24,7 @@ DIVIDED = [*LAUNCH, str(ROOT / "tests" / "fsdp_on_cpus.py")]
 def divided(words):
     done = subprocess.run([*DIVIDED, *words], env=ENVIRONMENT, cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return int(re.search(r"(\d+) units", done.stdout)[1])
 
 
 def test_divided_weights_are_trained_as_whole_ones(files, tmp_path):
@@ -29,7 +32,10 @@ def test_divided_weights_are_trained_as_whole_ones(files, tmp_path):
     options = ("--train", "lora", "--rank", "2", "--encoder-rate", "1e-4", "--checkpointing", "--accumulate", "2")
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(command(files, one, "--steps", "3", *options)) == 0
-    divided(command(files, two, "--steps", "2", *options))
+    blocks = (ResnetBlock2D, MultiViewTransformerBlock)
+    unet = MultiViewDiffusionPipeline.from_pretrained(files / "parent").unet
+    count = sum(isinstance(module, blocks) for module in unet.modules())
+    assert divided(command(files, two, "--steps", "2", *options)) == count + 1 > 10
     divided(command(files, two, "--steps", "3", *options))  # resumes
     assert losses(two) == pytest.approx(losses(one), rel=1e-4) and len(losses(two)) == 3
     whole, gathered = (MultiViewDiffusionPipeline.from_pretrained(folder / "model") for folder in (one, two))
