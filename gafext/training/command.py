@@ -15,7 +15,7 @@ from gafext.training.checks import unframed
 from gafext.training.data import read_heads
 from gafext.training.data import write_index as write_file_index
 from gafext.training.settings import Settings
-from gafext.training.shards import Shards, write_index, write_shards
+from gafext.training.shards import INDEX, Shards, write_index, write_shards
 
 OptionsType = TypeVar("OptionsType")
 
@@ -80,7 +80,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     if Shards.are_at(args.data):
-        if Path(args.data).is_dir():
+        if Path(args.data).is_dir() and not (Path(args.data) / INDEX).is_file():
             write_index(Path(args.data))
         heads, faults = Shards(args.data).check(views=args.views)
     else:

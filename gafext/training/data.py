@@ -95,13 +95,13 @@ def hold_out(heads: Sequence[HeadType], count: int) -> tuple[list[HeadType], lis
     Of one subject its last moments are held out, with a warning: their measures say nothing of other people.
 
     Args:
-        heads: heads in the order of `read_heads`.
+        heads: heads, those of a subject in the order of their moments.
         count: number of subjects that are held out, with all their moments.
 
     Raises:
         ValueError: no subject is left to train on.
     """
-    subjects = list(dict.fromkeys(head.subject for head in heads))
+    subjects = sorted({head.subject for head in heads})
     if len(subjects) == 1 and 0 < count < len(heads):
         warnings.warn(
             f"data: all heads are moments of one subject, {subjects[0]}: the last {count} are held out, of a person "
@@ -139,7 +139,7 @@ def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], 
     files = [file for file in files if file.is_file()] or [folder / "transforms.json"]
     files = [file for file in files if not _is_empty(file)] or files[:1]
     heads: dict[int | str, Head] = {}
-    name = root.name if folder == root else folder.relative_to(root).as_posix()
+    name = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
     subject = subject_of(name)
     faults, poses = [], {}
     for file in files if files[0].is_file() else ():

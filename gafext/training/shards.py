@@ -64,8 +64,21 @@ def write_shards(heads: Sequence[Head], folder: Path, *, megabytes: float) -> li
 
     Returns:
         The samples.
+
+    Raises:
+        ValueError: the folder has files, or heads have names that a shard cannot keep apart.
     """
     webdataset = _webdataset()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or empty folder for the shards, got another")
+    names: dict[str, str] = {}
+    for head in heads:
+        key = _key(head)
+        if not key or key.startswith("__"):
+            raise ValueError(f"expected names that shards keep, got {head.name!r}: empty, or with __ before it")
+        if key in names:
+            raise ValueError(f"{head.name}: expected a name of its own in the shards, got {key}, as of {names[key]}")
+        names[key] = head.name
     with whole_folder(folder) as new:
         pattern = str(new).replace("%", "%%") + "/heads-%06d.tar"
         with webdataset.ShardWriter(pattern, maxsize=megabytes * 1e6, verbose=0, encoder=False, mtime=0) as writer:
@@ -78,7 +91,7 @@ def write_index(folder: Path) -> list[Packed]:
     """Read all shards of a folder, and write `heads.json`.
 
     Raises:
-        ValueError: a sample has no transforms.json, or one name is there twice.
+        ValueError: a sample has no transforms.json, one name is there twice, or there are no samples.
     """
     found: dict[str, Packed] = {}
     for path in sorted(folder.glob("*.tar")):
@@ -87,6 +100,8 @@ def write_index(folder: Path) -> list[Packed]:
             if packed.name in found:
                 raise ValueError(f"{path}: expected samples of different names, got {packed.name} twice")
             found[packed.name] = packed
+    if not found:
+        raise ValueError(f"{folder}: expected heads in its shards, got none")
     text = json.dumps([asdict(packed) for packed in found.values()], indent=1) + "\n"
     with replace_whole(folder) as new:
         (new / INDEX).write_text(text, encoding="utf-8")
@@ -104,20 +119,22 @@ class Shards:
     """
 
     def __init__(self, base: str | Path):
-        self.base = str(base).rstrip("/")
+        self.base, webdataset = str(base).rstrip("/"), _webdataset()
         try:
-            with _webdataset().gopen(self._at(INDEX)) as file:
+            with webdataset.gopen(self._at(INDEX)) as file:
                 self.heads = [Packed(**line) for line in json.loads(file.read())]
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:  # of the file, or of what reads URLs
             raise ValueError(
-                f"{self._at(INDEX)}: expected the index of the shards, which gafext train --check writes, got "
-                f"none that can be read ({error})"
+                f"{self._at(INDEX)}: expected the index of the shards, got none that can be read "
+                f"({_reason(error)}); gafext train --check writes it into the folder that has them"
             ) from None
 
     @staticmethod
     def are_at(data: str | Path) -> bool:
-        """Return whether training data is shards: a URL, or a folder with tar files."""
-        return "://" in str(data) or any(Path(data).glob("*.tar"))
+        """Return whether training data is shards: a URL, or a folder with an index, or with tar files and no heads."""
+        if "://" in str(data) or (Path(data) / INDEX).is_file():
+            return True
+        return any(Path(data).glob("*.tar")) and not any(Path(data).rglob("transforms*.json"))
 
     def read_heads(self, *, views: int) -> tuple[list[Packed], list[str]]:
         """Return the heads in their order, and one sentence for each that has fewer views than a step takes."""
@@ -148,15 +165,23 @@ class Shards:
 
     def check(self, *, views: int) -> tuple[list[Head], list[str]]:
         """Read every sample, and list what is wrong, as `data.read_heads` does if it is thorough."""
-        heads, faults = [], []
+        heads, faults, left = [], [], dict.fromkeys(self.heads)
         for shard in dict.fromkeys(packed.shard for packed in self.heads):
-            for sample in _samples(self._at(shard)):
-                packed = _describe(sample, shard)
-                with tempfile.TemporaryDirectory(prefix="gafext-") as folder:
-                    _unpack(sample, Path(folder))
-                    found, wrong = self._read(Path(folder), packed, views=views, thorough=True)
-                    heads += found
-                    faults += [f"{shard}: {fault}" for fault in wrong]
+            try:
+                for sample in _samples(self._at(shard)):
+                    packed = _describe(sample, shard)
+                    if packed not in left:
+                        faults.append(f"{shard}: {packed.name}: expected what {INDEX} lists, got another head")
+                        continue
+                    del left[packed]
+                    with tempfile.TemporaryDirectory(prefix="gafext-") as folder:
+                        _unpack(sample, Path(folder))
+                        found, wrong = self._read(Path(folder), packed, views=views, thorough=True)
+                        heads += found
+                        faults += [f"{shard}: {fault}" for fault in wrong]
+            except ValueError as error:
+                faults.append(str(error))
+        faults += [f"{packed.shard}: {packed.name}: expected it as {INDEX} lists it, got none" for packed in left]
         return heads, faults
 
     def _at(self, name: str) -> str:
@@ -165,14 +190,15 @@ class Shards:
     def _head(self, sample: Sample, packed: Packed, folder: Path) -> Head:
         _unpack(sample, folder)
         found, faults = self._read(folder, packed)
-        if faults or len(found) != 1:
-            why = faults[0] if faults else f"{len(found)} heads"
-            raise ValueError(f"{self._at(packed.shard)}: {packed.name}: expected one head, got {why}")
+        if faults:
+            raise ValueError(f"{self._at(packed.shard)}: {faults[0]} (gafext train --check lists all faults)")
         return found[0]
 
     @staticmethod
     def _read(folder: Path, packed: Packed, **options: Any) -> tuple[list[Head], list[str]]:
         heads, faults = read_heads(folder, **options)
+        if not faults and len(heads) != 1:
+            heads, faults = [], [f"{packed.name}: expected one moment of one head, got {len(heads)}"]
         for head in heads:
             head.name, head.subject = packed.name, packed.subject
         return heads, [fault.replace(str(folder), packed.name).replace(folder.name, packed.name) for fault in faults]
@@ -184,13 +210,19 @@ def _webdataset() -> Any:
     return importlib.import_module("webdataset")
 
 
+def _reason(error: Exception) -> str:
+    """Return what an error says, without what webdataset appends to it."""
+    said = str(error.args[0]) if error.args else ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 def _samples(url: str) -> Iterator[Sample]:
     webdataset = _webdataset()
     try:
         # Not WebDataset(): in a run of several processes it wants to divide the shards itself.
         yield from webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples())
     except Exception as error:  # of the tar file, the disk, or the program that reads a URL
-        raise ValueError(f"{url}: expected a shard, got one that cannot be read ({error})") from None
+        raise ValueError(f"{url}: expected a shard, got one that cannot be read ({_reason(error)})") from None
 
 
 def _describe(sample: Sample, shard: str) -> Packed:
@@ -213,12 +245,28 @@ def _unpack(sample: Sample, folder: Path) -> None:
     for name, content in sample.items():
         if name.startswith(("__", ".")):
             continue
+        if name == "json":
+            content = _with_small_letters(content)
         stem, _, extension = name.rpartition(".")
         path = folder / ("transforms.json" if name == "json" else name)
         if stem.endswith(_NORMAL):
             path = folder / "normals" / f"{stem.removesuffix(_NORMAL)}.{extension}"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
+
+
+def _with_small_letters(transforms: bytes) -> bytes:
+    """Write the names of files in a transforms.json as webdataset writes those of entries: in small letters."""
+    values = json.loads(transforms)
+    for frame in values["frames"]:
+        for name in ("file_path", "mask_path", "fg_mask_path"):
+            if isinstance(frame, dict) and isinstance(frame.get(name), str):
+                frame[name] = frame[name].lower()
+    return json.dumps(values).encode()
+
+
+def _key(head: Head) -> str:
+    return head.name.replace(".", "_")  # a key ends at the first dot
 
 
 def _size(picture: Path) -> tuple[int, int]:
@@ -228,7 +276,7 @@ def _size(picture: Path) -> tuple[int, int]:
 
 def _sample(head: Head) -> Sample:
     """Make the sample of a head, with its files as they are."""
-    sample: Sample = {"__key__": head.name.replace(".", "_")}
+    sample: Sample = {"__key__": _key(head)}
     frames = []
     for view, (picture, mask) in enumerate(zip(head.pictures, head.masks, strict=True)):
         width, height = head.sizes[view] or _size(picture)

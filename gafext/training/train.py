@@ -52,6 +52,12 @@ def check_parent(pipeline: MultiViewDiffusionPipeline, which: str) -> None:
         )
 
 
+def share_of(heads: int, process: int, processes: int) -> slice:
+    """Return the heads that a process encodes: neighbours, which are in the same shards."""
+    block = -(-heads // processes)
+    return slice(process * block, (process + 1) * block)
+
+
 def train(
     data: str | Path,
     parent: str | Path,
@@ -113,8 +119,7 @@ def train(
         framed = [head for head in [*known, *held_out] if isinstance(head, Head)]  # of shards --check tells
         if pipeline.takes_normals and (warning := unframed(framed)):
             warnings.warn(warning, stacklevel=2)
-    own, block = accelerator.process_index, -(-len(known) // count)  # neighbours, which are in the same shards
-    encode_heads(known, pipeline, folder, **options, every=slice(own * block, (own + 1) * block))
+    encode_heads(known, pipeline, folder, **options, every=share_of(len(known), accelerator.process_index, count))
     accelerator.wait_for_everyone()
     # Those of the others, anew on a disk that they do not write.
     encoded = encode_heads(known, pipeline, folder, **options)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from training_runs import command, losses
 from gafext import MultiViewDiffusionPipeline
 from gafext.cli import main
 from gafext.errors import CheckpointError
-from gafext.training.batches import Sampling, draw_batch
+from gafext.training.batches import Batch, Sampling, draw_batch
 from gafext.training.checkpoints import Clock
 from gafext.training.data import read_heads
 from gafext.training.denoiser import Denoiser, diffuse, min_snr_weights
@@ -49,6 +50,25 @@ def test_a_run_with_the_encoder_resumes(files, with_encoder, capsys):
     assert losses(out) == losses(with_encoder) and len(losses(out)) == 4
     assert main(command(files, out, "--steps", "5")) == 1
     assert "expected encoder_rate 0.001, as before, got None" in capsys.readouterr().err
+
+
+def test_the_encoders_rate_is_its_own_and_may_change(files, tmp_path):
+    """Also where a run resumes, whose optimizer has the rate of before."""
+
+    def moved(folder, before):
+        ours, theirs = (
+            MultiViewDiffusionPipeline.from_pretrained(f / name).image_encoder.state_dict()
+            for f, name in ((folder, "model"), before)
+        )
+        return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+    options = ("--ema", "0", "--validation", "0")
+    assert main(command(files, tmp_path, "--steps", "2", "--encoder-rate", "1e-3", *options)) == 0
+    # Adam's first step is of the rate's size; before it the new layers have no effect, and the encoder no gradient.
+    assert 5e-4 < moved(tmp_path, (files, "parent")) < 2e-3
+    shutil.copytree(tmp_path / "model", tmp_path / "first")
+    assert main(command(files, tmp_path, "--steps", "3", "--encoder-rate", "1e-9", *options)) == 0
+    assert moved(tmp_path, (tmp_path, "first")) < 1e-7
 
 
 def test_portraits_are_kept_for_an_encoder_that_is_trained(files, tmp_path):
@@ -118,6 +138,22 @@ def test_minutes_are_those_of_all_sittings(files):
     assert len(losses(out)) == len(taken)
 
 
+def test_rates_fall_by_the_clock(files, monkeypatch):
+    passed = []
+    monkeypatch.setattr(Clock, "seconds", property(lambda clock: 60 * 0.85 * 2.0 + 1e-3 * len(passed)))
+    monkeypatch.setattr(Settings, "rate_at", lambda settings, step, passed_=0.0: passed.append(passed_) or 1e-4)
+    options = ("--steps", "2", "--minutes", "2", "--schedule", "wsd", "--validation", "0")
+    assert main(command(files, files / "clock", *options)) == 0
+    assert passed == pytest.approx([0.85, 0.85], abs=1e-4)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(files, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
+    assert main(command(files, tmp_path, "--steps", "1", "--validation", "0")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] and lines[0]["loss"] < 9
+
+
 class Drawn:
     """Source of one batch, which it notes the numbers of."""
 
@@ -134,6 +170,14 @@ class Drawn:
         self.measured += 1
         assert not pipeline.unet.training
         return {"own": 1.5}, []
+
+
+def test_heads_that_do_not_divide_among_processes_are_named():
+    rows = torch.zeros(3, 2)
+    batch = Batch(latents=rows, pose=rows, features=rows, noise=rows, timesteps=rows, sees=rows)
+    assert len(batch.part(2, 3).latents) == 1
+    with pytest.raises(ValueError, match="batch: expected a multiple of the 2 processes, got 3"):
+        batch.part(0, 2)
 
 
 def test_a_source_of_ones_own(files, tmp_path):

@@ -2,17 +2,22 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 from training_runs import ENVIRONMENT, LAUNCH, OPTIONS, command, losses, write_heads
 
 from gafext.cli import main
 from gafext.training.data import read_heads
 from gafext.training.shards import Shards, write_index, write_shards
+from gafext.training.train import share_of
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,6 @@ def test_pictures_that_are_not_square(tmp_path):
         frame.update(w=32, h=24, fl_x=60.0, fl_y=61.0, cx=15.0, cy=13.0)
     values.pop("camera_angle_x", None)
     path.write_text(json.dumps(values))
-    from PIL import Image
-
     for picture in (tmp_path / "data").rglob("*.png"):
         Image.open(picture).crop((0, 4, 32, 28)).save(picture)
     [head], faults = read_heads(tmp_path / "data")
@@ -90,10 +93,19 @@ def test_a_run_on_shards_is_the_run_on_folders(files, shards, tmp_path, capsys):
 
 
 def test_two_processes_read_shards_of_their_own_by_their_url(files, shards, tmp_path):
-    run = [*LAUNCH, "-m", "gafext", *words(files, f"file://{shards}", tmp_path / "two", "--steps", "2")]
+    """With an encoder that is trained, of which some weights get no gradient."""
+    options = ("--steps", "2", "--encoder-rate", "1e-4")
+    run = [*LAUNCH, "-m", "gafext", *words(files, f"file://{shards}", tmp_path / "two", *options)]
     subprocess.run(run, env=ENVIRONMENT, cwd=ROOT, check=True, timeout=300)
-    assert main(command(files, tmp_path / "one", "--steps", "2")) == 0
+    assert main(command(files, tmp_path / "one", *options)) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize("heads, processes", [(0, 2), (1, 2), (2, 4), (7, 3), (8, 2)])
+def test_processes_encode_neighbours(heads, processes):
+    shares = [list(range(heads))[share_of(heads, process, processes)] for process in range(processes)]
+    assert [head for share in shares for head in share] == list(range(heads))
+    assert max(map(len, shares)) == -(-heads // processes)
 
 
 def add(path, **entries):
@@ -117,7 +129,7 @@ def test_the_check_reads_every_sample(files, shards, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "0 heads" in out and f"heads-000000.tar: {heads[0].name}/002.png: expected a picture, got a damaged" in out
     assert main(words(files, tmp_path / "broken", tmp_path / "out", "--validation", "0")) == 1
-    assert "expected one head, got" in capsys.readouterr().err
+    assert f"{heads[0].name}/002.png: expected a picture, got a damaged one" in capsys.readouterr().err
 
 
 def test_shards_that_others_made(tmp_path, capsys):
@@ -164,3 +176,68 @@ def test_shards_with_faults_are_named(files, shards, tmp_path):
     packed = Shards(changed)
     with pytest.raises(ValueError, match=r"expected .* as heads.json lists it, got another or none"):
         list(packed.open(packed.heads, [0, 1]))
+
+
+def test_the_check_compares_with_the_index(files, tmp_path, capsys):
+    heads, _ = read_heads(files / "data")
+    write_shards(heads, tmp_path / "shards", megabytes=0.001)
+    before = (tmp_path / "shards" / "heads.json").read_bytes()
+    (tmp_path / "shards" / "heads-000001.tar").unlink()
+    shutil.copy(tmp_path / "shards" / "heads-000000.tar", tmp_path / "shards" / "heads-000002.tar")
+    assert main(["train", str(tmp_path / "shards"), "--check"]) == 1
+    out = capsys.readouterr().out
+    for fault in (
+        f"heads-000002.tar: {heads[0].name}: expected what heads.json lists, got another head",
+        f"heads-000001.tar: {heads[1].name}: expected it as heads.json lists it, got none",
+        "heads-000001.tar: expected a shard, got one that cannot be read (FileNotFoundError",
+    ):
+        assert fault in out
+    assert (tmp_path / "shards" / "heads.json").read_bytes() == before
+    (tmp_path / "empty").mkdir()
+    add(tmp_path / "empty" / "a.tar")
+    assert main(["train", str(tmp_path / "empty"), "--check"]) == 1
+    assert "expected heads in its shards, got none" in capsys.readouterr().err
+
+
+def test_names_that_shards_do_not_keep_are_refused(files, tmp_path, capsys):
+    heads, _ = read_heads(files / "data")
+    for names, message in {
+        ("a.b", "a_b", "c"): "a_b: expected a name of its own in the shards, got a_b, as of a.b",
+        ("__a__", "b", "c"): "got '__a__': empty, or with __ before it",
+        ("", "b", "c"): "got ''",
+    }.items():
+        named = [replace(head, name=name) for head, name in zip(heads, names, strict=True)]
+        with pytest.raises(ValueError, match=re.escape(message)):
+            write_shards(named, tmp_path / "shards", megabytes=1)
+        assert not (tmp_path / "shards").exists()
+    assert main(["train", str(files / "data"), "--pack", str(files / "data")]) == 1
+    assert "expected a new or empty folder for the shards" in capsys.readouterr().err
+
+
+def test_pictures_beside_an_archive_are_no_shards(files, tmp_path):
+    shutil.copytree(files / "data", tmp_path / "data")
+    add(tmp_path / "data" / "backup.tar", a_txt=b"x")
+    assert not Shards.are_at(tmp_path / "data") and Shards.are_at("https://example.org/shards")
+    assert main(["train", str(tmp_path / "data"), "--check", "--views", "2"]) == 0
+
+
+def test_capitals_in_names_of_files_and_samples_of_two_moments(tmp_path, capsys):
+    write_heads(tmp_path / "data", 1, views=3, size=32, normals=False)
+    [path] = (tmp_path / "data").rglob("transforms_train.json")
+    values, entries = json.loads(path.read_text()), {}
+    for view, frame in enumerate(values["frames"]):
+        frame.pop("fg_mask_path", None)
+        entries[f"a_Cam{view}_PNG"] = (path.parent / frame["file_path"]).read_bytes()
+        frame.update(file_path=f"Cam{view}.PNG", timestep_index=0)
+    (tmp_path / "shards").mkdir()
+    add(tmp_path / "shards" / "a.tar", a_json=json.dumps(values).encode(), **entries)
+    assert main(["train", str(tmp_path / "shards"), "--check", "--views", "3"]) == 0
+    values["frames"] += [{**frame, "timestep_index": 1} for frame in values["frames"]]
+    for view, frame in enumerate(values["frames"]):
+        entries[f"a_x{view}_png"] = entries["a_Cam0_PNG"]
+        frame["file_path"] = f"x{view}.png"
+    (tmp_path / "shards" / "heads.json").unlink()
+    add(tmp_path / "shards" / "a.tar", a_json=json.dumps(values).encode(), **entries)
+    capsys.readouterr()
+    assert main(["train", str(tmp_path / "shards"), "--check", "--views", "3"]) == 1
+    assert "a.tar: a: expected one moment of one head, got 2" in capsys.readouterr().out
