@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gafext.errors import MeshError
 from gafext.heads import head_normals
-from gafext.mesh import HEAD_HEIGHT, unusual_coverage
+from gafext.mesh import HEAD_HEIGHT, load_mesh, unusual_coverage
 from gafext.training.head import Head
 
 _FARTHEST = 0.25  # of a picture's side: a head's foreground has its centre nearer than this to where the others put it
@@ -31,7 +32,7 @@ def faults_of(head: Head, *, views: int, thorough: bool) -> list[str]:
         faults.append(f"{head.name}: expected {len(head.pictures)} normal maps or none, got {len(head.normals)}")
     if few := least_views(head.name, len(head.pictures), views):
         faults.append(few)
-    return faults or (_of_cameras(head) if thorough else [])
+    return faults or ([*_of_mesh(head), *_of_cameras(head)] if thorough else [])
 
 
 def least_views(name: str, count: int, views: int) -> str:
@@ -48,7 +49,7 @@ def unframed(heads: Sequence[Head]) -> str:
     reasons: dict[bytes, str] = {}  # by cameras, which the moments of a subject share
     found = []
     for head in heads:
-        if not head.normals:
+        if not head.normals and head.mesh is None:
             cameras = head.cameras
             key = cameras.w2c.numpy().tobytes() + cameras.intrinsics(1).numpy().tobytes()
             if key not in reasons:
@@ -82,6 +83,16 @@ def _of_files(head: Head, *, decode: bool) -> list[str]:
                 wanted = f"{wide} x {high}, as w and h say" if known else "squares, because the file has no w and h"
                 faults.append(f"{head.name}: expected pictures of {wanted}, got {width} x {height}")
     return faults
+
+
+def _of_mesh(head: Head) -> list[str]:
+    if head.mesh is None:
+        return []
+    try:
+        reason = unusual_coverage(load_mesh(head.mesh).render(head.cameras, _COARSE).normals)
+    except MeshError as error:
+        return [str(error)]
+    return [f"{head.mesh}: {reason}: expected a mesh in the cameras' world"] if reason else []
 
 
 def _of_cameras(head: Head) -> list[str]:

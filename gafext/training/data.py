@@ -29,6 +29,7 @@ class Named(Protocol):
 
 HeadType = TypeVar("HeadType", bound=Named)
 _RIGID_TOLERANCE = 1e-4
+_MESHES = (".obj", ".ply", ".glb")
 _NERSEMBLE = re.compile(r"(?:UNION\d*_)?(\d{3})_")  # sequences of a subject, in the names of VHAP and GaussianAvatars
 
 
@@ -165,7 +166,17 @@ def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], 
                 faults.append(f"{file}: frame {view}: camera_index {camera} disagrees with its pose in another frame")
             head = heads.setdefault(time, Head(f"{name}/{time}" if "timestep_index" in frame else name, subject))
             _add(head, {**values, **frame}, folder, picture, w2c, cameras.intrinsics(1)[view])
+    for time, head in heads.items():
+        if not head.normals:
+            head.mesh = _mesh(folder, time, alone=len(heads) == 1)
     return [heads[time] for time in sorted(heads, key=lambda time: (isinstance(time, str), time))], faults
+
+
+def _mesh(folder: Path, time: int | str, *, alone: bool) -> Path | None:
+    """Find the mesh of a moment, `meshes/3.obj` or `meshes/00003.obj`, or of a folder with one, `mesh.obj`."""
+    names = [f"meshes/{time}", f"meshes/{time:05d}" if isinstance(time, int) else ""] + ["mesh"] * alone
+    found = (folder / f"{name}{extension}" for name in names for extension in _MESHES)
+    return next((path for path in found if path.is_file()), None)
 
 
 def _is_empty(file: Path) -> bool:

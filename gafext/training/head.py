@@ -29,6 +29,7 @@ class Head:
         normals: V files of camera-space normals n/2 + 1/2, or none at all.
         w2c: [V,4,4].
         intrinsics: [V,3,3] of pictures of side 1, after padding to squares.
+        mesh: file of a mesh in the cameras' world, of which normal maps are rendered where there are none; or None.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Head:
     normals: list[Path] = field(default_factory=list)
     w2c: list[Tensor] = field(default_factory=list)
     intrinsics: list[Tensor] = field(default_factory=list)
+    mesh: Path | None = None
 
     @property
     def cameras(self) -> Cameras:
@@ -70,7 +72,8 @@ class Head:
 
     def files(self) -> list[Path]:
         """List all files."""
-        return [*self.pictures, *(mask for mask in self.masks if mask), *self.normals]
+        mesh = [] if self.mesh is None else [self.mesh]
+        return [*self.pictures, *(mask for mask in self.masks if mask), *self.normals, *mesh]
 
     def describe(self) -> dict[str, Any]:
         """Return the head's line of `index.json`."""
@@ -81,6 +84,7 @@ class Head:
             "normals": [str(path) for path in self.normals],
             "w2c": torch.stack(self.w2c).tolist(),
             "intrinsics": torch.stack(self.intrinsics).tolist(),
+            **({} if self.mesh is None else {"mesh": str(self.mesh)}),
         }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gafext import images
 from gafext.families import family_of
 from gafext.heads import head_normals
+from gafext.mesh import load_mesh
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.unet import MultiViewUNet
 from gafext.pipeline import MultiViewDiffusionPipeline
@@ -137,6 +138,8 @@ def encode_head(
 
 
 def _normals(head: Head, size: int) -> Tensor:
+    if head.mesh is not None:
+        return load_mesh(head.mesh).normal_maps(head.cameras, size)
     if not head.normals:
         return head_normals(head.cameras, size)
     return images.to_square_tensor([head.normal_map(view) for view in range(len(head.normals))], size)

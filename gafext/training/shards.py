@@ -1,7 +1,8 @@
 """Training data in WebDataset shards: tar files of one head per sample, read one after another from a disk or a URL.
 
 A sample KEY is `KEY.json`, a transforms.json of one head, and the files that it names: `KEY.000.png` is its `000.png`,
-and `KEY.000.normal.png` the normal map of that picture. `heads.json` beside the shards lists the samples.
+`KEY.000.normal.png` the normal map of that picture, and `KEY.mesh.obj` the head's mesh. `heads.json` beside the shards
+lists the samples.
 """
 
 from __future__ import annotations
@@ -293,5 +294,7 @@ def _sample(head: Head) -> Sample:
             normal = head.normals[view]
             sample[f"{view:03d}{_NORMAL}{normal.suffix.lower()}"] = normal.read_bytes()
         frames.append(frame)
+    if head.mesh is not None:
+        sample[f"mesh{head.mesh.suffix.lower()}"] = head.mesh.read_bytes()
     sample["json"] = json.dumps({"subject": head.subject, "frames": frames}).encode()
     return sample

@@ -18,6 +18,7 @@ from gafext.atomic import whole_folder
 from gafext.cameras import Cameras
 from gafext.evaluation.measures import psnr, ssim
 from gafext.families import family_of
+from gafext.mesh import load_mesh
 from gafext.output import MultiViewOutput
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.head import Head
@@ -66,10 +67,13 @@ def validate(
     for index, head in enumerate(heads):
         chosen = torch.linspace(0, len(head.pictures) - 1, min(views, len(head.pictures))).round().long().tolist()
         cameras = Cameras(head.cameras.w2c[chosen], intrinsics=head.cameras.intrinsics(1)[chosen], size=1)
+        normal_maps = None if head.mesh is None else load_mesh(head.mesh)
+        if head.normals:
+            normal_maps = [head.normal_map(view) for view in chosen]
         output = pipeline(
             head.picture(head.portraits(settings.portrait_angle)[0], background),
             cameras,
-            [head.normal_map(view) for view in chosen] if head.normals and pipeline.takes_normals else None,
+            normal_maps if pipeline.takes_normals else None,
             num_views=len(chosen),
             num_inference_steps=settings.validation_steps,
             generator=settings.seed,

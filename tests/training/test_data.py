@@ -9,14 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import trimesh
 from helpers import ROOT, edit_json, max_abs_diff
 from PIL import Image
+from small_checkpoints import save_checkpoint
 
+from gafext import MultiViewDiffusionPipeline
 from gafext.cameras import orbit
 from gafext.cli import main
+from gafext.heads import head_normals
+from gafext.mesh import load_mesh
 from gafext.training.batches import Sampling, choose_views, draw_batch
 from gafext.training.checks import unframed
 from gafext.training.data import hold_out, read_heads
+from gafext.training.latents import encode_head
+from gafext.training.shards import Shards, write_shards
 
 write_heads = runpy.run_path(str(ROOT / "examples" / "train" / "write_heads.py"))["write_heads"]
 
@@ -304,3 +311,32 @@ def test_each_fraction_changes_what_it_says():
     for other in (drawn(step=1), drawn(seed=1)):
         assert not torch.equal(other.noise, plain.noise) and not torch.equal(other.timesteps, plain.timesteps)
     assert torch.equal(drawn().noise, plain.noise)
+
+
+@pytest.mark.parametrize("name", ["meshes/0.ply", "meshes/00000.obj", "mesh.obj"])
+def test_normals_of_a_mesh(tmp_path, name):
+    """Where there are no normal maps; also out of a shard."""
+    write_heads(tmp_path / "data", 1, views=3, size=32, normals=False)
+    [folder] = {path.parent for path in (tmp_path / "data").rglob("transforms_train.json")}
+    assert read_heads(tmp_path / "data")[0][0].mesh is None
+    (folder / name).parent.mkdir(exist_ok=True)
+    trimesh.creation.icosphere(3, radius=0.7).export(folder / name)
+    [head], faults = read_heads(tmp_path / "data", thorough=True)
+    assert not faults and head.mesh == folder / name and name in head.describe()["mesh"]
+    save_checkpoint(tmp_path / "model")
+    pipe = MultiViewDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    with torch.no_grad():
+        encoded = encode_head(head, pipe, size=32, degrees=30.0)["normals"]
+        expected = pipe.encode(load_mesh(folder / name).normal_maps(head.cameras, 32))
+        neutral = pipe.encode(head_normals(head.cameras, 32))
+    assert torch.equal(encoded, expected) and not torch.allclose(encoded, neutral, atol=1e-2)
+    write_shards([head], tmp_path / "shards", megabytes=1)
+    shards = Shards(tmp_path / "shards")
+    for _, unpacked in shards.open(shards.heads, [0]):
+        assert unpacked.mesh is not None and unpacked.mesh.read_bytes() == head.mesh.read_bytes()
+    trimesh.creation.icosphere(3, radius=70).export(folder / name)
+    [fault] = read_heads(tmp_path / "data", thorough=True)[1]
+    assert "of each picture covered" in fault and fault.endswith("expected a mesh in the cameras' world")
+    (folder / name).write_text("no mesh")
+    [fault] = read_heads(tmp_path / "data", thorough=True)[1]
+    assert str(folder / name) in fault and ("not readable as a mesh" in fault or "expected triangles" in fault)
