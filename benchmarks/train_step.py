@@ -1,8 +1,9 @@
-"""Time a training step of single operations and of two blocks of SD 2.1's U-Net: gafext against PyTorch's operations.
+"""Time a training step of operations, of two blocks and of the whole of SD 2.1's U-Net: gafext against PyTorch.
 
     python benchmarks/train_step.py [--rounds 7] [--case NAME ...] [--json FILE]
 
-A step is a forward and a backward pass for the inputs and the weights. Contestants take turns on one thread; times are
+A step is a forward and a backward pass for the inputs and the weights; of the whole U-Net, as `gafext train` takes it
+of one head with 4 views, for the weights that `gafext assemble` adds. Contestants take turns on one thread; times are
 CPU seconds of the process, because other processes may use the machine too. malloc keeps freed memory for both.
 """
 
@@ -13,14 +14,19 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from race import Contestant, race, write
+from race import Contestant, race, random_network, write
 from torch import Tensor
 
 from gafext import ops
 from gafext.bench.environment import environment
+from gafext.config import SD21_MULTIVIEW_UNET, SD_SCHEDULE
 from gafext.models.blocks import MultiViewTransformerBlock, ResnetBlock2D
+from gafext.models.unet import MultiViewUNet
 from gafext.ops.backend import set_attention_backend
 from gafext.ops.memory import keep_freed_memory
+from gafext.training.batches import Batch
+from gafext.training.denoiser import Denoiser
+from gafext.training.trained import choose_trained
 
 BACKENDS = {"pytorch": "sdpa", "gafext": "auto"}
 
@@ -76,6 +82,33 @@ def resnet_block():
     return block(module, torch.randn(4, 640, 16, 16), torch.randn(4, 1280))
 
 
+def whole_unet():
+    unet = random_network(MultiViewUNet, SD21_MULTIVIEW_UNET, torch.device("cpu"), torch.float32).train()
+    choose_trained(unet, "new", rank=0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    latents, normals, noise = (torch.randn(1, 4, 4, 32, 32, generator=generator) for _ in range(3))
+    batch = Batch(
+        latents=latents,
+        normals=normals,
+        noise=noise,
+        pose=torch.randn(1, 4, 12, generator=generator),
+        features=torch.randn(1, 257, 1280, generator=generator),
+        timesteps=torch.full((1, 4), 500),
+        sees=torch.ones(1, 4),
+    )
+    denoiser = Denoiser(unet, SD_SCHEDULE, prompt_embeds=None, gamma=5.0)
+    leaves = [unet.conv_in.weight, *(p for p in unet.parameters() if p.requires_grad and p is not unet.conv_in.weight)]
+
+    def prepared(backend: str) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            set_attention_backend(unet, backend)
+            return torch.autograd.grad(denoiser(batch), leaves, allow_unused=True)[0]
+
+        return step
+
+    return prepared
+
+
 CASES: dict[str, Callable] = {
     "attention across 4 views, 32x32, 320 channels": lambda: operation(
         across_views, [(4, 1024, 320)] * 3, heads=5, views=4
@@ -90,6 +123,7 @@ CASES: dict[str, Callable] = {
     ),
     "transformer block, 640 channels, 16x16": transformer_block,
     "ResNet block, 640 channels, 16x16": resnet_block,
+    "U-Net, 4 views, 32x32": whole_unet,
 }
 
 

@@ -183,7 +183,7 @@ def peers(*files: str) -> str:
 
 def train_step() -> str:
     lines = []
-    for name, rows in result("train-step-cpu-amd-epyc-avx2-1-thread")["cases"].items():
+    for name, rows in result("train-step-cpu-zen-4-1-thread")["cases"].items():
         ours, theirs = rows["gafext"], rows["pytorch"]
         low, high = ours["quartiles"]
         ratio = [f"{1 / ours['times_pytorch']:.2f}", f"{1 / high:.2f} to {1 / low:.2f}"]
