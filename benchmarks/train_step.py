@@ -1,6 +1,7 @@
 """Time a training step of operations, of two blocks and of the whole of SD 2.1's U-Net: gafext against PyTorch.
 
     python benchmarks/train_step.py [--rounds 7] [--case NAME ...] [--json FILE]
+    python benchmarks/train_step.py --memory --json FILE
 
 A step is a forward and a backward pass for the inputs and the weights; of the whole U-Net, as `gafext train` takes it
 of one head with 4 views, for the weights that `gafext assemble` adds. Contestants take turns on one thread; times are
@@ -23,10 +24,11 @@ from gafext.config import SD21_MULTIVIEW_UNET, SD_SCHEDULE
 from gafext.models.blocks import MultiViewTransformerBlock, ResnetBlock2D
 from gafext.models.unet import MultiViewUNet
 from gafext.ops.backend import set_attention_backend
-from gafext.ops.memory import keep_freed_memory
+from gafext.ops.memory import keep_freed_memory, release_freed_memory
 from gafext.training.batches import Batch
 from gafext.training.denoiser import Denoiser
-from gafext.training.trained import choose_trained
+from gafext.training.trained import choose_trained, recomputing
+from gafext.watch.peak import peak_memory
 
 BACKENDS = {"pytorch": "sdpa", "gafext": "auto"}
 
@@ -82,7 +84,8 @@ def resnet_block():
     return block(module, torch.randn(4, 640, 16, 16), torch.randn(4, 1280))
 
 
-def whole_unet():
+def unet_and_batch() -> tuple[MultiViewUNet, Denoiser, Batch]:
+    """Make what `gafext train` trains by default, and a batch of one head with 4 views."""
     unet = random_network(MultiViewUNet, SD21_MULTIVIEW_UNET, torch.device("cpu"), torch.float32).train()
     choose_trained(unet, "new", rank=0, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +99,11 @@ def whole_unet():
         timesteps=torch.full((1, 4), 500),
         sees=torch.ones(1, 4),
     )
-    denoiser = Denoiser(unet, SD_SCHEDULE, prompt_embeds=None, gamma=5.0)
+    return unet, Denoiser(unet, SD_SCHEDULE, prompt_embeds=None, gamma=5.0), batch
+
+
+def whole_unet():
+    unet, denoiser, batch = unet_and_batch()
     leaves = [unet.conv_in.weight, *(p for p in unet.parameters() if p.requires_grad and p is not unet.conv_in.weight)]
 
     def prepared(backend: str) -> Callable[[], Tensor]:
@@ -107,6 +114,19 @@ def whole_unet():
         return step
 
     return prepared
+
+
+def measure_memory() -> dict[str, int | None]:
+    """Measure the peak memory in bytes of a step of the whole U-Net, gradients in it, beyond its weights."""
+    unet, denoiser, batch = unet_and_batch()
+    found = {}
+    for name, recomputes in (("without checkpointing", False), ("with checkpointing", True)):
+        with recomputing(unet, recomputes), peak_memory(torch.device("cpu")) as peak:
+            denoiser(batch).backward()
+        unet.zero_grad(set_to_none=True)
+        release_freed_memory()
+        found[name] = peak.above
+    return found
 
 
 CASES: dict[str, Callable] = {
@@ -131,8 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--memory", action="store_true", help="measure the whole U-Net's memory instead of times")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if args.memory:
+        result = {"environment": environment("cpu"), "command": "python benchmarks/train_step.py --memory --json FILE"}
+        write(result | {"peak_bytes": measure_memory()}, args.json)
+        return
     torch.set_num_threads(1)
     keep_freed_memory()
     torch.manual_seed(0)

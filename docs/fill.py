@@ -193,6 +193,11 @@ def train_step() -> str:
     return table(heads, lines)
 
 
+def train_memory() -> dict[str, str]:
+    peaks = result("train-memory-cpu-zen-4-1-thread")["peak_bytes"]
+    return {f"memory.{name}": f"{peaks[f'{name} checkpointing'] / 2**30:.1f}" for name in ("without", "with")}
+
+
 def presets() -> str:
     columns = {
         "PSNR dB": "psnr:.2f",
@@ -364,6 +369,7 @@ def values() -> dict[str, str]:
         "profile": profile(PROFILED),
         "profile.zen_4": profile({dtype: f"{ZEN_4}-{dtype}" for dtype in ("float32", "bfloat16", "int8-bfloat16")}),
         "train_step": train_step(),
+        **train_memory(),
         "samplers": samplers(),
         "trained": trained(),
         "pipeline": pipeline(),
