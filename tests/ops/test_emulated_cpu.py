@@ -20,6 +20,8 @@ def test_the_tests_of_the_operations_pass(processor):
         "avx512_vnni": ("linear_int8", "conv3x3_int8", "conv3x3"),
         "avx512": ("linear_int8", "conv3x3_int8"),
     }
+    if processor == "avx512_bf16":
+        kernels += " and not scratch and not more_exact"  # large problems in float32, as on "amx"
     assert_operations_pass_on(processor, own[processor], kernels)
 
 

@@ -263,7 +263,7 @@ def test_the_scale_of_an_ip_adapter_and_unloading_it(stock, tmp_path):
 
 
 def test_an_adapter_that_is_nowhere(stock, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # its variable is read at import
     with pytest.raises(CheckpointNotFoundError, match=r"none.safetensors: no such file"):
         stock.load_lora_weights(tmp_path, weight_name="none.safetensors")
     with pytest.raises(CheckpointNotFoundError, match=r"models/a.safetensors: no such file, and the hub says"):
