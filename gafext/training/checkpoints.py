@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from gafext.errors import CheckpointError
 from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.training.fsdp import copy_whole, part, whole
 from gafext.training.latents import digest_weights
 from gafext.training.settings import Settings
-from gafext.training.sharding import copy_whole, part, whole
 
 _STATE = "checkpoint"
 _SETTINGS = "settings.json"

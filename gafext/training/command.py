@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 from gafext.schedulers import MAX_STEPS
 from gafext.training.batches import Sampling
 from gafext.training.checks import unframed
-from gafext.training.data import read_heads
-from gafext.training.data import write_index as write_file_index
+from gafext.training.data import read_heads, write_index
 from gafext.training.settings import Settings
-from gafext.training.shards import INDEX, Shards, write_index, write_shards
+from gafext.training.shards import INDEX, Shards, index_shards, write_shards
 
 OptionsType = TypeVar("OptionsType")
 
@@ -81,7 +80,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     if Shards.are_at(args.data):
         if Path(args.data).is_dir() and not (Path(args.data) / INDEX).is_file():
-            write_index(Path(args.data))
+            index_shards(Path(args.data))
         heads, faults = Shards(args.data).check(views=args.views)
     else:
         heads, faults = read_heads(args.data, views=args.views, thorough=True)
@@ -93,5 +92,5 @@ def _check(args: argparse.Namespace) -> int:
         print(f"warning: {warning}")
     folder = args.cache or (None if args.out is None else Path(args.out) / "cache")
     if folder is not None and not Shards.are_at(args.data):
-        write_file_index(Path(folder) / "index.json", heads)
+        write_index(Path(folder) / "index.json", heads)
     return 1 if faults else 0

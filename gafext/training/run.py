@@ -22,8 +22,8 @@ from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.batches import Batch
 from gafext.training.checkpoints import Average, Clock, describe, resume, save
 from gafext.training.denoiser import Denoiser
+from gafext.training.fsdp import Whole, divide_by_blocks, fill_gradients, gather_keys
 from gafext.training.settings import Settings
-from gafext.training.sharding import Whole, divide_by_blocks, fill_gradients, gather_keys
 from gafext.training.source import Source
 from gafext.training.trained import choose_trained, leave_old, merge_updates, recomputing
 from gafext.training.validation import publish

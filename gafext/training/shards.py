@@ -85,10 +85,10 @@ def write_shards(heads: Sequence[Head], folder: Path, *, megabytes: float) -> li
         with webdataset.ShardWriter(pattern, maxsize=megabytes * 1e6, verbose=0, encoder=False, mtime=0) as writer:
             for head in heads:
                 writer.write(_sample(head))
-        return write_index(new)
+        return index_shards(new)
 
 
-def write_index(folder: Path) -> list[Packed]:
+def index_shards(folder: Path) -> list[Packed]:
     """Read all shards of a folder, and write `heads.json`.
 
     Raises:

@@ -83,7 +83,7 @@ def train(
 
     Raises:
         ValueError: the data has faults, the batch does not divide among the processes, the loss is not finite, or
-            Accelerate is set to divide the weights among processes.
+            Accelerate is set to divide the weights among processes by other means than FSDP 2.
         CheckpointError: the parent cannot be read, or has not been assembled; or a checkpoint in `out` is of a run that
             trained other weights or held other heads out.
     """

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gafext.models.blocks import MultiViewSpatialTransformer, ResnetBlock2D
 from gafext.models.unet import MultiViewUNet
-from gafext.training.sharding import part
+from gafext.training.fsdp import part
 
 TRAINED = ("new", "lora", "all")
 _NEW = re.compile(r"\.(norm_cv|attn_cv|norm_ip|attn_ip)\.|^(image_projection|class_embedding)\.|^conv_in\.weight$")

@@ -16,7 +16,7 @@ from training_runs import ENVIRONMENT, LAUNCH, OPTIONS, command, losses, write_h
 
 from gafext.cli import main
 from gafext.training.data import read_heads
-from gafext.training.shards import Shards, write_index, write_shards
+from gafext.training.shards import Shards, index_shards, write_shards
 from gafext.training.train import share_of
 
 
@@ -160,14 +160,14 @@ def test_shards_that_others_made(tmp_path, capsys):
 def test_shards_with_faults_are_named(files, shards, tmp_path):
     add(tmp_path / "a.tar", a_png=b"x")
     with pytest.raises(ValueError, match=r"a.tar: a: expected a transforms.json a.json, got none"):
-        write_index(tmp_path)
+        index_shards(tmp_path)
     add(tmp_path / "a.tar", a_json=b'{"frames": []}')
     add(tmp_path / "b.tar", a_json=b'{"frames": []}')
     with pytest.raises(ValueError, match=r"b.tar: expected samples of different names, got a twice"):
-        write_index(tmp_path)
+        index_shards(tmp_path)
     (tmp_path / "b.tar").write_bytes(b"no tar file")
     with pytest.raises(ValueError, match=r"b.tar: expected a shard, got one that cannot be read"):
-        write_index(tmp_path)
+        index_shards(tmp_path)
     changed = tmp_path / "changed"
     write_shards(read_heads(files / "data")[0], changed, megabytes=1)
     lines = json.loads((changed / "heads.json").read_text())
