@@ -177,11 +177,13 @@ class Run:
             processes=self.accelerator.num_processes,
         )
         bar = tqdm(total=self.settings.steps, initial=first, disable=not self.accelerator.is_main_process, unit="step")
-        scores, validated, seen = {}, -1, 0
+        scores, validated, seen, seconds = {}, -1, 0, 0.0
         with recomputing(self.unet, self.settings.checkpointing), self.denoiser, self.clock:
-            begun, passed = self.clock.seconds, self._passed()
+            passed = self._passed()
             while passed < 1:
+                before = time.monotonic()
                 loss, heads = self._step(batches, passed)
+                seconds += time.monotonic() - before  # without validations and checkpoints
                 seen += heads * self.accelerator.num_processes
                 self._log(loss)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -191,7 +193,6 @@ class Run:
                 passed = self._passed()
                 if passed >= 1 or self.step % self.settings.save_every == 0:
                     save(self.accelerator, self.out, self.step, self.described)
-            seconds = self.clock.seconds - begun
         bar.close()
         if self.step > first:
             share = 100 * self.waited / seconds
