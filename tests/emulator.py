@@ -287,7 +287,8 @@ class Library:
                 placed = _Placed(self._dll, name, value, not kind.is_const, options.poison)
                 if not kind.is_const and not isinstance(call.arguments[name], str):
                     outputs.append(placed)
-                value = placed.address
+                is_absent = isinstance(call.arguments[name], str) and value.numel() == 0  # as csrc/ops has it
+                value = None if is_absent else placed.address
             elif isinstance(value, torch.dtype):
                 value = (torch.float32, torch.float16, torch.bfloat16).index(value)
             elif isinstance(value, tuple):

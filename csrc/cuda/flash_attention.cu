@@ -144,6 +144,7 @@ cudaError_t flash_attention_cuda_workspace(const FlashAttentionArgs& args, int64
 
 cudaError_t flash_attention_cuda(const FlashAttentionArgs& args, cudaStream_t stream) {
   using namespace cuda;
+  if (args.batch * args.heads * args.query_length == 0) return cudaSuccess;
   Device device{};
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;

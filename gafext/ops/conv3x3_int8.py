@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,9 @@ def reference_conv3x3_int8(
     """Compute the formula in plain PyTorch: any dtype of x, float64 included; differentiable."""
     wide = scale.dtype
     addends = (None if addend is None else addend.to(wide) for addend in (bias, residual))
-    return reference_conv3x3(x.to(wide), weight.to(wide) * scale[:, None, None, None], *addends).to(x.dtype)
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return reference_conv3x3(x.to(wide), weight.to(wide) * scale[:, None, None, None], *addends).to(x.dtype)
 
 
 def unsupported_reasons(

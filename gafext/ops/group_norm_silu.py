@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -158,7 +160,7 @@ def _backward(ctx, grad):
     channels = (1, -1, *(1,) * (x.dim() - 2))
 
     def in_groups(t: Tensor) -> Tensor:
-        return t.reshape(t.shape[0], groups, -1)  # [B,groups,C/groups*positions]
+        return t.reshape(t.shape[0], groups, math.prod(t.shape[1:]) // groups)  # not -1: there may be none
 
     values = in_groups(x.float())
     centred = values - values.mean(2, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -177,9 +178,9 @@ def linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the needed gradients of x [..., in_features], weight and bias from `grad` [..., out_features]."""
-    rows = grad.reshape(-1, weight.shape[0])
+    rows = grad.reshape(math.prod(grad.shape[:-1]), weight.shape[0])  # not -1: there may be none
     grad_x = grad @ weight if needed[0] else None
-    grad_weight = rows.T @ x.reshape(rows.shape[0], -1) if needed[1] else None
+    grad_weight = rows.T @ x.reshape(rows.shape[0], weight.shape[1]) if needed[1] else None
     return grad_x, grad_weight, rows.sum(dim=0) if needed[2] else None
 
 

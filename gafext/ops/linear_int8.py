@@ -122,7 +122,7 @@ def _is_plain(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, res
     dtype = x.dtype
     return (
         not torch.compiler.is_compiling()  # this expression would add guards
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _common.is_transformed())
         and (x.is_cpu and weight.is_cpu and scale.is_cpu and dtype in _common.KERNEL_DTYPES)
         and (weight.dtype == torch.int8 and scale.dtype == torch.float32)
         and (weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1] <= MAX_FEATURES)

@@ -63,6 +63,15 @@ def test_split_keys(head_dim, keys, is_causal):
     assert not torch.equal(whole, split)  # the sums are in another order
 
 
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_no_rows_and_many_keys(head_dim):
+    """Keys would be split, and there is no workspace."""
+    for batch, length in ((2, 0), (0, 8), (0, 600)):
+        tensors = three("packed", batch, 2, length, 1200, head_dim, torch.float16)
+        out = emulate("flash_attention", *tensors, multiprocessors=132, orders=FORWARD)
+        assert out.shape == (batch, 2, length, head_dim)
+
+
 @pytest.mark.parametrize("capability", [75, 86, 90, 120])
 def test_every_capability(capability):
     for head_dim in (40, 64, 80, 128, 160, 256, 512)[: 6 if capability == 75 else 7]:

@@ -184,6 +184,13 @@ def test_strides():
         assert torch.equal(conv3x3_int8(strided, *parameters), expected)
 
 
+def test_the_formula_is_in_float32_under_autocast():
+    x, weight, scale, _ = problem(1, 16, 16, 8, 8)
+    expected = reference_conv3x3_int8(x.bfloat16(), weight, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.conv3x3_int8(x, weight, scale, backend="reference"), expected)
+
+
 def test_empty_inputs():
     x, weight, scale, bias = problem(2, 8, 4, 5, 6)
     assert conv3x3_int8(x[:0], weight, scale, bias).shape == (0, 4, 5, 6)

@@ -96,6 +96,9 @@ def test_empty_inputs(device):
     assert geglu(x[:0], weight, bias).shape == (0, 4)
     assert geglu(x, weight[:0], bias[:0]).shape == (3, 0)
     assert torch.equal(geglu(x[:, :0], weight[:, :0]), torch.zeros(3, 4, device=device))
+    given = [t.clone().requires_grad_() for t in (x[:0], weight, bias)]
+    torch.ops.gafext.geglu(*given).sum().backward()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in given)
 
 
 def test_nan_stays_in_its_row():

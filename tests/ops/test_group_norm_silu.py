@@ -152,6 +152,8 @@ def test_same_bits_on_any_number_of_threads(shape):
 def test_empty_inputs(shape, device):
     x = torch.randn(shape[0], *shape[2:], shape[1], device=device).movedim(-1, 1)
     assert OP(x, 4).shape == shape and group_norm_silu(x, 4).shape == shape
+    OP(x.requires_grad_(), 4).sum().backward()
+    assert x.grad.shape == shape
 
 
 def test_the_function_takes_the_kernel():

@@ -102,6 +102,11 @@ def test_empty_inputs():
         assert function(x[:0], weight, bias).shape == (0, 4)
         assert function(x, weight[:0], bias[:0]).shape == (100, 0)
         assert torch.equal(function(x[:, :0], weight[:, :0], bias), bias.expand(100, 4))
+    for rows, outputs, inputs in ((0, 4, 8), (3, 0, 8), (3, 4, 0)):
+        given = [t.clone().requires_grad_() for t in (x[:rows, :inputs], weight[:outputs, :inputs], bias[:outputs])]
+        for function in (OP, F.linear):
+            function(*given).sum().backward()
+        assert all(torch.equal(t.grad, 2 * torch.autograd.grad(F.linear(*given).sum(), t)[0]) for t in given)
 
 
 @pytest.mark.parametrize("where", ["x", "weight", "bias"])

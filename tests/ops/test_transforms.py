@@ -38,6 +38,20 @@ def test_forward_mode_has_the_tangent(function, x):
         assert max_abs_diff(dual.tangent, tangent) < 1e-4
 
 
+def test_forward_mode_has_the_tangent_where_no_graph_is_kept():
+    """PyTorch keeps tangents under no_grad."""
+    weight, scale = torch.ones(8, 8, dtype=torch.int8), torch.ones(8)
+
+    def layer(residual):
+        return ops.linear_int8(torch.zeros(3, 5, 8), weight, scale, None, residual)
+
+    zeros, ones = torch.zeros(3, 5, 8), torch.ones(3, 5, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.func.jvp(layer, (zeros,), (ones,))[1], ones)
+        with forward_ad.dual_level():
+            assert torch.equal(forward_ad.unpack_dual(layer(forward_ad.make_dual(zeros, ones))).tangent, ones)
+
+
 @cases()
 def test_vmap_and_grad(function, x):
     mapped = torch.vmap(function)(torch.stack([x, 2 * x]))
