@@ -8,7 +8,8 @@
 //
 // so both are compared, picture by picture, and for every output channel. In U-Nets of random weights all but one
 // picture in fifty pass; one that does not is convolved in float32. What is not looked at is filters that cancel most of
-// what they read.
+// what they read, and those that read only channels that are quiet in some part of a picture and loud in another, where
+// the other channels do the opposite: squares by part of the picture would multiply the cost of compare_channels.
 #pragma once
 
 #include "../ops/conv3x3.h"

@@ -47,7 +47,8 @@ def conv3x3(
     the formula's. In bfloat16 with AMX, whose tiles multiply it, directly. Sums are in float32, and rounded once.
     With AVX512_VNNI, layers of bfloat16 with 128 channels or more on both sides are products of 16-bit integers: that
     takes 0.6 to 0.85 of the time, at 1.1 times the errors of PyTorch's conv2d. Pictures whose pixels or channels differ
-    so much in size that it would be above about twice are not; filters that cancel what they read may exceed it.
+    so much in size that it would be above about twice are not; filters that cancel what they read, or read only
+    channels that are quiet where others are loud, may exceed it.
 
     Args:
         x: [batch, in_channels, height, width], float32, float16 or bfloat16; copied on a CPU unless its memory format
