@@ -20,7 +20,8 @@ _SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # what Finder a
 def replace_whole(target: Path) -> Iterator[Path]:
     """Yield a temporary folder inside `target`; its files replace those in `target` if the block ends without an error.
 
-    Every file is complete at any time, either old or new; only a crash between two renames leaves a mixture of both.
+    So do the files in its folders. Every file is complete at any time, either old or new; only a crash between two
+    renames leaves a mixture of both.
 
     Args:
         target: created with its parents if it does not exist.
@@ -35,10 +36,20 @@ def replace_whole(target: Path) -> Iterator[Path]:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
     try:
         yield temporary
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, target / path.name)
+        for path in sorted(temporary.rglob("*")):
+            _move_into(path, target / path.relative_to(temporary))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(path: Path, place: Path) -> None:
+    try:
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            os.replace(path, place)
+    except OSError as error:
+        raise OutputError(f"{place}: cannot be written ({error.strerror or error})") from None
 
 
 @contextmanager

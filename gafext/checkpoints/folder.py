@@ -25,7 +25,7 @@ from gafext.models.unet import MultiViewUNet
 from gafext.models.vae import AutoencoderKL
 from gafext.schedulers import DDIMScheduler, Scheduler, scheduler_from_pretrained
 from gafext.schedulers.schedule import shift_snr
-from gafext.upsampler import LatentUpsampler
+from gafext.upsampler import EMPTY_PROMPT_NAME, LatentUpsampler
 
 NetworkType = TypeVar(
     "NetworkType",
@@ -186,26 +186,30 @@ def _encode_prompts(folder: Path, prompts: tuple[str, ...], *, required: bool, *
 
 
 def save_parts(components: Mapping[str, Any], folder: Path) -> None:
-    """Write a folder that `load_parts` reads; `model_index.json` is written last, with null for missing components.
+    """Write a folder that `load_parts` reads, whole or not at all; `model_index.json` has null for missing components.
 
     Args:
         components: keyword arguments of `MultiViewDiffusionPipeline`.
-        folder: folder to write; files of these components are replaced.
+        folder: folder to write; files of these components are replaced when all are written.
     """
     index: dict[str, Any] = {
         "_class_name": "MultiViewDiffusionPipeline",
         "guidance_scale": components["guidance_scale"],
     }
     prompt_file = family_of(components["unet"].config).prompt_file
-    for stale in ("model_index.json", prompt_file):  # left by a pipeline that was saved here before
-        (folder / stale).unlink(missing_ok=True)
-    for name, library in _LIBRARIES.items():
-        part, index[name] = components[name], [None, None]
-        if part is not None:
-            part.save_pretrained(folder / name)
-            class_name = getattr(getattr(part, "config", None), "class_name", type(part).__name__)
-            index[name] = [library, "MultiViewUNet" if name == "unet" else class_name]
-    with replace_whole(folder) as temporary:
+    with replace_whole(folder) as new:
+        for name, library in _LIBRARIES.items():
+            part, index[name] = components[name], [None, None]
+            if part is not None:
+                part.save_pretrained(new / name)
+                class_name = getattr(getattr(part, "config", None), "class_name", type(part).__name__)
+                index[name] = [library, "MultiViewUNet" if name == "unet" else class_name]
         if components["prompt_embeds"] is not None:
-            weights.save_tensors({"prompt_embeds": components["prompt_embeds"]}, temporary / prompt_file)
-        weights.write_json(temporary / "model_index.json", index)
+            weights.save_tensors({"prompt_embeds": components["prompt_embeds"]}, new / prompt_file)
+        weights.write_json(new / "model_index.json", index)
+        written = [path.relative_to(new) for path in new.rglob("*.safetensors")]
+    # What was left by a pipeline that was saved here before.
+    for path in written:
+        weights.remove_shards(folder / path.parent, path.stem)
+    for stale in {prompt_file, f"upsampler/{EMPTY_PROMPT_NAME}"} - {path.as_posix() for path in written}:
+        (folder / stale).unlink(missing_ok=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from gafext.models.int8 import require_floats
 from gafext.models.unet import MultiViewUNet
 from gafext.weights.lora_keys import lora_rule, other_forms
 
+_ADDED = ("gaussian", "orthogonal", "eva")  # beginnings of peft that leave the weights below as they are
 _TEXT = ("text_encoder", "lora_te_", "lora_te1_", "lora_te2_", "base_model.model.text_model")
 
 
@@ -140,31 +142,45 @@ def _wrong_shapes(name: str, keys: _Factors, shapes: dict[str, tuple[int, ...]],
         yield f"{keys.up}: expected [{weight.shape[0]}, {rank}] for {name}, got {list(up)}"
 
 
+def _of_unet(settings: dict[str, Any]) -> dict[str, Any]:
+    """Select the U-Net's of a pipeline's settings; those that a U-Net saved alone have no prefix."""
+    if not any(key.startswith(("unet.", "text_encoder")) for key in settings):
+        return settings
+    return {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
+
+
 def _read_scalings(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
     """Return a function for alpha/r of a module without an alpha in the file: from peft's settings, or 1.
 
-    diffusers stores the settings in the file's metadata, peft in adapter_config.json beside the file.
+    diffusers stores the settings in the file's metadata, peft in adapter_config.json beside the file. The keys of an
+    alpha_pattern are regular expressions of the ends of names.
     """
     source, settings = path, {}
     try:
         if "lora_adapter_metadata" in metadata:
-            settings = weights.parse_json(metadata["lora_adapter_metadata"])
-            settings = {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
+            settings = _of_unet(weights.parse_json(metadata["lora_adapter_metadata"]))
         elif path.stem == "adapter_model" and path.with_name("adapter_config.json").is_file():
             source = path.with_name("adapter_config.json")
             settings = weights.read_json(source)
         default, pattern = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
-        alphas = {str(key): float(alpha) for key, alpha in pattern.items()}
+        alphas = [(re.compile(rf"(.*\.)?({key})"), float(alpha)) for key, alpha in pattern.items()]
         default = None if default is None else float(default)
-        if not all(math.isfinite(alpha) for alpha in (*alphas.values(), default or 0)) or settings.get("use_dora"):
+        finite = all(math.isfinite(alpha) for alpha in (*(alpha for _, alpha in alphas), default or 0))
+        if not finite or settings.get("use_dora"):
             raise ValueError("alpha that is no number, or DoRA")
     except CheckpointError:
         raise
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise CheckpointError(f"{source}: expected the settings of a LoRA, got {error}") from None
+    begun = settings.get("init_lora_weights")
+    if isinstance(begun, str) and begun not in _ADDED:
+        raise CheckpointError(
+            f"{source}: init_lora_weights={begun!r}: expected updates of the U-Net's own weights, got those of others "
+            "that were made of them. Save it with peft's path_initial_model_for_weight_conversion, as a plain LoRA"
+        )
 
     def scaling(name: str, rank: int) -> float:
-        alpha = next((a for key, a in alphas.items() if f".{name}".endswith(f".{key}")), default)
+        alpha = next((alpha for pattern, alpha in alphas if pattern.fullmatch(name)), default)
         return 1.0 if alpha is None else alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
     return scaling

@@ -41,6 +41,12 @@ def _is_one_of(value: Any, allowed: tuple) -> bool:
     return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed)
 
 
+def _is_off(value: Any) -> bool:
+    """Return whether a setting is None or False, or that for every level."""
+    values = value if isinstance(value, tuple) and value else (value,)
+    return all(part is None or part is False for part in values)
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -62,7 +68,8 @@ class Config:
         """Build a configuration from a JSON object.
 
         Args:
-            values: the content of the file; unknown keys are ignored if they are None or False or start with "_".
+            values: the content of the file; unknown keys are ignored if they are None or False, or lists of these, or
+                start with "_".
             source: path of the file, for errors.
 
         Raises:
@@ -77,7 +84,7 @@ class Config:
             elif key in cls.only:
                 if not _is_one_of(value, cls.only[key]):
                     problems.append(f"{key}={_short.repr(value)}: expected one of {list(cls.only[key])}")
-            elif not (key.startswith("_") or key in cls.without_effect or value is None or value is False):
+            elif not (key.startswith("_") or key in cls.without_effect or _is_off(value)):
                 problems.append(f"{key}={_short.repr(value)} is not known here")
         missing = cls._missing_fields(values, known)
         if missing:

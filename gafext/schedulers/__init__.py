@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from gafext import weights
@@ -53,7 +54,7 @@ def scheduler_from_pretrained(folder: str | Path, *, name: str | None = None) ->
 
     Args:
         folder: scheduler folder of a diffusers checkpoint.
-        name: one of `SCHEDULERS`; None: the file's solver, or DDIM if that is not one of these.
+        name: one of `SCHEDULERS`; None: the file's solver, or DDIM, with a warning, if that is not one of these.
 
     Returns:
         The solver.
@@ -66,9 +67,17 @@ def scheduler_from_pretrained(folder: str | Path, *, name: str | None = None) ->
         return scheduler_class(name).from_pretrained(folder)
     written_by = weights.read_json(Path(folder) / CONFIG_NAME).get("_class_name")
     own = [solver for solver in SCHEDULERS.values() if solver.config_class.class_name == written_by]
-    if not own or own[0] is DDIMScheduler:
-        return DDIMScheduler.from_pretrained(folder)
+    if not own:
+        solver = DDIMScheduler.from_pretrained(folder)
+        if written_by is not None:
+            warnings.warn(
+                f"{folder}: {written_by} is read as DDIM over its noise schedule: expected one of {list(SCHEDULERS)}. "
+                "Assign diffusers' own to pipe.scheduler, or choose a scheduler by name",
+                stacklevel=2,
+            )
+        return solver
     try:
         return own[0].from_pretrained(folder)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; the scheduler 'ddim' reads the noise schedule alone") from None
+        advice = "" if own[0] is DDIMScheduler else "; the scheduler 'ddim' reads the noise schedule alone"
+        raise CheckpointError(f"{error}{advice}") from None

@@ -120,7 +120,7 @@ class Scheduler:
         return copy.copy(self)  # what steps change is replaced, never changed in place
 
     def set_begin_index(self, begin_index: int) -> None:
-        """Start a run at a later entry of `timesteps`; gafext's own solvers find it by the first timestep."""
+        """Start a run at a later entry of `timesteps`, which solvers without timesteps that repeat find by its value."""
 
     def _plan(self, count: int) -> Tensor:
         """Return the timesteps [count] of a run, and prepare the solver's own state for it."""

@@ -29,6 +29,8 @@ class DPMSolverConfig(SigmaConfig):
         "use_lu_lambdas": (False,),
         "lambda_min_clipped": (-math.inf,),
         "variance_type": (None,),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
     }
 
     solver_order: int = 2

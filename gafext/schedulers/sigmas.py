@@ -37,8 +37,18 @@ class SigmaScheduler(Scheduler):
         if last:
             end = self._table[:1] if self.config.final_sigmas_type == "sigma_min" else self._table.new_zeros(1)
             sigmas = torch.cat([sigmas, end])
+        self._begin = 0
         self.sigmas = sigmas.float()  # [n+1], rounded as in diffusers
         self._levels_of_run = self.sigmas.tolist()
 
+    def set_begin_index(self, begin_index: int) -> None:
+        self._begin = begin_index
+
+    def _index(self, t: int | float | Tensor) -> int:
+        t = t.item() if isinstance(t, Tensor) else t
+        if self.num_inference_steps is not None and self._times[self._begin] == t:  # rounded timesteps repeat
+            return self._begin
+        return super()._index(t)
+
     def _sigmas_of(self, timesteps: Tensor) -> Tensor:
-        return self.sigmas[[Scheduler._index(self, t) for t in timesteps.tolist()]]
+        return self.sigmas[[self._index(t) for t in timesteps.tolist()]]

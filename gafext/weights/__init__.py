@@ -9,7 +9,15 @@ from gafext.weights.files import (
     write_json,
 )
 from gafext.weights.keys import KeyRule, same_key, unwrapped_rule
-from gafext.weights.store import WeightFile, check_keys, listing, load_into, save_tensors, save_weights
+from gafext.weights.store import (
+    WeightFile,
+    check_keys,
+    listing,
+    load_into,
+    remove_shards,
+    save_tensors,
+    save_weights,
+)
 
 __all__ = [
     "KeyRule",
@@ -21,6 +29,7 @@ __all__ = [
     "load_into",
     "parse_json",
     "read_json",
+    "remove_shards",
     "require_safetensors",
     "same_key",
     "save_tensors",

@@ -96,15 +96,23 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     for name in (*indices, single):
         if (folder / name).is_file():
             return folder / name
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: has {', '.join(pickles)} but no {single}. {_pickle_advice(pickles[0], single)}"
-        )
     present = ", ".join(sorted(p.name for p in folder.glob("*.safetensors*"))) or "none"
     variants = sorted({v for p in folder.glob("*.safetensors*") for v in _variants(p.name, stem)})
     hint = f"; variants: {', '.join(variants)}" if variants else ""
-    raise CheckpointNotFoundError(f"{folder / single}: no such file (safetensors files there: {present}{hint})")
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    chosen = _pickles_of(pickles, "pytorch_model" if stem == "model" else stem, part)
+    if chosen:
+        listed = ", ".join(chosen if len(chosen) < 4 else [*chosen[:2], f"{len(chosen) - 2} more"])
+        raise CheckpointError(f"{folder}: has {listed} but no {single}{hint}. {_pickle_advice(chosen, single)}")
+    others = f"; pickles: {', '.join(pickles)}" if pickles else ""
+    raise CheckpointNotFoundError(f"{folder / single}: no such file (safetensors files there: {present}{hint}{others})")
+
+
+def _pickles_of(names: list[str], stem: str, part: str) -> list[str]:
+    """Select the pickled weights of a variant: one file, or all shards."""
+    single = [name for name in names if re.fullmatch(rf"{re.escape(stem + part)}\.(bin|pt|pth|ckpt)", name)]
+    shards = rf"{re.escape(stem)}({re.escape(part)}-\d+-of-\d+|-\d+-of-\d+{re.escape(part)})\.bin"
+    return single[:1] or [name for name in names if re.fullmatch(shards, name)]
 
 
 def available_variant(folder: Path, variant: str | None, *, checkpoint: Path) -> str | None:
@@ -133,7 +141,16 @@ def _variants(name: str, stem: str) -> list[str]:
     return [match[1] or match[2] or "None"] if match else []
 
 
-def _pickle_advice(pickle: str, target: str, *, nested: bool = False) -> str:
+def _pickle_advice(pickles: list[str], target: str, *, nested: bool = False) -> str:
+    """Say how to convert pickled weights, one file or the shards of one network, beside the target."""
+    load = f"torch.load('{pickles[0]}', map_location='cpu', weights_only=True)"
+    if len(pickles) > 1:
+        shards = re.sub(r"-\d+-of-", "-*-of-", pickles[0])
+        load = (
+            f"{{k: v for p in glob.glob('{shards}') "
+            "for k, v in torch.load(p, map_location='cpu', weights_only=True).items()}"
+        )
+    modules = "torch, safetensors.torch as s" if len(pickles) == 1 else "glob, torch, safetensors.torch as s"
     flat = "{k: v.contiguous().clone() for k, v in d.get('state_dict', d).items()}"
     if nested:  # an IP-Adapter: a dictionary of dictionaries as published, flat as its trainer saves it
         flat = (
@@ -142,8 +159,7 @@ def _pickle_advice(pickle: str, target: str, *, nested: bool = False) -> str:
         )
     return (
         "Pickled weights can run code when they are opened, so gafext does not read them. Convert once: "
-        f"python -c \"import torch, safetensors.torch as s; d = torch.load('{pickle}', map_location='cpu', "
-        f"weights_only=True); s.save_file({flat}, '{target}')\""
+        f"python -c \"import {modules}; d = {load}; s.save_file({flat}, '{target}')\""
     )
 
 
@@ -157,7 +173,7 @@ def require_safetensors(path: Path, *, nested: bool = False) -> None:
             f"{path}: expected a .safetensors file, or weight_name= beside a folder or hub id, got neither"
         )
     if path.suffix != ".safetensors":
-        advice = _pickle_advice(path.name, path.with_suffix(".safetensors").name, nested=nested)
+        advice = _pickle_advice([path.name], path.with_suffix(".safetensors").name, nested=nested)
         raise CheckpointError(f"{path}: expected a .safetensors file. {advice}")
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: no such file")

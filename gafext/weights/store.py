@@ -250,6 +250,11 @@ def save_weights(module: torch.nn.Module, config: dict, folder: Path, stem: str)
     with replace_whole(folder) as temporary:
         write_json(temporary / "config.json", config)
         save_tensors(module.state_dict(), temporary / f"{stem}.safetensors")
+    remove_shards(folder, stem)
+
+
+def remove_shards(folder: Path, stem: str) -> None:
+    """Remove the index and the shards beside `<stem>.safetensors`, which are older."""
     stale = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
     for path in folder.iterdir():
         if stale.fullmatch(path.name):  # readers such as diffusers prefer it to the file just written

@@ -5,6 +5,7 @@ import random
 from types import SimpleNamespace
 
 import diffusers
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,15 +260,21 @@ def test_equals_diffusers_with_peft(folder, tmp_path, form):
         ({"r": RANK, "lora_alpha": 6, "use_rslora": True}, 6 / RANK**0.5),
         ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 12, "ttn1.to_q": 99}}, 4.0),
         ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"to_k": 12}}, 2.0),
+        ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {r"down_blocks\..*to_q": 12, "to_q": 99}}, 4.0),
+        ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {r"^down_blocks\.\d+\.attentions.*q": 12}}, 4.0),
+        ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"down_blocks": 12}}, 2.0),  # not the end of the name
+        ({"r": RANK, "lora_alpha": 6, "init_lora_weights": "gaussian"}, 2.0),
         ({}, 1.0),
     ],
 )
-@pytest.mark.parametrize("place", ["metadata", "adapter_config.json"])
+@pytest.mark.parametrize("place", ["metadata", "metadata of a U-Net alone", "adapter_config.json"])
 def test_alpha_of_pefts_settings(folder, tmp_path, settings, scaling, place):
     pairs = factors(folder, LINEAR[:1])
     path = written(tmp_path / "adapter_model.safetensors", pairs, "peft")
     if place == "metadata":
         settings = {f"unet.{key}": value for key, value in settings.items()} | {"text_encoder.lora_alpha": 77}
+        save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    elif place == "metadata of a U-Net alone":
         save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps(settings)})
     else:
         (tmp_path / place).write_text(json.dumps(settings))
@@ -285,12 +292,40 @@ def test_alpha_of_pefts_settings(folder, tmp_path, settings, scaling, place):
         '{"unet.use_dora": true}',
         '{"unet.alpha_pattern": [1]}',
         '{"unet.lora_alpha": NaN}',
+        '{"unet.alpha_pattern": {"(": 1}}',
+        '{"use_dora": true}',
     ],
 )
 def test_settings_that_are_none(folder, tmp_path, settings):
     path = written(tmp_path / "lora.safetensors", factors(folder, LINEAR), "peft")
     save_file(load_file(path), path, metadata={"lora_adapter_metadata": settings})
     with pytest.raises(CheckpointError, match=r"lora\.safetensors: expected the settings of a LoRA"):
+        merge_lora(MultiViewUNet.from_pretrained(folder), path)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_file_of_diffusers_unet_saved_alone(folder, tmp_path, use_rslora):
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(folder)
+    config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["to_q", "to_out.0"], use_rslora=use_rslora)
+    theirs.add_adapter(config)
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    theirs.save_lora_adapter(tmp_path)
+    unet = MultiViewUNet.from_pretrained(folder)
+    merge_lora(unet, tmp_path / "pytorch_lora_weights.safetensors")
+    theirs.fuse_lora()
+    expected = {key.replace(".base_layer", ""): value for key, value in theirs.state_dict().items()}
+    for key, value in unet.state_dict().items():
+        assert max_abs_diff(value, expected[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora", "loftq", "corda"])
+def test_updates_of_other_weights_are_refused(folder, tmp_path, kind):
+    """These beginnings take what the update begins with out of the weights below, which the file does not hold."""
+    path = written(tmp_path / "adapter_model.safetensors", factors(folder, LINEAR), "peft")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "init_lora_weights": kind}))
+    with pytest.raises(CheckpointError, match=f"adapter_config.json: init_lora_weights='{kind}': .* plain"):
         merge_lora(MultiViewUNet.from_pretrained(folder), path)
 
 

@@ -250,6 +250,12 @@ def test_every_misfit_is_listed(tmp_path):
     )
 
 
+def test_what_is_off_at_every_level_is_off(tmp_path):
+    _, config = saved(tmp_path)
+    edit_json(config, only_cross_attention=[False, False], something_new=[None])
+    MultiViewUNet.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change,word",
     [
@@ -263,6 +269,7 @@ def test_every_misfit_is_listed(tmp_path):
         ({"layers_per_block": 2}, "missing keys"),
         ({"cross_view": None}, "unknown keys"),
         ({"something_new": 3}, "something_new"),
+        ({"only_cross_attention": [False, True]}, "only_cross_attention"),
         ({"sample_size": [8, 9]}, "sample_size"),
         ({"sample_size": 10**9}, "sample_size"),
     ],

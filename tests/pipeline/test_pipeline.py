@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+from copy import deepcopy
 
 import diffusers
 import numpy as np
@@ -375,6 +376,36 @@ def test_save_pretrained_round_trip(pipe, tmp_path):
     assert torch.equal(run(again).images, run(pipe).images)
     again.save_pretrained(tmp_path)  # over the files it is mapped from
     assert torch.equal(run(again).images, run(pipe).images)
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = deepcopy(pipe)
+    other.guidance_scale = 3.0
+    with torch.no_grad():
+        other.unet.conv_in.bias.add_(1)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(type(other.image_encoder), "save_pretrained", fail)
+        other.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_save_removes_what_readers_would_prefer(pipe, tmp_path):
+    stem = "diffusion_pytorch_model"
+    pipe.save_pretrained(tmp_path)
+    stale = ("unet/{}.safetensors.index.json", "unet/{}-00001-of-00002.safetensors")
+    kept = ("unet/{}.fp16.safetensors", "unet/notes.md")
+    for name in (*stale, *kept):
+        (tmp_path / name.format(stem)).write_text("{}")
+    pipe.save_pretrained(tmp_path)
+    assert not any((tmp_path / name.format(stem)).exists() for name in stale)
+    assert all((tmp_path / name.format(stem)).exists() for name in kept)
 
 
 def test_to_and_half_precision(checkpoint):

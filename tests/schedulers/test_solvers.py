@@ -1,6 +1,7 @@
 """DPM-Solver++ and Euler against diffusers' schedulers."""
 
 import dataclasses
+import warnings
 
 import diffusers
 import pytest
@@ -226,6 +227,27 @@ def test_karras_timesteps_that_repeat_are_all_taken():
     assert trajectory_difference(solver, theirs, steps=60) < TOLERANCE
 
 
+@pytest.mark.parametrize(("steps", "begin"), [(50, 48), (100, 99), (100, 94)])
+def test_a_run_that_starts_at_a_timestep_which_repeats(steps, begin):
+    solver, theirs = pair("dpm++", use_karras_sigmas=True)
+    for either in (solver, theirs):
+        either.set_timesteps(steps)
+        either.set_begin_index(begin)
+    times = solver.timesteps.tolist()
+    assert times[begin] == times[begin - 1]
+    clean, noise = noise_maker()(), noise_maker(1)()
+    mine = solver.add_noise(clean, noise, times[begin])
+    other = theirs.add_noise(clean, noise, theirs.timesteps[begin : begin + 1])
+    assert max_abs_diff(mine, other) < 1e-5
+    for index, t in enumerate(times[begin:], begin):
+        assert solver.sigma(t) == pytest.approx(theirs.sigmas[index].item())
+        mine = solver.step(fake_model(mine, t), t, mine)
+        other = theirs.step(fake_model(other, t), t, other).prev_sample
+        assert max_abs_diff(mine, other) < 1e-5
+    solver.set_timesteps(5)  # begins at its first timestep again
+    assert solver.sigma(solver.timesteps[0]) == pytest.approx(solver.sigmas[0].item())
+
+
 @pytest.mark.parametrize("timestep_spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_count(name, timestep_spacing):
@@ -278,6 +300,17 @@ def test_by_name_over_a_file_that_leaves_keys_out(tmp_path, name):
     assert trajectory_difference(scheduler_from_pretrained(folder, name=name), theirs, steps=10) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("writer", ["DDIMScheduler", "PNDMScheduler", "LCMScheduler", "DPMSolverMultistepScheduler"])
+def test_diffusers_configuration_of_a_file_that_leaves_keys_out(tmp_path, name, writer):
+    """It has the keys, of the writer's values, and a list of them."""
+    folder = write_scheduler(tmp_path, _class_name=writer, **SD)
+    config = getattr(diffusers, writer).from_pretrained(folder).config
+    assert "timestep_spacing" in config["_use_default_values"]
+    theirs = getattr(diffusers, NAMES[name]).from_config(config)
+    assert trajectory_difference(SCHEDULERS[name].from_config(config), theirs, steps=10) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("writer", "expected"),
     [
@@ -291,7 +324,11 @@ def test_by_name_over_a_file_that_leaves_keys_out(tmp_path, name):
 def test_the_file_chooses_the_solver(tmp_path, writer, expected):
     theirs = getattr(diffusers, writer)(**SD)
     theirs.save_pretrained(tmp_path)
-    ours = scheduler_from_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = scheduler_from_pretrained(tmp_path)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (writer != expected.__name__) and all(f"{writer} is read as DDIM" in text for text in said)
     assert type(ours) is expected and type(scheduler_from_pretrained(tmp_path, name="ddim")) is DDIMScheduler
     ours.save_pretrained(tmp_path / "saved")
     again = scheduler_from_pretrained(tmp_path / "saved")
@@ -309,6 +346,7 @@ def test_the_file_chooses_the_solver(tmp_path, writer, expected):
         ({"solver_type": "heun"}, "solver_type='heun'"),
         ({"use_lu_lambdas": True}, "use_lu_lambdas=True"),
         ({"lambda_min_clipped": -5.1}, r"lambda_min_clipped=-5\.1"),
+        ({"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 5.0}, r"sigma_min=0\.1.*sigma_max=5\.0"),
         ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
         ({"num_train_timesteps": 1}, "num_train_timesteps=1"),
         ({"beta_start": 1e-9}, "beta_start=1e-09"),

@@ -276,6 +276,24 @@ def test_the_conversion_command_converts(tmp_path):
     assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path), model)
 
 
+@pytest.mark.parametrize("variant", [None, "non_ema"])
+def test_the_conversion_command_takes_all_shards_and_the_right_variant(tmp_path, variant):
+    model, other = stock_vae(), stock_vae()
+    with torch.no_grad():
+        other.decoder.conv_in.bias.add_(1)
+    model.save_pretrained(tmp_path, safe_serialization=False, variant=variant, max_shard_size="20KB")
+    other.save_pretrained(tmp_path, safe_serialization=False, variant="fp16")
+    torch.save({}, tmp_path / "optimizer.bin")
+    assert len(list(tmp_path.glob("*-of-*.bin"))) > 4
+    with pytest.raises(CheckpointError) as caught:
+        AutoencoderKL.from_pretrained(tmp_path, variant=variant)
+    code = re.search(r'python -c "(.*)"', str(caught.value))[1]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert_equal_weights(AutoencoderKL.from_pretrained(tmp_path, variant=variant), model)
+    with pytest.raises(CheckpointNotFoundError, match="no such file .*pickles: .*optimizer.bin"):
+        AutoencoderKL.from_pretrained(tmp_path, variant="fp8")
+
+
 def is_mapped(tensor, path):
     """Whether a tensor's memory is a mapping of the file."""
     for line in Path("/proc/self/maps").read_text().splitlines():
