@@ -9,11 +9,25 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from gafext.errors import OutputError
 
 _SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # what Finder and Explorer leave in folders they show
+
+
+@dataclass(frozen=True)
+class Replaceable:
+    """Which folders may be replaced: those that have nothing but files of a pattern, and every one of some of them.
+
+    Attributes:
+        files: pattern of paths below the folder.
+        always: files that what wrote the folder always wrote; others may have written the rest.
+    """
+
+    files: re.Pattern[str]
+    always: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -53,12 +67,12 @@ def _move_into(path: Path, place: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | None = None) -> Iterator[Path]:
+def whole_folder(folder: str | os.PathLike, *, replaceable: Replaceable | None = None) -> Iterator[Path]:
     """Yield a new folder to write into; it is renamed to `folder` if the block ends without an error.
 
     Args:
         folder: an empty folder or one that does not exist yet; its parents are created.
-        replaceable: pattern of paths below the folder; one that holds only such files is replaced. None: never replace.
+        replaceable: which folder that is not empty is replaced; None: none.
 
     Raises:
         OutputError: the folder cannot be written; it is unchanged.
@@ -72,7 +86,7 @@ def whole_folder(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | No
         _swap(new, target)
 
 
-def check_writable(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | None = None) -> None:
+def check_writable(folder: str | os.PathLike, *, replaceable: Replaceable | None = None) -> None:
     """Check in advance that `whole_folder` will accept a folder; nothing is left on the disk.
 
     Args:
@@ -86,7 +100,7 @@ def check_writable(folder: str | os.PathLike, *, replaceable: re.Pattern[str] | 
         pass
 
 
-def check_target(target: Path, replaceable: re.Pattern[str] | None) -> None:
+def check_target(target: Path, replaceable: Replaceable | None) -> None:
     """Check that a folder may be written, as `check_writable` does, without trying to."""
     if not target.exists():
         return
@@ -104,21 +118,29 @@ def check_target(target: Path, replaceable: re.Pattern[str] | None) -> None:
             "folder, or overwrite (--overwrite)"
         )
     foreign = [
-        path for path in sorted(target.rglob("*")) if replaceable and not _is_replaceable(path, target, replaceable)
+        path
+        for path in sorted(target.rglob("*"))
+        if replaceable and not _is_replaceable(path, target, replaceable.files)
     ]
     if foreign:
         raise OutputError(
             f"{target}: expected nothing but files that gafext wrote, got {_listing(foreign)}; pass another folder"
         )
+    missing = [name for name in replaceable.always if not (target / name).is_file()] if entries and replaceable else []
+    if missing:
+        raise OutputError(
+            f"{target}: expected a result of gafext, got a folder without {', '.join(missing)}, of files that other "
+            "programs write too; pass another folder"
+        )
     if not os.access(target, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: expected a writable folder, got one without write permission")
 
 
-def _is_replaceable(path: Path, target: Path, replaceable: re.Pattern[str]) -> bool:
+def _is_replaceable(path: Path, target: Path, files: re.Pattern[str]) -> bool:
     """Return whether a path below `target` is a file that may be replaced, or a folder that holds something."""
     if path.is_dir() and not path.is_symlink():
         return any(path.iterdir())
-    known = path.name in _SYSTEMS or replaceable.fullmatch(path.relative_to(target).as_posix()) is not None
+    known = path.name in _SYSTEMS or files.fullmatch(path.relative_to(target).as_posix()) is not None
     return path.is_file() and known
 
 
@@ -128,7 +150,7 @@ def _listing(paths: list[Path]) -> str:
 
 
 @contextmanager
-def _staging(target: Path, replaceable: re.Pattern[str] | None) -> Iterator[Path]:
+def _staging(target: Path, replaceable: Replaceable | None) -> Iterator[Path]:
     """Yield a new folder beside `target`, on the same file system; it is removed when the block ends."""
     new = target.parent / f".gafext-{uuid.uuid4().hex[:8]}"
     missing: list[Path] = []

@@ -23,7 +23,7 @@ from gafext import cameras
 from gafext.assets import PORTRAIT
 from gafext.atomic import check_writable, whole_folder
 from gafext.cameras import Cameras
-from gafext.checkpoints.memory import default_device
+from gafext.checkpoints.memory import default_device, usable_device
 from gafext.conditions import DEFAULT_SAMPLE_SIZE, DEFAULT_VIEWS, RunOptions
 from gafext.doctor.command import doctor
 from gafext.families import family_name
@@ -40,7 +40,7 @@ from gafext.portraits.command import generate_portraits, process_pair
 from gafext.portraits.jobs import is_many, list_pictures
 from gafext.schedulers import MAX_STEPS, check_eta, check_steps
 from gafext.versions import versions
-from gafext.watch.events import StepEvents, print_event
+from gafext.watch.events import StepEvents, ignore_output, print_event, say
 from gafext.watch.preview import LatentToRGB, Preview
 from gafext.watch.stages import Stages
 from gafext.watch.terminal import picture_writer
@@ -50,6 +50,7 @@ def _eval(args: argparse.Namespace) -> int:
     from gafext.evaluation import Evaluation, table
 
     args.steps = EVAL_STEPS if args.preset is args.steps is None else args.steps
+    _check_reports(args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the CartoonWarning is not about drawn heads
         pipeline = MultiViewDiffusionPipeline.from_pretrained(args.model, device=_device(args.device))
@@ -67,14 +68,23 @@ def _eval(args: argparse.Namespace) -> int:
         upsample_steps=args.upsample_steps,
     )
     lines = evaluation.baselines() + evaluation.main() + (evaluation.ablations() if args.ablations else [])
-    print(table(lines))
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "figure")}
         report = {"settings": settings, "versions": versions(), "lines": [asdict(line) for line in lines]}
         Path(args.json).write_text(json.dumps(json_clean(report), indent=2) + "\n")
     if args.figure:
         evaluation.figure(evaluation.generate()).save(args.figure)
+    say(table(lines))
     return 0
+
+
+def _check_reports(args: argparse.Namespace) -> None:
+    """Validate where `eval` is to write, before it takes minutes."""
+    for path in (Path(name) for name in (args.json, args.figure) if name):
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ValueError(f"{path}: expected a file in a folder that can be written")
+    if args.figure and Path(args.figure).suffix.lower() not in PIL.Image.registered_extensions():
+        raise ValueError(f"--figure {args.figure}: expected the suffix of a picture, such as .png")
 
 
 def _assemble(args: argparse.Namespace) -> int:
@@ -86,7 +96,7 @@ def _assemble(args: argparse.Namespace) -> int:
         pipeline = assemble(args.parent, dtype=getattr(torch, args.dtype), **options)
     with whole_folder(args.out) as folder:
         pipeline.save_pretrained(folder)
-    print(f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.0f} M parameters in the U-Net: {args.out}")
+    say(f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.0f} M parameters in the U-Net: {args.out}")
     return 0
 
 
@@ -109,7 +119,10 @@ def _pictures(folder: str | None, *, count: int | None, name: str) -> list[PIL.I
 
 
 def _mesh(args: argparse.Namespace) -> Mesh:
-    pose = None if args.mesh_pose is None else np.loadtxt(args.mesh_pose)
+    try:
+        pose = None if args.mesh_pose is None else np.loadtxt(args.mesh_pose)
+    except ValueError as error:
+        raise ValueError(f"--mesh-pose {args.mesh_pose}: expected a matrix of numbers ({error})") from None
     return load_mesh(args.mesh, pose=pose)
 
 
@@ -135,7 +148,7 @@ def _cameras(args: argparse.Namespace) -> Cameras | None:
 def _check_early(args: argparse.Namespace) -> None:
     """Validate the options before the model is loaded, which can take minutes."""
     pairs = {"lora_scale": "lora", "ip_adapter_scale": "ip_adapter", "variant": "model", "subfolder": "model"}
-    pairs["mesh_pose"] = "mesh"
+    pairs |= {"mesh_pose": "mesh", "convention": "cameras"}
     if args.mesh is not None and args.normals is not None:
         raise ValueError("--mesh: expected no --normals beside it, got both")
     if args.no_fit and (args.mesh is not None or args.normals is not None):
@@ -282,7 +295,7 @@ def _generate_one(
     if args.json:
         print_event("portrait", portrait=str(path), folder=args.out, views=number, seconds=seconds)
     elif not args.quiet:
-        print(f"{number} views in {seconds:.1f} s ({number / seconds:.2f} per second): {args.out}")
+        say(f"{number} views in {seconds:.1f} s ({number / seconds:.2f} per second): {args.out}")
     return 0
 
 
@@ -306,11 +319,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _device(name: str | None) -> torch.device | None:
     if name is None:
         return None
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    device = usable_device(name, option="--device")
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: expected cpu, cuda or mps")
     return device
@@ -381,8 +390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gafext: interrupted; {left}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        ignore_output()
+        return 0 if args.command in ("info", "doctor") else 1
     except (ValueError, OSError, MemoryError) as error:
         print(f"gafext: error: {error or type(error).__name__}", file=sys.stderr)
         return 1

@@ -39,6 +39,26 @@ def fails(capsys, *arguments) -> str:
     return text
 
 
+def test_a_reader_of_events_that_stops_early_does_not_stop_the_run(checkpoint, portrait, tmp_path):
+    out = tmp_path / "views"
+    command = f"{sys.executable} -m gafext generate {portrait} --model {checkpoint} --views 2 --steps 3 --device cpu"
+    command += f" --quiet --json --out {out} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and "Broken" not in done.stderr
+    assert (out / "view_001.png").is_file()
+
+
+def test_a_convention_without_cameras_is_refused(portrait, tmp_path, capsys):
+    words = fails(capsys, portrait, "--convention", "opengl-c2w", "--out", tmp_path / "out")
+    assert "--convention: expected --cameras with it" in words
+
+
+def test_a_pose_that_is_no_matrix_is_named(portrait, tmp_path, capsys):
+    (tmp_path / "pose.txt").write_text("hello")
+    arguments = ("--mesh", tmp_path / "head.obj", "--mesh-pose", tmp_path / "pose.txt", "--out", tmp_path / "out")
+    assert "pose.txt: expected a matrix of numbers" in fails(capsys, portrait, *arguments)
+
+
 def test_generate_writes_the_folder(checkpoint, portrait, tmp_path):
     out = tmp_path / "deep" / "views"
     assert generate(portrait, "--model", checkpoint, "--views", 3, "--steps", 2, "--seed", 5, "--out", out) == 0

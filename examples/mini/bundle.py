@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from gafext.atomic import whole_folder
+from gafext.atomic import Replaceable, whole_folder
 from gafext.evaluation import Scores, as_portrait, subjects, table
 
 PORTRAIT_IDENTITY = 34  # index among the held-out identities
@@ -43,7 +43,7 @@ def main() -> None:
     add("--origin", default="nothing", metavar="TEXT", help="of the weights that --start carried over")
     args = parser.parse_args()
     report = json.loads((args.out / "eval.json").read_text())
-    with whole_folder(ASSETS / "model", replaceable=re.compile(".*")) as new:
+    with whole_folder(ASSETS / "model", replaceable=Replaceable(re.compile(".*"))) as new:
         shutil.copytree(args.out / "model", new, dirs_exist_ok=True)
     as_portrait(subjects(1, 512, first=PORTRAIT_IDENTITY)[0].portrait).save(ASSETS / "portrait.png")
 

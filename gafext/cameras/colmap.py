@@ -5,6 +5,7 @@ Source: COLMAP's documentation, "Output Format"; the intrinsics are those of src
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def read_colmap(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
     images = []
     lines = _lines(folder / "images.txt")
     for points in lines[1::2]:
-        if len(points.split()) % 3:
+        parts = points.split()
+        if len(parts) % 3 or not all(re.fullmatch(r"-?\d+", part) for part in parts[2::3]):
             raise CameraError(f"images.txt: expected a line of points (x, y, id) below each image's, got {points!r}")
     for line in filter(str.strip, lines[::2]):
         _, *pose, camera, name = line.split(maxsplit=9)

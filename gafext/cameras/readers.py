@@ -23,10 +23,10 @@ CONVENTIONS = tuple(f"{axes}-{direction}" for axes in _AXES for direction in ("w
 """Names for `read_transforms`: axes of the camera, and direction of the matrix. Blender's camera has OpenGL's axes."""
 
 _DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "distortion", "distortion_params", "is_fisheye")
-_FOCAL = ("fl_x", "fx", "fl_y", "fy")  # the file's give way to a frame's camera_angle_x
+_FOCAL = ("fl_x", "fx", "fl_y", "fy", "camera_angle_y")  # the file's give way to a frame's camera_angle_x
 _MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL", "perspective")  # without distortion, equal
 _FILES = ("transforms.json", "transforms_train.json", "opencv_cameras.json")
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError, EOFError)
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError, EOFError, AttributeError)
 _UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 
@@ -49,7 +49,8 @@ def read_transforms(
     """Read cameras from a file or folder that another program wrote.
 
     - JSON with `frames` of camera-to-world matrices `transform_matrix`, OpenGL axes: nerfstudio's transforms.json
-      (`fl_x`, `cx`, `w`, ... of all frames or per frame; `applied_transform` is undone), Blender's and 3DGS's
+      (`fl_x`, `cx`, `w`, ... of all frames or per frame; `applied_transform` and
+      `applied_scale` are undone), Blender's and 3DGS's
       transforms_train.json (`camera_angle_x`), VHAP's and `MultiViewOutput.save`'s. `Cameras.tracking` keeps VHAP's
       `flame_param_path`, timesteps and names of cameras.
     - JSON with `frames` of `w2c` and `fx`, `fy`, `cx`, `cy`, `w`, `h`: FaceLift's opencv_cameras.json.
@@ -75,11 +76,14 @@ def read_transforms(
     try:
         if path.suffix in (".npz", ".npy") and not path.is_dir():
             return _read_matrices(path, convention, fov)
-        values = None if path.is_dir() else json.loads(path.read_text(encoding="utf-8"))
+        if path.is_dir():
+            _refuse("convention", convention)
+            return _read_folder(path, pad, fov)
+        values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, list):
             return _read_bare(values, convention, fov)
         _refuse("convention", convention)
-        return _read_folder(path, pad, fov) if values is None else _read_frames(values, path.parent, pad, fov)
+        return _read_frames(values, path.parent, pad, fov)
     except CameraError as error:
         raise CameraError(f"{path}: {error}") from None
     except _UNREADABLE as error:
@@ -88,6 +92,8 @@ def read_transforms(
 
 def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool, fov: float | None) -> Cameras:
     frames = values["frames"]
+    if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+        raise CameraError(f"frames: expected a list of objects, got {str(frames)[:40]}")
     if not frames:
         raise CameraError("frames: expected at least one, got none")
     merged = [_merged(values, frame) for frame in frames]
@@ -100,6 +106,7 @@ def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool, fov: float 
     if all("w2c" in frame for frame in frames):
         return _cameras(np.array([frame["w2c"] for frame in frames], dtype=np.float64), "opencv-w2c", lenses)
     c2w = np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64)
+    c2w[:, :3, 3] /= between("applied_scale", _given(values, "applied_scale", 1.0), 0, math.inf)
     if values.get("applied_transform") is not None:
         applied = np.vstack([np.array(values["applied_transform"], dtype=np.float64)[:3], [0, 0, 0, 1]])
         c2w = np.linalg.inv(applied) @ c2w
@@ -147,7 +154,7 @@ def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
         focal = size / (2 * math.tan(angle / 2))
     if size is None:
         raise CameraError(f"frame {view}: expected w and h beside the focal length, got none")
-    focal_y = values.get("fl_y", values.get("fy"))
+    focal_y = values.get("fl_y", values.get("fy", _focal_of_angle_y(values, height or size)))
     width, height = width or size, height or size
     side = max(width, height)
     x, y = values.get("cx", width / 2), values.get("cy", height / 2)
@@ -155,6 +162,18 @@ def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
         y = height - y
     centre = x + (side - width) / 2, y + (side - height) / 2
     return Lens((focal, focal if focal_y is None else focal_y), centre, side)
+
+
+def _focal_of_angle_y(values: Mapping[str, Any], height: float) -> float | None:
+    """Return what a vertical angle of view says where no focal length does."""
+    angle = values.get("camera_angle_y")
+    if angle is None or not values.keys().isdisjoint(("fl_x", "fx")):
+        return None
+    return height / (2 * math.tan(between("camera_angle_y", angle, 0, math.pi) / 2))
+
+
+def _given(values: Mapping[str, Any], name: str, default: float) -> float:
+    return default if values.get(name) is None else values[name]
 
 
 def _cameras(matrices: np.ndarray, convention: str, lenses: list[Lens], tracking: Tracking | None = None) -> Cameras:
@@ -211,6 +230,8 @@ def _read_matrices(path: Path, convention: str | None, fov: float | None) -> Cam
     if "intrinsics" in arrays or "fov" in arrays:
         _refuse("fov", fov)
     if "intrinsics" in arrays:
+        if "fov" in arrays:
+            raise CameraError("expected intrinsics or fov, got both")
         return Cameras(w2c, intrinsics=arrays["intrinsics"], size=float(arrays["size"]))
     return Cameras(w2c, _known_fov(float(arrays["fov"]) if "fov" in arrays else fov))
 

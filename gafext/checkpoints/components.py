@@ -12,7 +12,7 @@ from torch import Tensor
 from gafext.assets import MODEL, NOTICE, CartoonWarning
 from gafext.checkpoints.adapters import PipelineAdapters
 from gafext.checkpoints.folder import load_parts, save_parts
-from gafext.checkpoints.memory import default_device
+from gafext.checkpoints.memory import default_device, usable_device
 from gafext.config import UNetConfig
 from gafext.errors import CheckpointError, CheckpointNotFoundError
 from gafext.families import family_of
@@ -178,13 +178,13 @@ class PipelineComponents(PipelineAdapters):
                 raise ValueError("torch_dtype: expected None beside dtype, of which it is the older name")
             warnings.warn("torch_dtype is an older name: use dtype", FutureWarning, stacklevel=2)
             dtype = torch_dtype
-        device = torch.device(device) if device is not None else default_device()
+        device = default_device() if device is None else usable_device(device)
         in_8_bits = False
         if isinstance(dtype, str) and dtype in IN_8_BITS:
             require_supported(device)
             in_8_bits, dtype = True, IN_8_BITS[dtype]
         dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
-        if not isinstance(dtype, torch.dtype | None):
+        if dtype is not None and dtype not in _DTYPES.values() and dtype is not torch.float64:
             raise ValueError(f"dtype: expected a torch.dtype, None or one of {[*_DTYPES, *IN_8_BITS]}, got {dtype!r}")
         if path_or_repo_id is None:
             if not (lora is ip_adapter is mv_adapter is variant is revision is subfolder is None):

@@ -29,6 +29,14 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def usable_device(device: torch.device | str, *, option: str = "device") -> torch.device:
+    """Return a device, or raise a ValueError that begins with the option if nothing can be put there."""
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"{option} {device}: not usable here ({str(error).splitlines()[0]})") from None
+
+
 class PipelineMemory:
     """Slicing and tiling of the autoencoder, and offloading of the weights to main memory."""
 

@@ -78,7 +78,10 @@ def _write_nerfstudio(folder: Path, scene: Scene) -> None:
     for view, (name, matrix) in enumerate(zip(scene.names, scene.cameras.opengl_c2w.tolist(), strict=True)):
         mask = {"mask_path": scene.masks[view]} if scene.masks else {}
         lens = {} if scene.cameras.has_fov else _lens(scene.cameras, scene.size, view)
-        frames.append({"file_path": name, **mask, **lens, "transform_matrix": matrix})
+        tracked = {} if scene.cameras.tracking is None else scene.cameras.tracking.frames[view]
+        if not (folder / "flame_param").is_dir():  # which "3dgs", written before, brings
+            tracked = {key: value for key, value in tracked.items() if key != "flame_param_path"}
+        frames.append({"file_path": name, **mask, **lens, "transform_matrix": matrix, **tracked})
     # No camera_model: Brush does not know "PINHOLE", and nerfstudio's default is one without distortion here.
     points = {"ply_file_path": POINTS} if _write_points(folder, scene) else {}
     write_json(folder / "transforms.json", {**_lens(scene.cameras, scene.size, 0), **points, "frames": frames})

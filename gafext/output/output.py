@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gafext.atomic import whole_folder
+from gafext.atomic import Replaceable, whole_folder
 from gafext.cameras import Cameras
 from gafext.heads import Heads
 from gafext.images import load_image, to_pil, to_square_tensor
@@ -28,13 +28,14 @@ from gafext.output.turntable import check_turntable, write_turntable
 from gafext.output.viewer import write_viewer
 from gafext.weights import write_json
 
-VIEW_FILES = re.compile(
+_FILES = re.compile(
     r"((images|masks|normals)/)?view_\d{3,}\.png|(contact_sheet|portrait)\.png|turntable\.(webp|mp4)|run\.json|"
     r"transforms(_train|_test|_val)?\.json|opencv_cameras\.json|points3d\.ply|sparse/0/(cameras|images|points3D)\.txt|"
     r"index\.html|viewer/(gsplat\.min|splat)\.js|"
     r"canonical_flame_param\.npz|flame_param/[^/]+\.npz"
 )
-"""Paths of the files that gafext writes into an output folder and may replace."""
+VIEW_FILES = Replaceable(_FILES, always=("run.json", "contact_sheet.png"))
+"""Output folders that gafext may replace: cameras and FLAME's parameters alone are another program's."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class MultiViewOutput:
             raise ValueError("save: expected pictures, got latents (output_type='latent')")
         pictures = self.images
         if isinstance(pictures, np.ndarray):
-            pictures = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+            pictures = torch.from_numpy(np.ascontiguousarray(pictures))
+            pictures = pictures.permute(0, 3, 1, 2) if pictures.ndim == 4 else pictures
         if isinstance(pictures, Tensor):
             if not pictures.is_floating_point() or pictures.ndim != 4 or pictures.shape[1] != 3:
                 got = f"{list(pictures.shape)} of {str(pictures.dtype).removeprefix('torch.')}"

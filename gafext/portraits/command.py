@@ -20,9 +20,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gafext.errors import OutputError
 from gafext.portraits.claim import Claim, hidden
-from gafext.portraits.jobs import Job, check_out, find_jobs, missing, record, write_failures
+from gafext.portraits.jobs import Job, check_out, digests, find_jobs, missing, record, write_failures
 from gafext.portraits.stream import Hooks, PortraitResult, read_portrait, stream
-from gafext.watch.events import print_event
+from gafext.watch.events import print_event, say
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,10 @@ def _generate(
     rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(args.out)
     jobs = find_jobs(args.portrait, out)
     check_out(out)
-    everything = set(missing(jobs, command, overwrite=args.overwrite))
+    inputs = digests(options)
+    everything = set(missing(jobs, command, inputs=inputs, overwrite=args.overwrite))
     mine = jobs[rank::world]
-    work = _Work([job for job in mine if job in everything], command, args, saving)
+    work = _Work([job for job in mine if job in everything], command, inputs, args, saving)
     work.event("start", portraits=len(mine), missing=len(work.todo))
     for job in mine:
         if hidden(job.folder).exists() and (claim := Claim.take(job.folder)):
@@ -82,7 +83,7 @@ def _generate(
     work.event("end", made=work.made, failed=len(work.failures), seconds=seconds, loop_idle=work.hooks.idle)
     if not (args.quiet or args.json):
         kept = f", {len(mine) - len(work.todo)} were there" if len(work.todo) < len(mine) else ""
-        print(f"{work.made} portraits in {seconds:.1f} s{kept}, {len(work.failures)} failed: {out}")
+        say(f"{work.made} portraits in {seconds:.1f} s{kept}, {len(work.failures)} failed: {out}")
     return 1 if failures else 0
 
 
@@ -90,9 +91,14 @@ class _Work:
     """The portraits that this process has to make."""
 
     def __init__(
-        self, todo: list[Job], command: dict[str, Any], args: argparse.Namespace, saving: dict[str, Any]
+        self,
+        todo: list[Job],
+        command: dict[str, Any],
+        inputs: dict[str, str],
+        args: argparse.Namespace,
+        saving: dict[str, Any],
     ) -> None:
-        self.todo, self.command, self.args, self.saving = todo, command, args, saving
+        self.todo, self.command, self.inputs, self.args, self.saving = todo, command, inputs, args, saving
         self.made, self.done, self.failures, self.start = 0, 0.0, [], time.monotonic()
         self.claims: dict[Path, Claim] = {}
         self.hooks = Hooks(read=self.read, save=self.save)
@@ -122,7 +128,7 @@ class _Work:
             claim = Claim.take(job.folder)
             if claim is None:
                 log.warning("%s: left to another process, which is making it", job.folder)
-            elif missing([job], self.command, overwrite=self.args.overwrite):
+            elif missing([job], self.command, inputs=self.inputs, overwrite=self.args.overwrite):
                 self.claims[job.folder] = claim
                 yield job
             else:
@@ -136,7 +142,7 @@ class _Work:
         claim = self.claims[job.folder]
         if result.output is not None:
             try:
-                result.output.run.update(record(job, self.command))
+                result.output.run.update(record(job, self.command, self.inputs))
                 result.output.save(claim.new, **self.saving)
                 claim.publish()
             except OSError as error:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gafext.atomic import check_target
+from gafext.cameras import Cameras
 from gafext.errors import OutputError
+from gafext.mesh import Mesh
 from gafext.output import VIEW_FILES, json_clean
 from gafext.portraits.claim import hidden
 from gafext.weights import read_json, write_json
@@ -26,6 +28,9 @@ PICTURES = {
 FAILURES = "failures.json"
 _ELSEWHERE = ("portrait", "out", "overwrite", "quiet", "json", "log_level", "batch", "device")
 """Options that say where and how to compute, not what: a folder made with others of them is kept."""
+
+
+_NONE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,15 @@ def find_jobs(arguments: Sequence[str], out: str | os.PathLike) -> list[Job]:
     return jobs
 
 
-def missing(jobs: Iterable[Job], command: Mapping[str, Any], *, overwrite: bool) -> list[Job]:
+def missing(
+    jobs: Iterable[Job], command: Mapping[str, Any], *, inputs: Mapping[str, str] = _NONE, overwrite: bool
+) -> list[Job]:
     """Return the jobs whose folders are not there; with `overwrite` also those made with other options.
 
     Args:
         jobs: the jobs.
         command: options of the command, as run.json has them.
+        inputs: digests of what the options name, of `digests`.
         overwrite: replace folders that were made with other options or from another picture.
 
     Raises:
@@ -103,7 +111,7 @@ def missing(jobs: Iterable[Job], command: Mapping[str, Any], *, overwrite: bool)
     """
     todo = []
     for job in jobs:
-        if job.folder.exists() and (reason := _difference(job, command)) is None:
+        if job.folder.exists() and (reason := _difference(job, command, inputs)) is None:
             continue
         if job.folder.exists() and not overwrite and reason:
             raise OutputError(
@@ -115,12 +123,32 @@ def missing(jobs: Iterable[Job], command: Mapping[str, Any], *, overwrite: bool)
     return todo
 
 
-def record(job: Job, command: Mapping[str, Any]) -> dict[str, Any]:
+def record(job: Job, command: Mapping[str, Any], inputs: Mapping[str, str] = _NONE) -> dict[str, Any]:
     """Return what run.json says of a job, which `missing` compares."""
-    return {"command": {**command, "portrait": str(job.portrait)}, "portrait_sha256": _digest(job.portrait)}
+    return {
+        "command": {**command, "portrait": str(job.portrait)},
+        "portrait_sha256": _digest(job.portrait.read_bytes()),
+    } | ({"inputs_sha256": dict(inputs)} if inputs else {})
 
 
-def _difference(job: Job, command: Mapping[str, Any]) -> str | None:
+def digests(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return digests of the cameras, normal maps or mesh, and renders among the options of a run."""
+    given = {name: options.get(name) for name in ("cameras", "normal_maps", "renders")}
+    return {name: _digest(*_contents(value)) for name, value in given.items() if value is not None}
+
+
+def _contents(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Cameras):
+        yield from (value.w2c.numpy().tobytes(), value.intrinsics(1).numpy().tobytes())
+        yield repr(value.tracking and value.tracking.frames).encode()
+    elif isinstance(value, Mesh):
+        yield from (value.vertices.tobytes(), value.faces.tobytes())
+    else:
+        for picture in value:
+            yield from (repr((picture.mode, picture.size)).encode(), picture.tobytes())
+
+
+def _difference(job: Job, command: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
     """Say how an existing folder differs from what the job would make; "" if it is no result at all, None if not."""
     try:
         run = read_json(job.folder / "run.json")
@@ -133,13 +161,18 @@ def _difference(job: Job, command: Mapping[str, Any]) -> str | None:
         f"{name} {made.get(name)} (now {wanted.get(name)})" for name in names if made.get(name) != wanted.get(name)
     ]
     # A portrait that has gone since has nothing to be compared with.
-    if job.portrait.is_file() and run.get("portrait_sha256") != _digest(job.portrait):
+    if job.portrait.is_file() and run.get("portrait_sha256") != _digest(job.portrait.read_bytes()):
         others.append("another picture")
+    before = run.get("inputs_sha256", inputs)  # results of before this was recorded are kept
+    others += [f"other {name.replace('_', ' ')}" for name in inputs if before.get(name) != inputs[name]]
     return ", ".join(others) or None
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(*contents: bytes) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def check_out(out: Path) -> None:

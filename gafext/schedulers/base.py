@@ -39,6 +39,13 @@ def check_steps(count: Any, most: int, *, name: str = "num_inference_steps") -> 
     return operator.index(count)
 
 
+def _copied(value: Any) -> Any:
+    """Copy tensors, also those in lists: diffusers' PNDMScheduler adds to one in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [_copied(part) for part in value] if type(value) is list else copy.copy(value)
+
+
 def _require_shape(name: str, tensor: Tensor, sample: Tensor) -> None:
     if tensor.shape != sample.shape:
         raise ValueError(f"{name}: expected the sample's shape {list(sample.shape)}, got {list(tensor.shape)}")
@@ -120,7 +127,7 @@ class Scheduler:
         return copy.copy(self)  # what steps change is replaced, never changed in place
 
     def set_begin_index(self, begin_index: int) -> None:
-        """Start a run at a later entry of `timesteps`, which solvers without timesteps that repeat find by its value."""
+        """Start a run at a later entry of `timesteps`; solvers whose timesteps never repeat find it by its value."""
 
     def _plan(self, count: int) -> Tensor:
         """Return the timesteps [count] of a run, and prepare the solver's own state for it."""
@@ -225,7 +232,7 @@ class Scheduler:
 
     def state(self) -> dict[str, Any]:
         """Return what a run has changed so far, for `restore`."""
-        return {name: copy.copy(value) for name, value in vars(self._stateful).items()}
+        return {name: _copied(value) for name, value in vars(self._stateful).items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a state, to take a step again."""

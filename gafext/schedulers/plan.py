@@ -28,7 +28,7 @@ def with_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the preset is unknown.
     """
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     chosen = PRESETS["quality"] | PRESETS[preset or "quality"]
     return {name: chosen.get(name) if value is None else value for name, value in given.items()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gafext import images
-from gafext.atomic import whole_folder
+from gafext.atomic import Replaceable, whole_folder
 from gafext.cameras import Cameras
 from gafext.evaluation.measures import psnr, ssim
 from gafext.families import family_of
@@ -102,7 +102,7 @@ def publish(
     scores: dict[str, float],
 ) -> None:
     """Write the trained checkpoint with a model card."""
-    with whole_folder(folder, replaceable=re.compile(".*")) as temporary:
+    with whole_folder(folder, replaceable=Replaceable(re.compile(".*"))) as temporary:
         pipeline.save_pretrained(temporary)
         measured = ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "not measured"
         (temporary / "README.md").write_text(

@@ -1,8 +1,9 @@
-"""Lines of JSON about a run, for scripts."""
+"""Lines about a run, those of JSON for scripts."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -13,9 +14,22 @@ from gafext.watch.preview import Preview
 
 def print_event(event: str, **fields: Any) -> None:
     """Print an event with its fields as one line of JSON, at once."""
-    # In one write: print's newline is a second one where output is unbuffered, and those of several processes mix.
-    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-    sys.stdout.flush()
+    say(json.dumps({"event": event, **fields}))
+
+
+def say(text: str) -> None:
+    """Print a line at once; where nobody reads any more, as after `| head`, work goes on without."""
+    try:
+        # In one write: print's newline is a second one where output is unbuffered, and those of several processes mix.
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        ignore_output()
+
+
+def ignore_output() -> None:
+    """Send standard output nowhere, also what Python flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class StepEvents:

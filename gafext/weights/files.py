@@ -112,7 +112,8 @@ def _pickles_of(names: list[str], stem: str, part: str) -> list[str]:
     """Select the pickled weights of a variant: one file, or all shards."""
     single = [name for name in names if re.fullmatch(rf"{re.escape(stem + part)}\.(bin|pt|pth|ckpt)", name)]
     shards = rf"{re.escape(stem)}({re.escape(part)}-\d+-of-\d+|-\d+-of-\d+{re.escape(part)})\.bin"
-    return single[:1] or [name for name in names if re.fullmatch(shards, name)]
+    named = single[:1] or [name for name in names if re.fullmatch(shards, name)]
+    return named or (names if len(names) == 1 and not part else [])
 
 
 def available_variant(folder: Path, variant: str | None, *, checkpoint: Path) -> str | None:

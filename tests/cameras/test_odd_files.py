@@ -60,6 +60,10 @@ def test_damaged_files_are_named(tmp_path):
         "short.npz": whole[: len(whole) // 2],
         "damaged.npz": whole.replace(b"NUMPY", b"numpy"),
         "deep.json": b"[" * 100_000,
+        "null.json": b"null",
+        "names.json": b'{"frames": {"0": {}}, "camera_angle_x": 0.5}',
+        "text.json": b'{"frames": "abc"}',
+        "nulls.json": b'{"frames": [null]}',
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -83,6 +87,10 @@ def test_colmaps_images_without_lines_of_points(tmp_path):
     (tmp_path / "cameras.txt").write_text("# Camera list\n\n1 PINHOLE 512 512 500 500 256 256\n")
     lines = [f"{number} 1 0 0 0 0 0 4 1 {number}.png" for number in (1, 2)]
     (tmp_path / "images.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(CameraError, match="expected a line of points"):
+        read_transforms(tmp_path)
+    spaced = [f"{number} 1 0 0 0 0 0 4 1 my picture {number}.png" for number in (1, 2)]  # 12 words
+    (tmp_path / "images.txt").write_text("\n".join(spaced) + "\n")
     with pytest.raises(CameraError, match="expected a line of points"):
         read_transforms(tmp_path)
     (tmp_path / "images.txt").write_text("\n".join([lines[0], "1.5 2.5 -1", lines[1], ""]) + "\n")

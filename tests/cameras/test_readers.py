@@ -47,6 +47,11 @@ def test_an_applied_transform_is_undone(tmp_path):
     frames = [{"transform_matrix": (applied @ m).tolist()} for m in C2W]
     path = write(tmp_path / "a.json", frames=frames, applied_transform=applied[:3].tolist())
     assert_same(read_transforms(path), K)
+    for frame in frames:
+        for row in frame["transform_matrix"][:3]:
+            row[3] *= 0.25
+    path = write(tmp_path / "a.json", frames=frames, applied_transform=applied[:3].tolist(), applied_scale=0.25)
+    assert_same(read_transforms(path), K)
 
 
 @pytest.mark.parametrize("place", ["file", "frame"])
@@ -58,6 +63,13 @@ def test_blender(tmp_path, place):
     (tmp_path / "transforms_train.json").write_text(json.dumps({**values, "frames": frames}))
     cameras = read_transforms(tmp_path)
     assert cameras.has_fov and abs(cameras.fov - 40) < 1e-9
+    values = {**angle, "camera_angle_y": math.radians(50), "w": 64, "h": 64}
+    (tmp_path / "transforms_train.json").write_text(json.dumps({**values, "frames": frames}))
+    focal_y = 32 / math.tan(math.radians(25))
+    frames_own = place == "frame"  # whose angle takes the place of the file's two
+    assert read_transforms(tmp_path).intrinsics(64)[0, 1, 1].item() == pytest.approx(
+        32 / math.tan(math.radians(20)) if frames_own else focal_y
+    )
     assert max_abs_diff(cameras.w2c, CAMERAS.w2c) < 1e-6
 
 
@@ -114,6 +126,9 @@ def test_what_the_file_has_is_not_given(tmp_path):
     write(tmp_path / "transforms.json")
     np.savez(tmp_path / "lens.npz", w2c=CAMERAS.w2c, intrinsics=K, size=64)
     np.savez(tmp_path / "angle.npz", w2c=CAMERAS.w2c, fov=40.0)
+    np.savez(tmp_path / "both.npz", w2c=CAMERAS.w2c, intrinsics=K, size=64, fov=40.0)
+    with pytest.raises(CameraError, match="expected intrinsics or fov, got both"):
+        read_transforms(tmp_path / "both.npz")
     for name in ("transforms.json", "", "lens.npz", "angle.npz"):
         with pytest.raises(CameraError, match="fov: expected none beside the one that the file has, got 30"):
             read_transforms(tmp_path / name, fov=30)

@@ -101,6 +101,12 @@ def test_save_hands_flame_on(export, tmp_path):
     cameras = read_transforms(export)
     folder = write_views(tmp_path / "views", [Image.new("RGB", (32, 32))] * 4, cameras, {})
     assert_is_read_by_gaussian_avatars(folder, export)
+    again = read_transforms(folder)  # transforms.json
+    assert again.tracking.frames == cameras.tracking.frames and again.tracking.flame_files()
+    alone = write_views(tmp_path / "nerfstudio", [Image.new("RGB", (32, 32))] * 4, cameras, {}, formats=["nerfstudio"])
+    frames = json.loads((alone / "transforms.json").read_text())["frames"]
+    assert [frame["timestep_index"] for frame in frames] == [timestep for timestep, *_ in CAPTURED]
+    assert not any("flame_param_path" in frame for frame in frames)
     part = write_views(tmp_path / "part", [Image.new("RGB", (32, 32))] * 2, cameras[2:], {})
     frames = json.loads((part / "transforms_train.json").read_text())["frames"]
     assert [frame["flame_param_path"] for frame in frames] == ["flame_param/00001.npz"] * 2

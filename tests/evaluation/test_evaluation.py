@@ -13,6 +13,7 @@ from gafext.cameras import orbit
 from gafext.cli import main
 from gafext.evaluation import Evaluation, Scores, portrait_camera, subjects, table
 from gafext.evaluation.measures import consistency, face_psnr, patch_distance, psnr, sharpness, ssim
+from gafext.pipeline import MultiViewDiffusionPipeline
 
 
 @pytest.fixture
@@ -182,3 +183,18 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert report["settings"]["steps"] == 1
     assert "codec round trip" in capsys.readouterr().out
     assert figure.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--json", "nowhere/eval.json"), "nowhere/eval.json: expected a file in a folder that can be written"),
+        (("--figure", "nowhere/eval.png"), "nowhere/eval.png: expected a file"),
+        (("--figure", "eval.pictures"), "--figure eval.pictures: expected the suffix of a picture"),
+    ],
+)
+def test_the_command_checks_first_where_it_is_to_write(options, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MultiViewDiffusionPipeline, "from_pretrained", None)
+    assert main(["eval", *options]) == 1
+    assert words in capsys.readouterr().err

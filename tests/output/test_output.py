@@ -155,6 +155,20 @@ def test_a_folder_that_holds_something_stays(tmp_path, call, overwrite):
     assert names(tmp_path) == ["thesis.tex"] and (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("call", [write, check_writable])
+def test_cameras_of_another_program_stay(tmp_path, call):
+    """Files of the names that gafext writes too."""
+    result = write(tmp_path / "result")
+    for name in ("transforms.json", "run.json", "canonical_flame_param.npz"):
+        (tmp_path / "export").mkdir(exist_ok=True)
+        (tmp_path / "export" / name).write_text("mine")
+    options = {"overwrite": True} if call is write else REPLACEABLE
+    with pytest.raises(OutputError, match="expected a result of gafext, got a folder without contact_sheet.png"):
+        call(tmp_path / "export", **options)
+    assert (tmp_path / "export" / "run.json").read_text() == "mine"
+    call(result, **options)
+
+
 def test_an_earlier_result_is_replaced_only_on_demand(tmp_path):
     out = tmp_path / "out"
     write_views(out, views(3), orbit(3), {"seed": 0})

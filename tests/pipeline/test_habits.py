@@ -39,6 +39,11 @@ def test_a_dtype_by_its_name(checkpoint, name, recwarn):
 
 
 def test_dtypes_that_are_refused(checkpoint):
+    for wrong in (torch.int32, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(ValueError, match="dtype: expected"):
+            load(checkpoint, dtype=wrong)
+    with pytest.raises(ValueError, match="device gpu: not usable here"):
+        MultiViewDiffusionPipeline.from_pretrained(checkpoint, device="gpu")
     with pytest.raises(ValueError, match="torch_dtype: expected None beside dtype"):
         load(checkpoint, dtype="float16", torch_dtype=torch.float16)
     for wrong in ("half", "float8", 16):

@@ -366,6 +366,21 @@ def test_an_interrupt_leaves_the_pipeline_usable(pipe):
     assert torch.equal(run(pipe).images, base)
 
 
+def test_diffusers_way_to_stop_a_run(pipe):
+    seen = []
+
+    def stop(pipeline, step, timestep, tensors):
+        seen.append((step, tensors["latents"].clone()))
+        pipeline._interrupt = step == 1
+
+    options = {"num_inference_steps": 4, "output_type": "latent", "upsample": "none"}
+    latents = run(pipe, callback_on_step_end=stop, **options).images
+    assert [step for step, _ in seen] == [0, 1] and torch.equal(latents, seen[-1][1])
+    seen.clear()
+    run(pipe, num_inference_steps=3, callback_on_step_end=lambda *args: seen.append(args[1]))
+    assert seen == [0, 1, 2]
+
+
 def test_save_pretrained_round_trip(pipe, tmp_path):
     pipe.guidance_scale = 4.5
     pipe.save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
+from gafext.cameras import orbit
 from gafext.cli import main
 from gafext.pipeline import MultiViewDiffusionPipeline
 
@@ -32,6 +33,7 @@ def generate(checkpoint, tmp_path):
         options = ["--model", checkpoint, "--out", tmp_path / "out", "--device", "cpu", "--views", 2]
         return main(["generate", *map(str, (*options, *arguments))])
 
+    run.checkpoint = checkpoint
     return run
 
 
@@ -99,6 +101,35 @@ def test_each_process_takes_a_gpu_of_its_own(given, taken, generate, people, mon
     monkeypatch.setattr("gafext.cli._load", load)
     generate(people, "--steps", 1, "--quiet", "--device", given)
     assert devices == [taken]
+
+
+def test_other_cameras_in_the_same_file_are_refused(generate, people, tmp_path, capsys):
+    path = tmp_path / "cameras.json"
+    options = people, "--steps", 1, "--quiet", "--cameras", path, "--renders", tmp_path / "renders"
+    (tmp_path / "renders").mkdir()
+    for view in range(2):
+        Image.new("RGB", (64, 64), "gray").save(tmp_path / "renders" / f"{view}.png")
+
+    def write(elevation):
+        frames = [{"transform_matrix": m} for m in orbit(2, elevation=elevation).opengl_c2w.tolist()]
+        path.write_text(json.dumps({"camera_angle_x": 0.5, "frames": frames}))
+
+    write(0)
+    model = ["generate", "--model", str(generate.checkpoint), "--out", str(tmp_path / "out"), "--device", "cpu"]
+
+    def run(*more):
+        return main([*model, *map(str, (*options, *more))])
+
+    assert run() == 0
+    before = snapshot(tmp_path / "out")
+    assert run() == 0 and snapshot(tmp_path / "out") == before
+    write(20)
+    assert run() == 1 and "got one with other cameras" in capsys.readouterr().err
+    write(0)
+    Image.new("RGB", (64, 64), "black").save(tmp_path / "renders" / "1.png")
+    assert run() == 1 and "got one with other renders" in capsys.readouterr().err
+    assert snapshot(tmp_path / "out") == before
+    assert run("--overwrite") == 0 and snapshot(tmp_path / "out") != before
 
 
 def test_overwrite_replaces_what_other_options_made(generate, people, tmp_path):

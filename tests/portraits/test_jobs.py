@@ -20,6 +20,7 @@ def touch(*paths):
 def made(job, command, **changes):
     job.folder.mkdir(parents=True)
     (job.folder / "run.json").write_text(json.dumps({**record(job, command), **changes}))
+    (job.folder / "contact_sheet.png").touch()
 
 
 def test_names_come_from_the_files(tmp_path, caplog):
