@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,20 +51,37 @@ def replace_whole(target: Path) -> Iterator[Path]:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
     try:
         yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _move_into(path, target / path.relative_to(temporary))
+        folders = sorted(path for path in temporary.rglob("*") if path.is_dir())
+        files = sorted((path for path in temporary.rglob("*") if not path.is_dir()), key=lambda p: (-len(p.parts), p))
+        moves = [(path, target / path.relative_to(temporary)) for path in (*folders, *files)]  # the outermost file last
+        try:
+            _check_moves(moves)
+            for path, place in moves:
+                _move(path, place)
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into(path: Path, place: Path) -> None:
-    try:
-        if path.is_dir():
-            place.mkdir(exist_ok=True)
-        else:
-            os.replace(path, place)
-    except OSError as error:
-        raise OutputError(f"{place}: cannot be written ({error.strerror or error})") from None
+def _check_moves(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Raise an OSError for what stands in the way, before anything is moved."""
+    for path, place in moves:
+        if place.exists() and place.is_dir() != path.is_dir():
+            raise FileExistsError(errno.EEXIST, f"expected a {'folder' if path.is_dir() else 'file'}", str(place))
+        if place.parent.exists() and not os.access(place.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place.parent))
+
+
+def _move(path: Path, place: Path) -> None:
+    if path.is_dir():
+        place.mkdir(exist_ok=True)
+        return
+    if path.stat().st_dev != place.parent.stat().st_dev:  # a link to another disk
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=place.parent) as beside:
+            os.replace(shutil.copy(path, beside), place)
+        return
+    os.replace(path, place)
 
 
 @contextmanager

@@ -81,9 +81,10 @@ def _eval(args: argparse.Namespace) -> int:
 def _check_reports(args: argparse.Namespace) -> None:
     """Validate where `eval` is to write, before it takes minutes."""
     for path in (Path(name) for name in (args.json, args.figure) if name):
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise ValueError(f"{path}: expected a file in a folder that can be written")
-    if args.figure and Path(args.figure).suffix.lower() not in PIL.Image.registered_extensions():
+    formats = PIL.Image.registered_extensions()
+    if args.figure and formats.get(Path(args.figure).suffix.lower()) not in PIL.Image.SAVE:
         raise ValueError(f"--figure {args.figure}: expected the suffix of a picture, such as .png")
 
 

@@ -45,7 +45,7 @@ def read_colmap(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
     lines = _lines(folder / "images.txt")
     for points in lines[1::2]:
         parts = points.split()
-        if len(parts) % 3 or not all(re.fullmatch(r"-?\d+", part) for part in parts[2::3]):
+        if len(parts) % 3 or not all(re.fullmatch(r"-?\d+(\.0*)?", part) for part in parts[2::3]):
             raise CameraError(f"images.txt: expected a line of points (x, y, id) below each image's, got {points!r}")
     for line in filter(str.strip, lines[::2]):
         _, *pose, camera, name = line.split(maxsplit=9)

@@ -26,7 +26,7 @@ _DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "distortion", "di
 _FOCAL = ("fl_x", "fx", "fl_y", "fy", "camera_angle_y")  # the file's give way to a frame's camera_angle_x
 _MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL", "perspective")  # without distortion, equal
 _FILES = ("transforms.json", "transforms_train.json", "opencv_cameras.json")
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError, EOFError, AttributeError)
+_UNREADABLE = (OSError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, EOFError, AttributeError)
 _UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 
@@ -106,7 +106,8 @@ def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool, fov: float 
     if all("w2c" in frame for frame in frames):
         return _cameras(np.array([frame["w2c"] for frame in frames], dtype=np.float64), "opencv-w2c", lenses)
     c2w = np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64)
-    c2w[:, :3, 3] /= between("applied_scale", _given(values, "applied_scale", 1.0), 0, math.inf)
+    if values.get("applied_scale") is not None:
+        c2w[:, :3, 3] /= between("applied_scale", values["applied_scale"], 0, math.inf)
     if values.get("applied_transform") is not None:
         applied = np.vstack([np.array(values["applied_transform"], dtype=np.float64)[:3], [0, 0, 0, 1]])
         c2w = np.linalg.inv(applied) @ c2w
@@ -143,7 +144,7 @@ def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
         raise CameraError(f"frame {view}: expected positive w and h, got {width} x {height}")
     size = width or height
     if focal is None:
-        angle = values.get("camera_angle_x")
+        angle = values.get("camera_angle_x", values.get("camera_angle_y"))
         if angle is None:
             raise CameraError(f"frame {view}: expected fl_x, fx or camera_angle_x, or a field of view (fov), got none")
         if not 0 < angle < math.pi:
@@ -151,7 +152,8 @@ def _lens(values: Mapping[str, Any], view: int, pad: bool = False) -> Lens:
         if size is None and not values.keys().isdisjoint(("cx", "cy")):
             raise CameraError(f"frame {view}: expected w and h beside cx and cy, got none")
         size = size or 1
-        focal = size / (2 * math.tan(angle / 2))
+        side = size if "camera_angle_x" in values else height or size
+        focal = side / (2 * math.tan(angle / 2))
     if size is None:
         raise CameraError(f"frame {view}: expected w and h beside the focal length, got none")
     focal_y = values.get("fl_y", values.get("fy", _focal_of_angle_y(values, height or size)))
@@ -170,10 +172,6 @@ def _focal_of_angle_y(values: Mapping[str, Any], height: float) -> float | None:
     if angle is None or not values.keys().isdisjoint(("fl_x", "fx")):
         return None
     return height / (2 * math.tan(between("camera_angle_y", angle, 0, math.pi) / 2))
-
-
-def _given(values: Mapping[str, Any], name: str, default: float) -> float:
-    return default if values.get(name) is None else values[name]
 
 
 def _cameras(matrices: np.ndarray, convention: str, lenses: list[Lens], tracking: Tracking | None = None) -> Cameras:

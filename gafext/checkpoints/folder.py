@@ -211,5 +211,6 @@ def save_parts(components: Mapping[str, Any], folder: Path) -> None:
     # What was left by a pipeline that was saved here before.
     for path in written:
         weights.remove_shards(folder / path.parent, path.stem)
-    for stale in {prompt_file, f"upsampler/{EMPTY_PROMPT_NAME}"} - {path.as_posix() for path in written}:
+    prompts = [prompt_file, *([f"upsampler/{EMPTY_PROMPT_NAME}"] if components["upsampler"] is not None else [])]
+    for stale in {*prompts} - {path.as_posix() for path in written}:
         (folder / stale).unlink(missing_ok=True)

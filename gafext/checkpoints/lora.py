@@ -17,7 +17,7 @@ from gafext.models.int8 import require_floats
 from gafext.models.unet import MultiViewUNet
 from gafext.weights.lora_keys import lora_rule, other_forms
 
-_ADDED = ("gaussian", "orthogonal", "eva")  # beginnings of peft that leave the weights below as they are
+_ADDED = ("gaussian", "orthogonal", "eva", "mica")  # beginnings of peft that leave the weights below as they are
 _TEXT = ("text_encoder", "lora_te_", "lora_te1_", "lora_te2_", "base_model.model.text_model")
 
 
@@ -173,7 +173,7 @@ def _read_scalings(path: Path, metadata: dict[str, str]) -> Callable[[str, int],
     except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise CheckpointError(f"{source}: expected the settings of a LoRA, got {error}") from None
     begun = settings.get("init_lora_weights")
-    if isinstance(begun, str) and begun not in _ADDED:
+    if isinstance(begun, str) and begun.lower() not in _ADDED:
         raise CheckpointError(
             f"{source}: init_lora_weights={begun!r}: expected updates of the U-Net's own weights, got those of others "
             "that were made of them. Save it with peft's path_initial_model_for_weight_conversion, as a plain LoRA"

@@ -33,7 +33,7 @@ def usable_device(device: torch.device | str, *, option: str = "device") -> torc
     """Return a device, or raise a ValueError that begins with the option if nothing can be put there."""
     try:
         return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise ValueError(f"{option} {device}: not usable here ({str(error).splitlines()[0]})") from None
 
 

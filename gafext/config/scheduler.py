@@ -71,8 +71,8 @@ class NoiseScheduleConfig(Config, dict[str, Any]):
         solver = str(values.get("_class_name", cls.class_name))
         if solver not in cls.solver_defaults:
             raise CheckpointError(f"{source}: _class_name={solver!r}: expected one of {list(cls.solver_defaults)}")
-        if solver != cls.class_name and "timestep_spacing" in (values.get("_use_default_values") or ()):
-            values = {**values, "timestep_spacing": cls.timestep_spacing}  # the other solver's, in no file
+        if "timestep_spacing" in (values.get("_use_default_values") or ()):
+            values = {**values, "timestep_spacing": cls.timestep_spacing}  # of what made the configuration, in no file
         return super().from_dict(cls._own_values(solver, values), source=source)
 
     @classmethod

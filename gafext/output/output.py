@@ -161,7 +161,7 @@ def write_views(
         _write_inputs(new, sizes[0], portrait, normal_maps or ())
         write_json(new / "run.json", json_clean(run))
         scene = Scene(names, cameras, sizes[0][0], surface_points(pixels, cameras, surface), masks)
-        for name in chosen:
+        for name in (name for name in FORMATS if name in chosen):  # "3dgs" first: transforms.json names its files
             FORMATS[name](new, scene)
         write_viewer(new, cameras=cameras)
     return Path(os.path.realpath(folder))

@@ -103,11 +103,11 @@ def missing(
         jobs: the jobs.
         command: options of the command, as run.json has them.
         inputs: digests of what the options name, of `digests`.
-        overwrite: replace folders that were made with other options or from another picture.
+        overwrite: replace folders that were made with other options or from other pictures or cameras.
 
     Raises:
-        OutputError: without `overwrite`, a folder was made with other options or from another picture; or it holds
-            files that gafext did not write, or cannot be written.
+        OutputError: without `overwrite`, a folder was made with other options or from other pictures or cameras; or it
+            holds files that gafext did not write, or cannot be written.
     """
     todo = []
     for job in jobs:
@@ -140,7 +140,10 @@ def digests(options: Mapping[str, Any]) -> dict[str, str]:
 def _contents(value: Any) -> Iterator[bytes]:
     if isinstance(value, Cameras):
         yield from (value.w2c.numpy().tobytes(), value.intrinsics(1).numpy().tobytes())
-        yield repr(value.tracking and value.tracking.frames).encode()
+        if value.tracking is not None:
+            yield repr(value.tracking.frames).encode()
+            names = sorted({str(frame.get("flame_param_path")) for frame in value.tracking.frames})
+            yield from (file.read_bytes() for file in map(value.tracking.folder.joinpath, names) if file.is_file())
     elif isinstance(value, Mesh):
         yield from (value.vertices.tobytes(), value.faces.tobytes())
     else:

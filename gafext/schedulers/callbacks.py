@@ -78,6 +78,8 @@ class StepCallback:
         if "latents" in self.names:
             passed["latents"] = latents
         originals = {name: tensor.clone() for name, tensor in passed.items()} if before is not None else {}
+        if index == 0 and getattr(pipeline, "_interrupt", False):
+            pipeline._interrupt = False  # left by an earlier run
         returned = self._checked(self.callback(pipeline, index, timestep, dict(passed)), sample)
         if getattr(pipeline, "_interrupt", False):  # diffusers' way to end a run
             self.interrupted, pipeline._interrupt = True, False

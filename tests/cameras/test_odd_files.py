@@ -60,15 +60,31 @@ def test_damaged_files_are_named(tmp_path):
         "short.npz": whole[: len(whole) // 2],
         "damaged.npz": whole.replace(b"NUMPY", b"numpy"),
         "deep.json": b"[" * 100_000,
-        "null.json": b"null",
-        "names.json": b'{"frames": {"0": {}}, "camera_angle_x": 0.5}',
-        "text.json": b'{"frames": "abc"}',
-        "nulls.json": b'{"frames": [null]}',
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CameraError, match=name):
             read_transforms(tmp_path / name, convention="opencv-w2c", fov=30)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("null", "not readable as cameras"),
+        ('"frames"', "not readable as cameras"),
+        ('{"frames": {"0": {}}, "camera_angle_x": 0.5}', "frames: expected a list of objects, got {'0'"),
+        ('{"frames": "abc"}', "frames: expected a list of objects, got abc"),
+        ('{"frames": [null]}', "frames: expected a list of objects"),
+        ('{"frames": [{"transform_matrix": [1, 2, 3, 4]}], "camera_angle_x": 0.5}', "matri"),
+        ('{"frames": [{"transform_matrix": [1, 2]}], "camera_angle_x": 0.5, "applied_scale": 2}', "matri|readable"),
+        ('{"frames": [{"transform_matrix": 5}], "camera_angle_x": 0.5}', "matri|readable"),
+    ],
+)
+def test_frames_that_are_none(content, words, tmp_path):
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(CameraError, match=words) as caught:
+        read_transforms(tmp_path / "odd.json")
+    assert "odd.json" in str(caught.value)
 
 
 def test_a_folder_is_read_as_the_file_in_it(tmp_path):

@@ -66,6 +66,11 @@ def test_blender(tmp_path, place):
     values = {**angle, "camera_angle_y": math.radians(50), "w": 64, "h": 64}
     (tmp_path / "transforms_train.json").write_text(json.dumps({**values, "frames": frames}))
     focal_y = 32 / math.tan(math.radians(25))
+    if place == "file":
+        values.pop("camera_angle_x")
+        (tmp_path / "y.json").write_text(json.dumps({**values, "frames": frames}))  # pixels are square
+        y = read_transforms(tmp_path / "y.json").intrinsics(64)[0]
+        assert y[0, 0].item() == y[1, 1].item() == pytest.approx(focal_y)
     frames_own = place == "frame"  # whose angle takes the place of the file's two
     assert read_transforms(tmp_path).intrinsics(64)[0, 1, 1].item() == pytest.approx(
         32 / math.tan(math.radians(20)) if frames_own else focal_y

@@ -103,6 +103,8 @@ def test_save_hands_flame_on(export, tmp_path):
     assert_is_read_by_gaussian_avatars(folder, export)
     again = read_transforms(folder)  # transforms.json
     assert again.tracking.frames == cameras.tracking.frames and again.tracking.flame_files()
+    write_views(folder, [Image.new("RGB", (32, 32))] * 4, cameras, {}, overwrite=True, formats=["nerfstudio", "3dgs"])
+    assert read_transforms(folder).tracking.frames == cameras.tracking.frames
     alone = write_views(tmp_path / "nerfstudio", [Image.new("RGB", (32, 32))] * 4, cameras, {}, formats=["nerfstudio"])
     frames = json.loads((alone / "transforms.json").read_text())["frames"]
     assert [frame["timestep_index"] for frame in frames] == [timestep for timestep, *_ in CAPTURED]

@@ -263,7 +263,7 @@ def test_equals_diffusers_with_peft(folder, tmp_path, form):
         ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {r"down_blocks\..*to_q": 12, "to_q": 99}}, 4.0),
         ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {r"^down_blocks\.\d+\.attentions.*q": 12}}, 4.0),
         ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"down_blocks": 12}}, 2.0),  # not the end of the name
-        ({"r": RANK, "lora_alpha": 6, "init_lora_weights": "gaussian"}, 2.0),
+        ({"r": RANK, "lora_alpha": 6, "init_lora_weights": "Gaussian"}, 2.0),
         ({}, 1.0),
     ],
 )

@@ -190,6 +190,7 @@ def test_the_command(checkpoint, tmp_path, capsys):
     [
         (("--json", "nowhere/eval.json"), "nowhere/eval.json: expected a file in a folder that can be written"),
         (("--figure", "nowhere/eval.png"), "nowhere/eval.png: expected a file"),
+        (("--figure", "eval.psd"), "--figure eval.psd: expected the suffix of a picture"),  # Pillow only reads it
         (("--figure", "eval.pictures"), "--figure eval.pictures: expected the suffix of a picture"),
     ],
 )

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from copy import deepcopy
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -25,6 +27,7 @@ from small_checkpoints import (
 
 import gafext
 from gafext.assets import PORTRAIT, CartoonWarning
+from gafext.errors import OutputError
 from gafext.families import family_of
 from gafext.heads import head_normals
 from gafext.noise import view_noise
@@ -377,6 +380,7 @@ def test_diffusers_way_to_stop_a_run(pipe):
     latents = run(pipe, callback_on_step_end=stop, **options).images
     assert [step for step, _ in seen] == [0, 1] and torch.equal(latents, seen[-1][1])
     seen.clear()
+    pipe._interrupt = True  # left by a callback that raised an error
     run(pipe, num_inference_steps=3, callback_on_step_end=lambda *args: seen.append(args[1]))
     assert seen == [0, 1, 2]
 
@@ -409,6 +413,38 @@ def test_a_save_that_fails_leaves_the_older_checkpoint(pipe, tmp_path, monkeypat
         other.save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_save_that_cannot_be_moved_leaves_the_older_checkpoint(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "vae")
+    (tmp_path / "vae").write_text("a file")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = deepcopy(pipe)
+    other.guidance_scale = 3.0
+    with pytest.raises(OutputError, match=r"expected a folder: .*vae"):
+        other.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_save_through_a_link_to_another_disk(pipe, tmp_path):
+    disk = Path(tempfile.mkdtemp(dir="/dev/shm")) if Path("/dev/shm").is_dir() else tmp_path / "disk"
+    disk.mkdir(exist_ok=True)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "unet").symlink_to(disk)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in disk.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    again = gafext.MultiViewDiffusionPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert torch.equal(run(again).images, run(pipe).images)
+    shutil.rmtree(disk)
+
+
+def test_a_save_without_an_upsampler_leaves_that_of_before(pipe, tmp_path):
+    (tmp_path / "upsampler").mkdir()
+    (tmp_path / "upsampler" / "empty_prompt.safetensors").touch()
+    assert pipe.upsampler is None
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "upsampler" / "empty_prompt.safetensors").exists()
 
 
 def test_a_save_removes_what_readers_would_prefer(pipe, tmp_path):

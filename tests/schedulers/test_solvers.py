@@ -305,10 +305,10 @@ def test_by_name_over_a_file_that_leaves_keys_out(tmp_path, name):
 def test_diffusers_configuration_of_a_file_that_leaves_keys_out(tmp_path, name, writer):
     """It has the keys, of the writer's values, and a list of them."""
     folder = write_scheduler(tmp_path, _class_name=writer, **SD)
-    config = getattr(diffusers, writer).from_pretrained(folder).config
-    assert "timestep_spacing" in config["_use_default_values"]
-    theirs = getattr(diffusers, NAMES[name]).from_config(config)
-    assert trajectory_difference(SCHEDULERS[name].from_config(config), theirs, steps=10) < TOLERANCE
+    for config in (getattr(diffusers, writer).from_pretrained(folder).config, getattr(diffusers, writer)(**SD).config):
+        assert "timestep_spacing" in config["_use_default_values"]
+        theirs = getattr(diffusers, NAMES[name]).from_config(config)
+        assert trajectory_difference(SCHEDULERS[name].from_config(config), theirs, steps=10) < TOLERANCE
 
 
 @pytest.mark.parametrize(
