@@ -246,12 +246,12 @@ def memory() -> str:
     )
 
 
-def pipeline() -> str:
+def pipeline(file: str) -> str:
     names = {"gafext": "gafext", "stock": "diffusers", "compile": "torch.compile", "openvino": "OpenVINO"}
-    rows = result(f"pipeline-built-in-{RAPIDS}")["contestants"]
+    rows = result(f"pipeline-{file}")["contestants"]
     stages = ["encode", "denoise", "upsample", "decode"]
     lines = []
-    for key, name in names.items():
+    for key, name in ((key, name) for key, name in names.items() if key in rows):
         row = rows[key]["stages"]
         medians = [f"{row[stage]['median']:.2f}" for stage in (*stages, "all")]
         lines.append([name, *medians, f"{row['all']['times_gafext']:.2f}"])
@@ -372,7 +372,7 @@ def values() -> dict[str, str]:
         **train_memory(),
         "samplers": samplers(),
         "trained": trained(),
-        "pipeline": pipeline(),
+        "pipeline": pipeline(f"built-in-{RAPIDS}"),
         "presets": presets(),
         "precision": precision("cpu-zen-4-1-thread"),
         "precision.avx2": precision(EPYC),
