@@ -373,6 +373,7 @@ def values() -> dict[str, str]:
         "samplers": samplers(),
         "trained": trained(),
         "pipeline": pipeline(f"built-in-{RAPIDS}"),
+        "pipeline.sd21": pipeline(f"sd21-{ZEN_4}"),
         "presets": presets(),
         "precision": precision("cpu-zen-4-1-thread"),
         "precision.avx2": precision(EPYC),
