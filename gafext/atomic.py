@@ -77,7 +77,7 @@ def _move(path: Path, place: Path) -> None:
     if path.is_dir():
         place.mkdir(exist_ok=True)
         return
-    if path.stat().st_dev != place.parent.stat().st_dev:  # a link to another disk
+    if path.parent.stat().st_dev != place.parent.stat().st_dev:  # a link to another disk
         with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=place.parent) as beside:
             os.replace(shutil.copy(path, beside), place)
         return

@@ -49,10 +49,9 @@ def read_transforms(
     """Read cameras from a file or folder that another program wrote.
 
     - JSON with `frames` of camera-to-world matrices `transform_matrix`, OpenGL axes: nerfstudio's transforms.json
-      (`fl_x`, `cx`, `w`, ... of all frames or per frame; `applied_transform` and
-      `applied_scale` are undone), Blender's and 3DGS's
-      transforms_train.json (`camera_angle_x`), VHAP's and `MultiViewOutput.save`'s. `Cameras.tracking` keeps VHAP's
-      `flame_param_path`, timesteps and names of cameras.
+      (`fl_x`, `cx`, `w`, ... of all frames or per frame; `applied_transform` and `applied_scale` are undone), Blender's
+      and 3DGS's transforms_train.json (`camera_angle_x`, `camera_angle_y`), VHAP's and `MultiViewOutput.save`'s.
+      `Cameras.tracking` keeps VHAP's `flame_param_path`, timesteps and names of cameras.
     - JSON with `frames` of `w2c` and `fx`, `fy`, `cx`, `cy`, `w`, `h`: FaceLift's opencv_cameras.json.
     - A folder with COLMAP's cameras.txt and images.txt, or that has them in sparse/0: views in the order of their
       pictures' names. A folder with one of the JSON files above.
