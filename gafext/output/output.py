@@ -82,8 +82,8 @@ class MultiViewOutput:
 
         Raises:
             OutputError: the folder cannot be written, or holds other files.
-            ValueError: the images are latents, a format is unknown or cannot describe the cameras, or the film is of
-                an unknown kind or has no encoder.
+            ValueError: the images are latents or not finite, a format is unknown or cannot describe the cameras, or
+                the film is of an unknown kind or has no encoder.
         """
         if self.run.get("output_type") == "latent":
             raise ValueError("save: expected pictures, got latents (output_type='latent')")
@@ -95,6 +95,8 @@ class MultiViewOutput:
             if not pictures.is_floating_point() or pictures.ndim != 4 or pictures.shape[1] != 3:
                 got = f"{list(pictures.shape)} of {str(pictures.dtype).removeprefix('torch.')}"
                 raise ValueError(f"save: expected images [V,3,H,W], as an array [V,H,W,3], in [0,1], got {got}")
+            if not pictures.isfinite().all():
+                raise ValueError("save: expected images in [0,1], got NaN or infinite values")
             pictures = to_pil(pictures)
         options = {"overwrite": overwrite, "formats": formats, "alpha": alpha, "turntable": turntable}
         options |= {"surface": self.surface, "portrait": self.portrait, "normal_maps": self.normal_maps}

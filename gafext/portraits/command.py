@@ -54,7 +54,7 @@ def _generate(
     rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(args.out)
     jobs = find_jobs(args.portrait, out)
     check_out(out)
-    inputs = digests(options)
+    inputs = digests(options, command)
     everything = set(missing(jobs, command, inputs=inputs, overwrite=args.overwrite))
     mine = jobs[rank::world]
     work = _Work([job for job in mine if job in everything], command, inputs, args, saving)

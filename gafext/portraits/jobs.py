@@ -127,14 +127,16 @@ def record(job: Job, command: Mapping[str, Any], inputs: Mapping[str, str] = _NO
     """Return what run.json says of a job, which `missing` compares."""
     return {
         "command": {**command, "portrait": str(job.portrait)},
-        "portrait_sha256": _digest(job.portrait.read_bytes()),
+        "portrait_sha256": _file_digest(job.portrait),
     } | ({"inputs_sha256": dict(inputs)} if inputs else {})
 
 
-def digests(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return digests of the cameras, normal maps or mesh, and renders among the options of a run."""
+def digests(options: Mapping[str, Any], command: Mapping[str, Any] = _NONE) -> dict[str, str]:
+    """Return digests of the cameras, normal maps or mesh, and renders of a run, and of the command's weight files."""
     given = {name: options.get(name) for name in ("cameras", "normal_maps", "renders")}
-    return {name: _digest(*_contents(value)) for name, value in given.items() if value is not None}
+    files = {name: Path(command[name]) for name in ("lora", "ip_adapter", "mv_adapter") if name in command}
+    digests = {name: _digest(_contents(value)) for name, value in given.items() if value is not None}
+    return digests | {name: _file_digest(path) for name, path in files.items() if path.is_file()}
 
 
 def _contents(value: Any) -> Iterator[bytes]:
@@ -164,18 +166,23 @@ def _difference(job: Job, command: Mapping[str, Any], inputs: Mapping[str, str])
         f"{name} {made.get(name)} (now {wanted.get(name)})" for name in names if made.get(name) != wanted.get(name)
     ]
     # A portrait that has gone since has nothing to be compared with.
-    if job.portrait.is_file() and run.get("portrait_sha256") != _digest(job.portrait.read_bytes()):
+    if job.portrait.is_file() and run.get("portrait_sha256") != _file_digest(job.portrait):
         others.append("another picture")
     before = run.get("inputs_sha256", inputs)  # results of before this was recorded are kept
-    others += [f"other {name.replace('_', ' ')}" for name in inputs if before.get(name) != inputs[name]]
+    others += [f"other {name.replace('_', ' ')}" for name in inputs if before.get(name, inputs[name]) != inputs[name]]
     return ", ".join(others) or None
 
 
-def _digest(*contents: bytes) -> str:
+def _digest(contents: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for content in contents:
         digest.update(content)
     return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return _digest(iter(lambda: file.read(2**20), b""))
 
 
 def check_out(out: Path) -> None:

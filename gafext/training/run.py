@@ -176,7 +176,8 @@ class Run:
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
-        bar = tqdm(total=self.settings.steps, initial=first, disable=not self.accelerator.is_main_process, unit="step")
+        total = self.settings.steps if self.settings.minutes is None else None
+        bar = tqdm(total=total, initial=first, disable=not self.accelerator.is_main_process, unit="step")
         scores, validated, seen, seconds = {}, -1, 0, 0.0
         with recomputing(self.unet, self.settings.checkpointing), self.denoiser, self.clock:
             passed = self._passed()
@@ -191,6 +192,7 @@ class Run:
                 if self.settings.validate_every and self.step % self.settings.validate_every == 0:
                     scores, validated = self._validate(), self.step
                 passed = self._passed()
+                bar.total = round(self.step / passed)  # of a run of minutes, as many as its pace promises
                 if passed >= 1 or self.step % self.settings.save_every == 0:
                     save(self.accelerator, self.out, self.step, self.described)
         bar.close()

@@ -39,6 +39,14 @@ def test_arrays_that_are_no_pictures_are_named(images, tmp_path):
     assert not (tmp_path / "views").exists()
 
 
+def test_numbers_that_are_no_colours_are_named(tmp_path):
+    images = torch.zeros(2, 3, 16, 16)
+    images[1, 2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="got NaN or infinite values"):
+        MultiViewOutput(images, orbit(2)).save(tmp_path / "views", **FAST)
+    assert not (tmp_path / "views").exists()
+
+
 def test_an_array_with_negative_strides(tmp_path):
     images = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
     MultiViewOutput(images[::-1, :, ::-1], orbit(2)).save(tmp_path / "views", **FAST)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 from PIL import Image
+from small_checkpoints import save_lora
 
 from gafext.cameras import orbit
 from gafext.cli import main
@@ -130,6 +131,18 @@ def test_other_cameras_in_the_same_file_are_refused(generate, people, tmp_path, 
     assert run() == 1 and "got one with other renders" in capsys.readouterr().err
     assert snapshot(tmp_path / "out") == before
     assert run("--overwrite") == 0 and snapshot(tmp_path / "out") != before
+
+
+def test_another_lora_in_the_same_file_is_refused(generate, people, tmp_path, capsys):
+    path = tmp_path / "lora.safetensors"
+    options = people, "--steps", 1, "--quiet", "--lora", path
+    save_lora(path)
+    assert generate(*options) == 0
+    before = snapshot(tmp_path / "out")
+    assert generate(*options) == 0 and snapshot(tmp_path / "out") == before
+    save_lora(path)
+    assert generate(*options) == 1 and "got one with other lora" in capsys.readouterr().err
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_overwrite_replaces_what_other_options_made(generate, people, tmp_path):

@@ -128,9 +128,10 @@ def test_the_clock_counts_all_sittings():
         assert second.seconds > stopped
 
 
-def test_minutes_are_those_of_all_sittings(files):
+def test_minutes_are_those_of_all_sittings(files, capsys):
     out = files / "timed"
     assert main(command(files, out, "--steps", "1000000", "--minutes", "0.01")) == 0
+    assert "/1000000 " not in capsys.readouterr().err  # the bar is of the steps that its pace promises
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     taken = [line for line in lines if "loss" in line]
     assert taken[-1]["seconds"] >= 0.5 or len(taken) == 1
