@@ -34,7 +34,7 @@ class Cameras:
 
     Raises:
         CameraError: a matrix is not a rigid transform, or one of intrinsics is not a pinhole camera's; the message
-            names the view and the fault.
+            names the view and the fault. Or `tracking` has another number of frames.
         ValueError: the field of view is out of range, or not exactly one of `fov` and `intrinsics` is given.
     """
 
@@ -53,6 +53,8 @@ class Cameras:
         tracking: Tracking | None = None,
     ):
         object.__setattr__(self, "w2c", rigid(w2c))
+        if tracking is not None and len(tracking.frames) != len(self.w2c):
+            raise CameraError(f"tracking: expected {len(self.w2c)} frames, one per camera, got {len(tracking.frames)}")
         object.__setattr__(self, "tracking", tracking)
         lenses = None
         if fov is not None and intrinsics is None and size is None:

@@ -30,7 +30,7 @@ def read_colmap(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
         of each by the names that nerfstudio gives them.
 
     Raises:
-        CameraError: a camera is of a model that is not a pinhole camera's.
+        CameraError: a camera is of a model that is not a pinhole camera's, or a line lacks something.
         OSError, ValueError, KeyError: a file is missing or not of this form.
     """
     cameras = {}
@@ -38,6 +38,11 @@ def read_colmap(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
         number, model, width, height, *parameters = line.split()
         if model not in _PARAMETERS:
             raise CameraError(f"camera {number}: expected one of {', '.join(_PARAMETERS)}, got {model}")
+        if len(parameters) != len(_PARAMETERS[model]):
+            expected = " ".join(_PARAMETERS[model])
+            raise CameraError(
+                f"camera {number}: expected {expected} of a {model}, got {' '.join(parameters) or 'none'}"
+            )
         values = dict(zip(_PARAMETERS[model], map(float, parameters), strict=True))
         focal = {"fl_x": values["fl"], "fl_y": values["fl"]} if "fl" in values else {}
         cameras[number] = {"camera_model": model, "w": int(width), "h": int(height), **values, **focal}
@@ -48,8 +53,15 @@ def read_colmap(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
         if len(parts) % 3 or not all(re.fullmatch(r"-?\d+(\.0*)?", part) for part in parts[2::3]):
             raise CameraError(f"images.txt: expected a line of points (x, y, id) below each image's, got {points!r}")
     for line in filter(str.strip, lines[::2]):
-        _, *pose, camera, name = line.split(maxsplit=9)
+        fields = line.split(maxsplit=9)
+        if len(fields) != 10 or fields[8] not in cameras:
+            raise CameraError(
+                f"images.txt: expected an id, 7 numbers of a pose, a camera's id and a name, got {line!r}"
+            )
+        _, *pose, camera, name = fields
         images.append((name, _matrix(*map(float, pose)), cameras[camera]))
+    if not images:
+        raise CameraError("images.txt: expected at least one image, got none")
     images.sort(key=lambda image: image[0])
     return np.stack([matrix for _, matrix, _ in images]), [values for _, _, values in images]
 

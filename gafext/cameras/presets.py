@@ -58,9 +58,10 @@ def on_sphere(azimuth: Tensor, elevation: Tensor | float, radius: float, fov: fl
         ValueError: an argument is out of range or NaN.
     """
     radius = between("radius", radius, 0, math.inf)
-    if not isinstance(elevation, Tensor):
-        elevation = torch.full_like(azimuth, between("elevation", elevation, -90, 90))
-    azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
+    azimuth = torch.deg2rad(azimuth.double())
+    angles = elevation.expand(len(azimuth)).tolist() if isinstance(elevation, Tensor) else [elevation] * len(azimuth)
+    angles = [between("elevation", angle, -90, 90) for angle in angles]
+    elevation = torch.deg2rad(torch.tensor(angles, dtype=torch.float64, device=azimuth.device))
     horizontal = elevation.cos()
     positions = torch.stack([azimuth.sin() * horizontal, elevation.sin(), azimuth.cos() * horizontal], dim=-1)
     return Cameras(look_at_origin(radius * positions), fov)

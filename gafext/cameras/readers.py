@@ -73,12 +73,12 @@ def read_transforms(
     """
     path = Path(path)
     try:
-        if path.suffix in (".npz", ".npy") and not path.is_dir():
+        if path.suffix.lower() in (".npz", ".npy") and not path.is_dir():
             return _read_matrices(path, convention, fov)
         if path.is_dir():
             _refuse("convention", convention)
             return _read_folder(path, pad, fov)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = _read_json(path)
         if isinstance(values, list):
             return _read_bare(values, convention, fov)
         _refuse("convention", convention)
@@ -87,6 +87,10 @@ def read_transforms(
         raise CameraError(f"{path}: {error}") from None
     except _UNREADABLE as error:
         raise CameraError(f"{path}: not readable as cameras ({type(error).__name__}: {error})") from None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
 
 
 def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool, fov: float | None) -> Cameras:
@@ -104,7 +108,9 @@ def _read_frames(values: Mapping[str, Any], folder: Path, pad: bool, fov: float 
     lenses = [_lens(frame, view, pad) for view, frame in enumerate(merged)]
     if all("w2c" in frame for frame in frames):
         return _cameras(np.array([frame["w2c"] for frame in frames], dtype=np.float64), "opencv-w2c", lenses)
-    c2w = np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64)
+    if lacking := [view for view, frame in enumerate(frames) if "transform_matrix" not in frame]:
+        raise CameraError(f"frame {lacking[0]}: expected transform_matrix, or w2c in all frames, got neither")
+    c2w = _square(np.array([frame["transform_matrix"] for frame in frames], dtype=np.float64))
     if values.get("applied_scale") is not None:
         c2w[:, :3, 3] /= between("applied_scale", values["applied_scale"], 0, math.inf)
     if values.get("applied_transform") is not None:
@@ -183,14 +189,19 @@ def to_opencv(matrices: np.ndarray, convention: str) -> np.ndarray:
     if convention not in CONVENTIONS:
         raise CameraError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}")
     axes, direction = convention.split("-")
-    matrices = np.asarray(matrices, dtype=np.float64)
-    if matrices.ndim == 3 and matrices.shape[1:] == (3, 4):
-        matrices = np.concatenate([matrices, np.tile([[[0, 0, 0, 1.0]]], (len(matrices), 1, 1))], axis=1)
+    matrices = _square(np.asarray(matrices, dtype=np.float64))
     flip = np.array(_AXES[axes], dtype=np.float64)
     if direction == "w2c":
         return flip[:, None] * matrices
     # Checked before the inversion, which a singular matrix would not survive; the columns are the camera's axes.
     return np.linalg.inv(Cameras(matrices * flip, 1.0).w2c.double().numpy())
+
+
+def _square(matrices: np.ndarray) -> np.ndarray:
+    """Return [V,3,4] matrices as [V,4,4]; others as they are."""
+    if matrices.ndim != 3 or matrices.shape[1:] != (3, 4):
+        return matrices
+    return np.concatenate([matrices, np.tile([[[0, 0, 0, 1.0]]], (len(matrices), 1, 1))], axis=1)
 
 
 def _read_folder(folder: Path, pad: bool, fov: float | None) -> Cameras:
@@ -204,7 +215,7 @@ def _read_folder(folder: Path, pad: bool, fov: float | None) -> Cameras:
             binary = binary or place
     for name in _FILES:
         if (folder / name).is_file():
-            return _read_frames(json.loads((folder / name).read_text(encoding="utf-8")), folder, pad, fov)
+            return _read_frames(_read_json(folder / name), folder, pad, fov)
     if binary is not None:
         raise CameraError(
             "expected COLMAP's text files, got images.bin; convert it: colmap model_converter --input_path "
@@ -216,9 +227,10 @@ def _read_folder(folder: Path, pad: bool, fov: float | None) -> Cameras:
 def _read_matrices(path: Path, convention: str | None, fov: float | None) -> Cameras:
     found = np.load(path, allow_pickle=False)
     arrays = {"": found} if isinstance(found, np.ndarray) else dict(found)
-    name = next((name for name in ("", "w2c", "c2w") if name in arrays), None)
-    if name is None:
-        raise CameraError(f"expected w2c or c2w, got {', '.join(arrays) or 'nothing'}")
+    names = [name for name in ("", "w2c", "c2w") if name in arrays]
+    if len(names) != 1:
+        raise CameraError(f"expected w2c or c2w, got {', '.join(names or arrays) or 'nothing'}")
+    [name] = names
     if convention is None and name == "w2c":
         convention = "opencv-w2c"
     if convention is None or (name and not convention.endswith(name)):
@@ -229,6 +241,8 @@ def _read_matrices(path: Path, convention: str | None, fov: float | None) -> Cam
     if "intrinsics" in arrays:
         if "fov" in arrays:
             raise CameraError("expected intrinsics or fov, got both")
+        if "size" not in arrays:
+            raise CameraError("expected size, the side of the pictures in pixels, beside intrinsics, got none")
         return Cameras(w2c, intrinsics=arrays["intrinsics"], size=float(arrays["size"]))
     return Cameras(w2c, _known_fov(float(arrays["fov"]) if "fov" in arrays else fov))
 

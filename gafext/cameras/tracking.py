@@ -37,7 +37,7 @@ class Tracking:
     @classmethod
     def of(cls, folder: Path, frames: Sequence[Mapping[str, Any]]) -> Tracking | None:
         """Collect the fields of a file's frames; None if they have none."""
-        found = tuple({name: frame[name] for name in _FIELDS if name in frame} for frame in frames)
+        found = tuple({name: frame[name] for name in _FIELDS if frame.get(name) is not None} for frame in frames)
         return cls(folder.resolve(), found) if any(found) else None
 
     def __getitem__(self, views: slice) -> Tracking:

@@ -4,7 +4,7 @@
 |---|---|---|
 | 3dgs | transforms_{train,test,val}.json, points3d.ply | 3D Gaussian Splatting, GaussianAvatars, blender-data |
 | nerfstudio | transforms.json, points3d.ply | nerfstudio, Brush |
-| colmap | sparse/0/*.txt, images/ | gsplat's examples, COLMAP |
+| colmap | sparse/0/*.txt, images/ | gsplat's examples, COLMAP, 3DGS |
 | facelift | opencv_cameras.json | FaceLift's reconstruction |
 """
 
@@ -82,9 +82,11 @@ def _write_nerfstudio(folder: Path, scene: Scene) -> None:
         if not (folder / "flame_param").is_dir():  # which "3dgs", written before, brings
             tracked = {key: value for key, value in tracked.items() if key != "flame_param_path"}
         frames.append({"file_path": name, **mask, **lens, "transform_matrix": matrix, **tracked})
+    # Of a lens at the file's level nerfstudio takes no frame's, so it is there only if all have it.
+    shared = _lens(scene.cameras, scene.size, 0) if scene.cameras.has_fov else {}
     # No camera_model: Brush does not know "PINHOLE", and nerfstudio's default is one without distortion here.
     points = {"ply_file_path": POINTS} if _write_points(folder, scene) else {}
-    write_json(folder / "transforms.json", {**_lens(scene.cameras, scene.size, 0), **points, "frames": frames})
+    write_json(folder / "transforms.json", {**shared, **points, "frames": frames})
 
 
 def _write_points(folder: Path, scene: Scene) -> bool:

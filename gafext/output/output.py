@@ -18,7 +18,7 @@ from torch import Tensor
 from gafext.atomic import Replaceable, whole_folder
 from gafext.cameras import Cameras
 from gafext.heads import Heads
-from gafext.images import load_image, to_pil, to_square_tensor
+from gafext.images import GREY, ImageLike, load_images, read_image, to_square_tensor
 from gafext.mesh import Mesh
 from gafext.output.alpha import with_alpha
 from gafext.output.formats import FORMATS, Scene, choose_formats
@@ -30,7 +30,7 @@ from gafext.weights import write_json
 
 _FILES = re.compile(
     r"((images|masks|normals)/)?view_\d{3,}\.png|(contact_sheet|portrait)\.png|turntable\.(webp|mp4)|run\.json|"
-    r"transforms(_train|_test|_val)?\.json|opencv_cameras\.json|points3d\.ply|sparse/0/(cameras|images|points3D)\.txt|"
+    r"transforms(_train|_test|_val)?\.json|opencv_cameras\.json|points3d\.ply|sparse/0/((cameras|images|points3D)\.txt|points3D\.ply)|"
     r"index\.html|viewer/(gsplat\.min|splat)\.js|"
     r"canonical_flame_param\.npz|flame_param/[^/]+\.npz"
 )
@@ -82,8 +82,9 @@ class MultiViewOutput:
 
         Raises:
             OutputError: the folder cannot be written, or holds other files.
-            ValueError: the images are latents or not finite, a format is unknown or cannot describe the cameras, or
-                the film is of an unknown kind or has no encoder.
+            ImageError: numbers of the images are not in [0,1].
+            ValueError: the images are latents, a format is unknown or cannot describe the cameras, or the film is of
+                an unknown kind or has no encoder.
         """
         if self.run.get("output_type") == "latent":
             raise ValueError("save: expected pictures, got latents (output_type='latent')")
@@ -95,9 +96,7 @@ class MultiViewOutput:
             if not pictures.is_floating_point() or pictures.ndim != 4 or pictures.shape[1] != 3:
                 got = f"{list(pictures.shape)} of {str(pictures.dtype).removeprefix('torch.')}"
                 raise ValueError(f"save: expected images [V,3,H,W], as an array [V,H,W,3], in [0,1], got {got}")
-            if not pictures.isfinite().all():
-                raise ValueError("save: expected images in [0,1], got NaN or infinite values")
-            pictures = to_pil(pictures)
+            pictures = list(pictures)
         options = {"overwrite": overwrite, "formats": formats, "alpha": alpha, "turntable": turntable}
         options |= {"surface": self.surface, "portrait": self.portrait, "normal_maps": self.normal_maps}
         return write_views(folder, pictures, self.cameras, self.run, **options)
@@ -105,7 +104,7 @@ class MultiViewOutput:
 
 def write_views(
     folder: str | os.PathLike,
-    images: Sequence[Image.Image],
+    images: Sequence[ImageLike],
     cameras: Cameras,
     run: dict[str, Any],
     *,
@@ -114,14 +113,14 @@ def write_views(
     alpha: bool = False,
     turntable: str = "webp",
     surface: Mesh | Heads | None = None,
-    portrait: Image.Image | None = None,
-    normal_maps: Sequence[Image.Image] | None = None,
+    portrait: ImageLike | None = None,
+    normal_maps: Sequence[ImageLike] | None = None,
 ) -> Path:
     """Write view_000.png ..., index.html to look at them, run.json and camera files, all or none.
 
     Args:
         folder: an empty folder or one that does not exist yet; its parents are created.
-        images: V square images of one size; of another mode than RGB, over white.
+        images: V square images of one size, in any form that `load_image` accepts; transparent ones over white.
         cameras: V cameras.
         run: parameters for run.json; values without a JSON type are written as strings, NaN and infinity as null.
         overwrite: replace a folder that holds only an earlier result.
@@ -136,21 +135,24 @@ def write_views(
 
     Raises:
         OutputError: the folder cannot be written; it is unchanged.
+        ImageError: a picture is not accepted; the message says which.
         ValueError: the images are not one per camera, square and of one size, a format is unknown or cannot describe
             the cameras, or the film is of an unknown kind or has no encoder.
     """
-    images = [image if image.mode == "RGB" else load_image(image, name="images") for image in images]
-    sizes = sorted({image.size for image in images})
-    for name, pictures in (("images", images), ("normal_maps", normal_maps)):
-        if pictures is not None and len(pictures) != len(cameras):
-            raise ValueError(f"{name}: expected {len(cameras)}, one per camera, got {len(pictures)}")
+    views = load_images(images, count=len(cameras), name="images")
+    maps = (
+        [] if normal_maps is None else load_images(normal_maps, count=len(cameras), name="normal_maps", background=GREY)
+    )
+    small = None if portrait is None else read_image(portrait, name="portrait")
+    sizes = sorted({view.size for view in views})
     if len(sizes) != 1 or sizes[0][0] != sizes[0][1]:
         raise ValueError(f"images: expected square images of one size, got {sizes}")
     chosen = choose_formats(formats, cameras)
     check_turntable(turntable)
-    pixels = to_square_tensor(images, sizes[0][0])  # [V,3,S,S]
-    pictures = [with_alpha(view) for view in pixels] if alpha else images
-    names = [f"view_{view:03d}.png" for view in range(len(images))]
+    pixels = to_square_tensor(views, sizes[0][0])  # [V,3,S,S]
+    pictures = [with_alpha(view) for view in pixels] if alpha else views
+    digits = max(3, len(str(len(views) - 1)))  # so that the order of the names is that of the views
+    names = [f"view_{view:0{digits}d}.png" for view in range(len(views))]
     with whole_folder(folder, replaceable=VIEW_FILES if overwrite else None) as new:
         masks = [f"masks/{name}" for name in names] if alpha else []
         for picture, name in zip(pictures, names, strict=True):
@@ -158,28 +160,20 @@ def write_views(
             if alpha:
                 (new / "masks").mkdir(exist_ok=True)
                 picture.getchannel("A").save(new / "masks" / name)
-        contact_sheet(images, cameras).save(new / "contact_sheet.png")
-        write_turntable(new, images, cameras, turntable)
-        _write_inputs(new, sizes[0], portrait, normal_maps or ())
+        contact_sheet(views, cameras).save(new / "contact_sheet.png")
+        write_turntable(new, views, cameras, turntable)
+        if small is not None:
+            small.thumbnail(sizes[0])
+            small.save(new / "portrait.png")
+        for picture, name in zip(maps, names, strict=False):
+            (new / "normals").mkdir(exist_ok=True)
+            picture.save(new / "normals" / name)
         write_json(new / "run.json", json_clean(run))
         scene = Scene(names, cameras, sizes[0][0], surface_points(pixels, cameras, surface), masks)
         for name in (name for name in FORMATS if name in chosen):  # "3dgs" first: transforms.json names its files
             FORMATS[name](new, scene)
         write_viewer(new, cameras=cameras)
     return Path(os.path.realpath(folder))
-
-
-def _write_inputs(
-    folder: Path, size: tuple[int, int], portrait: Image.Image | None, normal_maps: Sequence[Image.Image]
-) -> None:
-    """Write portrait.png, at most as large as a view, and normals/view_000.png ..."""
-    if portrait is not None:
-        small = portrait.copy() if portrait.mode in ("RGB", "RGBA") else load_image(portrait, name="portrait")
-        small.thumbnail(size)
-        small.save(folder / "portrait.png")
-    for view, picture in enumerate(normal_maps):
-        (folder / "normals").mkdir(exist_ok=True)
-        picture.save(folder / "normals" / f"view_{view:03d}.png")
 
 
 def json_clean(value: Any) -> Any:

@@ -36,6 +36,72 @@ def test_what_cannot_be_meant(values, words, tmp_path):
         read_transforms(written(tmp_path, **values))
 
 
+def test_every_name_of_distortion_is_refused(tmp_path):
+    for name in ("k1", "k2", "k3", "k4", "k6", "p1", "p2", "distortion", "distortion_params"):
+        value = [0, 0.1] if name.startswith("dist") else 0.1
+        with pytest.raises(CameraError, match=f"expected no distortion, got {name}="):
+            read_transforms(written(tmp_path, camera_angle_x=0.5, **{name: value}))
+
+
+def test_a_byte_order_mark_and_rows_without_the_last(tmp_path):
+    applied = [[0, 1, 0, 2], [1, 0, 0, 0], [0, 0, -1, 1]]
+    whole = read_transforms(written(tmp_path, camera_angle_x=0.5, applied_transform=applied))
+    path = written(tmp_path, {"transform_matrix": EYE[:3].tolist()}, camera_angle_x=0.5, applied_transform=applied)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert torch.equal(read_transforms(path).w2c, whole.w2c)
+
+
+def test_arrays_that_contradict_or_lack_something(tmp_path):
+    eyes = {"w2c": np.eye(4)[None], "c2w": np.eye(4)[None], "fov": 30}
+    np.savez(tmp_path / "two.npz", **eyes)
+    with pytest.raises(CameraError, match="expected w2c or c2w, got w2c, c2w"):
+        read_transforms(tmp_path / "two.npz", convention="opengl-c2w")
+    np.savez(tmp_path / "size.npz", w2c=np.eye(4)[None], intrinsics=np.eye(3))
+    with pytest.raises(CameraError, match="expected size, .* beside intrinsics, got none"):
+        read_transforms(tmp_path / "size.npz")
+    np.savez(tmp_path / "upper.npz", w2c=np.eye(4)[None], fov=30)
+    assert len(read_transforms((tmp_path / "upper.npz").rename(tmp_path / "UPPER.NPZ"))) == 1
+
+
+def test_a_frame_without_a_matrix_is_named(tmp_path):
+    path = tmp_path / "transforms.json"
+    frames = [{"transform_matrix": EYE.tolist()}, {"file_path": "1.png"}]
+    path.write_text(json.dumps({"camera_angle_x": 0.5, "frames": frames}))
+    with pytest.raises(CameraError, match="frame 1: expected transform_matrix, or w2c in all frames, got neither"):
+        read_transforms(path)
+
+
+@pytest.mark.parametrize(
+    ("cameras", "images", "words"),
+    [
+        (
+            "1 PINHOLE 64 64 50 50 32",
+            "1 1 0 0 0 0 0 4 1 a.png",
+            "camera 1: expected fl_x fl_y cx cy of a PIN",
+        ),
+        ("1 SIMPLE_PINHOLE 64 64 50 32 32", "1 1 0 0 0 0 0 4 7 a.png", "a camera's id and a name, got '1 1 0"),
+        ("1 SIMPLE_PINHOLE 64 64 50 32 32", "1 1 0 0 0 0 0 4 1", "a camera's id and a name, got '1 1 0"),
+        ("1 SIMPLE_PINHOLE 64 64 50 32 32", "", "expected at least one image, got none"),
+    ],
+)
+def test_lines_of_colmap_that_lack_something(tmp_path, cameras, images, words):
+    (tmp_path / "cameras.txt").write_text(f"{cameras}\n")
+    (tmp_path / "images.txt").write_text(f"{images}\n\n")
+    with pytest.raises(CameraError, match=words):
+        read_transforms(tmp_path)
+
+
+def test_colmaps_models_and_quaternions_of_any_length(tmp_path):
+    (tmp_path / "cameras.txt").write_text("1 SIMPLE_PINHOLE 64 64 50 30 33\n2 OPENCV 64 64 50 51 30 33 0 0 0 0.1\n")
+    (tmp_path / "images.txt").write_text("1 -2 0 0 0 0 0 4 1 a.png\n\n")
+    read = read_transforms(tmp_path)
+    assert torch.allclose(read.w2c[0], torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]]))
+    assert torch.allclose(read.intrinsics(64)[0], torch.tensor([[50.0, 0, 30], [0, 50, 33], [0, 0, 1]]))
+    (tmp_path / "images.txt").write_text("1 1 0 0 0 0 0 4 2 a.png\n\n")
+    with pytest.raises(CameraError, match="expected no distortion, got p2=0.1"):
+        read_transforms(tmp_path)
+
+
 def test_a_frames_angle_replaces_the_files_focal_lengths(tmp_path):
     shared = {"fl_x": 500, "fl_y": 500, "w": 512, "h": 512}
     angle = 2 * math.atan(256 / 700)

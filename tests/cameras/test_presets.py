@@ -7,7 +7,18 @@ import torch
 from helpers import max_abs_diff
 from PIL import Image
 
-from gafext.cameras import PRESETS, Cameras, arc, facelift, imagedream, orbit, read_transforms, spiral, turntable
+from gafext.cameras import (
+    PRESETS,
+    Cameras,
+    arc,
+    facelift,
+    imagedream,
+    on_sphere,
+    orbit,
+    read_transforms,
+    spiral,
+    turntable,
+)
 from gafext.cli import main
 from gafext.families.facelift import FAMILY
 from gafext.heads import head_normals
@@ -125,6 +136,19 @@ def test_intrinsics_of_a_common_field_of_view_are_that():
     cameras = Cameras(orbit(2).w2c, intrinsics=matrix, size=64)
     assert cameras.has_fov and abs(cameras.focal(64) - 40) < 1e-9
     assert not Cameras(orbit(2).w2c, intrinsics=[matrix, [[41.0, 0, 32], *matrix[1:]]], size=64).has_fov
+
+
+def test_a_principal_point_off_the_middle_by_little_is_no_common_field_of_view():
+    lens = [[600.0, 0, 256.1], [0, 600, 256], [0, 0, 1]]
+    assert not Cameras(orbit(2).w2c, intrinsics=lens, size=512).has_fov
+
+
+def test_angles_on_a_sphere_of_any_dtype():
+    cameras = on_sphere(torch.tensor([0, 90]), 10.7, 4.0, 30.0)
+    assert cameras.c2w[0, 1, 3].item() == pytest.approx(4 * math.sin(math.radians(10.7)), abs=1e-5)
+    for elevation in (torch.tensor([0.0, 95.0]), torch.tensor([90.0, 0.0]), 90.0):
+        with pytest.raises(ValueError, match="elevation: expected -90 < elevation < 90"):
+            on_sphere(torch.tensor([0.0, 90.0]), elevation, 4.0, 30.0)
 
 
 def test_a_slice_keeps_its_intrinsics():

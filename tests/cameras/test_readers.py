@@ -170,7 +170,7 @@ def test_frames_without_intrinsics_take_a_field_of_view(tmp_path):
         ({"fl_x": None, "camera_angle_x": 4.0}, "expected 0 < camera_angle_x < pi radians, got 4"),
         ({"fl_x": -3.0}, "expected positive focal lengths, got"),
         ({"frames": []}, "frames: expected at least one, got none"),
-        ({"frames": [{"file_path": "a.png"}]}, "KeyError: 'transform_matrix'"),
+        ({"frames": [{"file_path": "a.png"}]}, "frame 0: expected transform_matrix"),
         ({"frames": [{"transform_matrix": np.diag([2.0, 2, 2, 1]).tolist()}]}, "camera 0: expected a rotation"),
         ({"frames": [{"transform_matrix": np.zeros((4, 4)).tolist()}]}, "camera 0"),
         ({"applied_transform": [[0, 0, 0, 0]] * 3}, "LinAlgError|Singular"),

@@ -3,13 +3,15 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import edit_json
 from PIL import Image
 
-from gafext.cameras import orbit, read_transforms
+from gafext.cameras import Cameras, orbit, read_transforms
+from gafext.cameras.tracking import Tracking
 from gafext.cli import main
 from gafext.errors import CameraError
 from gafext.output import write_views
@@ -124,6 +126,15 @@ def test_a_lens_that_3dgs_cannot_describe_loses_flame_with_a_warning(export, tmp
     with pytest.warns(UserWarning, match="3dgs: expected .* in the middle, .*FLAME's parameters are not handed on"):
         folder = write_views(tmp_path / "views", [Image.new("RGB", (32, 32))] * 4, cameras, {})
     assert (folder / "transforms.json").is_file() and not (folder / "flame_param").exists()
+
+
+def test_null_is_no_field_and_every_camera_has_a_frame():
+    frames = [{"timestep_index": 3, "flame_param_path": None, "camera_id": None}]
+    tracking = Tracking.of(Path(), frames)
+    assert tracking is not None and tracking.frames == ({"timestep_index": 3},) and not tracking.has_flame
+    assert len(Cameras(orbit(1).w2c, 30, tracking=tracking)) == 1
+    with pytest.raises(CameraError, match="tracking: expected 2 frames, one per camera, got 1"):
+        Cameras(orbit(2).w2c, 30, tracking=tracking)
 
 
 def test_without_flame_the_indices_are_kept(export, tmp_path):

@@ -198,6 +198,8 @@ def test_alpha(tmp_path):
     pixels[16:48, 16:48] = (200, 40, 40)
     pixels[28:36, 28:36] = 255  # of the background's colour, inside the head
     pixels[16:48, 15] = (228, 148, 148)  # half an edge
+    pixels[16:48, 48] = (250, 232, 232)  # faint: half of it is the background's, by the formula
+    pixels[40:] = np.where((np.arange(64)[:, None] - 32) ** 2 < 64, (90, 90, 160), pixels[40:])  # a chest
     folder = write_views(tmp_path / "views", [Image.fromarray(pixels)], orbit(1), {}, alpha=True)
     picture = np.asarray(Image.open(folder / "view_000.png")).astype(int)
     assert picture.shape == (64, 64, 4)
@@ -205,6 +207,7 @@ def test_alpha(tmp_path):
     assert alpha[:15].max() == 0 and alpha[16:48, 16:48].min() == 255
     blended = picture[..., :3] * alpha[..., None] / 255 + 255 * (1 - alpha[..., None] / 255)
     assert np.abs(blended - pixels).max() <= 1.5
+    assert np.abs(picture[20, 48] - (245, 209, 209, 128)).max() <= 2 and alpha[50, 32] == 255
     mask = np.asarray(Image.open(folder / "masks" / "view_000.png"))
     assert np.array_equal(mask, alpha)
     frames = json.loads((folder / "transforms.json").read_text())["frames"]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gafext.atomic import whole_folder
-from gafext.cameras import orbit, spiral
+from gafext.cameras import orbit, read_transforms, spiral
 from gafext.output import VIEW_FILES, MultiViewOutput, write_viewer
 from gafext.output.output import json_clean, write_views
 from gafext.output.turn import turn
@@ -42,8 +42,10 @@ def test_arrays_that_are_no_pictures_are_named(images, tmp_path):
 def test_numbers_that_are_no_colours_are_named(tmp_path):
     images = torch.zeros(2, 3, 16, 16)
     images[1, 2, 3, 4] = float("nan")
-    with pytest.raises(ValueError, match="got NaN or infinite values"):
-        MultiViewOutput(images, orbit(2)).save(tmp_path / "views", **FAST)
+    for words in ("got NaN", r"got \[-1, 200\]", "got \\[-0.5, 0\\]"):
+        with pytest.raises(ValueError, match=rf"images\[1\]: expected .* in \[0, 1\], {words}"):
+            MultiViewOutput(images, orbit(2)).save(tmp_path / "views", **FAST)
+        images[1, 2, 3, 4], images[1, 0, 0, 0] = (-0.5, 0) if "200" in words else (200, -1)
     assert not (tmp_path / "views").exists()
 
 
@@ -52,6 +54,38 @@ def test_an_array_with_negative_strides(tmp_path):
     MultiViewOutput(images[::-1, :, ::-1], orbit(2)).save(tmp_path / "views", **FAST)
     with Image.open(tmp_path / "views" / "view_001.png") as written:
         assert np.abs(np.asarray(written) / 255 - images[0, :, ::-1]).max() < 0.01
+
+
+def test_pictures_are_upright_and_over_white(tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:4] = (255, 0, 0)
+    turned, green = Image.fromarray(pixels), Image.new("RGB", (16, 16), (0, 255, 0))
+    turned.getexif()[0x0112] = 6  # EXIF's orientation: a quarter of a turn clockwise
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif(), quality=100, subsampling=0)
+    green.save(tmp_path / "green.png", transparency=(0, 255, 0))
+    with Image.open(tmp_path / "turned.jpg") as first, Image.open(tmp_path / "green.png") as second:
+        given = [first, second]
+        folder = write_views(tmp_path / "views", given, orbit(2), {}, portrait=first, normal_maps=given, **FAST)
+    for name in ("view_000.png", "portrait.png", "normals/view_000.png"):
+        right = np.asarray(Image.open(folder / name).convert("RGB"))[:, -2:].astype(int)
+        assert np.abs(right - (255, 0, 0)).max() < 20, name
+    assert np.asarray(Image.open(folder / "view_001.png")).min() == 255
+    assert set(np.asarray(Image.open(folder / "normals/view_001.png")).flat) == {128}
+
+
+def test_names_of_more_than_a_thousand_views_are_in_order(tmp_path):
+    cameras = orbit(1001)
+    views = [Image.new("RGB", (2, 2))] * len(cameras)
+    folder = write_views(tmp_path / "views", views, cameras, {}, formats=["colmap"], turntable="none")
+    assert torch.allclose(read_transforms(folder).w2c, cameras.w2c, atol=1e-6)
+
+
+def test_points_that_3dgs_keeps_beside_colmaps_do_not_count(tmp_path):
+    views = [Image.new("RGB", (8, 8))] * 2
+    folder = write_views(tmp_path / "views", views, orbit(2), {}, formats=["colmap"], turntable="none")
+    (folder / "sparse/0/points3D.ply").touch()
+    write_views(folder, views, orbit(2), {}, overwrite=True, **FAST)
+    assert not (folder / "sparse").exists()
 
 
 def test_no_points_no_file_of_points(tmp_path):

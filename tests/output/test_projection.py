@@ -28,7 +28,7 @@ def of_3dgs(folder):
 
 def of_nerfstudio(folder):
     content = json.loads((folder / "transforms.json").read_text())
-    frames = [{**content, **frame} for frame in content["frames"]]
+    frames = [{**frame, **content} for frame in content["frames"]]  # nerfstudio's rule: the file's go first
     return [(_from_opengl(f["transform_matrix"]), [f[k] for k in ("fl_x", "fl_y", "cx", "cy")]) for f in frames]
 
 
