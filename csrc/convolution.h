@@ -54,8 +54,10 @@ Tensor convolve(const char* op, Args args, const Tensor& x, const Tensor& weight
   args.batch = x.size(0), args.in_channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
   args.out_channels = out_channels;
   args.x_stride = pixel_strides(x);
-  const int64_t channels = args.out_channels, row = channels * args.width;
-  Tensor out = empty_strided(x, {args.batch, channels, args.height, args.width}, {row * args.height, 1, row, channels});
+  const int64_t channels = args.out_channels;
+  const int64_t pixel = at_least_one(channels), row = pixel * at_least_one(args.width);
+  Tensor out = empty_strided(x, {args.batch, channels, args.height, args.width},
+                             {row * at_least_one(args.height), 1, row, pixel});
   args.x = static_cast<decltype(args.x)>(x.const_data_ptr());
   args.weight = static_cast<decltype(args.weight)>(taps.const_data_ptr());
   args.bias = bias ? static_cast<decltype(args.bias)>(bias->const_data_ptr()) : nullptr;

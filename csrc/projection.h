@@ -71,8 +71,14 @@ Tensor project(Args args, const Tensor& x, const Tensor& weight, std::optional<T
   return out;
 }
 
+// In the tensors' dtype, also where autocast is on: it casts the inputs of aten::linear, not those of its out overload.
 inline Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return call_aten("aten::linear", x, weight, bias);
+  Tensor out = empty_projection(x, weight.size(0));
+  const auto as_rows = [&](const char* op, const Tensor& tensor) {
+    return call_aten(op, tensor, std::vector<int64_t>{row_count(tensor), tensor.size(tensor.dim() - 1)});
+  };
+  call_aten_overload("aten::linear", "out", as_rows("aten::reshape", x), weight, bias, as_rows("aten::view", out));
+  return out;
 }
 
 }  // namespace gafext

@@ -28,12 +28,17 @@ inline Tensor empty_strided(const Tensor& like, const std::array<int64_t, 4>& si
   return Tensor(handle);
 }
 
-// An operation of PyTorch's, through the dispatcher.
+// An overload of an operation of PyTorch's, through the dispatcher.
+template <typename... Args>
+Tensor call_aten_overload(const char* op, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 template <typename... Args>
 Tensor call_aten(const char* op, const Args&... args) {
-  std::array<StableIValue, sizeof...(args)> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_aten_overload(op, "", args...);
 }
 
 #ifdef GAFEXT_WITH_CUDA

@@ -12,6 +12,7 @@ from gafext.output import FORMATS, TURNTABLES
 from gafext.pipeline import UPSAMPLE
 from gafext.schedulers import SCHEDULERS
 from gafext.schedulers.plan import PRESETS
+from gafext.training.settings import SCHEDULES
 
 EXIT_CODES = "exit codes: 0 success, 1 unusable input, 2 invalid command line, 130 interrupted"
 EVAL_STEPS = 25
@@ -270,7 +271,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--warmup", type=int, default=200, metavar="N", help="steps over which the rates rise; default: 200")
     add(
         "--schedule",
-        choices=("constant", "cosine", "wsd"),
+        choices=SCHEDULES,
         default="constant",
         help="rates after that; wsd: they fall over the last 30 %% of the run; default: constant",
     )

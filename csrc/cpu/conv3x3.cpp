@@ -6,7 +6,7 @@
 //   inputs   V = B^T d B, a vector of channels at a time                  [tile blocks, depths, 36, tiles, kDepth]
 //   for each unit (a block of tiles, kColumns output channels), kDepth input channels at a time:
 //     weights  transposed, U = G g G^T                                    [36, kDepth, kColumns], in the L2 cache
-//     product  M += V U in register tiles                                 [36, tiles, kColumns], in the L2 cache
+//     product  M += V U in register tiles                                 [36, tiles, kColumns], see Plan for its size
 //   outputs  Y = A^T M A, plus the bias and what there is to add
 //
 // Weights are read in their plain layout, and transformed once per tile block: 20 operations per weight, where a block

@@ -6,7 +6,7 @@
 // Steps     Query view by query view, the scores and the products of its gradient with the values are summed over the
 //           group; lane j keeps those of key view j, and puts the weight and the change of the score into shared memory.
 //           From there come dQ, and after all query views, key view by key view, dK and dV.
-// Shared    2 V^2 numbers per group: 2 KB per block for 8 lanes at V = 4, 32 KB at most but for 16 lanes at V > 19, 48 KB.
+// Shared    2 V^2 numbers per group: 2 KB per block for 8 lanes at V = 4, at most 48 KB.
 // FLOPs     10 V^2 D per (position, head), where the forward pass has 4.
 // Bytes     4 V D elements read and 3 V D written per (position, head): 3.5 KB in half precision at V = 4, D = 64, 37 MB
 //           for (batch, V, positions, heads) = (2, 4, 1024, 5), 11 us at the 3.35 TB/s of an H100. Rows are read 5 V^2

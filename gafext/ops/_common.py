@@ -238,6 +238,22 @@ def has_backward_kernel(grad: Tensor, *, cuda: bool = False) -> bool:
     return placed and not torch.is_grad_enabled() and not is_transformed() and not _is_batched(grad)
 
 
+def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
+    """Register the gradients of an operation, which autocast leaves in their dtype as it leaves the operation.
+
+    A backward pass in a region of autocast is not what PyTorch advises, and happens.
+    """
+
+    def outside_autocast(ctx, *grads):
+        device = next(grad.device.type for grad in grads if grad is not None)
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"gafext::{op}", outside_autocast, setup_context=setup_context)
+
+
 def refuse_second_order(op: str) -> None:
     """Make differentiating an operation an error, which itself computes gradients."""
 

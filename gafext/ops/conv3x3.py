@@ -206,6 +206,7 @@ def check_shapes(op: str, x: Tensor, weight: Tensor) -> None:
 @torch.library.register_fake("gafext::conv3x3")
 def _fake(x, weight, bias=None, residual=None):
     check_conv3x3(x, weight, bias, residual)
+    _common.require_supported(_OP, _common.dtype_reasons(x))
     if residual is not None:
         check_channels_last(_OP, "residual", residual)
     return fake_result(_OP, x, weight, _common.dtype_reasons(x))
@@ -315,5 +316,5 @@ def _backward(ctx, grad):
     return grad_x, grad_weight, grad_bias, grad if needs[3] else None
 
 
-torch.library.register_autograd("gafext::conv3x3", _backward, setup_context=_setup_context)
+_common.register_autograd("conv3x3", _backward, setup_context=_setup_context)
 _common.refuse_second_order("conv3x3_input_gradient")

@@ -133,6 +133,7 @@ def check_conv3x3_int8(
 @torch.library.register_fake("gafext::conv3x3_int8")
 def _fake(x, weight, scale, bias=None, residual=None):
     check_conv3x3_int8(x, weight, scale, bias, residual)
+    _common.require_supported(_OP, _common.dtype_reasons(x))
     if residual is not None:
         check_channels_last(_OP, "residual", residual)
     return fake_result(_OP, x, weight, _common.dtype_reasons(x))

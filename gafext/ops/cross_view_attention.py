@@ -32,7 +32,7 @@ def cross_view_attention(
         backend: "auto", "kernel", "sdpa" or "reference"; see `gafext.ops.backend`.
 
     Returns:
-        [B*V,H,L,D] in the memory layout [B*V,L,H,D]: `out.transpose(1, 2).flatten(2)` is a view.
+        [B*V,H,L,D]; if the kernel ran, `out.transpose(1, 2).flatten(2)` is a view: memory is [B*V,L,H,D].
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, the batch is not a multiple of num_views, or the backend is
@@ -180,5 +180,5 @@ def _backward(ctx, grad):
     return *cross_view_attention_backward(grad, query, key, value, ctx.num_views, scale=ctx.scale), None
 
 
-torch.library.register_autograd("gafext::cross_view_attention", _backward, setup_context=_setup_context)
+_common.register_autograd("cross_view_attention", _backward, setup_context=_setup_context)
 _common.refuse_second_order("cross_view_attention_backward")

@@ -37,7 +37,7 @@ def flash_attention(
         backend: "auto", "kernel", "sdpa" or "reference"; see `gafext.ops.backend`.
 
     Returns:
-        [B,H,Lq,D] in the memory layout [B,Lq,H,D]: `out.transpose(1, 2).flatten(2)` is a view.
+        [B,H,Lq,D]; if the kernel ran, `out.transpose(1, 2).flatten(2)` is a view: memory is [B,Lq,H,D].
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
@@ -293,4 +293,4 @@ def _backward(ctx, grad):
     return flash_attention_backward(grad, query, key, value, **ctx.options, needed=ctx.needs_input_grad[:3])
 
 
-torch.library.register_autograd("gafext::flash_attention", _backward, setup_context=_setup_context)
+_common.register_autograd("flash_attention", _backward, setup_context=_setup_context)

@@ -27,7 +27,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str
         backend: "auto" or "kernel"; "sdpa" and "reference" are both PyTorch's linear, chunk and gelu.
 
     Returns:
-        [..., inner], contiguous.
+        [..., inner], contiguous if the kernel ran.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or the backend is "kernel" and does not support them.
@@ -55,7 +55,7 @@ def geglu_gate(projected: Tensor, *, backend: str = "auto") -> Tensor:
         backend: as for `geglu`.
 
     Returns:
-        [..., inner], contiguous.
+        [..., inner], contiguous if the kernel ran.
 
     Raises:
         ValueError: the last dimension is odd, or the backend is "kernel" and does not support the tensor.
@@ -181,9 +181,9 @@ def _backward(ctx, grad):
     return tuple(None if gradient is None else gradient.to(dtype) for gradient in gradients)
 
 
-torch.library.register_autograd("gafext::geglu", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "gafext::geglu_gate",
+_common.register_autograd("geglu", _backward, setup_context=_setup_context)
+_common.register_autograd(
+    "geglu_gate",
     lambda ctx, grad: geglu_gate_backward(grad, *ctx.saved_tensors),
     setup_context=_setup_context,
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gafext.ops import _common
 from gafext.ops.backend import use_kernel
-from gafext.ops.geglu import geglu_gate, reference_geglu_gate
+from gafext.ops.geglu import geglu_gate
 from gafext.ops.linear_int8 import (
     check_linear_int8,
     kernel_reasons,
@@ -36,7 +36,7 @@ def geglu_int8(
         backend: "auto" or "kernel"; "sdpa" and "reference" are both the formula in plain PyTorch.
 
     Returns:
-        [..., inner], contiguous.
+        [..., inner], contiguous if the kernel ran.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, x needs a gradient, or the backend is "kernel" and does not
@@ -52,11 +52,6 @@ def geglu_int8(
         return torch.ops.gafext.geglu_int8(x, weight, scale, bias)
     require_no_gradient(_OP, x)
     return geglu_gate(reference_linear_int8(x, weight, scale, bias), backend=backend)
-
-
-def reference_geglu_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the formula in plain PyTorch, products in float64, on any device that has it."""
-    return reference_geglu_gate(reference_linear_int8(x, weight, scale, bias))
 
 
 def check_geglu_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:

@@ -182,4 +182,4 @@ def _backward(ctx, grad):
     return ((grad - correction) * rstd).view(x.shape).to(dtype), None, grad_weight, grad_bias, None
 
 
-torch.library.register_autograd("gafext::group_norm_silu", _backward, setup_context=_setup_context)
+_common.register_autograd("group_norm_silu", _backward, setup_context=_setup_context)

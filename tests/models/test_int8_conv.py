@@ -48,6 +48,14 @@ def test_with_gradients_on_the_layer_computes_the_same(name):
     assert torch.equal(layer(x), expected) and not list(layer.parameters())
 
 
+@torch.no_grad()
+def test_bias_addend_and_residual_are_all_added():
+    layer, x = Int8Conv3x3(Conv3x3(130, 128)), channels_last(2, 130, 9, 8)
+    addend, residual = torch.randn(2, 128), channels_last(2, 128, 9, 8)
+    expected = layer(x) + addend[..., None, None] + residual
+    assert torch.allclose(layer(x, addend=addend, residual=residual), expected, atol=1e-5)
+
+
 def test_a_rounded_input_has_no_gradient():
     layer = Int8PatchConv(nn.Conv2d(130, 128, 1))
     with pytest.raises(ValueError, match="expected an input without gradient"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import max_abs_diff
 from small_checkpoints import stock_vae
 
@@ -61,6 +62,15 @@ def test_tiles_are_as_good_as_the_whole(trained):
     assert 45 < psnr(tiles, whole) < 120
     assert 45 < psnr(vae.decode(encoded), whole) < 120
     assert torch.equal(vae.decode(mean), whole)  # no statistics of the tiles are left behind
+
+
+@torch.no_grad()
+def test_statistics_of_the_input_are_its_own():
+    norm, x = GroupNorm(2, 8, eps=1e-2, silu=True), 0.1 * torch.randn(2, 8, 1, 3)
+    norm.weight.copy_(torch.randn(8)), norm.bias.copy_(torch.randn(8))
+    expected = F.silu(F.group_norm(x, 2, norm.weight, norm.bias, 1e-2))
+    norm.statistics = norm.measure(x)
+    assert torch.allclose(norm(x), expected, atol=1e-6)
 
 
 @torch.no_grad()

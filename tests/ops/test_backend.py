@@ -1,5 +1,6 @@
 """Who serves a call: the backends, the reasons against the kernels, and what asking for one by name does."""
 
+import copy
 import sys
 
 import pytest
@@ -130,3 +131,21 @@ def test_the_way_round_the_cross_view_kernel_compiles(case):
     compiled = torch.compile(ops.cross_view_attention, fullgraph=True)
     expected = reference_cross_view_attention(*inputs, views)
     assert max_abs_diff(compiled(*inputs, views).detach(), expected.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [op for op in INPUTS if not op.endswith("_int8")])
+def test_autocast_changes_neither_the_operators_nor_their_gradients(op, dtype):
+    """Those of torch.ops.gafext, that is; the functions of gafext.ops cast as PyTorch's do."""
+    inputs = inputs_in(dtype, op)
+    tensors = [x.requires_grad_() for x in map(copy.deepcopy, inputs) if isinstance(x, torch.Tensor)]
+    inputs = [*tensors, *(x for x in inputs if not isinstance(x, torch.Tensor))]
+
+    def both_passes():
+        out = getattr(torch.ops.gafext, op)(*inputs)
+        return out, *torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+    expected = both_passes()
+    with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
+        found = both_passes()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))

@@ -200,6 +200,13 @@ def test_compile_in_one_graph_with_dynamic_shapes(backend):
     assert_same_when_compiled(geglu, (problem(rows, 33, 24) for rows in (3, 9, 17)), backend=backend)
 
 
+def test_autocast_leaves_the_operator_its_dtype_where_pytorch_computes_the_product():
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((3, 6, 65), (34, 65), (34,)))
+    expected = OP(x, weight, bias)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(OP(x, weight, bias), expected)
+
+
 def test_autocast_as_pytorch():
     x, weight, bias = problem(5, 8, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

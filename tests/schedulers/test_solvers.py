@@ -112,6 +112,12 @@ def test_trajectory_of_other_settings(name, changes, steps):
     assert trajectory_difference(ours, theirs, steps=steps, seed=3) < TOLERANCE
 
 
+@pytest.mark.parametrize("steps", [14, 15, 16])
+def test_the_last_step_of_few_is_of_first_order(steps):
+    ours, theirs = pair("dpm++", final_sigmas_type="sigma_min")
+    assert trajectory_difference(ours, theirs, steps=steps, seed=3) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_perfect_network_gives_back_the_clean_sample(name):
     """For one known sample the predicted noise is exact, so any number of steps must land on it."""
@@ -149,18 +155,22 @@ def test_eta_1_is_the_sde_solver(changes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_eta_adds_only_its_noise(name):
-    """Between 0 and 1, the variance after a step is that of the next level, whatever eta."""
+    """Between 0 and 1, signal and variance after a step are those of the next level, whatever eta."""
     solver, _ = pair(name)
     solver.set_timesteps(10)
     t, after = solver.timesteps[4].item(), solver.timesteps[5].item()
     zero, one = torch.zeros(1), torch.ones(1)
-    _, level = (solver.add_noise(a, b, t) for a, b in ((one, zero), (zero, one)))
-    _, expected = (solver.add_noise(a, b, after) for a, b in ((one, zero), (zero, one)))
+    signal, level = (solver.add_noise(a, b, t) for a, b in ((one, zero), (zero, one)))
+    expected_signal, expected = (solver.add_noise(a, b, after) for a, b in ((one, zero), (zero, one)))
     for eta in (0.0, 0.3, 1.0):  # the clean sample is 0: what is left is noise, kept and new
         kept = solver.step(one, t, level, eta=eta, noise=zero)
         new = solver.step(one, t, level, eta=eta, noise=one) - kept
         assert (kept**2 + new**2).sqrt().item() == pytest.approx(expected.item(), rel=1e-5)
         assert (new.item() > 0) == (eta > 0)
+        solver.set_timesteps(10)  # without what it has seen
+        without_noise = solver.step(zero, t, signal, eta=eta, noise=zero)
+        assert without_noise.item() == pytest.approx(expected_signal.item(), rel=1e-5)
+        solver.set_timesteps(10)
 
 
 @pytest.mark.parametrize("name", NAMES)
