@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gafext import images as imaging
-from gafext.cameras import Cameras
-from gafext.checkpoints.components import PipelineComponents
-from gafext.conditions import (
-    ImageTokens,
-    Run,
-    RunOptions,
-    check_choice,
-    image_tokens,
-    latent_size,
-    portrait_labels,
-    prepare_conditions,
-    resolve_cameras,
-)
-from gafext.conditions import rows_together as _rows_together
+from gafext.conditions import Run, RunOptions, check_choice, latent_size, resolve_cameras, rows_together
+from gafext.conditions.encoding import PipelineEncoding
 from gafext.families import family_of
 from gafext.guidance import check_guidance_interval, check_guidance_scale, check_parallel, needs_unconditional
-from gafext.heads import Heads, head_normals
-from gafext.mesh import HEAD_HEIGHT, Mesh, unusual_coverage
+from gafext.mesh import Mesh
 from gafext.models.graph import GraphedCall
 from gafext.noise import is_seeded, resolve_seeds, view_generators, view_noise
 from gafext.ops import memory
@@ -50,10 +36,9 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSAMPLE = ("auto", "bilinear", "none")
 _UPSAMPLED = 1024 * 384  # positions of latents, times channels, that are upsampled together: one of SD's views
-_ENCODED = 2**20  # pixels times channels that are encoded together: 4 views of the built-in model, one of SD's
 
 
-class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
+class MultiViewDiffusionPipeline(PipelineEncoding, PipelineStream):
     """Generate V consistent views of a head from one portrait.
 
     Args:
@@ -208,8 +193,9 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         eta = max(family.eta, solver.default_eta) if eta is None else eta
         check_guidance_scale(guidance_scale)
+        guided = needs_unconditional(guidance_scale)
         check_guidance_interval(plan["guidance_interval"])
-        check_parallel(parallel, guided=needs_unconditional(guidance_scale), seeded=is_seeded(generator))
+        check_parallel(parallel, guided=guided, seeded=is_seeded(generator))
         check_eta(eta)
         self._check_graph(graph)
         check_choice("output_type", output_type, OUTPUT_TYPES)
@@ -227,38 +213,16 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         rows, seed = len(portraits) * len(cameras), resolve_seeds(generator, portraits=len(portraits))
         timesteps = set_timesteps(solver, steps, strength=strength, noised=renders is not None)
         size = latent_size(latents, rows=rows, channels=self.vae.config.latent_channels, config=self.unet.config)
-        if upsample == "auto" and self.upsampler is not None:
-            self.upsampler.check_size(size, size)
-        elif upsample == "auto" and not family.doubles_latents:
-            upsample = "none"
-        pixels = size * self.vae.config.factor
+        upsample, pixels = self._upsampling(upsample, size), size * self.vae.config.factor
         if renders is not None:
             renders = imaging.load_images(renders, count=rows, name="renders", background=family.background)
             renders = imaging.to_square_tensor(renders, pixels)
-        guided = needs_unconditional(guidance_scale)
         halved = parallel is not None and self.device.type != "cpu"  # on CPUs, the other process takes the other half
         batch = {"portraits": len(portraits), "views": len(cameras), "passes": 1 + (guided and not halved)}
         self._check_memory(**batch, size=size, doubled=upsample != "none")
-        fitted = None
-        if fit and normal_maps is None and self.head_fitter is not None and self.takes_normals:
-            fitted = [self.head_fitter.fit(portrait) for portrait in portraits[::num_images_per_prompt]]
+        fitted = self._fit(portraits[::num_images_per_prompt]) if fit and normal_maps is None else None
         normals = self._normal_maps(normal_maps, cameras, pixels, fitted)
-        together = _rows_together(len(cameras), pixels**2 * self.vae.config.block_out_channels[0], most=_ENCODED)
-        normal_latents = None if normals is None else self.encode(normals, together=together)
-        if normal_latents is not None and fitted is not None:
-            normal_latents = normal_latents.unflatten(0, (len(fitted), len(cameras)))
-            normal_latents = normal_latents.repeat_interleave(num_images_per_prompt, dim=0).flatten(0, 1)
-        conditions = prepare_conditions(
-            self.unet,
-            cameras,
-            portraits=len(portraits),
-            tokens=self.encode_portraits(portraits, guided=guided),
-            guided=guided,
-            prompt_embeds=self.prompt_embeds,
-            normal_latents=normal_latents,
-            reference_latents=self._reference(portraits, pixels),
-            labels=self._portrait_labels(portraits, views=len(cameras), seed=seed),
-        )
+        conditions = self._conditions(cameras, portraits, normals, pixels=pixels, guided=guided, seed=seed)
         if latents is None:
             latents = self._noise(seed, portraits=len(portraits), views=len(cameras), size=size)
         latents = latents.to(self.device, torch.float32)
@@ -266,6 +230,8 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             latents = latents * solver.init_noise_sigma
         else:
             latents = solver.add_noise(self.encode(renders), latents, timesteps[:1].expand(rows))
+        sources = {name: "default" if value is None else "given" for name, value in given.items()}
+        sources |= {} if fitted is None else {"normal_maps": "fitted"}
         return Run(
             latents=latents,
             timesteps=timesteps,
@@ -288,13 +254,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
             mesh=normal_maps if isinstance(normal_maps, Mesh) else None,
             heads=fitted,
             num_inference_steps=steps,
-            settings={
-                "strength": strength,
-                "crop": crop,
-                "matte": matte,
-                **{name: "default" if value is None else "given" for name, value in given.items()},
-                **({} if fitted is None else {"normal_maps": "fitted"}),
-            },
+            settings={"strength": strength, "crop": crop, "matte": matte, **sources},
         )
 
     @torch.no_grad()
@@ -375,6 +335,14 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         self.maybe_free_model_hooks()
         return outputs if run.is_batch else outputs[0]
 
+    def _upsampling(self, upsample: str, size: int) -> str:
+        """Return how latents of this side are doubled: "none" in place of "auto" where they have the final size."""
+        if upsample == "auto" and self.upsampler is not None:
+            self.upsampler.check_size(size, size)
+        elif upsample == "auto" and not family_of(self.unet.config).doubles_latents:
+            return "none"
+        return upsample
+
     def _is_learned(self, upsample: str) -> bool:
         """The latents of a run with this `upsample` are doubled by the checkpoint's upsampler."""
         return upsample == "auto" and self.upsampler is not None
@@ -391,87 +359,6 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         shape = (self.vae.config.latent_channels, size, size)
         return view_noise(seed, portraits=portraits, views=views, shape=shape, step=step)
 
-    @property
-    def takes_normals(self) -> bool:
-        """The U-Net has channels for the latents of normal maps."""
-        extra = self.unet.config.in_channels != self.vae.config.latent_channels
-        return extra and not family_of(self.unet.config).reference_channels
-
-    def _normal_maps(
-        self, normal_maps: Any, cameras: Cameras, pixels: int, fitted: Sequence[Heads] | None
-    ) -> Tensor | None:
-        """Load or render normal maps [V,3,s,s], of N fitted heads [N*V,3,s,s]; None: the U-Net does not take them."""
-        if not self.takes_normals:
-            if normal_maps is not None:
-                raise ValueError("normal_maps: expected None, because this U-Net has no channels for normal latents")
-            return None
-        if normal_maps is None:
-            normals = torch.cat([head_normals(cameras, pixels, head) for head in fitted or (None,)])
-            if reason := next(filter(None, map(unusual_coverage, normals.split(len(cameras)))), ""):
-                which = "neutral" if fitted is None else "fitted"
-                warnings.warn(
-                    f"normal_maps: {reason} by the {which} head, which is {HEAD_HEIGHT} units high: pass the mesh that "
-                    "the cameras belong to (--mesh), or scale the cameras",
-                    stacklevel=4,
-                )
-            return normals
-        if isinstance(normal_maps, Mesh):
-            return normal_maps.normal_maps(cameras, pixels)
-        maps = imaging.load_images(normal_maps, count=len(cameras), name="normal_maps", background=imaging.GREY)
-        return imaging.to_square_tensor(maps, pixels)
-
-    def _reference(self, portraits: Sequence[PIL.Image.Image], pixels: int) -> Tensor | None:
-        """Encode the portraits to latents [B,4,h,w]; None for a family whose U-Net does not take them."""
-        family = family_of(self.unet.config)
-        sees_latents = family.reference_channels or family.attends_to_latents
-        if not (sees_latents or family.has_reference_frame(self.unet.config)):
-            return None
-        return self.encode(imaging.to_square_tensor(portraits, pixels))
-
-    def _portrait_labels(
-        self, portraits: Sequence[PIL.Image.Image], *, views: int, seed: int | tuple[int, ...]
-    ) -> Tensor | None:
-        """Compute class labels [B*V,pose_dim] of the portraits; None for a family whose labels are of the cameras."""
-        if not family_of(self.unet.config).portrait_labels:
-            return None
-        encoder, normalizer, scheduler = self.image_encoder, self.image_normalizer, self.image_noising_scheduler
-        assert encoder is not None and normalizer is not None and scheduler is not None  # _check_parts requires them
-        return portrait_labels(encoder, normalizer, scheduler, portraits, views=views, seed=seed)
-
-    def encode_portraits(self, portraits: Sequence[PIL.Image.Image], *, guided: bool = False) -> ImageTokens | None:
-        """Encode portraits to image tokens; None for a U-Net without image attention.
-
-        Args:
-            portraits: B RGB images of any size.
-            guided: also compute the tokens of the unconditional pass.
-        """
-        if self.unet.config.image_attention is None:
-            return None
-        assert self.image_encoder is not None  # _check_parts requires it with image attention
-        return image_tokens(self.unet, self.image_encoder, portraits, guided=guided)
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor, *, together: int = 1) -> Tensor:
-        """Encode images [N,3,H,W] in [0,1] to scaled latents [N,4,h,w] float32, the mean of the distribution.
-
-        Args:
-            pictures: the images.
-            together: images that are encoded as one batch. By default one, so that no result depends on the others, and
-                8 views take an eighth of the memory.
-        """
-        config = self.vae.config
-        inputs = ((picture * 2 - 1).to(self.device, self.dtype) for picture in pictures.split(together))
-        means = torch.cat([self.vae.encode(picture)[0] for picture in inputs]).float()
-        return (means - (config.shift_factor or 0.0)) * config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents [N,4,h,w] to images [N,3,H,W] float32, about in [0,1], not clamped."""
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        parts = latents.split(1 if self.vae.use_slicing else max(len(latents), 1))
-        return torch.cat([self.vae.decode(part.to(self.dtype)).float() / 2 + 0.5 for part in parts])
-
     def upsample(self, run: Run, latents: Tensor) -> Tensor:
         """Double the size of latents [B*V,4,h,w] by the run's method; "none" returns them unchanged."""
         if run.upsample == "none":
@@ -482,7 +369,7 @@ class MultiViewDiffusionPipeline(PipelineComponents, PipelineStream):
         noise = self._noise(run.seed, **shape, step=NOISE_STEP)
         # Four of the built-in model's together take 0.63 of the time of one by one (2 cores of a Sapphire Rapids).
         numbers = latents[0, 0].numel() * self.upsampler.unet.config.block_out_channels[0]
-        rows = _rows_together(run.num_views, numbers, most=_UPSAMPLED)
+        rows = rows_together(run.num_views, numbers, most=_UPSAMPLED)
         pairs = zip(latents.split(rows), noise.split(rows), strict=True)
         options = {"num_inference_steps": run.upsample_steps}
         options |= {"network": GraphedCall(self.upsampler.unet)} if run.graph else {}

@@ -1,21 +1,16 @@
-"""State of a run between `prepare` and `finish`: the U-Net's conditioning, and the prediction of one step."""
+"""The U-Net's inputs besides latents and timesteps, which are constant over the steps of a run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from gafext.cameras import Cameras, as_cameras
-from gafext.config import UNetConfig
-from gafext.families import Family, family_of
-from gafext.heads import Heads
-from gafext.mesh import Mesh
+from gafext.cameras import Cameras
+from gafext.families import family_of
 from gafext.models.attention import KeyValue
 from gafext.models.clip import CLIPVisionEncoder
 from gafext.models.image_normalizer import ImageNormalizer
@@ -23,35 +18,8 @@ from gafext.models.unet import Conditioning, MultiViewUNet
 from gafext.noise import view_noise
 from gafext.schedulers import Scheduler
 
-DEFAULT_SAMPLE_SIZE = 32
-DEFAULT_VIEWS = 4
 LABEL_STEP = 2**20 + 1
 """Argument `step` of `view_noise` for the noise of class labels; the upsampler's is one less."""
-
-
-class RunOptions(TypedDict, total=False):
-    """The options of `MultiViewDiffusionPipeline.prepare`, which documents them, for what hands them on."""
-
-    num_views: int | None
-    preset: str | None
-    num_inference_steps: int | None
-    scheduler: str | None
-    graph: bool
-    parallel: str | None
-    guidance_scale: float | None
-    guidance_interval: tuple[float, float] | None
-    generator: torch.Generator | int | Sequence[torch.Generator | int] | None
-    num_images_per_prompt: int
-    latents: Tensor | None
-    renders: Any
-    strength: float
-    eta: float | None
-    upsample: str
-    upsample_steps: int | None
-    output_type: str
-    matte: bool
-    crop: bool
-    fit: bool
 
 
 @dataclass(frozen=True)
@@ -110,101 +78,6 @@ class Conditions:
             input_latents=None if inputs is None else half(inputs),
             reference_latents=None if reference is None else half(reference),
         )
-
-
-@dataclass(frozen=True)
-class Run:
-    """One call of the pipeline, as `MultiViewDiffusionPipeline.prepare` returns it.
-
-    Attributes:
-        latents: initial latents [B*V,4,h,w] float32: noise, or noised renders.
-        timesteps: the scheduler's timesteps, decreasing; the last ones of a run from renders.
-        num_inference_steps: of the whole schedule.
-        conditions: the U-Net's other inputs.
-        cameras: V cameras.
-        guidance_scale: 1.0 to 20.0.
-        solver: the scheduler, or one of the run's own.
-        seed: seed of all noise, or one per portrait.
-        portraits: B portraits, RGB of any size.
-        guidance_interval: noise levels (a, b) of the steps with guidance, a < σ ≤ b; None: all steps.
-        graph: launch the U-Net and the upsampler's network as CUDA graphs.
-        parallel: "guidance": this process computes one pass of a guided step, and another the other one; or None.
-        eta: 0 is deterministic, 1 adds as much noise as DDPM.
-        upsample: "auto", "bilinear" or "none".
-        upsample_steps: of the checkpoint's upsampler.
-        output_type: "pil", "np", "pt" or "latent".
-        is_batch: True if the call got a list of portraits or asked for several results each; it then returns a list.
-        num_images_per_prompt: results per portrait; each counts as a portrait everywhere else.
-        normal_maps: V pictures of the normal maps, or V for each of `heads`; None for a U-Net without them.
-        mesh: the mesh that the normal maps are of, or None.
-        heads: the heads that are fitted to the portraits and that the normal maps are of, or None; one for the
-            `num_images_per_prompt` results of a portrait.
-        settings: other parameters for run.json.
-    """
-
-    latents: Tensor
-    timesteps: Tensor
-    num_inference_steps: int
-    conditions: Conditions
-    cameras: Cameras
-    guidance_scale: float
-    solver: Scheduler
-    seed: int | tuple[int, ...]
-    portraits: Sequence[PIL.Image.Image]
-    guidance_interval: tuple[float, float] | None = None
-    graph: bool = False
-    parallel: str | None = None
-    eta: float = 0.0
-    upsample: str = "auto"
-    upsample_steps: int = 10
-    output_type: str = "pil"
-    is_batch: bool = False
-    num_images_per_prompt: int = 1
-    normal_maps: list[PIL.Image.Image] | None = None
-    mesh: Mesh | None = None
-    heads: Sequence[Heads] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_views(self) -> int:
-        return len(self.cameras)
-
-    @property
-    def num_portraits(self) -> int:
-        return len(self.latents) // self.num_views
-
-    def begun(self) -> Run:
-        """Return the run with a solver of its own at its first timestep: two runs may take steps in turns."""
-        solver = self.solver.for_run()
-        solver.set_timesteps(self.num_inference_steps)  # another run may have been prepared meanwhile
-        solver.set_begin_index(len(solver.timesteps) - len(self.timesteps))
-        return replace(self, solver=solver)
-
-    def normal_maps_of(self, index: int) -> list[PIL.Image.Image] | None:
-        """Return the V pictures of the normal maps of the result with this index."""
-        if self.normal_maps is None or self.heads is None:
-            return self.normal_maps
-        first = index // self.num_images_per_prompt * self.num_views
-        return self.normal_maps[first : first + self.num_views]
-
-    def surface_of(self, index: int) -> Mesh | Heads | None:
-        """Return what the normal maps of the result with this index are of; None: the neutral head, or pictures."""
-        return self.mesh if self.heads is None else self.heads[index // self.num_images_per_prompt]
-
-    def describe(self, index: int) -> dict[str, Any]:
-        """Return the parameters of the result with this index, for run.json."""
-        return {
-            "num_views": self.num_views,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "guidance_interval": self.guidance_interval,
-            "seed": self.seed[index] if isinstance(self.seed, tuple) else self.seed,
-            "eta": self.eta,
-            "output_type": self.output_type,
-            **self.settings,
-            "portrait_index": index // self.num_images_per_prompt,
-            "image_index": index % self.num_images_per_prompt,
-        }
 
 
 @dataclass(frozen=True)
@@ -338,60 +211,3 @@ def prepare_conditions(
         input_latents=input_latents,
         reference_latents=None if reference_latents is None else reference_latents.to(unet.dtype),
     )
-
-
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raise a ValueError unless a value is one of those known."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-
-
-def resolve_cameras(cameras: Any, num_views: int | None, family: Family) -> Cameras:
-    """Return the cameras of a call: those given, the family's default, or an orbit.
-
-    The number of cameras must agree with num_views, unless that is None or 4.
-    """
-    if isinstance(cameras, (str, os.PathLike)):
-        raise ValueError(f"cameras: expected Cameras or matrices, got a path; pass read_transforms({str(cameras)!r})")
-    default = family.default_cameras()
-    if family.fixed_cameras and default is not None:
-        others = cameras is not None and not _see_alike(as_cameras(cameras, num_views=len(default)), default)
-        if others or num_views not in (None, DEFAULT_VIEWS, len(default)):
-            got = "other cameras" if others else f"num_views={num_views}"
-            raise ValueError(f"{got}: expected neither, because this checkpoint makes its {len(default)} views alone")
-        return default
-    orbit = as_cameras(None, num_views=DEFAULT_VIEWS if num_views is None else num_views)
-    if cameras is None:
-        return default if default is not None and num_views in (None, len(default)) else orbit
-    cameras = as_cameras(cameras, num_views=len(orbit))
-    if num_views not in (None, DEFAULT_VIEWS, len(cameras)):
-        raise ValueError(f"num_views: expected {len(cameras)}, the number of cameras, got {num_views}")
-    return cameras
-
-
-def _see_alike(left: Cameras, right: Cameras) -> bool:
-    pairs = ((left.w2c, right.w2c), (left.intrinsics(1), right.intrinsics(1)))
-    return len(left) == len(right) and all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
-
-
-def latent_size(latents: Tensor | None, *, rows: int, channels: int, config: UNetConfig) -> int:
-    """Return the side of the latents of a call, by default the U-Net's; latents have to be [rows,channels,s,s]."""
-    if latents is None:
-        size = config.sample_size or DEFAULT_SAMPLE_SIZE
-        assert isinstance(size, int)  # UNetConfig refuses a size that is not square
-        return size
-    if not isinstance(latents, Tensor):
-        raise ValueError(f"latents: expected a tensor, got {type(latents).__name__}")
-    shape = list(latents.shape)
-    if len(shape) != 4 or shape[:2] != [rows, channels] or shape[2] != shape[3] or shape[2] == 0:
-        raise ValueError(f"latents: expected [{rows},{channels},s,s], got {shape}")
-    return shape[2]
-
-
-def rows_together(views: int, numbers: int, *, most: int) -> int:
-    """Return how many views, of so many numbers each, to compute together: of one portrait only, which they divide.
-
-    So the result of a portrait does not depend on the others, and views that are large take no more memory than one.
-    """
-    rows = min(max(1, most // numbers), views)
-    return next(n for n in range(rows, 0, -1) if views % n == 0)
