@@ -40,7 +40,7 @@ from gafext.portraits.command import generate_portraits, process_pair
 from gafext.portraits.jobs import is_many, list_pictures
 from gafext.schedulers import MAX_STEPS, check_eta, check_steps
 from gafext.versions import versions
-from gafext.watch.events import StepEvents, ignore_output, print_event, say
+from gafext.watch.events import StepEvents, print_event, say
 from gafext.watch.preview import LatentToRGB, Preview
 from gafext.watch.stages import Stages
 from gafext.watch.terminal import picture_writer
@@ -281,6 +281,8 @@ def _generate_one(
     with stages.follow(pipeline):
         output = pipeline(portrait, callback_on_step_end=callback, progress_bar=not args.quiet, **options)
     assert isinstance(output, MultiViewOutput)  # one portrait, not a list
+    if args.preview is not None and args.preview > (steps := output.run["num_inference_steps"]):
+        warnings.warn(f"--preview {args.preview}: no picture, because the run has {steps} steps", stacklevel=1)
     if saving is None:
         return 0
     command = {**vars(args), "portrait": PORTRAIT.name if path is PORTRAIT else path}
@@ -390,9 +392,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         }.get(args.command, "nothing was written")
         print(f"gafext: interrupted; {left}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
-        ignore_output()
-        return 0 if args.command in ("info", "doctor") else 1
     except (ValueError, OSError, MemoryError) as error:
         print(f"gafext: error: {error or type(error).__name__}", file=sys.stderr)
         return 1

@@ -185,7 +185,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def _count_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

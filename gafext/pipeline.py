@@ -61,6 +61,8 @@ class MultiViewDiffusionPipeline(PipelineEncoding, PipelineStream):
     Source: GAF (arXiv 2412.10209) section 3; ImageDream (arXiv 2312.02201) for the dense family.
     """
 
+    _interrupt = False
+
     @torch.no_grad()
     @memory.release_afterwards
     def __call__(
@@ -81,7 +83,8 @@ class MultiViewDiffusionPipeline(PipelineEncoding, PipelineStream):
             image, cameras, normal_maps, options: those of `prepare`, such as num_views, guidance_scale and generator.
             callback_on_step_end: called as (pipeline, step, timestep, {name: tensor}) after each step. It may return a
                 dict: `latents` in it replace the current ones; `pred_original_sample` replaces the prediction, and
-                the step is taken again from it. `pipeline._interrupt = True` in it ends the steps, as in diffusers.
+                the step is taken again from it. `pipeline._interrupt = True`, there or anywhere else during the steps, ends
+                them, as in diffusers.
             callback_on_step_end_tensor_inputs: tensors for the callback: "latents" after the step and
                 "pred_original_sample", the clean latents predicted at it, for `decode`; [B*V,4,h,w] float32 each.
             progress_bar: show a progress bar.
@@ -297,15 +300,16 @@ class MultiViewDiffusionPipeline(PipelineEncoding, PipelineStream):
         solver, latents = run.solver, run.latents
         rows = {"portraits": run.num_portraits, "views": run.num_views}
         generator, predict = view_generators(run.seed, **rows), Predictor(self.unet, run)
+        self._interrupt = False
         for step, timestep in enumerate(run.timesteps.tolist()):
+            if self._interrupt:  # diffusers' way to end a run, from a callback or from another thread
+                return
             output, noise = predict(latents, timestep), None
             if run.eta > 0:
                 noise = self._noise(run.seed, **rows, size=latents.shape[-1], step=step + 1).to(latents.device)
             options = {"eta": run.eta, "noise": noise, "generator": generator}
             latents = callback.step(self, solver, step, output, timestep, latents, **options)
             yield timestep, latents
-            if callback.interrupted:
-                return
 
     @torch.no_grad()
     def finish(self, run: Run, latents: Tensor) -> MultiViewOutput | list[MultiViewOutput]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from helpers import max_abs_diff
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import gafext.__main__
 from gafext import cameras
 from gafext.cli import main
 from gafext.models.offload import Offload
@@ -46,6 +48,43 @@ def test_a_reader_of_events_that_stops_early_does_not_stop_the_run(checkpoint, p
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "Broken" not in done.stderr
     assert (out / "view_001.png").is_file()
+
+
+@pytest.mark.parametrize("streams", ["2>&1 | true", ">&-", "2>&-", ">&- 2>&-"])
+def test_without_readers_and_streams_a_run_goes_on(checkpoint, portrait, tmp_path, streams):
+    command = f"{sys.executable} -m gafext generate {portrait} --model {checkpoint} --views 2 --steps 3 --device cpu"
+    command = f"{{ sleep 0.5; {command} --json --out {tmp_path / 'views'}; }} {streams}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout
+    assert (tmp_path / "views" / "view_001.png").is_file()
+
+
+def test_an_interrupt_while_modules_are_imported(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("gafext.cli.main", interrupted)
+    monkeypatch.setattr("gafext.watch.events.guard_streams", lambda: None)
+    try:
+        assert gafext.__main__.main() == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "gafext: interrupted\n"
+
+
+def test_numbers_that_are_none_or_too_large(portrait, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        generate(portrait, "--batch", "abc")
+    assert "argument --batch: expected a whole number or auto, got 'abc'" in capsys.readouterr().err
+    words = fails(capsys, portrait, "--views", 10**9, "--out", tmp_path / "out")
+    assert "num_views: expected at most 100000, got 1000000000" in words
+
+
+def test_a_preview_that_never_comes_is_named(checkpoint, portrait, tmp_path, capsys):
+    options = ("--model", checkpoint, "--views", 2, "--steps", 2, "--preview", 5, "--out", tmp_path / "out")
+    assert generate(portrait, *options) == 0
+    assert "--preview 5: no picture, because the run has 2 steps" in capsys.readouterr().err
 
 
 def test_a_convention_without_cameras_is_refused(portrait, tmp_path, capsys):

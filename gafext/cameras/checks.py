@@ -78,13 +78,19 @@ def between(name: str, value: float, low: float, high: float) -> float:
     return number
 
 
-def at_least_one(name: str, value: int) -> int:
+MOST_VIEWS = 100_000  # so that what is far too much is said by the estimate of memory, and not by the system
+
+
+def view_count(value: int) -> int:
+    """Convert a number of views to an int, and require 1 to MOST_VIEWS."""
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}") from None
+        raise ValueError(f"num_views: expected a whole number >= 1, got {value!r}") from None
     if number < 1:
-        raise ValueError(f"{name}: expected >= 1, got {number}")
+        raise ValueError(f"num_views: expected >= 1, got {number}")
+    if number > MOST_VIEWS:
+        raise ValueError(f"num_views: expected at most {MOST_VIEWS}, got {number}")
     return number

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gafext.cameras.cameras import DEFAULT_FOV, Cameras
-from gafext.cameras.checks import at_least_one, between
+from gafext.cameras.checks import between, view_count
 
 
 def orbit(
@@ -38,7 +38,7 @@ def orbit(
     Raises:
         ValueError: an argument is out of range or NaN.
     """
-    num_views = at_least_one("num_views", num_views)
+    num_views = view_count(num_views)
     start = between("azimuth_start", azimuth_start, -math.inf, math.inf)
     span = between("azimuth_span", azimuth_span, -math.inf, math.inf)
     steps = torch.arange(num_views, dtype=torch.float64, device="cpu") / num_views
@@ -101,7 +101,7 @@ def arc(
     Raises:
         ValueError: an argument is out of range or NaN.
     """
-    num_views = at_least_one("num_views", num_views)
+    num_views = view_count(num_views)
     span = between("span", span, 0, 360)
     azimuth = torch.linspace(-span / 2, span / 2, num_views, dtype=torch.float64, device="cpu")
     return on_sphere(azimuth if num_views > 1 else torch.zeros(1, device="cpu"), elevation, radius, fov)
@@ -128,7 +128,7 @@ def spiral(
     Raises:
         ValueError: an argument is out of range or NaN.
     """
-    num_views = at_least_one("num_views", num_views)
+    num_views = view_count(num_views)
     turns = between("turns", turns, 0, math.inf)
     ends = elevation if isinstance(elevation, Sequence) else (elevation, elevation)
     low, high = (between("elevation", value, -90, 90) for value in ends)

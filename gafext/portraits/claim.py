@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
 from gafext.errors import OutputError
+
+_LONGEST = 240  # bytes of a name: a file system takes 255
 
 
 class Claim:
@@ -65,8 +68,11 @@ class Claim:
 
 
 def hidden(target: Path) -> Path:
-    """Return the hidden folder of an output folder."""
-    return target.with_name(f".gafext-{target.name}")
+    """Return the hidden folder of an output folder, `.gafext-NAME`; of a long name, with a digest in its place."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return target.with_name(f".gafext-{name}")
 
 
 def _lock(folder: Path) -> int | None:

@@ -18,9 +18,18 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gafext.errors import OutputError
+from gafext.errors import ImageError, OutputError
 from gafext.portraits.claim import Claim, hidden
-from gafext.portraits.jobs import Job, check_out, digests, find_jobs, missing, record, write_failures
+from gafext.portraits.jobs import (
+    Job,
+    check_out,
+    digests,
+    file_digest,
+    find_jobs,
+    missing,
+    record,
+    write_failures,
+)
 from gafext.portraits.stream import Hooks, PortraitResult, read_portrait, stream
 from gafext.watch.events import print_event, say
 
@@ -69,22 +78,33 @@ def _generate(
         pipeline = load()
         try:
             work.run(pipeline, options, shown=rank == 0 and not args.quiet)
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if world == 1:
+                with contextlib.suppress(OSError):  # a full disk, which may be the error
+                    _report(out, work.failures)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
             print(f"gafext: interrupted after {work.made} portraits; the same command goes on", file=sys.stderr)
             return 130
         finally:
             work.release()
     failures = _gather(work.failures, world)
     if rank == 0:
-        write_failures(out, failures)
-        for failure in failures:
-            print(f"gafext: error: {failure['error']}", file=sys.stderr)
-    seconds = time.monotonic() - work.start
-    work.event("end", made=work.made, failed=len(work.failures), seconds=seconds, loop_idle=work.hooks.idle)
+        _report(out, failures)
+    seconds, failed = time.monotonic() - work.start, len(work.failures)
+    work.event("end", made=work.made, failed=failed, left=work.left, seconds=seconds, loop_idle=work.hooks.idle)
     if not (args.quiet or args.json):
         kept = f", {len(mine) - len(work.todo)} were there" if len(work.todo) < len(mine) else ""
-        say(f"{work.made} portraits in {seconds:.1f} s{kept}, {len(work.failures)} failed: {out}")
+        kept += f", {work.left} left to another process" if work.left else ""
+        say(f"{work.made} portraits in {seconds:.1f} s{kept}, {failed} failed: {out}")
     return 1 if failures else 0
+
+
+def _report(out: Path, failures: list[dict[str, str]]) -> None:
+    """Write failures.json, and name the failures on stderr."""
+    write_failures(out, failures)
+    for failure in failures:
+        print(f"gafext: error: {failure['error']}", file=sys.stderr)
 
 
 class _Work:
@@ -100,8 +120,11 @@ class _Work:
     ) -> None:
         self.todo, self.command, self.inputs, self.args, self.saving = todo, command, inputs, args, saving
         self.made, self.done, self.failures, self.start = 0, 0.0, [], time.monotonic()
+        self.left = 0  # portraits that another process is making or has made meanwhile
         self.claims: dict[Path, Claim] = {}
+        self.read_digests: dict[Path, str] = {}
         self.hooks = Hooks(read=self.read, save=self.save)
+        self.of_process = {"rank": int(os.environ["RANK"])} if "RANK" in os.environ else {}  # torchrun's
 
     def run(self, pipeline: Any, options: dict[str, Any], *, shown: bool) -> None:
         settings = {"total": len(self.todo), "bar_format": _BAR, "smoothing": 0, "disable": not shown}
@@ -109,8 +132,9 @@ class _Work:
 
             def advance(share: float) -> None:
                 self.done += share
+                bar.total = len(self.todo) - self.left
                 bar.update(share)
-                self.event("progress", done=round(self.done, 4), of=len(self.todo))
+                self.event("progress", done=round(self.done, 4), of=bar.total)
 
             self.hooks.on_step = advance
             bar.set_description_str(f"0 of {len(self.todo)} portraits")
@@ -120,31 +144,41 @@ class _Work:
                     self.take(result)
                     if result.error is not None:
                         advance(1)
-                    bar.set_description_str(f"{count} of {len(self.todo)} portraits")
+                    bar.set_description_str(f"{count} of {len(self.todo) - self.left} portraits")
 
     def claimed(self) -> Iterator[Job]:
         """Yield the portraits whose folders no other process is making or has made meanwhile."""
         for job in self.todo:
             claim = Claim.take(job.folder)
-            if claim is None:
-                log.warning("%s: left to another process, which is making it", job.folder)
-            elif missing([job], self.command, inputs=self.inputs, overwrite=self.args.overwrite):
+            if claim is not None and missing([job], self.command, inputs=self.inputs, overwrite=self.args.overwrite):
                 self.claims[job.folder] = claim
                 yield job
+                continue
+            if claim is None:
+                log.warning("%s: left to another process, which is making it", job.folder)
             else:
                 claim.release()
+            self.left += 1
+            self.event("left", portrait=str(job.portrait), folder=str(job.folder))
 
     def read(self, job: Job) -> PIL.Image.Image:
-        return read_portrait(job.portrait)
+        before = self.read_digests[job.folder] = file_digest(job.portrait)
+        picture = read_portrait(job.portrait)
+        if file_digest(job.portrait) != before:
+            raise ImageError(
+                f"{job.portrait}: expected a file that stays as it is, got one that changed while it was read"
+            )
+        return picture
 
     def save(self, result: PortraitResult) -> None:
         job = result.portrait
         claim = self.claims[job.folder]
         if result.output is not None:
             try:
-                result.output.run.update(record(job, self.command, self.inputs))
+                result.output.run.update(record(job, self.command, self.read_digests[job.folder], self.inputs))
                 result.output.save(claim.new, **self.saving)
                 claim.publish()
+                self.made += 1
             except OSError as error:
                 raise OutputError(f"{job.folder}: cannot be written ({error.__cause__ or error})") from None
         self.claims.pop(job.folder).release()
@@ -156,13 +190,12 @@ class _Work:
             self.failures.append({**known, "error": str(result.error)})
             self.event("failed", **known, error=str(result.error))
             return
-        self.made += 1
         log.info("%s: made from %s", job.folder, job.portrait)
         self.event("portrait", **known, folder=str(job.folder), seconds=time.monotonic() - self.start)
 
     def event(self, name: str, **fields: Any) -> None:
         if self.args.json:
-            print_event(name, **fields)
+            print_event(name, **fields, **self.of_process)
 
     def release(self) -> None:
         for claim in self.claims.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -31,6 +32,7 @@ _ELSEWHERE = ("portrait", "out", "overwrite", "quiet", "json", "log_level", "bat
 
 
 _NONE: Mapping[str, str] = {}
+_BLOCKS, _BLOCK = 64, 2**16  # parts of a file of weights that are compared, and their bytes
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,26 @@ def is_many(arguments: Sequence[str]) -> bool:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder by name, without hidden files."""
-    return [path for path in _visible(folder) if path.suffix.lower() in PICTURES]
+    """List the pictures of a folder by name, without hidden files; with links that lead nowhere, which fail later."""
+    return [path for path in _visible(folder) if path.suffix.lower() in PICTURES and not path.is_dir()]
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _left_out(folder: Path, taken: Sequence[Path]) -> list[str]:
+    """Name what a folder has beside the pictures that are taken: files, and folders of pictures but gafext's own."""
+    others = [path for path in _visible(folder) if path not in taken]
+    holds = (path for path in others if path.is_dir() and not (path / "run.json").exists() and list_pictures(path))
+    return [path.name for path in others if not path.is_dir()] + [f"{path.name}/" for path in holds]
 
 
 def find_jobs(arguments: Sequence[str], out: str | os.PathLike) -> list[Job]:
     """List the portraits in the order given, those of a folder by name, and name the folder of each after its file.
 
-    Of portraits with the same name the second gets "NAME-2", and so on, with a warning; another names the files of a
-    folder that are no pictures.
+    Of portraits with the same name the second gets "NAME-2", and so on, with a warning; another names what of a folder
+    is not taken.
 
     Args:
         arguments: files, and folders of pictures, of which hidden ones are left out; the same file twice counts once.
@@ -73,7 +82,7 @@ def find_jobs(arguments: Sequence[str], out: str | os.PathLike) -> list[Job]:
         paths = [argument]
         if argument.is_dir():
             paths = list_pictures(argument)
-            if left := [path.name for path in _visible(argument) if path not in paths]:
+            if left := _left_out(argument, paths):
                 more = f" and {len(left) - 5} more" if len(left) > 5 else ""
                 log.warning("%s: not taken for pictures, by their suffix: %s%s", argument, ", ".join(left[:5]), more)
             if not paths:
@@ -123,20 +132,46 @@ def missing(
     return todo
 
 
-def record(job: Job, command: Mapping[str, Any], inputs: Mapping[str, str] = _NONE) -> dict[str, Any]:
-    """Return what run.json says of a job, which `missing` compares."""
+def record(
+    job: Job, command: Mapping[str, Any], portrait_sha256: str, inputs: Mapping[str, str] = _NONE
+) -> dict[str, Any]:
+    """Return what run.json says of a job, which `missing` compares.
+
+    Args:
+        job: the job.
+        command: options of the command.
+        portrait_sha256: digest of the portrait when it was read.
+        inputs: digests of what the options name, of `digests`.
+    """
     return {
         "command": {**command, "portrait": str(job.portrait)},
-        "portrait_sha256": _file_digest(job.portrait),
+        "portrait_sha256": portrait_sha256,
     } | ({"inputs_sha256": dict(inputs)} if inputs else {})
 
 
 def digests(options: Mapping[str, Any], command: Mapping[str, Any] = _NONE) -> dict[str, str]:
-    """Return digests of the cameras, normal maps or mesh, and renders of a run, and of the command's weight files."""
+    """Return digests of what a run's options name: cameras, normal maps or mesh, renders, and files of weights."""
     given = {name: options.get(name) for name in ("cameras", "normal_maps", "renders")}
-    files = {name: Path(command[name]) for name in ("lora", "ip_adapter", "mv_adapter") if name in command}
+    weights = {name: Path(command[name]) for name in ("model", "lora", "ip_adapter", "mv_adapter") if name in command}
     digests = {name: _digest(_contents(value)) for name, value in given.items() if value is not None}
-    return digests | {name: _file_digest(path) for name, path in files.items() if path.is_file()}
+    return digests | {name: _digest(_sample(path)) for name, path in weights.items() if path.exists()}
+
+
+def _sample(path: Path) -> Iterator[bytes]:
+    """Yield the names, sizes and parts of the files of a checkpoint: 64 blocks, or all of a file that is no larger.
+
+    A checkpoint may take longer to read as a whole than its views to make, and training changes all of a file.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        yield repr((file.relative_to(path).as_posix(), size)).encode()
+        with file.open("rb") as content:
+            for part in range(_BLOCKS):
+                content.seek(
+                    max(0, size - _BLOCK) * part // (_BLOCKS - 1) if size > _BLOCKS * _BLOCK else part * _BLOCK
+                )
+                yield content.read(_BLOCK)
 
 
 def _contents(value: Any) -> Iterator[bytes]:
@@ -165,9 +200,10 @@ def _difference(job: Job, command: Mapping[str, Any], inputs: Mapping[str, str])
     others = [
         f"{name} {made.get(name)} (now {wanted.get(name)})" for name in names if made.get(name) != wanted.get(name)
     ]
-    # A portrait that has gone since has nothing to be compared with.
-    if job.portrait.is_file() and run.get("portrait_sha256") != _file_digest(job.portrait):
-        others.append("another picture")
+    # A portrait that has gone since, or cannot be read any more, has nothing to be compared with.
+    with contextlib.suppress(OSError):
+        if run.get("portrait_sha256") != file_digest(job.portrait):
+            others.append("another picture")
     before = run.get("inputs_sha256", inputs)  # results of before this was recorded are kept
     others += [f"other {name.replace('_', ' ')}" for name in inputs if before.get(name, inputs[name]) != inputs[name]]
     return ", ".join(others) or None
@@ -180,7 +216,8 @@ def _digest(contents: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return _digest(iter(lambda: file.read(2**20), b""))
 

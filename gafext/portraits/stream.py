@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, repeat
@@ -132,6 +132,8 @@ def stream(
     count = automatic_batch_size(pipeline, cameras, options) if isinstance(batch_size, str) else batch_size
     hooks, generator = hooks or Hooks(), options.pop("generator", None)
     renders = None if (given := options.pop("renders", None)) is None else image_list(given)
+    if isinstance(images, Sized) and isinstance(generator, (list, tuple)) and len(generator) < len(images):
+        raise ValueError(f"generator: expected one per portrait, {len(images)}, got {len(generator)}")
     encoder, unused = copy.copy(pipeline), copy.deepcopy(pipeline.scheduler)
     loop = threading.get_ident()
 
@@ -176,16 +178,19 @@ def stream(
             hooks.save(result)
         return batch.results
 
-    overlap = hooks.overlap
-    if overlap is None:
-        # Offloading swaps the weights of whole networks; while a CUDA graph is recorded, no other thread may launch
-        # work; and on a CPU the loop has all cores already.
-        overlap = pipeline.device.type != "cpu" and pipeline._offload is None and not options.get("graph")
+    overlap = _overlaps(pipeline, graph=bool(options.get("graph"))) if hooks.overlap is None else hooks.overlap
     beside = _thread if overlap else _Inline
-    threads = torch.get_num_threads()
+    threads, failure = torch.get_num_threads(), []
+
+    def batches() -> Iterator[_Batch]:
+        try:
+            yield from _batches(images, generator, count)
+        except Exception as error:  # of the source: raised once those before it are delivered
+            failure.append(error)
+
     try:
         with _thread() as reading, beside() as encoding, beside() as decoding, _thread() as writing:
-            opened = _one_ahead(reading.submit(read, batch) for batch in _batches(images, generator, count))
+            opened = _one_ahead(reading.submit(read, batch) for batch in batches())
             prepared = (encoding.submit(prepare, future) for future in opened)
             following, behind = next(prepared, None), deque()
             while following is not None:
@@ -198,10 +203,21 @@ def stream(
                     yield from wait(behind.popleft())
             for last in behind:
                 yield from last.result()
+            if failure:
+                raise failure[0]
     finally:
         torch.set_num_threads(threads)  # what the threads set is the default of any that come after them
         if pipeline.device.type == "cpu":
             memory.release_freed_memory()
+
+
+def _overlaps(pipeline: Any, *, graph: bool) -> bool:
+    """Return whether portraits are encoded and decoded beside the loop.
+
+    Offloading swaps the weights of whole networks; while a CUDA graph is recorded, no other thread may launch work; and
+    on a CPU the loop has all cores already.
+    """
+    return pipeline.device.type != "cpu" and pipeline._offload is None and not graph
 
 
 def read_portrait(portrait: Any) -> PIL.Image.Image:

@@ -31,7 +31,6 @@ class StepCallback:
 
     def __init__(self, callback: Callable[..., dict | None] | None = None, tensor_inputs: Sequence[str] = ("latents",)):
         self.callback, self.names = callback, tuple(getattr(callback, "tensor_inputs", tensor_inputs))
-        self.interrupted = False  # the callback asked for no more steps
         unknown = [name for name in self.names if name not in TENSOR_INPUTS]
         if unknown:
             raise ValueError(
@@ -78,11 +77,7 @@ class StepCallback:
         if "latents" in self.names:
             passed["latents"] = latents
         originals = {name: tensor.clone() for name, tensor in passed.items()} if before is not None else {}
-        if index == 0 and getattr(pipeline, "_interrupt", False):
-            pipeline._interrupt = False  # left by an earlier run
         returned = self._checked(self.callback(pipeline, index, timestep, dict(passed)), sample)
-        if getattr(pipeline, "_interrupt", False):  # diffusers' way to end a run
-            self.interrupted, pipeline._interrupt = True, False
         # Callbacks usually return the whole dict that they got: only what they changed is meant.
         changed = {
             name: tensor

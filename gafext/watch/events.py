@@ -1,11 +1,11 @@
-"""Lines about a run, those of JSON for scripts."""
+"""Lines about a run, those of JSON for scripts, and streams that nobody may be reading."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -18,18 +18,51 @@ def print_event(event: str, **fields: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line at once; where nobody reads any more, as after `| head`, work goes on without."""
-    try:
-        # In one write: print's newline is a second one where output is unbuffered, and those of several processes mix.
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        ignore_output()
+    """Print a line at once."""
+    # In one write: print's newline is a second one where output is unbuffered, and those of several processes mix.
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
-def ignore_output() -> None:
-    """Send standard output nowhere, also what Python flushes at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class Unread:
+    """A text stream that is written to no more once nobody reads it, as after `| head`; work goes on without.
+
+    Args:
+        stream: standard output or error.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._ignore()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._ignore()
+
+    def _ignore(self) -> None:
+        """Send the stream nowhere, also what Python flushes at its end."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def guard_streams() -> None:
+    """Let a process live on without readers of its output and errors, also where they are closed (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") if stream is None else None
+        setattr(sys, name, nowhere or Unread(stream))
 
 
 class StepEvents:

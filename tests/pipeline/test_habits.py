@@ -13,10 +13,10 @@ from PIL import Image
 from small_checkpoints import SIZE, multi_view_unet, portrait, run, save_checkpoint, save_ip_adapter, save_lora
 
 from gafext import MultiViewDiffusionPipeline, cameras
+from gafext.conditions import rows_together
 from gafext.errors import CheckpointError, CheckpointNotFoundError, ImageError
 from gafext.heads import head_normals
 from gafext.noise import view_generators
-from gafext.pipeline import _rows_together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of diffusers' use of NumPy
@@ -375,4 +375,4 @@ def test_views_that_are_encoded_together_equal_those_that_are_not(pipe):
 
 
 def test_as_many_views_are_computed_together_as_fit_and_divide_them():
-    assert [_rows_together(6, 10, most=most) for most in (5, 10, 29, 30, 55, 60, 1000)] == [1, 1, 2, 3, 3, 6, 6]
+    assert [rows_together(6, 10, most=most) for most in (5, 10, 29, 30, 55, 60, 1000)] == [1, 1, 2, 3, 3, 6, 6]

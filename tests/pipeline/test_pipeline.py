@@ -385,6 +385,20 @@ def test_diffusers_way_to_stop_a_run(pipe):
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.parametrize("callback", [None, lambda *_: None])
+def test_a_run_is_stopped_from_without(pipe, callback):
+    calls = []
+
+    def stop(*_):
+        calls.append(pipe)
+        pipe._interrupt = True
+
+    handle = pipe.unet.register_forward_pre_hook(stop)
+    latents = run(pipe, num_inference_steps=4, output_type="latent", callback_on_step_end=callback).images
+    handle.remove()
+    assert len(calls) == 1 and latents.isfinite().all()
+
+
 def test_save_pretrained_round_trip(pipe, tmp_path):
     pipe.guidance_scale = 4.5
     pipe.save_pretrained(tmp_path)

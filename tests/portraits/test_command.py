@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ from small_checkpoints import save_lora
 
 from gafext.cameras import orbit
 from gafext.cli import main
+from gafext.output import MultiViewOutput
 from gafext.pipeline import MultiViewDiffusionPipeline
+from gafext.portraits import command
+from gafext.portraits.claim import Claim
+from gafext.portraits.jobs import file_digest
 
 
 @pytest.fixture
@@ -59,7 +64,8 @@ def test_each_portrait_gets_the_folder_that_it_gets_alone(generate, checkpoint, 
         if path.is_file() and path.name not in ("run.json", "index.html"):
             assert path.read_bytes() == (right / path.relative_to(left)).read_bytes(), path
     single, many = (json.loads((folder / "run.json").read_text()) for folder in (left, right))
-    assert many.pop("portrait_sha256") and single.pop("command").keys() == many.pop("command").keys()
+    assert many.pop("portrait_sha256") and list(many.pop("inputs_sha256")) == ["model"]
+    assert single.pop("command").keys() == many.pop("command").keys()
     assert single == many
 
 
@@ -143,6 +149,66 @@ def test_another_lora_in_the_same_file_is_refused(generate, people, tmp_path, ca
     save_lora(path)
     assert generate(*options) == 1 and "got one with other lora" in capsys.readouterr().err
     assert snapshot(tmp_path / "out") == before
+
+
+def test_a_portrait_that_changes_or_goes_meanwhile(generate, people, tmp_path, monkeypatch, capsys):
+    digest, read, save = file_digest(people / "cleo.png"), command.read_portrait, MultiViewOutput.save
+
+    def read_and_change(path):
+        picture = read(path)
+        if path.stem == "ann":
+            shutil.copy(people / "ben.jpg", path)
+        return picture
+
+    def remove_and_save(output, *args, **options):
+        (people / "cleo.png").unlink(missing_ok=True)
+        return save(output, *args, **options)
+
+    monkeypatch.setattr(command, "read_portrait", read_and_change)
+    monkeypatch.setattr(MultiViewOutput, "save", remove_and_save)
+    assert generate(people, "--steps", 1, "--quiet") == 1
+    assert "ann.png: expected a file that stays as it is, got one that changed" in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["ben", "cleo", "failures.json"]
+    assert json.loads((tmp_path / "out/cleo/run.json").read_text())["portrait_sha256"] == digest
+
+
+def test_names_as_long_as_a_file_system_takes(generate, people, tmp_path):
+    (people / "ann.png").rename(people / f"{'x' * 251}.png")
+    assert generate(people, "--steps", 1, "--quiet") == 0
+    assert names(tmp_path / "out") == ["ben", "cleo", "x" * 251]
+
+
+def test_what_another_process_makes_is_left_to_it(generate, people, tmp_path, capsys):
+    claim = Claim.take(tmp_path / "out" / "ben")
+    assert generate(people, "--steps", 1, "--json", "--quiet") == 0
+    claim.release()
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    [left] = [event for event in events if event["event"] == "left"]
+    assert left["folder"] == str(tmp_path / "out" / "ben")
+    assert (events[-1]["made"], events[-1]["left"]) == (2, 1)
+    [*_, last] = [event for event in events if event["event"] == "progress"]
+    assert (last["done"], last["of"]) == (2, 2)
+
+
+def test_an_interrupted_run_says_what_failed_until_then(generate, people, tmp_path, monkeypatch, capsys):
+    (people / "ann.png").write_text("no picture")
+    steps, runs = MultiViewDiffusionPipeline.steps, []
+
+    def interrupted(pipeline, run):
+        runs.append(run)
+        if len(runs) == 2:
+            until = time.monotonic() + 60
+            while "ben" not in names(tmp_path / "out") and time.monotonic() < until:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        yield from steps(pipeline, run)
+
+    monkeypatch.setattr(MultiViewDiffusionPipeline, "steps", interrupted)
+    assert generate(people, "--steps", 1, "--quiet") == 130
+    shown = capsys.readouterr().err
+    assert "ann.png: expected an image file" in shown and "interrupted after 1 portraits" in shown
+    [failure] = json.loads((tmp_path / "out" / "failures.json").read_text())["failures"]
+    assert failure["portrait"] == str(people / "ann.png")
 
 
 def test_overwrite_replaces_what_other_options_made(generate, people, tmp_path):

@@ -8,7 +8,17 @@ import pytest
 
 from gafext.errors import OutputError
 from gafext.output import json_clean
-from gafext.portraits.jobs import Job, check_out, find_jobs, is_many, missing, record, write_failures
+from gafext.portraits.jobs import (
+    Job,
+    check_out,
+    digests,
+    file_digest,
+    find_jobs,
+    is_many,
+    missing,
+    record,
+    write_failures,
+)
 
 
 def touch(*paths):
@@ -19,7 +29,7 @@ def touch(*paths):
 
 def made(job, command, **changes):
     job.folder.mkdir(parents=True)
-    (job.folder / "run.json").write_text(json.dumps({**record(job, command), **changes}))
+    (job.folder / "run.json").write_text(json.dumps({**record(job, command, file_digest(job.portrait)), **changes}))
     (job.folder / "contact_sheet.png").touch()
 
 
@@ -57,6 +67,40 @@ def test_what_is_taken_of_a_folder(tmp_path, caplog):
         assert [job.portrait.name for job in find_jobs([str(tmp_path)], "out")] == taken
     assert f"{tmp_path}: not taken for pictures, by their suffix: g.cr2, notes.txt" in caplog.text
     assert "cat" not in caplog.text
+
+
+def test_links_that_lead_nowhere_and_folders_within(tmp_path, caplog):
+    names = ("a.png", "people/b.png", "views/c.png", "views/run.json", "texts/d.txt")
+    touch(*(tmp_path / name for name in names))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "again.png").symlink_to(tmp_path / "a.png")
+    with caplog.at_level(logging.WARNING):
+        assert [job.portrait.name for job in find_jobs([str(tmp_path)], "out")] == ["a.png", "gone.png"]
+    assert caplog.messages == [f"{tmp_path}: not taken for pictures, by their suffix: people/"]
+
+
+def test_what_training_changes_of_a_checkpoint_is_noticed(tmp_path):
+    weights = tmp_path / "model" / "unet" / "weights.safetensors"
+    touch(weights)
+    for size in (100, 2**23):
+        weights.write_bytes(bytes(size))
+        before = digests({}, {"model": str(tmp_path / "model")})
+        assert digests({}, {"model": str(tmp_path / "model")}) == before
+        weights.write_bytes(b"\1" * size)
+        assert digests({}, {"model": str(tmp_path / "model")}) != before
+    assert digests({}, {"model": "owner/name"}) == {}
+
+
+def test_a_portrait_that_cannot_be_read_any_more_is_kept(tmp_path, monkeypatch):
+    touch(tmp_path / "a.png")
+    [job] = find_jobs([str(tmp_path)], tmp_path / "out")
+    made(job, {})
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("gafext.portraits.jobs.file_digest", refused)
+    assert missing([job], {}, overwrite=False) == []
 
 
 def test_one_file_is_not_many(tmp_path):

@@ -2,7 +2,9 @@
 
 import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from gafext import MultiViewDiffusionPipeline
 from gafext.errors import ImageError
-from gafext.portraits.stream import Hooks, stream
+from gafext.portraits.stream import Hooks, _overlaps, stream
 
 OPTIONS = {"num_views": 2, "num_inference_steps": 2, "output_type": "pt"}
 
@@ -162,6 +164,43 @@ def test_with_offloading_nothing_runs_beside_the_loop(pipe, portraits, pretend_c
     pipe.enable_model_cpu_offload(device="cpu")
     for result, images in zip(pipe.map(portraits, generator=1, **OPTIONS), expected, strict=True):
         assert torch.equal(result.output.images, images)
+
+
+def test_what_runs_beside_the_loop():
+    cpu, gpu = (SimpleNamespace(device=torch.device(name), _offload=None) for name in ("cpu", "cuda"))
+    assert _overlaps(gpu, graph=False)
+    assert not (_overlaps(cpu, graph=False) or _overlaps(gpu, graph=True))
+    gpu._offload = "model"
+    assert not _overlaps(gpu, graph=False)
+
+
+def test_what_came_before_an_error_of_the_source_is_delivered(pipe, portraits):
+    def source():
+        yield from portraits[:2]
+        raise RuntimeError("no more")
+
+    seen = []
+    with pytest.raises(RuntimeError, match="no more"):
+        for result in pipe.map(source(), generator=1, **OPTIONS):
+            seen.append(result)
+    assert len(seen) == 2 and all(result.output is not None for result in seen)
+    with pytest.raises(ValueError, match="generator: expected one per portrait, 3, got 2"):
+        next(pipe.map(portraits[:3], generator=[0, 1], **OPTIONS))
+
+
+def test_what_waits_to_be_saved_is_few(pipe, portraits):
+    """A slow disk holds the loop up, and not all views in memory."""
+    denoised, saved, most = [], [], []
+
+    def save(result):
+        time.sleep(0.2)
+        most.append(len(denoised) - len(saved))
+        saved.append(result)
+
+    hooks = Hooks(save=save, on_step=denoised.append)
+    for _ in stream(pipe, portraits * 2, hooks=hooks, **{**OPTIONS, "num_inference_steps": 1}):
+        pass
+    assert len(saved) == 2 * len(portraits) and max(most) <= 5 and hooks.waited > 0
 
 
 def test_warnings_name_the_file(pipe, portraits):
