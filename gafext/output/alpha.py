@@ -11,15 +11,22 @@ from gafext.images import to_pil
 
 # Differences of a colour from the background's, in the channel that differs most: noise of the decoder, and the head.
 _NOISE, _HEAD = 0.03, 0.15
+# Pixels inside the outline that may have some of the background, and the distance over which the head's colour is
+# averaged. The edges of rendered heads, before black against the truth, have 34 dB, after the autoencoder 32; with 1
+# and 2 they have 40 and 34, and softer ones would not; with every pixel beyond _HEAD opaque 16.
+_BAND, _REACH = 2, 3
 
 
 def background_alpha(image: Tensor) -> Tensor:
     """Estimate how much of each pixel is not background.
 
-    The background has the median colour of the picture's upper border, and is what is connected to the border; a pixel
-    of its colour inside the head is the head's. At the edge, alpha rises with the difference from the background:
+    The background has the median colour b of the picture's upper border, and is what is connected to the border; a
+    pixel of its colour inside the head is the head's. At the edge, alpha is the share of the head's colour f, the mean
+    of what lies further inside:
 
-    alpha = clamp((max_c |image_c - background_c| - 0.03) / 0.12, 0, 1)
+    alpha = clamp((image - b) · (f - b) / |f - b|², 0, 1)
+
+    Where nothing does, it rises with the difference: clamp((max_c |image_c - b_c| - 0.03) / 0.12, 0, 1).
 
     Args:
         image: [3,S,S] in [0,1].
@@ -27,18 +34,29 @@ def background_alpha(image: Tensor) -> Tensor:
     Returns:
         [S,S] in [0,1].
     """
-    colour = _background(image)
-    difference = (image - colour[:, None, None]).abs().amax(0)
-    alpha = ((difference - _NOISE) / (_HEAD - _NOISE)).clamp(0, 1)
-    similar = (alpha < 1).float()[None, None]
-    outside = similar.clone()
-    outside[..., 1:-1, 1:-1] = 0
-    while True:  # spread from the border over similar pixels
-        grown = F.max_pool2d(outside, 3, 1, padding=1) * similar
-        if torch.equal(grown, outside):
-            break
-        outside = grown
-    return torch.where(outside[0, 0] > 0, alpha, 1.0)
+    away = image - _background(image)[:, None, None]
+    difference = away.abs().amax(0)
+    outside = _connected_to_border(difference < _HEAD)
+    inner = 1 - F.max_pool2d(outside[None].float(), 2 * _BAND + 1, 1, _BAND)  # [1,S,S]
+    share, head = (F.avg_pool2d(x, 2 * _REACH + 1, 1, _REACH) for x in (inner, away * inner))
+    head = head / share.clamp(min=1e-6)
+    mixed = ((away * head).sum(0) / head.square().sum(0).clamp(min=1e-6)).clamp(0, 1)
+    rising = torch.where(outside, ((difference - _NOISE) / (_HEAD - _NOISE)).clamp(0, 1), 1.0)
+    is_edge = (inner == 0) & (share > 0) & (head.abs().amax(0, keepdim=True) > _HEAD)
+    alpha = torch.where(is_edge[0], mixed, rising)
+    return torch.where(outside & (difference < _NOISE), 0.0, alpha)
+
+
+def _connected_to_border(similar: Tensor) -> Tensor:
+    """Return which pixels of [S,S] bool the border reaches over pixels that are True."""
+    allowed = similar[None].float()
+    reached = allowed.clone()
+    reached[:, 1:-1, 1:-1] = 0
+    while True:
+        grown = F.max_pool2d(reached, 3, 1, padding=1) * allowed
+        if torch.equal(grown, reached):
+            return reached[0] > 0
+        reached = grown
 
 
 def _background(image: Tensor) -> Tensor:
@@ -51,9 +69,6 @@ def with_alpha(image: Tensor) -> Image.Image:
     """Return the picture of [3,S,S] in [0,1] as RGBA, with the background's share taken out of the edges' colours.
 
     image = alpha * colour + (1 - alpha) * background
-
-    Where a colour far from the background's meets it softly, alpha is 1 from a difference of 0.15 on, and some
-    of the background stays in the edge: before another background it shows as a fringe of a pixel or two.
     """
     alpha = background_alpha(image)
     behind = (1 - alpha) * _background(image)[:, None, None]

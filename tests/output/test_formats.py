@@ -9,6 +9,7 @@ import numpy as np
 import pycolmap
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import max_abs_diff
 from PIL import Image
 from plyfile import PlyData
@@ -16,7 +17,10 @@ from plyfile import PlyData
 from gafext.cameras import Cameras, orbit, read_transforms
 from gafext.cli import main
 from gafext.errors import OutputError
+from gafext.heads import make_heads, render
 from gafext.output import FORMATS, write_views
+from gafext.output.alpha import with_alpha
+from gafext.output.points import surface_points
 
 VIEWS = 3
 
@@ -173,7 +177,9 @@ def test_one_format_alone(tmp_path, name):
 
 def test_an_earlier_result_is_replaced_with_its_folders(tmp_path):
     options = {"alpha": True}
-    write_views(tmp_path / "views", [Image.new("RGB", (32, 32))] * 2, orbit(2), {}, **options)
+    folder = write_views(tmp_path / "views", [Image.new("RGB", (32, 32))] * 2, orbit(2), {}, **options)
+    frames = json.loads((folder / "transforms.json").read_text())["frames"]
+    assert [frame["mask_path"] for frame in frames] == ["masks/view_000.png", "masks/view_001.png"]
     folder = write_views(tmp_path / "views", [Image.new("RGB", (32, 32))], orbit(1), {}, overwrite=True, **options)
     assert os.listdir(folder / "images") == os.listdir(folder / "masks") == ["view_000.png"]
     (folder / "images" / "mine.txt").write_text("years of work")
@@ -191,6 +197,37 @@ def test_points_lie_where_the_views_see_them(tmp_path):
     assert (vertices["red"][front] == 255).mean() > 0.95 and (
         vertices["blue"][vertices["z"] < -0.3] == 255
     ).mean() > 0.95
+    colmaps = pycolmap.Reconstruction(folder / "sparse" / "0").points3D
+    for index, vertex in enumerate(vertices, 1):
+        assert colmaps[index].xyz.tolist() == [vertex[name] for name in "xyz"]
+        assert colmaps[index].color.tolist() == [vertex[name] for name in ("red", "green", "blue")]
+
+
+def test_points_lie_behind_the_middles_of_pixels_and_colours_are_rounded():
+    cameras = orbit(2, elevation=20)
+    points = surface_points(torch.full((2, 3, 256, 256), 0.999), cameras, count=200)
+    halves = torch.from_numpy(points.positions).chunk(2)  # of each view
+    for w2c, lens, positions in zip(cameras.w2c, cameras.intrinsics(256), halves, strict=True):
+        there = (positions @ w2c[:3, :3].T + w2c[:3, 3]) @ lens.T
+        assert max_abs_diff((there[:, :2] / there[:, 2:]) % 1, torch.full((100, 2), 0.5)) < 1e-3
+    assert (points.colours == 255).all()
+
+
+def test_quaternions_of_colmap_have_no_negative_scalar(tmp_path):
+    cameras = orbit(12, elevation=30)
+    folder = write_views(tmp_path / "views", [Image.new("RGB", (32, 32))] * 12, cameras, {}, formats=["colmap"])
+    rows = [line.split() for line in (folder / "sparse" / "0" / "images.txt").read_text().splitlines()[1::2]]
+    assert len(rows) == 12 and all(float(row[1]) >= 0 for row in rows)
+
+
+@torch.no_grad()
+def test_edges_before_another_background():
+    views = render(make_heads([5]), orbit(4).w2c[None], 256)
+    for image, alpha in zip(views.rgb[0], views.alpha[0], strict=True):
+        picture = torch.from_numpy(np.array(with_alpha(image))).permute(2, 0, 1) / 255
+        before_black = picture[:3] * picture[3] - (image - (1 - alpha))
+        edge = F.max_pool2d(alpha, 7, 1, 3) > -F.max_pool2d(-alpha, 7, 1, 3)
+        assert before_black[:, edge[0]].square().mean() < 1e-3
 
 
 def test_alpha(tmp_path):
@@ -198,8 +235,8 @@ def test_alpha(tmp_path):
     pixels[16:48, 16:48] = (200, 40, 40)
     pixels[28:36, 28:36] = 255  # of the background's colour, inside the head
     pixels[16:48, 15] = (228, 148, 148)  # half an edge
-    pixels[16:48, 48] = (250, 232, 232)  # faint: half of it is the background's, by the formula
-    pixels[40:] = np.where((np.arange(64)[:, None] - 32) ** 2 < 64, (90, 90, 160), pixels[40:])  # a chest
+    pixels[16:48, 48] = (250, 232, 232)  # a tenth
+    pixels[48:, 28:36] = (90, 90, 160)  # a chest
     folder = write_views(tmp_path / "views", [Image.fromarray(pixels)], orbit(1), {}, alpha=True)
     picture = np.asarray(Image.open(folder / "view_000.png")).astype(int)
     assert picture.shape == (64, 64, 4)
@@ -207,7 +244,9 @@ def test_alpha(tmp_path):
     assert alpha[:15].max() == 0 and alpha[16:48, 16:48].min() == 255
     blended = picture[..., :3] * alpha[..., None] / 255 + 255 * (1 - alpha[..., None] / 255)
     assert np.abs(blended - pixels).max() <= 1.5
-    assert np.abs(picture[20, 48] - (245, 209, 209, 128)).max() <= 2 and alpha[50, 32] == 255
+    for column, share, error in ((15, 0.495, 3), (48, 0.107, 10)):  # in 8 bits, before they are divided by the share
+        assert np.abs(picture[20, column] - (200, 40, 40, 255 * share)).max() <= error
+    assert alpha[56, 30:34].min() == 255
     mask = np.asarray(Image.open(folder / "masks" / "view_000.png"))
     assert np.array_equal(mask, alpha)
     frames = json.loads((folder / "transforms.json").read_text())["frames"]
