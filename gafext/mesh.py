@@ -93,9 +93,11 @@ class Mesh:
 
         Raises:
             ImportError: trimesh or embreex is not installed.
-            ValueError: `samples` is even.
+            ValueError: `size` is not above 0, or `samples` not odd and above 0.
         """
-        if samples % 2 == 0:
+        if size < 1:
+            raise ValueError(f"size: expected a number of pixels above 0, got {size}")
+        if samples < 1 or samples % 2 == 0:
             raise ValueError(f"samples: expected an odd number, one of the rays goes through the centre, got {samples}")
         caster, lenses = _caster(self), cameras.intrinsics(size).double().numpy()
         views = []

@@ -53,7 +53,7 @@ def write_turntable(folder: Path, images: Sequence[Image.Image], cameras: Camera
     order, closed = turn(cameras)
     if not closed:
         order = order + order[-2:0:-1]
-    side = min(images[0].width, _SIDE) // 2 * 2  # mp4 wants even numbers
+    side = max(2, min(images[0].width, _SIDE) // 2 * 2)  # mp4 wants even numbers
     small = {view: images[view].convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for view in set(order)}
     frames = [small[view] for view in order]
     seconds = min(max(_SECONDS / len(frames), _SHORTEST), _LONGEST)
