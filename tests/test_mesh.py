@@ -113,6 +113,7 @@ def test_a_pose_moves_turns_and_scales(tmp_path):
     ("pose", "words"),
     [
         (np.eye(3), "pose: expected a 4 x 4 matrix with the last row"),
+        (np.eye(4) + np.eye(4, k=-1) * [[0], [0], [0], [0.5]], r"with the last row \[0, 0, 0, 1\], got"),
         (np.diag([1.0, 2, 1, 1]), "pose: expected a rotation with one scale"),
         (np.diag([-1.0, 1, 1, 1]), "pose: expected a rotation with one scale"),
         ("front", "pose: expected a 4 x 4 matrix of numbers"),
@@ -223,6 +224,14 @@ def test_relative_indices_of_an_obj_file_count_back_from_their_line(tmp_path):
     mesh = load_mesh(tmp_path / "two.obj")
     left = sorted(mesh.vertices[face][:, 0].min() for face in mesh.faces)
     assert left == [0, 0, 5]
+
+
+def test_seams_of_textures_and_normals_are_no_edges(tmp_path):
+    corners = ["v 0 0 0", "v 0 1 0", "v -1 0 0.2", "v 1 0 0.2"]
+    textures = [f"vt {u} 0" for u in range(4)] + ["vn 0 0 1", "vn 0.2 0 1"]
+    (tmp_path / "bent.obj").write_text("\n".join([*corners, *textures, "f 3/1/1 1/2/1 2/3/1", "f 1/4/2 4/1/2 2/2/2"]))
+    mesh = load_mesh(tmp_path / "bent.obj")
+    assert len(mesh.vertices) == 4 and len(set(mesh.faces[0]) & set(mesh.faces[1])) == 2
 
 
 def test_a_vertex_with_very_many_faces_takes_little_memory():

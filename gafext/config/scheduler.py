@@ -19,8 +19,9 @@ _LEAST_BETA = 2.0**-23  # below it, 1 - beta rounds to 1 in float32: no noise
 class NoiseScheduleConfig(Config, dict[str, Any]):
     """Settings common to all of diffusers' schedulers: the noise schedule of training and the type of prediction.
 
-    From another solver's file only the noise schedule is read; settings specific to that solver are ignored. As a dict
-    it is the content of the file, so that `Scheduler.from_config(pipe.scheduler.config)` works with diffusers' classes.
+    From another solver's file the settings that this solver has too are read, as by diffusers, and the others ignored.
+    As a dict it is the content of the file, and so `Scheduler.from_config(pipe.scheduler.config)` works with classes of
+    diffusers.
     """
 
     may_be_empty = True
@@ -79,14 +80,14 @@ class NoiseScheduleConfig(Config, dict[str, Any]):
     def _own_values(cls, solver: str, values: dict[str, Any]) -> dict[str, Any]:
         """Select the values of a file written by `solver` that apply to this solver.
 
-        Settings specific to another solver are dropped. Missing settings of the noise schedule get the writing solver's
-        default, except for a missing timestep spacing, which gets this solver's, as in diffusers.
+        Missing settings of the noise schedule get the writing solver's default, except for a missing timestep spacing,
+        which gets this solver's, as in diffusers. Its own settings keep their values of another solver's file; those
+        that diffusers lists as left at the writer's default get this solver's.
         """
-        if solver == cls.class_name:
-            return values
         shared = {field.name for field in fields(NoiseScheduleConfig)}
-        own = ({field.name for field in fields(cls)} | set(cls.only)) - shared - set(NoiseScheduleConfig.only)
-        return cls.solver_defaults[solver] | {key: value for key, value in values.items() if key not in own}
+        unset = values.get("_use_default_values") or ()
+        values = {key: value for key, value in values.items() if key in shared or key not in unset}
+        return values if solver == cls.class_name else cls.solver_defaults[solver] | values
 
     def __post_init__(self) -> None:
         self.update(self.to_dict())
@@ -139,6 +140,14 @@ class SigmaConfig(NoiseScheduleConfig):
     timestep_spacing: str = "linspace"
     final_sigmas_type: str = "zero"
     use_karras_sigmas: bool = False
+
+    @classmethod
+    def _own_values(cls, solver: str, values: dict[str, Any]) -> dict[str, Any]:
+        values = super()._own_values(solver, values)
+        if solver == cls.class_name or values.get("use_karras_sigmas"):
+            return values
+        # Bounds of UniPC's or Euler's: diffusers reads them from its configuration for Karras' noise levels alone.
+        return {key: value for key, value in values.items() if key not in ("sigma_min", "sigma_max")}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,7 +56,8 @@ def surface_points(
         encoded = torch.nn.functional.normalize(seen.normals[view, :, rows, columns].T * 2 - 1, dim=1)
         normals = encoded * torch.tensor([1.0, -1.0, -1.0]) @ w2c[:3, :3]  # from the viewer's axes
         grid = (pixels / _SIZE * 2 - 1)[None, None]
-        colours = torch.nn.functional.grid_sample(images[view][None], grid, align_corners=False)[0, :, 0].T
+        options = {"padding_mode": "border", "align_corners": False}
+        colours = torch.nn.functional.grid_sample(images[view][None], grid, **options)[0, :, 0].T
         found.append((positions, normals, colours))
     positions, normals, colours = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return Points(positions.numpy(), normals.numpy(), (colours * 255).round().clamp(0, 255).byte().numpy())

@@ -74,7 +74,7 @@ class Scheduler:
 
     @classmethod
     def from_pretrained(cls: type[SchedulerType], folder: str | Path) -> SchedulerType:
-        """Load `scheduler_config.json`; from another solver's file, only the noise schedule is read.
+        """Load `scheduler_config.json`; from another solver's file, the settings that this solver has too.
 
         Args:
             folder: scheduler folder of a diffusers checkpoint.
@@ -91,9 +91,18 @@ class Scheduler:
             raise CheckpointError(f"{path}: {error}") from None
 
     @classmethod
-    def from_config(cls: type[SchedulerType], config: Mapping[str, Any]) -> SchedulerType:
-        """Create this solver over the noise schedule of another solver's configuration, gafext's or diffusers'."""
-        return cls(cls.config_class.from_dict(dict(config)))
+    def from_config(cls: type[SchedulerType], config: Mapping[str, Any], **changes: Any) -> SchedulerType:
+        """Create this solver from another solver's configuration: its noise schedule, and the settings that both have.
+
+        Args:
+            config: configuration of a solver, gafext's or diffusers'.
+            changes: settings that replace those of the configuration, such as `use_karras_sigmas=True`.
+
+        Raises:
+            CheckpointError: a setting is unknown, or its value is not supported by this solver here.
+        """
+        left = [name for name in config.get("_use_default_values") or () if name not in changes]
+        return cls(cls.config_class.from_dict({**config, "_use_default_values": left, **changes}))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `scheduler_config.json` for diffusers' scheduler of the same name."""

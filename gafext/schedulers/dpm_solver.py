@@ -22,13 +22,14 @@ class DPMSolverConfig(SigmaConfig):
     class_name: ClassVar[str] = "DPMSolverMultistepScheduler"
     only: ClassVar[dict[str, tuple]] = {
         **NoiseScheduleConfig.only,
-        "algorithm_type": ("dpmsolver++",),
-        "solver_type": ("midpoint",),
+        # Behind the first of each are values of other solvers' files, which diffusers reads as the first.
+        "algorithm_type": ("dpmsolver++", "deis"),
+        "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
         "use_exponential_sigmas": (False,),
         "use_beta_sigmas": (False,),
         "use_lu_lambdas": (False,),
         "lambda_min_clipped": (-math.inf,),
-        "variance_type": (None,),
+        "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
         "sigma_min": (None,),
         "sigma_max": (None,),
     }
@@ -112,7 +113,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         result = kept * sample + signal_after * (1 - ratio ** (1 + eta)) * clean
         if noise is None:
             return result
-        return result + after * signal_after * (1 - ratio ** (2 * eta)) ** 0.5 * noise
+        return result + after * signal_after * max(1 - ratio ** (2 * eta), 0.0) ** 0.5 * noise
 
     def _first_order(self, index: int) -> bool:
         config, count = self.config, len(self._times)

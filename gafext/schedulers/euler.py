@@ -42,7 +42,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
 
     @property
     def init_noise_sigma(self) -> float:
-        largest = self.sigmas[0].item()
+        largest = self.sigmas.max().item()
         return (largest**2 + 1) ** 0.5 if self.config.timestep_spacing == "leading" else largest
 
     def _plan(self, count: int) -> Tensor:

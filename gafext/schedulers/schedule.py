@@ -88,7 +88,7 @@ def spaced_timesteps(config: NoiseScheduleConfig, count: int, *, whole: bool = T
 
 
 def sigma_table(alphas_cumprod: Tensor) -> Tensor:
-    """Compute σ = √((1 - ᾱ)/ᾱ) of every training timestep, increasing, [T] float64."""
+    """Compute σ = √((1 - ᾱ)/ᾱ) of every training timestep, increasing but for the floor at zero signal, [T] float64."""
     floor = alphas_cumprod.masked_fill(alphas_cumprod == 0, 2.0**-24)  # diffusers' floor: σ is 4096 at zero signal
     return ((1 - floor) / floor).sqrt().double()
 
@@ -101,8 +101,9 @@ def sigmas_at(timesteps: Tensor, table: Tensor) -> Tensor:
 
 def timesteps_at(sigmas: Tensor, table: Tensor) -> Tensor:
     """Invert the table: timesteps [n] of the given σ, interpolated linearly in log σ."""
-    logs, log = table.log(), sigmas.log()
-    low = (torch.searchsorted(logs, log, right=True) - 1).clamp(0, len(table) - 2)
+    # diffusers' table is rounded to float32: its largest σ may come out just below T - 1, which truncates to T - 2.
+    logs, log = table.log().float().double(), sigmas.log()
+    low = (torch.searchsorted(logs[:-1], log, right=True) - 1).clamp(min=0)  # sorted, which a floor at the end is not
     return low + ((log - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
 
 

@@ -26,7 +26,9 @@ class SigmaScheduler(Scheduler):
         super().__init__(config)
         self._table = schedule.sigma_table(self.alphas_cumprod)  # [T]
         self.sigmas = self._table.float().flip(0)
-        if not (self._table.isfinite().all() and self._table[0] > 0 and (self._table.diff() > 0).all()):
+        # At zero signal the last σ is a floor, as in diffusers, and may lie below the one before.
+        growing = self._table if self.alphas_cumprod[-1] > 0 else self._table[:-1]
+        if not (growing.isfinite().all() and growing[0] > 0 and (growing.diff() > 0).all()):
             raise ValueError(
                 "beta_schedule, trained_betas: expected noise that grows with every timestep, got "
                 f"sigmas from {self._table[0]:.3g} to {self._table[-1]:.3g} that do not"

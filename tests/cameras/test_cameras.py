@@ -130,6 +130,7 @@ def _spoilt(change):
             lambda m: m[:3].mul_(1.1),
             r"camera 2: expected a rotation, R\^T R = I within 0.001, got .* off by 0.21",
         ),
+        (lambda m: m[:3].mul_(1.002), r"camera 2: expected a rotation, .* off by 0\.004"),
         (lambda m: m[0].neg_(), "camera 2: .* got -1: one axis is mirrored"),
         (lambda m: m[1, 3].fill_(math.nan), "camera 2: expected finite numbers"),
         (lambda m: m.copy_(m.T.clone()), r"camera 2: expected the last row .* transposed\?"),

@@ -102,13 +102,25 @@ def test_colmaps_models_and_quaternions_of_any_length(tmp_path):
         read_transforms(tmp_path)
 
 
-def test_a_frames_angle_replaces_the_files_focal_lengths(tmp_path):
-    shared = {"fl_x": 500, "fl_y": 500, "w": 512, "h": 512}
+@pytest.mark.parametrize("prefix", ["fl_", "f"])
+def test_a_frames_angle_replaces_the_files_focal_lengths(tmp_path, prefix):
+    shared = {f"{prefix}x": 500, f"{prefix}y": 500, "w": 512, "h": 512}
     angle = 2 * math.atan(256 / 700)
     lens = read_transforms(written(tmp_path, {"camera_angle_x": angle}, **shared)).intrinsics(512)[0]
     assert lens[0, 0] == pytest.approx(700) and lens[1, 1] == pytest.approx(700)
-    lens = read_transforms(written(tmp_path, {"fl_y": 600}, **shared)).intrinsics(512)[0]
+    lens = read_transforms(written(tmp_path, {f"{prefix}y": 600}, **shared)).intrinsics(512)[0]
     assert lens[0, 0] == pytest.approx(500) and lens[1, 1] == pytest.approx(600)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (48, 64)])
+def test_angles_of_pictures_that_are_padded(tmp_path, width, height):
+    """Each angle is of its own side; one alone is of square pixels."""
+    angle = math.radians(40)
+    for name, side in (("camera_angle_x", width), ("camera_angle_y", height)):
+        lens = read_transforms(written(tmp_path, w=width, h=height, **{name: angle}), pad=True).intrinsics(64)[0]
+        focal = side / (2 * math.tan(angle / 2))
+        assert lens[0, 0] == pytest.approx(focal) and lens[1, 1] == pytest.approx(focal)
+        assert lens[0, 2] == lens[1, 2] == 32
 
 
 def test_null_is_no_value(tmp_path):

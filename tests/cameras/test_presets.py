@@ -124,6 +124,10 @@ def test_paths_by_name(checkpoint, tmp_path, name, capsys):
         (lambda: Cameras(torch.eye(4)[None], intrinsics=torch.eye(3)), "expected fov, or intrinsics and size"),
         (lambda: Cameras(torch.eye(4)[None], intrinsics=torch.eye(4), size=4), r"intrinsics: expected \[3,3\] or"),
         (lambda: Cameras(torch.eye(4)[None], intrinsics=torch.ones(3, 3), size=4), "intrinsics 0: expected"),
+        *(
+            (lambda k=k: Cameras(torch.eye(4)[None], intrinsics=k, size=4), r"intrinsics 0: expected \[\[fx, 0, cx\]")
+            for k in ([[4.0, 1, 2], [0, 4, 2], [0, 0, 1]], [[4.0, 0, 2], [1, 4, 2], [0, 0, 1]])
+        ),
     ],
 )
 def test_bad_arguments(call, words):

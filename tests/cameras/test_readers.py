@@ -91,6 +91,11 @@ def test_colmap_as_pycolmap_writes_it(tmp_path):
     model.write_text(folder)
     assert_same(read_transforms(tmp_path), K)
     assert_same(read_transforms(folder), K)
+    with pytest.raises(CameraError, match="fov: expected none beside the one that the file has, got 40"):
+        read_transforms(folder, fov=40)
+    (tmp_path / "one").mkdir()
+    folder.rename(tmp_path / "one" / "sparse")  # of a single model, as some programs write it
+    assert_same(read_transforms(tmp_path / "one"), K)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

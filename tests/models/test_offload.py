@@ -153,6 +153,19 @@ def test_a_copy_of_a_network_runs_itself():
     assert torch.equal(unet(sample, 7, **given), expected)
 
 
+@torch.no_grad()
+def test_a_forward_of_ones_own_is_called_and_given_back():
+    """As of another library's hooks."""
+    unet = MultiViewUNet(multi_view_config(in_channels=4)).eval()
+    given, sample, plain = {"pose": torch.randn(2, 12), "num_views": 2}, torch.randn(2, 4, 8, 8), unet.forward
+    unet.forward = lambda *args, **kwargs: plain(*args, **kwargs) + 1.0
+    own, expected = unet.forward, unet(sample, 7, **given)
+    offload = Offload([unet], torch.device("cpu"))
+    assert torch.equal(unet(sample, 7, **given), expected)
+    offload.remove()
+    assert unet.forward is own
+
+
 def test_another_dtype_goes_on_offloading_and_a_device_ends_it(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
     pipe.to(torch.bfloat16)

@@ -32,6 +32,17 @@ def double_whole(x):
     return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
+def test_tiles_overlap_by_a_quarter():
+    starts = []
+
+    def note(part):
+        starts.append(part[0, 0, 0, 0].item())
+        return part
+
+    x = torch.arange(52.0).expand(1, 1, 8, 52)
+    assert torch.equal(tiled(note, x, tile=16), x) and starts == [0, 12, 24, 36]
+
+
 def test_a_seam_fades_from_one_tile_to_the_next():
     levels = iter([0.0, 1.0])
     merged = tiled(lambda part: torch.full_like(part, next(levels)), torch.zeros(1, 1, 8, 14), tile=8)

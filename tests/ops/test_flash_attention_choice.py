@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_refused, heads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gafext import _C
 from gafext.ops import flash_attention
@@ -117,6 +118,23 @@ def test_on_a_gpu_the_kernel_serves_what_was_measured_faster(monkeypatch):
     monkeypatch.setattr(sys.modules[GpuShapes.__module__], "FASTER_ON_GPU", (shapes,))
     assert is_faster_on_gpu(90, 64, 64, 257)
     assert not any(is_faster_on_gpu(*other) for other in ((80, 64, 64, 257), (90, 88, 64, 257), (90, 64, 300, 257)))
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, most",
+    [(torch.float16, 264, None), (torch.float16, 260, 256), (torch.bfloat16, 520, 512), (torch.float32, 264, 256)],
+    ids=str,
+)
+def test_wide_heads_on_a_gpu_are_of_16_bits_and_whole_vectors(dtype, head_dim, most):
+    with FakeTensorMode():  # there is none here
+        query = torch.empty(1, 2, 16, head_dim, dtype=dtype, device="cuda")
+        found = [reason for reason in unsupported_reasons(query, query, query) if "head_dim" in reason]
+        assert found == ([f"head_dim must be in 1..{most}, got {head_dim}"] if most else [])
+        if most:
+            with pytest.raises(ValueError, match=f"flash_attention: {found[0]}"):
+                OP(query, query, query)
+        else:
+            assert OP(query, query, query).shape == query.shape
 
 
 def test_the_same_choice_within_compiled_code():

@@ -49,6 +49,13 @@ def test_numbers_that_are_no_colours_are_named(tmp_path):
     assert not (tmp_path / "views").exists()
 
 
+@pytest.mark.parametrize("sizes", [[(16, 24)] * 2, [(16, 16), (24, 24)]], ids=str)
+def test_pictures_that_are_not_square_or_of_one_size(sizes, tmp_path):
+    with pytest.raises(ValueError, match="images: expected square images of one size, got"):
+        write_views(tmp_path / "views", [Image.new("RGB", size) for size in sizes], orbit(2), {}, **FAST)
+    assert not (tmp_path / "views").exists()
+
+
 def test_an_array_with_negative_strides(tmp_path):
     images = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
     MultiViewOutput(images[::-1, :, ::-1], orbit(2)).save(tmp_path / "views", **FAST)
@@ -86,6 +93,11 @@ def test_points_that_3dgs_keeps_beside_colmaps_do_not_count(tmp_path):
     (folder / "sparse/0/points3D.ply").touch()
     write_views(folder, views, orbit(2), {}, overwrite=True, **FAST)
     assert not (folder / "sparse").exists()
+
+
+def test_views_of_one_pixel(tmp_path):
+    folder = write_views(tmp_path / "views", [Image.new("RGB", (1, 1))] * 2, orbit(2), {})
+    assert (folder / "turntable.webp").is_file()
 
 
 def test_no_points_no_file_of_points(tmp_path):

@@ -110,6 +110,16 @@ def test_noise_of_a_view_does_not_depend_on_the_number_of_views():
     assert torch.equal(alone[2], few[0]) and torch.equal(alone[3], few[1])
 
 
+def test_a_run_from_its_beginning_adds_noise_at_any_timestep():
+    """diffusers' own `set_begin_index` would fix the level to that of the first."""
+    solver = as_scheduler(make("UniPC"))
+    solver.set_timesteps(5)
+    solver.set_begin_index(0)
+    clean, noise, t = torch.zeros(VIEWS, 4), torch.ones(VIEWS, 4), solver.timesteps[3]
+    level = (1 - solver.scheduler.alphas_cumprod[t]).sqrt()
+    assert max_abs_diff(solver.add_noise(clean, noise, t), level.expand(VIEWS, 4)) < 1e-5
+
+
 def test_our_configurations_make_diffusers_schedulers_and_the_other_way_round():
     config = DDIMScheduler(SD_SCHEDULE).config
     theirs = diffusers.UniPCMultistepScheduler.from_config(config)
