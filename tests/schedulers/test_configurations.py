@@ -24,7 +24,9 @@ NAMES = {"dpm++": DPM, "euler": EULER, "euler-a": "EulerAncestralDiscreteSchedul
 KARRAS = {"use_karras_sigmas": True}
 ENDS = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' use of NumPy
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__:DeprecationWarning", "ignore:__array_wrap__:DeprecationWarning"
+)  # of diffusers' use of NumPy
 
 
 def end_of_run(solver, steps):
