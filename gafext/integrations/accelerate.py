@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gafext.integrations import layers
+from gafext.models.base import PretrainedModel
 from gafext.ops.memory import keep_freed_memory
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -26,7 +27,7 @@ class Acceleration(NamedTuple):
     swapped: dict[str, int]
     """Number of layers that gafext computes from now on, by the name of their class."""
     left_alone: dict[str, str]
-    """Layers of these classes that stay as they are: path, and why."""
+    """Layers of these classes, and networks, that stay as they are: path, and why."""
 
 
 def accelerate(pipe: Any) -> Acceleration:
@@ -40,11 +41,16 @@ def accelerate(pipe: Any) -> Acceleration:
     before or after; a second call takes in layers that are new. For the CPU, malloc keeps freed memory from now on
     (see `gafext.ops.memory`).
 
+    Channels-last weights of 3×3 convolutions on the CPU that are not in training are stored in PyTorch's default
+    order, until `restore`; the kernel copies others in each call. Networks to be trained are therefore best given in
+    training: fused optimizers want their states in the layout of the weights.
+
     Args:
         pipe: a diffusers pipeline, or a torch.nn.Module such as UNet2DConditionModel, AutoencoderKL or CLIPTextModel.
 
     Returns:
-        The number of layers exchanged, and the layers left alone because their processor or forward is a custom one.
+        The number of layers exchanged, and what was left alone: layers whose processor or forward is a custom one,
+        networks with another attention implementation than "sdpa", and gafext's own.
 
     Raises:
         TypeError: `pipe` is neither.
@@ -52,9 +58,15 @@ def accelerate(pipe: Any) -> Acceleration:
     swapped: Counter[str] = Counter()
     left_alone = {}
     swaps = _swaps()
+    own: set[nn.Module] = set()  # gafext's networks and all in them; they know their layers by the class
     for path, module in _modules(pipe):
         kind = type(module)
-        if _is_transformer(module):
+        if module in own:
+            continue
+        if isinstance(module, PretrainedModel):
+            own.update(module.modules())
+            reason, exchanged = "it is gafext's own", False
+        elif _is_transformer(module):
             reason = _transformers().reason_to_leave(module)
             exchanged = not reason and _transformers().set_attention(module, gafext=True)
         elif _is_candidate(module, swaps):
@@ -62,21 +74,20 @@ def accelerate(pipe: Any) -> Acceleration:
             exchanged = not reason and kind in swaps
             if exchanged:
                 _change_class(module, swaps[kind])
+                if isinstance(module, layers.Conv2d):
+                    layers.lay_out(module)
         else:
             continue
         if reason:
             left_alone[path] = reason
         swapped[kind.__name__] += exchanged
     keep_freed_memory()
-    if "diffusers.models.attention_dispatch" in sys.modules:
-        from gafext.integrations.dispatch import register_attention_backend
-
-        register_attention_backend()
+    layers.register_names()
     return Acceleration(dict(+swapped), left_alone)
 
 
 def restore(pipe: Any) -> None:
-    """Undo `accelerate`: every layer has the class, forward and processor that it had before.
+    """Undo `accelerate`: every layer has the class, forward, processor and memory format that it had before.
 
     Args:
         pipe: what was given to `accelerate`; nothing happens to layers that were not exchanged.
@@ -90,6 +101,7 @@ def restore(pipe: Any) -> None:
             _transformers().set_attention(module, gafext=False)
         elif type(module) in originals:
             _change_class(module, originals[type(module)])
+            layers.give_layout_back(module)
 
 
 def _modules(pipe: Any) -> Iterator[tuple[str, Any]]:
@@ -147,8 +159,13 @@ def _reason_to_leave(module: nn.Module) -> str:
 
 
 def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Make a layer one of another class, also where hooks keep its bound forward."""
     old = type(module)
-    for name in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(name), "__func__", None) is old.forward:
-            module.__dict__[name] = MethodType(new.forward, module)
+    keepers = [module.__dict__]
+    # Those of diffusers, layerwise casting and group offloading among them, keep it in a chain.
+    keepers += [vars(reference) for reference in getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ())]
+    for keeper in keepers:
+        for name in ("forward", "_old_forward", "original_forward"):
+            if getattr(keeper.get(name), "__func__", None) is old.forward:
+                keeper[name] = MethodType(new.forward, module)
     module.__class__ = new

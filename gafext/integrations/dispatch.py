@@ -20,11 +20,19 @@ def register_attention_backend() -> None:
     """
     if NAME in AttentionBackendName._value2member_map_:
         return
-    member = str.__new__(AttentionBackendName, NAME)
+    member: Any = str.__new__(AttentionBackendName, NAME)
     member._name_, member._value_ = NAME.upper(), NAME
     AttentionBackendName._member_map_[member._name_] = member
     AttentionBackendName._value2member_map_[NAME] = member
+    # Enumerations pickle a member as its value, which a process without this member could not read.
+    member.__reduce_ex__ = lambda protocol: (registered_name, ())
     _AttentionBackendRegistry.register(member)(_attention)
+
+
+def registered_name() -> AttentionBackendName:
+    """Return the member of diffusers' enumeration, added if it is not there yet; a pickled one calls this function."""
+    register_attention_backend()
+    return AttentionBackendName(NAME)
 
 
 def _attention(
@@ -40,7 +48,7 @@ def _attention(
     _parallel_config: Any = None,
 ) -> Tensor:
     """Attend with [B,L,H,D] tensors; what flash_attention does not compute falls back to diffusers' native backend."""
-    same_heads = query.shape[2] == key.shape[2]
+    same_heads = query.shape[2] == key.shape[2] and key.shape == value.shape
     if attn_mask is not None or dropout_p > 0 or return_lse or _parallel_config is not None or not same_heads:
         options = {"enable_gqa": enable_gqa, "return_lse": return_lse, "_parallel_config": _parallel_config}
         return _native_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, **options)

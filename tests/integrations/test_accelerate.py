@@ -9,15 +9,13 @@ import diffusers
 import peft
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
 from helpers import called, max_abs_diff, normal, randomized
-from small_checkpoints import PIPELINES, stock_clip, stock_pipeline, stock_vae, wide_unet
+from small_checkpoints import PIPELINES, stock_pipeline, stock_vae, wide_unet
 from torch import nn
-from transformers import CLIPModel
 
 import gafext
-from gafext.integrations.layers import Conv2d
 
 
 def generate(pipe, **options):
@@ -77,27 +75,6 @@ def test_results_have_the_stock_memory_format():
     assert forward(unet).is_contiguous()
     with torch.no_grad():
         assert vae(normal(1, 3, 64, 64)).sample.is_contiguous()
-
-
-@torch.no_grad()
-def test_a_residual_block_keeps_its_settings():
-    """At published values, a wrong eps or a wrong scale of the output would be lost in rounding."""
-    settings = {"eps": 0.5, "output_scale_factor": 2.0, "groups": 4}
-    block = randomized(ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=16, **settings), seed=0).eval()
-    inputs = normal(2, 32, 8, 8), normal(2, 16)
-    stock = block(*inputs)
-    assert gafext.accelerate(block).swapped["ResnetBlock2D"] == 1
-    assert max_abs_diff(block(*inputs), stock) <= 1e-5
-
-
-@torch.no_grad()
-def test_channels_last_weights_are_laid_out_once():
-    unet = wide_unet().to(memory_format=torch.channels_last)
-    stock = forward(unet)
-    gafext.accelerate(unet)
-    assert max_abs_diff(forward(unet), stock) <= 1e-4
-    convolutions = [layer for layer in unet.modules() if type(layer) is Conv2d and layer.kernel_size == (3, 3)]
-    assert convolutions and all(layer.weight.is_contiguous() for layer in convolutions if layer.stride == (1, 1))
 
 
 def test_its_kernels_run():
@@ -234,6 +211,39 @@ def test_offloading_hooks(hooked):
     assert type(unet.conv_in) is nn.Conv2d
 
 
+def cast(unet):
+    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def offload(unet):
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+class Wrapping(ModelHook):
+    def new_forward(self, module, *args, **kwargs):
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def wrap(unet):
+    for layer in unet.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            HookRegistry.check_if_exists_or_initialize(layer).register_hook(Wrapping(), "wrapping")
+
+
+@pytest.mark.parametrize("hook", [cast, offload, wrap])
+def test_restores_below_hooks_of_diffusers(hook):
+    unet, stock = wide_unet(), wide_unet()
+    gafext.accelerate(unet)
+    hook(unet)
+    hook(stock)
+    assert "gafext::conv3x3" in called(forward, unet)
+    assert max_abs_diff(forward(unet), forward(stock)) <= 1e-4
+    gafext.restore(unet)
+    assert not [name for name in called(forward, unet) if name.startswith("gafext")]
+    assert torch.equal(forward(unet), forward(stock))
+
+
 def test_hooks_of_layers_are_called():
     unet = wide_unet()
     gafext.accelerate(unet)
@@ -286,31 +296,6 @@ def test_half_precision(dtype):
         assert max_abs_diff(unet(*inputs).sample, exact) <= 2 * theirs
 
 
-def test_clip():
-    model = stock_clip({}, kind=CLIPModel, text_config=SMALL_TEXT_CONFIG, vision_config=SMALL_VISION_CONFIG)
-    ids = torch.tensor([[97, 1, 2, 98], [97, 3, 98, 98]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    inputs = {"input_ids": ids, "pixel_values": normal(2, 3, 64, 64)}
-    with torch.no_grad():
-        stock, masked = model(**inputs), model(**inputs, attention_mask=mask)
-        gafext.accelerate(model)
-        assert model.text_model.config._attn_implementation == "gafext"
-        for ours, theirs in ((model(**inputs), stock), (model(**inputs, attention_mask=mask), masked)):
-            assert max_abs_diff(ours.text_embeds, theirs.text_embeds) <= 1e-5
-            assert max_abs_diff(ours.image_embeds, theirs.image_embeds) <= 1e-5
-        gafext.restore(model)
-        assert model.config._attn_implementation == model.text_model.config._attn_implementation == "sdpa"
-        assert torch.equal(model(**inputs).image_embeds, stock.image_embeds)
-    model.set_attn_implementation("eager")
-    assert "eager" in gafext.accelerate(model).left_alone[""]
-
-
-SMALL_TEXT_CONFIG = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL_TEXT_CONFIG |= {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98, "max_position_embeddings": 12}
-SMALL_VISION_CONFIG = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL_VISION_CONFIG |= {"image_size": 64, "patch_size": 16}
-
-
 def test_training_gives_the_same_gradients():
     unet = wide_unet().train()
     inputs = normal(1, 4, 16, 16), 7, normal(1, 5, 32)
@@ -349,9 +334,11 @@ def test_other_objects_are_refused(call):
         call("stabilityai/stable-diffusion-2-1")
 
 
-def test_a_norm_with_weights_in_float32_of_an_input_in_bfloat16():
-    norm = nn.Sequential(nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1).bfloat16())
-    x = torch.randn(2, 16, 8, 8).bfloat16()
-    expected = norm(x)
-    gafext.accelerate(norm)
-    assert torch.equal(norm(x), expected)
+def test_gafexts_own_networks_are_left_alone(pipe):
+    """`quantize` and the others know their layers by the class."""
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    before = {name: layers(network) for name, network in networks.items()}
+    assert gafext.accelerate(pipe) == ({}, {name: "it is gafext's own" for name in networks})
+    found = gafext.accelerate(nn.ModuleDict({"unet": pipe.unet, "head": nn.Linear(4, 4)}))
+    assert found == ({"Linear": 1}, {"unet": "it is gafext's own"})
+    assert {name: layers(network) for name, network in networks.items()} == before
