@@ -60,9 +60,8 @@ class Unread:
 def guard_streams() -> None:
     """Let a process live on without readers of its output and errors, also where they are closed (`>&-`)."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") if stream is None else None
-        setattr(sys, name, nowhere or Unread(stream))
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        setattr(sys, name, Unread(stream))
 
 
 class StepEvents:
