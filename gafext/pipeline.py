@@ -83,8 +83,8 @@ class MultiViewDiffusionPipeline(PipelineEncoding, PipelineStream):
             image, cameras, normal_maps, options: those of `prepare`, such as num_views, guidance_scale and generator.
             callback_on_step_end: called as (pipeline, step, timestep, {name: tensor}) after each step. It may return a
                 dict: `latents` in it replace the current ones; `pred_original_sample` replaces the prediction, and
-                the step is taken again from it. `pipeline._interrupt = True`, there or anywhere else during the steps, ends
-                them, as in diffusers.
+                the step is taken again from it. `pipeline._interrupt = True`, there or anywhere else during the steps,
+                ends them, as in diffusers.
             callback_on_step_end_tensor_inputs: tensors for the callback: "latents" after the step and
                 "pred_original_sample", the clean latents predicted at it, for `decode`; [B*V,4,h,w] float32 each.
             progress_bar: show a progress bar.
