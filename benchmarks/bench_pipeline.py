@@ -20,12 +20,12 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from full_size import random_pipeline, words
-from race import synchronize, write
-from stock import Inputs, StockPipeline
+from race import json_file, synchronize, write
+from run_inputs import Inputs
 from torch import Tensor
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
@@ -37,9 +37,18 @@ from gafext.ops.memory import release_freed_memory
 from gafext.upsampler import NOISE_STEP
 from gafext.watch.peak import peak_memory
 
+if TYPE_CHECKING:
+    from stock import StockPipeline
+
 STAGES = ("encode", "denoise", "upsample", "decode")
 AGAINST = {"stock": "diffusers", "compile": "diffusers", "openvino": "openvino"}
-"""Package that each opponent needs, with transformers."""
+"""Package that each opponent needs, with diffusers and transformers."""
+
+
+def missing_packages(against: list[str]) -> list[str]:
+    """List the packages that the opponents need and that are not installed."""
+    needed = dict.fromkeys(package for name in against for package in ("transformers", "diffusers", AGAINST[name]))
+    return [package for package in needed if importlib.util.find_spec(package) is None]
 
 
 class Ours:
@@ -62,14 +71,14 @@ class Ours:
         return self.pipe.decode(latents).clamp(0, 1)
 
 
-def compiled(stock: StockPipeline, device: torch.device) -> None:
+def compiled(stock: "StockPipeline", device: torch.device) -> None:
     """Compile the networks that run more than once per portrait, and the decoder."""
     for name in stock.networks.keys() & {"denoiser", "upsampler", "decoder"}:
         options = {"freezing": True} if device.type == "cpu" else None
         stock.networks[name] = torch.compile(stock.networks[name], dynamic=False, options=options)
 
 
-def openvino(stock: StockPipeline) -> None:
+def openvino(stock: "StockPipeline") -> None:
     """Replace the networks by OpenVINO's graphs of them, in float32 and for the shapes of this run.
 
     The upsampler stays PyTorch's: OpenVINO 2026.4 crashes when it compiles a K-UNet.
@@ -129,7 +138,9 @@ def contestants(
     noise = view_noise(0, portraits=1, views=views, shape=(run.latents.shape[1], size, size), step=NOISE_STEP)
     given = Inputs.of(pipe, run, noise)
 
-    def stock(change: Callable[[StockPipeline], None] | None = None) -> StockPipeline:
+    def stock(change: "Callable[[StockPipeline], None] | None" = None) -> "StockPipeline":
+        from stock import StockPipeline  # of diffusers, which a machine may not have
+
         made = StockPipeline(pipe, num_views=views, guidance_scale=guidance, num_inference_steps=steps)
         if change is not None:
             change(made)
@@ -219,7 +230,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
     if args.rounds < 7:
         parser.error("--rounds: expected at least 7: a median of fewer says little")
@@ -227,7 +238,9 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--guidance: expected above 1, got {args.guidance}: all contestants run both passes")
     if args.against is None:
         args.against = [name for name in AGAINST if args.device == "cpu" or name != "openvino"]
-        args.against = [name for name in args.against if importlib.util.find_spec(AGAINST[name])]
+        args.against = [name for name in args.against if not missing_packages([name])]
+    elif missing := missing_packages(args.against):
+        parser.error(f"--against: expected {' and '.join(missing)} to be installed: pip install {' '.join(missing)}")
     args.steps = args.steps or (4 if args.device == "cpu" else 50)
     return args
 

@@ -11,7 +11,7 @@ import copy
 import json
 
 import torch
-from race import Contestant, diffusers_sd21, race, random_network, write
+from race import Contestant, diffusers_sd21, json_file, race, random_network, write
 
 import gafext
 from gafext.bench.environment import environment
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
     makers = {contestant.name: contestant.warmed_up for contestant in contestants(args.batch, not args.no_compile)}
     result = {

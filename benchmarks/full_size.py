@@ -25,11 +25,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from peers import PEERS, PRECISIONS, missing_packages, race_peers
-from race import Contestant, diffusers_sd21, peak_gib, race, random_network, synchronize, write
+from race import Contestant, diffusers_sd21, json_file, peak_gib, race, random_network, synchronize, write
 from torch import Tensor
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
@@ -201,7 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="float32, float16, bfloat16, or int8 (transformers, CPU)")
     parser.add_argument("--whole", action="store_true", help="with the upsampler: views of 512x512")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     peers = parser.add_argument_group("with --peers")
     peers.add_argument("--peers", type=words(tuple(PEERS)), metavar=",".join(PEERS))
     peers.add_argument("--precisions", type=words(PRECISIONS), default=list(PRECISIONS), metavar=",".join(PRECISIONS))
@@ -212,8 +211,6 @@ def arguments() -> argparse.Namespace:
         parser.error("--unet-rounds: expected at least 7: a median of fewer says little")
     if args.peers and not args.unet_rounds:
         parser.error("--peers: expected --unet-rounds of at least 7")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json: expected a file in a folder that exists, got {args.json}")
     if args.peers and (missing := missing_packages(args.peers)):
         parser.error(f"--peers: expected {' and '.join(missing)} to be installed: pip install {' '.join(missing)}")
     if args.dtype == "int8" and (reasons := int8.unsupported_reasons(torch.device(args.device))):

@@ -4,6 +4,7 @@
 #   benchmarks/gpu_checklist.sh [FOLDER]        the JSON and the log go to FOLDER, or to benchmarks/results
 #
 # The machine has torch >= 2.11 with CUDA, nvcc 13, cmake, ninja, pybind11, scikit-build-core, pytest; no network is needed.
+# With diffusers and transformers the pipeline races theirs, and the tests that need them run.
 # Every step has its own limit, and one that fails does not stop the ones after it, but for the build. Last comes a short
 # table; the exit status is 1 if a step failed. CHECKLIST_SECONDS: of the whole, 575 by default.
 set -uo pipefail

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from race import random_network, write
+from race import json_file, random_network, write
 from torch import Tensor
 
 from gafext.bench.environment import environment
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", default=PARTS, metavar="NETWORK,ROWS,SIZE")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # one part, in a process of its own
     args = parser.parse_args()
     if args.measure:

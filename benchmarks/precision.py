@@ -21,7 +21,7 @@ import torch
 from full_size import words
 from peers import Inputs
 from precision_table import TITLES, table
-from race import Contestant, race, random_network, write
+from race import Contestant, json_file, race, random_network, write
 from torch import nn
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
@@ -133,7 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="of the latents")
     parser.add_argument("--rounds", type=int, default=7, help="timed passes of each choice, 0 or at least 7")
     parser.add_argument("--steps", type=int, default=25, help="of the views, or 0")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     parser.add_argument("--table", metavar="FILE")
     args = parser.parse_args()
     if 0 < args.rounds < 7:

@@ -16,7 +16,7 @@ import time
 import warnings
 from dataclasses import asdict
 
-from race import write
+from race import json_file, write
 
 import gafext
 from gafext.bench.environment import environment
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=7, metavar="N")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="held-out heads to skip")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
     rows = measure(args.heads, first=args.first)
     arguments = {"heads": args.heads, "first": args.first}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from race import random_network, write
+from race import json_file, random_network, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="of the latents")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", type=int, default=25, help="printed, those of the largest shares")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
     if args.network == "multiview" and args.batch % (2 * _VIEWS):
         parser.error(f"--batch: expected a multiple of {2 * _VIEWS}, two passes of {_VIEWS} views, got {args.batch}")

@@ -1,16 +1,25 @@
 """What the scripts of this folder share: networks of random weights, and contestants that take turns in one process."""
 
+import argparse
 import json
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gafext.ops.backend import set_attention_backend
+
+
+def json_file(name: str) -> str:
+    """Return the value of `--json`, refused before anything is measured if its folder is not there."""
+    if not Path(name).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {name}")
+    return name
 
 
 def random_network(network_class, config, device, dtype):

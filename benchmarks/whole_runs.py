@@ -12,7 +12,7 @@ import warnings
 
 import torch
 from full_size import random_pipeline
-from race import write
+from race import json_file, write
 
 from gafext import PORTRAIT
 from gafext.bench.environment import environment
@@ -43,7 +43,7 @@ def measure(name: str) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="*", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
     result = {"environment": environment("cpu"), "command": "python benchmarks/whole_runs.py --json FILE", "runs": {}}
     for name in args.run:

@@ -397,14 +397,18 @@ def filled(text: str, known: dict[str, str]) -> str:
 
 
 def main() -> int:
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["--check"]):
+        print("usage: python docs/fill.py [--check]", file=sys.stderr)
+        return 2
     known = values()
     expected = {path: filled(path.read_text(), known) for path in PAGES} | {FIGURE: figure()}
     stale = [path for path, text in expected.items() if not path.is_file() or path.read_text() != text]
     for path in stale:
         print(path.relative_to(ROOT))
-        if "--check" not in sys.argv[1:]:
+        if not arguments:
             path.write_text(expected[path])
-    if stale and "--check" in sys.argv[1:]:
+    if stale and arguments:
         print("differ from the JSON behind them: run `python docs/fill.py`", file=sys.stderr)
         return 1
     return 0

@@ -52,7 +52,8 @@ def replace_whole(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         folders = sorted(path for path in temporary.rglob("*") if path.is_dir())
-        files = sorted((path for path in temporary.rglob("*") if not path.is_dir()), key=lambda p: (-len(p.parts), p))
+        files = [path for path in temporary.rglob("*") if not path.is_dir()]
+        files.sort(key=lambda path: (-len(path.parts), path.name == "model_index.json", path))
         moves = [(path, target / path.relative_to(temporary)) for path in (*folders, *files)]  # the outermost file last
         try:
             _check_moves(moves)

@@ -8,15 +8,16 @@ namespace gafext::GAFEXT_ISA {
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a packed right-hand side: [depth, kPanel]
 
 // What a matrix holds: float, or words of two numbers of bfloat16 (pairs.h), which are multiplied with each other.
+// `inline`, for Clang gives specializations external linkage, and several files include these.
 template <typename Number>
-constexpr bool kIsFloat = false;
+inline constexpr bool kIsFloat = false;
 template <>
-constexpr bool kIsFloat<float> = true;
+inline constexpr bool kIsFloat<float> = true;
 
 template <typename T>
-constexpr bool kIsBFloat16 = false;
+inline constexpr bool kIsBFloat16 = false;
 template <>
-constexpr bool kIsBFloat16<BFloat16> = true;
+inline constexpr bool kIsBFloat16<BFloat16> = true;
 
 template <typename Number>
 struct Operand {

@@ -87,6 +87,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.hold_out < 0 or args.hold_out == 1:
         parser.error(f"--hold-out: expected 0, or 2 and more, got {args.hold_out}")
+    for name, least in (("steps", 1), ("gaussians", 1), ("size", TILE)):
+        if (number := getattr(args, name)) is not None and number < least:
+            parser.error(f"--{name}: expected at least {least}, got {number}")
+    for path in filter(None, (args.ply, args.figure)):
+        if not path.absolute().parent.is_dir():
+            parser.error(f"{path}: expected a file in a folder that exists")
+    if not any(args.views.glob("view_*.png")):
+        parser.error(f"{args.views}: expected an output folder of gafext generate, got none")
     views, cameras = read_views(args.views, args.size)
     if args.swap:  # by pairs: on a full circle, giving each view the next one's camera only turns the world
         order = torch.arange(len(cameras)) ^ 1

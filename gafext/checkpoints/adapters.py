@@ -105,6 +105,7 @@ class PipelineAdapters(PipelineMemory):
             layers = [(layer.to_k_ip, layer.to_v_ip) for layer in self._image_layers()]
             self._before_ip_adapter = self._before_ip_adapter or (self.unet.config, self.unet.image_projection, layers)
             adapter.apply(self.unet)
+        self._forget_adapters_lora()
         self.origin |= {"ip_adapter": str(path), "ip_adapter_scale": scale}
 
     def set_ip_adapter_scale(self, scale: float) -> None:
@@ -135,7 +136,14 @@ class PipelineAdapters(PipelineMemory):
                 layer.to_k_ip, layer.to_v_ip = to_k_ip, to_v_ip
             self.unet.to(self.unet.device, self.unet.dtype)
         self._before_ip_adapter = None
+        self._forget_adapters_lora()
         self.origin = {key: value for key, value in self.origin.items() if not key.startswith("ip_adapter")}
+
+    def _forget_adapters_lora(self) -> None:
+        """Forget the weights before a LoRA of the IP-Adapter's layers, which are others now."""
+        kept = (self._before_lora or {}).items()
+        of_adapter = ("to_k_ip.", "to_v_ip.", "image_projection.")
+        self._before_lora = {name: x for name, x in kept if not any(part in name for part in of_adapter)} or None
 
     def _image_layers(self) -> list[DecoupledAttention]:
         return [module for module in self.unet.modules() if isinstance(module, DecoupledAttention)]

@@ -28,7 +28,8 @@ def psnr(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         [N] in dB, at most 100.
     """
-    return -10 * (left.clamp(0, 1) - right).square().flatten(1).mean(1).clamp(min=_NO_ERROR).log10()
+    difference = left.float().clamp(0, 1) - right.float()
+    return -10 * difference.square().flatten(1).mean(1).clamp(min=_NO_ERROR).log10()
 
 
 def ssim(left: Tensor, right: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gafext.errors import CheckpointError
+from gafext.errors import CheckpointError, OutputError
 from gafext.pipeline import MultiViewDiffusionPipeline
 from gafext.training.fsdp import copy_whole, part, whole
 from gafext.training.latents import digest_weights
@@ -84,6 +85,9 @@ class Clock:
         self._before = state["seconds"].item()
 
 
+_DAMAGED = "expected a checkpoint of gafext train, but it is damaged; remove it to start anew"
+
+
 def describe(
     pipeline: MultiViewDiffusionPipeline, settings: Settings, source: dict[str, Any], *, precision: str, fsdp: bool
 ) -> dict[str, Any]:
@@ -112,9 +116,13 @@ def compare(folder: Path, described: dict[str, Any]) -> list[str]:
         described: description of the run.
 
     Raises:
-        CheckpointError: the other run trained other weights or held other heads out, or has no state of float16.
+        CheckpointError: the checkpoint is damaged, or the other run trained other weights or held other heads out, or
+            has no state of float16.
     """
-    before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    try:
+        before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / _SETTINGS}: {_DAMAGED} ({error})") from None
     changed = {name: before[name] for name in described if before.get(name, described[name]) != described[name]}
     both = (before.get("encoder_rate"), described.get("encoder_rate"))
     fatal = ["encoder_rate"] if None in both else []  # it may change, but not begin or end
@@ -132,7 +140,11 @@ def compare(folder: Path, described: dict[str, Any]) -> list[str]:
 def save(accelerator: Accelerator, out: Path, step: int, described: dict[str, Any]) -> None:
     """Write a checkpoint, which keeps the description of its run, and remove those before it."""
     temporary, final = out / f"{_STATE}.tmp", out / f"{_STATE}-{step:08d}"
-    accelerator.save_state(str(temporary))
+    try:
+        accelerator.save_state(str(temporary))
+    except (SafetensorError, OSError, RuntimeError) as error:  # of a full disk, by what was being written
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(f"{out}: cannot be written ({error})") from None
     if accelerator.is_main_process:
         (temporary / _SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
@@ -166,7 +178,10 @@ def resume(accelerator: Accelerator, out: Path, described: dict[str, Any]) -> in
             f"{folder}: expected it in the output folder of every node, as in the main process's, got none; share --out"
         )
     differences = compare(folder, described)
-    accelerator.load_state(str(folder))
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:  # of whatever reads one of its files
+        raise CheckpointError(f"{folder}: {_DAMAGED} ({error})") from None
     accelerator.step = 0  # of batches: a checkpoint is written where a step of the optimizer ends
     if accelerator.is_main_process:
         _shorten(out / "log.jsonl", step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -56,7 +57,7 @@ def read_heads(root: str | Path, *, views: int = 2, thorough: bool = False) -> t
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of training data, got none")
     heads, faults, seen = [], [], set()
-    for folder in sorted({path.parent for path in root.rglob("transforms*.json")}):
+    for folder in sorted(_folders(root)):
         found, wrong = _read_folder(folder, root, seen)
         faults += wrong
         for head in found:
@@ -66,6 +67,19 @@ def read_heads(root: str | Path, *, views: int = 2, thorough: bool = False) -> t
     if not heads and not faults:
         faults.append(f"{root}: expected transforms_train.json or transforms.json in it or below, got none")
     return heads, faults
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Yield the folders below a root that have a camera file, those behind links too, each once."""
+    known = set()
+    for name, folders, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(name)
+        if place in known:
+            folders.clear()  # a link back, or a second one
+            continue
+        known.add(place)
+        if any(fnmatch.fnmatch(file, "transforms*.json") for file in files):
+            yield Path(name)
 
 
 class Files:
@@ -146,7 +160,7 @@ def _read_folder(folder: Path, root: Path, seen: set[str]) -> tuple[list[Head], 
     for file in files if files[0].is_file() else ():
         try:
             cameras = read_transforms(file, pad=True)
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8-sig"))
         except CameraError as error:
             faults.append(str(error))
             continue
@@ -182,7 +196,7 @@ def _mesh(folder: Path, time: int | str, *, alone: bool) -> Path | None:
 def _is_empty(file: Path) -> bool:
     """Return whether a file has an empty list of frames, as VHAP's split of one camera or of three timesteps."""
     with suppress(OSError, ValueError, RecursionError):
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
         return isinstance(values, dict) and values.get("frames") == []
     return False
 

@@ -97,7 +97,7 @@ def fit(
         What `source.validate` measures of the averaged weights, which the pipeline keeps.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the loss is not finite, or the weights are not.
         CheckpointError: a checkpoint in `out` is of a run that trained other weights or held other heads out.
     """
     run = Run(accelerator, pipeline, source, out, settings)
@@ -194,6 +194,7 @@ class Run:
                 passed = self._passed()
                 bar.total = round(self.step / passed)  # of a run of minutes, as many as its pace promises
                 if passed >= 1 or self.step % self.settings.save_every == 0:
+                    self._check_weights()
                     save(self.accelerator, self.out, self.step, self.described)
         bar.close()
         if self.step > first:
@@ -250,6 +251,13 @@ class Run:
             )
         self.accelerator.log({"loss": loss}, step=self.step)
         self._write(seconds=round(self.clock.seconds, 2), loss=loss)
+
+    def _check_weights(self) -> None:
+        """Raise a ValueError rather than put weights that are not finite in the place of the last checkpoint."""
+        if self.whole is None and not all(weight.isfinite().all() for weight in self.trained):
+            raise ValueError(
+                f"the weights are not finite at step {self.step}: lower --rate, and run again from the last checkpoint"
+            )
 
     def _write(self, **numbers: float) -> None:
         if self.accelerator.is_main_process:

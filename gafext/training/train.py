@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from gafext.atomic import check_writable
 from gafext.conditions import latent_size
 from gafext.errors import CheckpointError
 from gafext.families import family_name, family_of
@@ -22,6 +23,7 @@ from gafext.training.run import fit, start
 from gafext.training.settings import Settings
 from gafext.training.shards import Shards
 from gafext.training.source import Folders
+from gafext.training.validation import MODEL_FILES
 
 SAMPLING, SETTINGS = Sampling(), Settings()
 
@@ -84,12 +86,16 @@ def train(
     Raises:
         ValueError: the data has faults, the batch does not divide among the processes, the loss is not finite, or
             Accelerate is set to divide the weights among processes by other means than FSDP 2.
-        CheckpointError: the parent cannot be read, or has not been assembled; or a checkpoint in `out` is of a run that
-            trained other weights or held other heads out.
+        CheckpointError: the parent cannot be read, or has not been assembled; or a checkpoint in `out` is damaged, or
+            of a run that trained other weights or held other heads out.
+        OutputError: `out` cannot be written, or `out`/model holds other files than a checkpoint's.
     """
     out = Path(out)
-    if Path(parent).resolve() == (out / "model").resolve():
-        raise ValueError(f"parent: expected another folder than the result's, got {parent}")
+    model = (out / "model").resolve()
+    for name, given in (("parent", Path(parent)), ("data", Path(data))):
+        if model in (given.resolve(), *given.resolve().parents):
+            raise ValueError(f"{name}: expected another folder than the result's, {out / 'model'}, got {given}")
+    check_writable(model, replaceable=MODEL_FILES)
     if settings.guidance is not None:
         check_guidance_scale(settings.guidance)
     if settings.adam_8bit and importlib.util.find_spec("bitsandbytes") is None:

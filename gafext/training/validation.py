@@ -93,6 +93,16 @@ def validate(
     return dict(zip(measures, torch.tensor(scores).mean(0).tolist(), strict=True)), pictures
 
 
+PARTS = "unet|vae|scheduler|image_encoder|image_normalizer|image_noising_scheduler|head_detector|head_fitter"
+MODEL_FILES = Replaceable(
+    re.compile(
+        rf"(model_index\.json|README\.md|prompt_embeds\.safetensors|({PARTS})/[^/]+|upsampler/((unet|scheduler)/)?[^/]+)"
+    ),
+    always=("model_index.json",),
+)
+"""What a trained checkpoint may take the place of: an earlier one."""
+
+
 def publish(
     pipeline: MultiViewDiffusionPipeline,
     folder: Path,
@@ -102,7 +112,7 @@ def publish(
     scores: dict[str, float],
 ) -> None:
     """Write the trained checkpoint with a model card."""
-    with whole_folder(folder, replaceable=Replaceable(re.compile(".*"))) as temporary:
+    with whole_folder(folder, replaceable=MODEL_FILES) as temporary:
         pipeline.save_pretrained(temporary)
         measured = ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "not measured"
         (temporary / "README.md").write_text(

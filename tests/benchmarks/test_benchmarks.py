@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from helpers import ROOT
 
 from gafext import MultiViewDiffusionPipeline
 from gafext.config import SD21_MULTIVIEW_UNET, SD_VAE, UNetConfig
 from gafext.models.unet import MultiViewUNet
+
+diffusers = pytest.importorskip("diffusers")  # not on every machine with a GPU
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +224,7 @@ SMALL = {**SIZES, **BLOCKS, "layers_per_block": 1, "use_linear_projection": True
 
 
 def with_small_networks(module, monkeypatch):
-    monkeypatch.setattr(module, "diffusers_sd21", lambda _: UNet2DConditionModel(**SMALL))
+    monkeypatch.setattr(module, "diffusers_sd21", lambda _: diffusers.UNet2DConditionModel(**SMALL))
     monkeypatch.setattr(module, "SD21_UNET", UNetConfig(**SMALL))
     return module
 

@@ -5,10 +5,9 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from helpers import UNET_WEIGHTS, edit_json, edit_weights, normal, randomized
 from safetensors.torch import load_file
-from small_checkpoints import multi_view_config, run, save_ip_adapter, save_lora, save_upsampler, stock_unet
+from small_checkpoints import diffusers, multi_view_config, run, save_ip_adapter, save_lora, save_upsampler, stock_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gafext
@@ -158,7 +157,7 @@ def test_other_machines_are_refused(saved, checkpoint, tmp_path, pretend_cpu):
 
 def test_diffusers_refuses(saved):
     with pytest.raises(ValueError, match="Unknown quantization type, got gafext_int8"):
-        UNet2DConditionModel.from_pretrained(saved[1])
+        diffusers.UNet2DConditionModel.from_pretrained(saved[1])
 
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -1,6 +1,7 @@
 """Python started in a clone without a build: the installed package is imported, or one line says how to install."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,13 @@ def clone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "gafext", folder / "gafext", ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
     return folder
+
+
+def test_specialisations_in_headers_are_inline():
+    """Clang gives a constexpr one external linkage, and the sources that include it do not link."""
+    headers = [path for path in (ROOT / "csrc").rglob("*.*h") if path.suffix in (".h", ".cuh")]
+    assert len(headers) > 20
+    assert not [path.name for path in headers if re.search(r"template <>\nconstexpr", path.read_text())]
 
 
 def test_without_an_installed_package_one_line_names_the_commands(clone):

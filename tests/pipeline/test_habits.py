@@ -223,6 +223,17 @@ def stock(tmp_path):
     return load(tmp_path / "model")
 
 
+def test_a_lora_of_an_ip_adapter_that_is_replaced(stock, tmp_path):
+    adapters = [save_ip_adapter(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2)]
+    stock.load_ip_adapter(adapters[1])
+    expected = {name: x.clone() for name, x in stock.unet.state_dict().items()}
+    stock.load_ip_adapter(adapters[0])
+    stock._before_lora = {name: x.clone() for name, x in stock.unet.state_dict().items() if "_ip." in name}
+    stock.load_ip_adapter(adapters[1])
+    stock.unload_lora_weights()
+    assert_equal_weights(stock.unet, expected)
+
+
 def test_unloading_a_lora_gives_the_weights_back_bit_for_bit(stock, tmp_path):
     before = {name: value.clone() for name, value in stock.unet.state_dict().items()}
     expected, origin = run(stock).images, dict(stock.origin)

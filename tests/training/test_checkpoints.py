@@ -3,10 +3,12 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate.state import GradientState
 from helpers import ROOT
+from safetensors import SafetensorError
 from training_runs import ENVIRONMENT, LAUNCH, command, losses, write_heads
 
 from gafext.cli import main
@@ -51,6 +53,26 @@ def test_other_settings_are_said_and_other_heads_held_out_refused(files, out, ca
     shutil.move(files / "more" / "data" / "head_000", files / "more" / "data" / "head_003")
     assert main(command(files / "more", out, "--steps", "5")) == 1
     assert "expected held_out ['head_002'], as before, got ['head_003']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "settings.json"])
+def test_a_damaged_checkpoint_is_named(files, out, capsys, name):
+    [folder] = out.glob("checkpoint-*")
+    (folder / name).write_bytes((folder / name).read_bytes()[:10])
+    assert main(command(files, out, "--steps", "3")) == 1
+    shown = capsys.readouterr().err
+    assert f"{folder}" in shown and "it is damaged; remove it to start anew" in shown
+
+
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(files, out, capsys, monkeypatch):
+    def full(accelerator, folder):
+        Path(folder).mkdir()
+        raise SafetensorError("File too large (os error 27)")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", full)
+    assert main(command(files, out, "--steps", "4")) == 1
+    assert f"{out}: cannot be written (File too large (os error 27))" in capsys.readouterr().err
+    assert not (out / "checkpoint.tmp").exists()
 
 
 def test_float16_needs_a_scale_of_the_loss(begun):

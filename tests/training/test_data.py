@@ -185,6 +185,19 @@ def scale(matrix, factor):
         row[3] *= factor
 
 
+def test_folders_behind_links_and_byte_order_marks(tmp_path, capsys):
+    write_heads(tmp_path / "elsewhere", 2, views=2, size=16)
+    first, second = sorted(path for path in (tmp_path / "elsewhere").iterdir() if path.is_dir())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").symlink_to(first)
+    (tmp_path / "data" / "b").symlink_to(second)
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data")
+    for path in second.glob("transforms*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    heads, faults = read_heads(tmp_path / "data", views=2)
+    assert not faults and len(heads) == 2
+
+
 def test_fewer_views_than_a_step_takes(tmp_path, capsys):
     write_heads(tmp_path / "data", 1, views=4, size=32)
     assert main(["train", str(tmp_path / "data"), "--check", "--views", "5"]) == 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import command, losses
+from training_runs import OPTIONS, command, losses
 
 from gafext import MultiViewDiffusionPipeline
 from gafext.cli import main
@@ -126,6 +126,27 @@ def test_the_clock_counts_all_sittings():
     assert second.seconds == stopped == first.seconds
     with second:
         assert second.seconds > stopped
+
+
+def test_what_lies_in_the_place_of_the_result_stays(files, tmp_path, capsys):
+    shutil.copytree(files / "parent", tmp_path / "model" / "parent")
+    inside = ["train", str(files / "data"), "--parent", str(tmp_path / "model" / "parent"), "--out", str(tmp_path)]
+    assert main([*inside, *OPTIONS, "--steps", "1"]) == 1
+    assert "parent: expected another folder than the result's" in capsys.readouterr().err
+    assert main(command(files, tmp_path, "--steps", "1")) == 1
+    assert "expected nothing but files that gafext wrote" in capsys.readouterr().err
+    assert (tmp_path / "model" / "parent" / "model_index.json").is_file() and not (tmp_path / "log.jsonl").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model").touch()
+    assert main(command(files, tmp_path / "other", "--steps", "1")) == 1
+    assert "model: expected a folder, got a file" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_kept(files, tmp_path, capsys):
+    options = ("--rate", "1e38", "--warmup", "0", "--validation", "0", "--save-every", "1")
+    assert main(command(files, tmp_path, "--steps", "1", *options)) == 1
+    assert "the weights are not finite at step 1: lower --rate" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_minutes_are_those_of_all_sittings(files, capsys):

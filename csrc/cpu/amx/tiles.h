@@ -31,11 +31,11 @@ constexpr int64_t kBlock = 2 * kTileSide;  // rows and columns of a product
 
 constexpr int kFloat32Terms = 3;  // of a float32
 template <typename T>
-constexpr int kTermsOf = kFloat32Terms;
+inline constexpr int kTermsOf = kFloat32Terms;
 template <>
-constexpr int kTermsOf<Float16> = 2;
+inline constexpr int kTermsOf<Float16> = 2;
 template <>
-constexpr int kTermsOf<BFloat16> = 1;
+inline constexpr int kTermsOf<BFloat16> = 1;
 constexpr int64_t step_words(int terms) { return terms * kTileWords; }
 constexpr int64_t kStepWords = step_words(kFloat32Terms);
 
