@@ -32,6 +32,7 @@ _ELSEWHERE = ("portrait", "out", "overwrite", "quiet", "json", "log_level", "bat
 
 
 _NONE: Mapping[str, str] = {}
+_CONFIGURATIONS = ("model_index.json", "config.json", "scheduler_config.json")
 _BLOCKS, _BLOCK = 64, 2**16  # parts of a file of weights that are compared, and their bytes
 
 
@@ -162,8 +163,8 @@ def _sample(path: Path) -> Iterator[bytes]:
 
     A checkpoint may take longer to read as a whole than its views to make, and training changes all of a file.
     """
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    for file in files:
+    found = path.rglob("*") if path.is_dir() else iter([path])  # the folder may hold other things, such as results
+    for file in sorted(file for file in found if file.suffix == ".safetensors" or file.name in _CONFIGURATIONS):
         size = file.stat().st_size
         yield repr((file.relative_to(path).as_posix(), size)).encode()
         with file.open("rb") as content:

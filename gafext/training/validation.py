@@ -93,10 +93,10 @@ def validate(
     return dict(zip(measures, torch.tensor(scores).mean(0).tolist(), strict=True)), pictures
 
 
-PARTS = "unet|vae|scheduler|image_encoder|image_normalizer|image_noising_scheduler|head_detector|head_fitter"
+_PARTS = "unet|vae|scheduler|image_encoder|image_normalizer|image_noising_scheduler|head_detector|head_fitter"
 MODEL_FILES = Replaceable(
     re.compile(
-        rf"(model_index\.json|README\.md|prompt_embeds\.safetensors|({PARTS})/[^/]+|upsampler/((unet|scheduler)/)?[^/]+)"
+        rf"(model_index\.json|README\.md|prompt_embeds\.safetensors|({_PARTS})/[^/]+|upsampler/((unet|scheduler)/)?[^/]+)"
     ),
     always=("model_index.json",),
 )

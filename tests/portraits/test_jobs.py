@@ -88,6 +88,9 @@ def test_what_training_changes_of_a_checkpoint_is_noticed(tmp_path):
         assert digests({}, {"model": str(tmp_path / "model")}) == before
         weights.write_bytes(b"\1" * size)
         assert digests({}, {"model": str(tmp_path / "model")}) != before
+    before = digests({}, {"model": str(tmp_path / "model")})
+    touch(tmp_path / "model" / "views" / "run.json", tmp_path / "model" / "views" / "view_000.png")
+    assert digests({}, {"model": str(tmp_path / "model")}) == before
     assert digests({}, {"model": "owner/name"}) == {}
 
 
