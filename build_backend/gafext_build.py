@@ -7,11 +7,14 @@ target environment has none; otherwise it hands the folder of the one that is th
 
 import importlib.util
 import os
+import re
 import sysconfig
 from pathlib import Path
 
 from scikit_build_core import build as _skbuild
 from scikit_build_core.build import *  # noqa: F403  (the hooks that need no torch)
+
+_OLDEST = (2, 11)
 
 
 def _torch_dir():
@@ -19,13 +22,24 @@ def _torch_dir():
 
     pip's isolation hides the target environment from sys.path, but sysconfig still says where it lies.
     """
+    if given := os.environ.get("GAFEXT_TORCH_DIR"):
+        if not _is_usable(Path(given)):
+            raise RuntimeError(f"GAFEXT_TORCH_DIR: expected the folder of an installed torch >= 2.11, got {given}")
+        return Path(given)
     folders = [Path(sysconfig.get_path(key)) / "torch" for key in ("platlib", "purelib")]
-    if "GAFEXT_TORCH_DIR" in os.environ:
-        folders.insert(0, Path(os.environ["GAFEXT_TORCH_DIR"]))
     spec = importlib.util.find_spec("torch")  # without isolation, or the one that was asked for below
     if spec is not None and spec.submodule_search_locations:
         folders.append(Path(spec.submodule_search_locations[0]))
-    return next((f for f in folders if (f / "include/torch/csrc/stable/library.h").is_file()), None)
+    return next(filter(_is_usable, folders), None)
+
+
+def _is_usable(folder):
+    """Whether the folder is that of an installed torch with the stable ABI that csrc uses."""
+    version = folder / "version.py"
+    if not (version.is_file() and (folder / "include/torch/csrc/stable/library.h").is_file()):
+        return False
+    found = re.search(r"""__version__ = ['"](\d+)\.(\d+)""", version.read_text())
+    return found is not None and (int(found[1]), int(found[2])) >= _OLDEST
 
 
 def _torch_requirement():

@@ -120,12 +120,13 @@ def patch_distance(left: Tensor, right: Tensor) -> float:
     """
     numbers = torch.Generator().manual_seed(0)
     distances = []
-    for ours, true in zip(_laplacian(left.clamp(0, 1)), _laplacian(right), strict=True):
+    for ours, true in zip(_laplacian(left.float().clamp(0, 1)), _laplacian(right.float()), strict=True):
         places = torch.randint((true.shape[-1] - PATCH + 1) ** 2, (len(true), 1, PATCHES), generator=numbers)
+        places = places.to(true.device)
         made, wanted = (_chosen(F.unfold(level, PATCH), places) for level in (ours, true))
         mean, spread = (moment(wanted, dim=(0, 2), keepdim=True) for moment in (torch.mean, torch.std))
         patches = [((chosen - mean) / spread.clamp(min=1e-8)).flatten(1) for chosen in (made, wanted)]
-        directions = torch.randn(3 * PATCH**2, DIRECTIONS, generator=numbers)
+        directions = torch.randn(3 * PATCH**2, DIRECTIONS, generator=numbers).to(true.device)
         directions = directions / directions.norm(dim=0)
         one, other = ((patch @ directions).sort(dim=0).values for patch in patches)
         distances.append((one - other).abs().mean().item())

@@ -17,6 +17,7 @@ TEST_IDENTITIES = range(1_000_000, 1_010_000)
 
 SCALE = 0.60  # world units per head unit
 RAISE = 0.10  # offset along y, in head units
+_MOST = 2**51  # of `uniform_numbers`: beyond it products wrap to smaller identities'
 
 _SKINS = ((0.96, 0.80, 0.69), (0.36, 0.22, 0.15))  # the lightest and the darkest
 _HAIRS = (
@@ -116,8 +117,14 @@ def make_heads(identities: Sequence[int] | Tensor, device: torch.device | str = 
 
     Returns:
         N heads.
+
+    Raises:
+        ValueError: an identity is no whole number, below 0, or too large.
     """
-    numbers = torch.as_tensor(identities, dtype=torch.int64, device="cpu")
+    numbers = torch.as_tensor(identities, device="cpu")
+    if numbers.is_floating_point() or ((numbers < 0) | (numbers >= _MOST)).any():
+        raise ValueError(f"identities: expected whole numbers, 0 or more and below 2^51, got {numbers.tolist()}")
+    numbers = numbers.to(torch.int64)
     return build(uniform_numbers(numbers, len(RANGES))).to(device)
 
 

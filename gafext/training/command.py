@@ -42,7 +42,8 @@ def train_command(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: expected 0 to {most}, got {getattr(args, name)}")
     for name in ("rate", "encoder_rate", "gamma", "minutes"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
+        endless = name == "gamma" and value == math.inf  # all noise levels count alike
+        if value is not None and not (0 < value < math.inf or endless):
             raise ValueError(f"--{name.replace('_', '-')}: expected a number over 0, got {value}")
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("train: expected accelerate, which is not installed: pip install gafext[train]")

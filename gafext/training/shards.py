@@ -96,7 +96,7 @@ def index_shards(folder: Path) -> list[Packed]:
     """
     found: dict[str, Packed] = {}
     for path in sorted(folder.glob("*.tar")):
-        for sample in _samples(str(path)):
+        for sample in _samples(str(path.absolute())):
             packed = _describe(sample, path.name)
             if packed.name in found:
                 raise ValueError(f"{path}: expected samples of different names, got {packed.name} twice")
@@ -120,7 +120,11 @@ class Shards:
     """
 
     def __init__(self, base: str | Path):
-        self.base, webdataset = str(base).rstrip("/"), _webdataset()
+        # Absolute, for webdataset takes what stands before a colon for the scheme of a URL.
+        self.base, webdataset = (
+            str(base).rstrip("/") if "://" in str(base) else str(Path(base).absolute()),
+            _webdataset(),
+        )
         try:
             with webdataset.gopen(self._at(INDEX)) as file:
                 self.heads = [Packed(**line) for line in json.loads(file.read())]

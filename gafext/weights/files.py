@@ -96,7 +96,7 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     for name in (*indices, single):
         if (folder / name).is_file():
             return folder / name
-    present = ", ".join(sorted(p.name for p in folder.glob("*.safetensors*"))) or "none"
+    present = ", ".join(sorted(p.name for p in folder.glob("*.safetensors*") if p.is_file())) or "none"
     variants = sorted({v for p in folder.glob("*.safetensors*") for v in _variants(p.name, stem)})
     hint = f"; variants: {', '.join(variants)}" if variants else ""
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
@@ -105,7 +105,8 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
         listed = ", ".join(chosen if len(chosen) < 4 else [*chosen[:2], f"{len(chosen) - 2} more"])
         raise CheckpointError(f"{folder}: has {listed} but no {single}{hint}. {_pickle_advice(chosen, single)}")
     others = f"; pickles: {', '.join(pickles)}" if pickles else ""
-    raise CheckpointNotFoundError(f"{folder / single}: no such file (safetensors files there: {present}{hint}{others})")
+    lacking = "a link that leads nowhere" if (folder / single).is_symlink() else "no such file"
+    raise CheckpointNotFoundError(f"{folder / single}: {lacking} (safetensors files there: {present}{hint}{others})")
 
 
 def _pickles_of(names: list[str], stem: str, part: str) -> list[str]:

@@ -70,6 +70,7 @@ def test_patches_tell_blur_from_a_shift():
     who = heads.make_heads(range(4))
     truth = heads.render(who, orbit(1).w2c, 64).rgb[:, 0]
     assert patch_distance(truth, truth) == 0
+    assert patch_distance(truth.double(), truth.half()) < 1 and psnr(truth.half(), truth.half())[0] == 100
     blurred = torch.nn.functional.avg_pool2d(truth, 5, 1, padding=2, count_include_pad=False)
     others = heads.render(heads.make_heads(range(4, 8)), orbit(1).w2c, 64).rgb[:, 0]
     shifted = truth.roll(2, -1)

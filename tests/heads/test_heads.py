@@ -56,6 +56,12 @@ def test_an_identity_is_the_same_head_in_every_batch():
     assert (among.rgb[0] - among.rgb[1]).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("identity", [-1, 1.5, 2**51])
+def test_identities_that_are_none_are_refused(identity):
+    with pytest.raises(ValueError, match="identities: expected whole numbers, 0 or more"):
+        heads.make_heads([identity])
+
+
 def test_shapes_ranges_and_background():
     cameras = orbit(3)
     made = heads.render(heads.make_heads([1, 2]), cameras.w2c, 32)

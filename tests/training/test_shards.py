@@ -199,6 +199,12 @@ def test_the_check_compares_with_the_index(files, tmp_path, capsys):
     assert "expected heads in its shards, got none" in capsys.readouterr().err
 
 
+def test_a_folder_with_a_colon_is_no_url(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(files / "data"), "--pack", "run:2"]) == 0
+    assert main(["train", "run:2", "--check"]) == 0
+
+
 def test_names_that_shards_do_not_keep_are_refused(files, tmp_path, capsys):
     heads, _ = read_heads(files / "data")
     for names, message in {

@@ -137,6 +137,16 @@ def test_json_that_is_refused(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    """As of a hub's cache without its blobs."""
+    stock_vae().save_pretrained(tmp_path)
+    [weights] = tmp_path.glob("*.safetensors")
+    weights.unlink()
+    weights.symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(CheckpointNotFoundError, match=r"a link that leads nowhere \(safetensors files there: none"):
+        AutoencoderKL.from_pretrained(tmp_path)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
