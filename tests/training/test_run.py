@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from training_runs import OPTIONS, command, losses
 
@@ -147,6 +149,42 @@ def test_weights_that_are_not_finite_are_not_kept(files, tmp_path, capsys):
     assert main(command(files, tmp_path, "--steps", "1", *options)) == 1
     assert "the weights are not finite at step 1: lower --rate" in capsys.readouterr().err
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_what_a_run_leaves(files, tmp_path, monkeypatch, capsys):
+    clipped, clip = [], Accelerator.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *args: clipped.append(args[2]) or clip(*args))
+    options = ("--train", "lora", "--rank", "2", "--validation", "0", "--save-every", "1")
+    assert main(command(files, tmp_path, "--steps", "2", "--guidance", "3.5", *options)) == 0
+    assert clipped == [1.0, 1.0]
+    assert json.loads((tmp_path / "model" / "model_index.json").read_text())["guidance_scale"] == 3.5
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert main(command(files, tmp_path, "--steps", "3", *options, "--rank", "4")) == 1
+    assert "expected rank 2, as before, got 4" in capsys.readouterr().err
+
+
+def test_batches_are_of_all_heads(files, tmp_path):
+    pipe = MultiViewDiffusionPipeline.from_pretrained(files / "parent", device="cpu")
+    encoded = encode_heads(read_heads(files / "data")[0], pipe, tmp_path / "encoded", **ENCODED)
+    batches = [draw_batch(encoded, step, Sampling(batch=2, views=2), seed=0, timesteps=1000) for step in range(8)]
+    assert len({each.latents[row].sum().item() for each in batches for row in range(2)}) > 6  # of 3 heads by 6 pairs
+
+
+def test_encoded_data_is_of_its_files_and_networks(files, tmp_path):
+    shutil.copytree(files / "data", tmp_path / "data")
+    pipe = MultiViewDiffusionPipeline.from_pretrained(files / "parent", device="cpu")
+
+    def key():
+        return cache_key(read_heads(tmp_path / "data")[0], pipe, **ENCODED)
+
+    keys = [key(), key()]
+    picture = next((tmp_path / "data").rglob("*.png"))
+    os.utime(picture, (1, 1))
+    keys.append(key())
+    for network in (pipe.vae, pipe.image_encoder):
+        next(network.parameters()).data[0] += 1
+        keys.append(key())
+    assert keys[0] == keys[1] and len(set(keys)) == 4
 
 
 def test_minutes_are_those_of_all_sittings(files, capsys):
