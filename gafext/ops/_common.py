@@ -245,10 +245,10 @@ def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -
     """
 
     def outside_autocast(ctx, *grads):
-        device = next(grad.device.type for grad in grads if grad is not None)
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        grad = next(grad for grad in grads if grad is not None)
+        if not is_autocast(grad):
             return backward(ctx, *grads)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
             return backward(ctx, *grads)
 
     torch.library.register_autograd(f"gafext::{op}", outside_autocast, setup_context=setup_context)

@@ -163,15 +163,15 @@ def _sample(path: Path) -> Iterator[bytes]:
 
     A checkpoint may take longer to read as a whole than its views to make, and training changes all of a file.
     """
-    found = path.rglob("*") if path.is_dir() else iter([path])  # the folder may hold other things, such as results
-    for file in sorted(file for file in found if file.suffix == ".safetensors" or file.name in _CONFIGURATIONS):
+    # The folder may hold other things, such as results, and links of a cache that lead nowhere.
+    found = (file for file in path.rglob("*") if file.suffix == ".safetensors" or file.name in _CONFIGURATIONS)
+    for file in sorted(filter(Path.is_file, found)) if path.is_dir() else [path]:
         size = file.stat().st_size
         yield repr((file.relative_to(path).as_posix(), size)).encode()
+        apart = max(_BLOCK, (size - _BLOCK) // (_BLOCKS - 1))  # from block to block
         with file.open("rb") as content:
             for part in range(_BLOCKS):
-                content.seek(
-                    max(0, size - _BLOCK) * part // (_BLOCKS - 1) if size > _BLOCKS * _BLOCK else part * _BLOCK
-                )
+                content.seek(part * apart)
                 yield content.read(_BLOCK)
 
 

@@ -16,6 +16,7 @@ from small_checkpoints import PIPELINES, stock_pipeline, stock_vae, wide_unet
 from torch import nn
 
 import gafext
+from gafext.integrations.layers import Conv2d
 
 
 def generate(pipe, **options):
@@ -66,6 +67,16 @@ def test_a_pipeline_gives_the_same_images(kind, tmp_path):
     gafext.restore(pipe)
     assert {name: layers(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)} == before
     assert torch.equal(generate(pipe), stock)
+
+
+@torch.no_grad()
+def test_channels_last_weights_are_laid_out_once():
+    unet = wide_unet().to(memory_format=torch.channels_last).eval()
+    stock = forward(unet)
+    gafext.accelerate(unet)
+    assert max_abs_diff(forward(unet), stock) <= 1e-4
+    convolutions = [layer for layer in unet.modules() if type(layer) is Conv2d and layer.kernel_size == (3, 3)]
+    assert convolutions and all(layer.weight.is_contiguous() for layer in convolutions if layer.stride == (1, 1))
 
 
 def test_results_have_the_stock_memory_format():

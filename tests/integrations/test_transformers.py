@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def implementations(model):
 
 
 class OuterConfig(PreTrainedConfig):
-    sub_configs = {"clip_config": CLIPConfig}  # noqa: RUF012
+    sub_configs: ClassVar[dict] = {"clip_config": CLIPConfig}
 
     def __init__(self, clip_config=None, **options):
         self.clip_config = clip_config

@@ -91,7 +91,11 @@ def test_what_training_changes_of_a_checkpoint_is_noticed(tmp_path):
     before = digests({}, {"model": str(tmp_path / "model")})
     touch(tmp_path / "model" / "views" / "run.json", tmp_path / "model" / "views" / "view_000.png")
     assert digests({}, {"model": str(tmp_path / "model")}) == before
+    (tmp_path / "model" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    assert digests({}, {"model": str(tmp_path / "model")}) == before
     assert digests({}, {"model": "owner/name"}) == {}
+    touch(tmp_path / "a.lora", tmp_path / "b.lora")
+    assert digests({}, {"lora": str(tmp_path / "a.lora")}) != digests({}, {"lora": str(tmp_path / "b.lora")})
 
 
 def test_a_portrait_that_cannot_be_read_any_more_is_kept(tmp_path, monkeypatch):
