@@ -12,6 +12,7 @@ from gafext.atomic import Replaceable, whole_folder
 from gafext.evaluation import Scores, as_portrait, subjects, table
 
 PORTRAIT_IDENTITY = 34  # index among the held-out identities
+STAGES = ("vae", "head_fitter", "image_encoder", "unet", "upsampler", "decoder")
 ASSETS = Path(__file__).parents[2] / "gafext" / "assets"
 CARD = """\
 # The built-in model of gafext
@@ -47,7 +48,7 @@ def main() -> None:
         shutil.copytree(args.out / "model", new, dirs_exist_ok=True)
     as_portrait(subjects(1, 512, first=PORTRAIT_IDENTITY)[0].portrait).save(ASSETS / "portrait.png")
 
-    logs = {stage: args.out / f"{stage}.json" for stage in ("vae", "head_fitter", "unet", "upsampler", "decoder")}
+    logs = {stage: args.out / f"{stage}.json" for stage in STAGES}
     curves = {stage: json.loads(log.read_text()) for stage, log in logs.items() if log.is_file()}
     (Path(__file__).parent / "curves.json").write_text(json.dumps(curves, indent=0) + "\n")
     stages = [f"{name} {c[-1]['step']} steps, {c[-1]['seconds'] / 60:.0f} min" for name, c in curves.items()]

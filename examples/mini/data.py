@@ -10,7 +10,7 @@ from gafext import cameras, heads
 from gafext.evaluation.measures import FACE_MARGIN
 
 RADIUS = 4.0
-FACE_WEIGHT = 4.0  # added to the weight of pixels of the face, which are few and are what one looks at
+FACE_WEIGHT = 8.0  # added to the weight of pixels of the face, which are few and are what one looks at
 PHOTOGRAPHS = 0.5  # fraction of the portraits that look like photographs
 
 

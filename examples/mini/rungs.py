@@ -87,6 +87,7 @@ def _unet(sample_size: int, widths: tuple[int, ...], attended: tuple[bool, ...])
         use_linear_projection=True,
         norm_num_groups=4,
         class_embed_type="projection",
+        addition_embed_type="image",
         projection_class_embeddings_input_dim=12,
         cross_view="position",
         image_attention="block",

@@ -35,8 +35,8 @@ VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # views per step, in turn
 NO_IMAGE = 0.1  # fraction of the heads without image tokens, for guidance
 SOME_IMAGES = 0.5  # fraction of the heads for which each view has image tokens or not
 APART = 0.3  # fraction of the heads for which each view has its own noise level
-NEUTRAL = 0.1  # fraction of the heads whose normal maps are the neutral head's
-FITTED = 0.4  # fraction whose normal maps are of the head that is fitted to the portrait
+NEUTRAL = 0.1  # fraction of the heads whose views have the neutral head's shape
+FITTED = 0.4  # fraction whose views have the shape of the head that is fitted to the portrait
 
 SAVE_EVERY, VALIDATE_EVERY = 200, 1000  # steps
 ENDLESS = 10**9  # steps of a run that has a time limit alone
@@ -117,14 +117,14 @@ class Source:
 
     vae: AutoencoderKL
     fitter: HeadFitter | None
-    """Fits heads to portraits; None: the normal maps of the fraction FITTED are the neutral head's."""
+    """Fits heads to portraits; None: the fraction FITTED has the neutral head's shape."""
     size: int
     """Side of the views in pixels."""
     portrait_size: int
 
 
 def approximate(portraits: Tensor, source: Source, random: torch.Generator) -> tuple[Tensor, heads.Heads | None]:
-    """Choose heads [N] bool whose normal maps are of another head, as without a tracker, and return those others.
+    """Choose heads [N] bool whose views have another shape, as without a tracker, and return heads of those shapes.
 
     Args:
         portraits: [N,3,S,S] in [0,1].
@@ -140,18 +140,29 @@ def approximate(portraits: Tensor, source: Source, random: torch.Generator) -> t
     return chosen, heads.cat(others).to(portraits.device) if others else None
 
 
+def reshaped(drawn: heads.Heads, chosen: Tensor, others: heads.Heads | None) -> heads.Heads:
+    """Give the chosen heads the shapes of others, and keep their colours and light.
+
+    The views of a head always agree with its normal maps, so that the U-Net learns to take the shape from these, also
+    where the portrait shows another one. Where the maps of some heads disagree with their views, it hedges for all.
+    """
+    if others is None:
+        return drawn
+    shape = {name: getattr(drawn, name).clone() for name in ("centre", "inverse", "clip", "active")}
+    for name, values in shape.items():
+        values[chosen] = getattr(others, name)
+    return replace(drawn, **shape)
+
+
 def fresh_heads(count: int, random: torch.Generator, source: Source) -> Pool:
     """Render and encode new heads."""
     vae, size = source.vae, source.size
     drawn = draw_heads(count, random, vae.device)
     w2c = view_cameras(count, POOL_VIEWS, random)
-    made = heads.render(drawn, w2c, size)
     mean, std = (torch.tensor(values, device=vae.device).view(3, 1, 1) for values in (MEAN, STD))
     taken = heads.render(drawn, portrait_cameras(count, random), source.portrait_size)
     portraits = photographic(taken.rgb[:, 0], taken.alpha[:, 0], random)
-    chosen, others = approximate(portraits, source, random)
-    if others is not None:
-        made.normals[chosen] = heads.render(others, w2c[chosen], size).normals
+    made = heads.render(reshaped(drawn, *approximate(portraits, source, random)), w2c, size)
     return Pool(
         encode(vae, made.rgb),
         encode(vae, made.normals),
@@ -279,8 +290,13 @@ def untrained(out: Path, rung: Rung, parent: Path | None, device: torch.device) 
     unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
     nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would dominate the patches
     if parent:
-        carry_over(unet, MultiViewUNet.from_pretrained(parent / "unet").state_dict())
-        carry_over(encoder, CLIPVisionEncoder.from_pretrained(parent / "image_encoder").state_dict())
+        weights = MultiViewUNet.from_pretrained(parent / "unet").state_dict()
+        carry_over(unet, weights)
+        if unet.add_embedding and "add_embedding.image_norm.weight" not in weights:
+            nn.init.zeros_(unet.add_embedding.image_norm.weight)  # the U-Net is the parent's to begin with
+    taught = [folder / "image_encoder" for folder in (out, parent) if folder and (folder / "image_encoder").is_dir()]
+    if taught:
+        carry_over(encoder, CLIPVisionEncoder.from_pretrained(taught[0]).state_dict())
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
     fitter = out / "model" / "head_fitter"
     fitter = HeadFitter.from_pretrained(fitter) if fitter.is_dir() else None

@@ -45,9 +45,11 @@ class Conditions:
         given = self.conditioning
         # The image has B rows where this pass sees none; to the reference it attends as to zeros.
         images = tuple(KeyValue(*(x[:portraits] for x in e)) for e in given.image_key_values if len(e.key) > portraits)
+        added = given.image_time_embeds
+        added = None if added is None or len(added) == portraits else added[:portraits]
         references = tuple(KeyValue(*(x[:0] for x in each)) for each in given.reference_key_values)
         # All of a text that is one row for both passes.
-        return self._pass(lambda rows: rows[: (len(rows) + 1) // 2], images, references)
+        return self._pass(lambda rows: rows[: (len(rows) + 1) // 2], images, added, references)
 
     def conditional(self, portraits: int) -> Conditions:
         """Return the inputs of the conditional pass alone, which share the memory of these; `portraits` is B."""
@@ -56,12 +58,14 @@ class Conditions:
         given = self.conditioning
         # Of 2 B rows, or of B where the unconditional pass has no image; those of the reference are always B.
         images = tuple(KeyValue(*(x[-portraits:] for x in each)) for each in given.image_key_values)
-        return self._pass(lambda rows: rows[len(rows) // 2 :], images, given.reference_key_values)
+        added = None if given.image_time_embeds is None else given.image_time_embeds[-portraits:]
+        return self._pass(lambda rows: rows[len(rows) // 2 :], images, added, given.reference_key_values)
 
     def _pass(
         self,
         half: Callable[[Tensor], Tensor],
         image_key_values: tuple[KeyValue, ...],
+        image_time_embeds: Tensor | None,
         reference_key_values: tuple[KeyValue, ...],
     ) -> Conditions:
         """Return the inputs of one of two passes: `half` of what has a row for each."""
@@ -70,6 +74,7 @@ class Conditions:
             given,
             pose_embeds=None if given.pose_embeds is None else half(given.pose_embeds),
             image_key_values=image_key_values,
+            image_time_embeds=image_time_embeds,
             text_key_values=tuple(KeyValue(*map(half, each)) for each in given.text_key_values),
             reference_key_values=reference_key_values,
         )

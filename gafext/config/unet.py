@@ -34,6 +34,8 @@ class UNetConfig(Config):
     `image_projection`: mapping from CLIP's output of width `image_embed_dim` to image tokens: "linear" maps each token
         of the output, "mlp" does so with two layers, "pooled" maps the projected embedding to `image_tokens` tokens,
         "resampler" maps all tokens to `image_tokens` tokens.
+    `addition_embed_type`: "image" adds the first image token, CLIP's class token, to the embedding of the timestep, by
+        the layers `add_embedding`; None does not.
     `image_unconditional`: image tokens of the unconditional pass. None: no tokens; "zero_features": the projection of
         zeros in place of CLIP's output; "zero_image": the tokens of an all-zero CLIP input.
     `family`: name of the module in `gafext/families` that reads the checkpoint; None: derived from the other fields.
@@ -72,6 +74,7 @@ class UNetConfig(Config):
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     class_embed_type: str | None = None
+    addition_embed_type: str | None = None
     projection_class_embeddings_input_dim: int | None = None
     cross_view: str | None = None
     image_attention: bool | str | None = None
@@ -134,6 +137,10 @@ class UNetConfig(Config):
         require(
             (self.class_embed_type == "projection") == (self.projection_class_embeddings_input_dim is not None),
             "class_embed_type='projection' and projection_class_embeddings_input_dim go together",
+        )
+        require(
+            self.addition_embed_type is None or (self.addition_embed_type == "image" and bool(self.image_attention)),
+            f"addition_embed_type={self.addition_embed_type!r}: expected None, or 'image' with image_attention",
         )
 
     def _check_views_and_image(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gafext.config.base import Config, require
 from gafext.models.base import PretrainedModel
-from gafext.models.unet import timestep_embedding
+from gafext.models.embeddings import timestep_embedding
 
 NOISE_LEVEL = 0
 """Timestep of the noise schedule at which image embeddings are noised."""

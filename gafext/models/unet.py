@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,40 +24,10 @@ from gafext.models.blocks import (
     ResnetBlock2D,
     Upsample2D,
 )
+from gafext.models.embeddings import ImageTimeEmbedding, TimestepEmbedding, timestep_embedding
 from gafext.models.image_projection import image_projection
 from gafext.models.mv_adapter import RayEncoder, adapter_inputs, add_views, recorded_inputs
 from gafext.ops import memory
-from gafext.ops.linear import linear_layer
-
-
-def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
-    """Encode timesteps as sinusoids: [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/half), half = C // 2.
-
-    Args:
-        timesteps: [B], any dtype.
-        channels: C; if it is odd, the last channel is zero.
-
-    Returns:
-        [B,C] float32.
-
-    Source: diffusers: models/embeddings.py, get_timestep_embedding with flip_sin_to_cos and freq_shift 0.
-    """
-    half = channels // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device, dtype=torch.float32))
-    angles = timesteps[:, None].float() * frequencies
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, channels - 2 * half))
-
-
-class TimestepEmbedding(nn.Module):
-    """MLP (linear_1, SiLU, linear_2) of the timestep's sinusoids or of a camera pose."""
-
-    def __init__(self, in_channels: int, channels: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, channels)
-        self.linear_2 = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_layer(self.linear_2, F.silu(linear_layer(self.linear_1, x)))
 
 
 class UNetBlock(nn.Module):
@@ -90,6 +59,7 @@ class Conditioning:
     """
 
     pose_embeds: Tensor | None = None  # [B*V,time_channels]
+    image_time_embeds: Tensor | None = None  # [B',time_channels], or of each view [B*V,time_channels]
     image_key_values: tuple[KeyValue, ...] = ()  # each [B',H,T,D]
     text_key_values: tuple[KeyValue, ...] = ()  # each [R,H,T,D]
     reference_key_values: tuple[KeyValue, ...] = ()  # each [B',H,L,D]
@@ -117,6 +87,8 @@ class MultiViewUNet(PretrainedModel):
         self.time_embedding = TimestepEmbedding(channels[0], time_channels)
         self.class_embedding = TimestepEmbedding(config.pose_dim, time_channels) if config.pose_dim else None
         self.image_projection = image_projection(config)
+        added = config.addition_embed_type == "image"
+        self.add_embedding = ImageTimeEmbedding(config.cross_attention_dim, time_channels) if added else None
         layers = config.per_stage(config.layers_per_block)
         self.ray_encoder = RayEncoder(channels, layers) if config.has_mv_adapter else None
         self.down_blocks = cast("Sequence[UNetBlock]", nn.ModuleList(map(self._down_block, range(len(channels)))))
@@ -244,6 +216,8 @@ class MultiViewUNet(PretrainedModel):
             else tuple(block.image_key_value(image_embeds, scale) for block in blocks),
             text_key_values=() if text is None else tuple(block.text_key_value(text) for block in blocks),
         )
+        if image_embeds is not None and self.add_embedding is not None:
+            conditioning = replace(conditioning, image_time_embeds=self.add_embedding(image_embeds[:, 0]))
         if reference_latents is None and rays is None:
             return conditioning
         if self.ray_encoder is None:
@@ -320,6 +294,11 @@ class MultiViewUNet(PretrainedModel):
         emb = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).to(self.dtype))
         if conditioning.pose_embeds is not None:
             emb = emb + conditioning.pose_embeds
+        if conditioning.image_time_embeds is not None:
+            added = conditioning.image_time_embeds
+            if len(added) != len(emb):
+                added = added.repeat_interleave(num_views, dim=0)
+            emb = emb + F.pad(added, (0, 0, len(emb) - len(added), 0))  # the first rows have no image
         texts, images = iter(conditioning.text_key_values), iter(conditioning.image_key_values)
         references = iter(conditioning.reference_key_values)
 

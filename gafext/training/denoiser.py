@@ -74,11 +74,20 @@ class Blindfold:
         self.sees: Tensor | None = None  # [B*V,1,1] of 0 and 1; None: every view sees the portrait
         blocks = unet.transformer_blocks() if unet.config.image_attention == "block" else []
         self._hooks = [block.attn_ip.register_forward_hook(self) for block in blocks if block.attn_ip]
+        if unet.add_embedding is not None:
+            self._hooks.append(unet.add_embedding.register_forward_hook(self._hide_from_views))
 
     def __call__(self, attn_ip: nn.Module, inputs: object, attended: Tensor) -> Tensor | None:
         if self.sees is None or not attn_ip.training:
             return None
         return attended * self.sees.to(attended.dtype)
+
+    def _hide_from_views(self, layer: nn.Module, inputs: object, added: Tensor) -> Tensor | None:
+        """Return the embeddings of portraits [B,C] for each view, [B*V,C], zeros for views that do not see them."""
+        if self.sees is None or not layer.training:
+            return None
+        views = len(self.sees) // len(added)
+        return added.repeat_interleave(views, dim=0) * self.sees[:, 0].to(added.dtype)
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -17,7 +17,9 @@ from gafext.models.unet import MultiViewUNet
 from gafext.training.fsdp import part
 
 TRAINED = ("new", "lora", "all")
-_NEW = re.compile(r"\.(norm_cv|attn_cv|norm_ip|attn_ip)\.|^(image_projection|class_embedding)\.|^conv_in\.weight$")
+_NEW = re.compile(
+    r"\.(norm_cv|attn_cv|norm_ip|attn_ip)\.|^(image_projection|class_embedding|add_embedding)\.|^conv_in\.weight$"
+)
 _ADAPTED = re.compile(r"\.attn[12]\.(to_[qkv]|to_out\.0)$")
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from helpers import ROOT
 from safetensors.torch import load_file
 
-from gafext import AutoencoderKL, LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
+from gafext import AutoencoderKL, CLIPVisionEncoder, LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.cameras import Cameras, orbit
 from gafext.config import SchedulerConfig
 from gafext.evaluation import subjects
@@ -34,6 +35,7 @@ def scripts():
     import rungs
     import train_head_detector
     import train_head_fitter
+    import train_image_encoder
     import train_unet
     import train_upsampler
     import train_vae
@@ -60,6 +62,7 @@ def scripts():
     yield {"data": data, "initial": initial, "rungs": rungs, "what_blurs": what_blurs} | {
         "head_detector": train_head_detector,
         "head_fitter": train_head_fitter,
+        "image_encoder": train_image_encoder,
         "vae": train_vae,
         "unet": train_unet,
         "upsampler": train_upsampler,
@@ -80,7 +83,9 @@ def trained(scripts, tmp_path_factory):
         setattr(scripts["head_detector"], name, value)
     for name, value in {"POOL": 6, "KEPT": 8, "HELD_OUT": 4, "NORMALS": 16, "BATCH": 8, "FRESH": 2}.items():
         setattr(scripts["head_fitter"], name, value)
-    for stage in ("vae", "head_detector", "head_fitter", "unet", "upsampler"):
+    for name, value in {"POOL": 6, "KEPT": 8, "HELD_OUT": 4, "BATCH": 8, "FRESH": 2}.items():
+        setattr(scripts["image_encoder"], name, value)
+    for stage in ("vae", "head_detector", "head_fitter", "image_encoder", "unet", "upsampler"):
         train(scripts[stage], out, "--steps", 3)
     return out
 
@@ -131,9 +136,9 @@ def test_some_portraits_look_like_photographs(scripts):
 def test_the_face_counts_more(scripts):
     face = torch.zeros(1, 1, 64, 64)
     face[:, :, 16:24, 16:24] = 1
-    weights = scripts["data"].face_weights(face, 8)
-    assert weights.shape == (1, 1, 8, 8) and weights[0, 0, 2, 2] == 1 + scripts["data"].FACE_WEIGHT
-    assert weights[0, 0, 5, 5] == 1 and 1 < weights[0, 0, 3, 2] < 2  # the margin
+    weights, most = scripts["data"].face_weights(face, 8), scripts["data"].FACE_WEIGHT
+    assert weights.shape == (1, 1, 8, 8) and weights[0, 0, 2, 2] == 1 + most
+    assert weights[0, 0, 5, 5] == 1 and weights[0, 0, 3, 2] == 1 + most / 8  # the margin, a pixel wide
 
 
 def test_weights_are_carried_over_to_a_network_with_one_more_level(scripts):
@@ -188,6 +193,70 @@ def test_the_pool_grows_and_then_drops_the_oldest(scripts):
     for number in (3, 4, 5):
         grown.add(pool(number))
     assert grown.count == 4 and grown.normals.tolist() == [5, 2, 3, 4] and grown.latents.shape == (4, 1)
+
+
+def test_some_views_have_another_shape_in_their_own_colours(scripts):
+    unet, drawn, others = scripts["unet"], heads.make_heads([1, 2, 3]), heads.make_heads([7, 8])
+    chosen = torch.tensor([True, False, True])
+    made = unet.reshaped(drawn, chosen, others)
+    expected = heads.cat([others, drawn]).centre[[0, 3, 1]]
+    assert torch.equal(made.centre, expected) and not torch.equal(made.centre, drawn.centre)
+    assert torch.equal(made.colour, drawn.colour) and torch.equal(made.light, drawn.light)
+    w2c = orbit(1).w2c[None].expand(3, 1, 4, 4)
+    views, shapes = heads.render(made, w2c, 32), heads.render(others, w2c[:2], 32)
+    assert torch.equal(views.normals[[0, 2]], shapes.normals) and not torch.equal(views.rgb[[0, 2]], shapes.rgb)
+    assert torch.equal(views.rgb[1], heads.render(drawn, w2c, 32).rgb[1])
+    assert unet.reshaped(drawn, torch.zeros(3, dtype=torch.bool), None) is drawn
+
+
+def test_a_portrait_is_told_by_its_colours_and_irises(scripts):
+    encoder = scripts["image_encoder"]
+    drawn = heads.make_heads(range(40))
+    made = encoder.portraits_of(drawn, 96, 8, torch.Generator().manual_seed(0))
+    assert made.appearance.shape == (40, sum(encoder.SIZES)) and made.irises.shape == (40, 144, 3)
+    whole = dict(zip(encoder.NAMES, made.appearance.split(encoder.SIZES, dim=1), strict=True))
+    assert torch.equal(whole["iris"], drawn.iris) and torch.equal(whole["ambient"][:, 0], drawn.ambient)
+    assert torch.equal(whole["skin"], drawn.colour[:, 0])
+    assert 10 <= made.unchanged.sum() <= 30
+    shown = (made.irises.amax(2) > 0).sum(1)
+    assert (shown >= 1).all() and (shown <= 12).all()  # of 144 patches those of two eyes
+    dark, light = drawn.iris.sum(1).argmin(), drawn.iris.sum(1).argmax()
+    assert made.irises[dark].amax() > made.irises[light].amax()
+
+
+def test_what_is_told_of_a_portrait_is_a_share_of_its_variance(scripts):
+    encoder = scripts["image_encoder"]
+    drawn = heads.make_heads(range(10))
+    held_out = encoder.portraits_of(drawn, 16, 8, torch.Generator())
+
+    class Output(NamedTuple):
+        last_hidden_state: torch.Tensor
+
+    def answer(told):
+        return encoder.explained(lambda pictures: Output(torch.zeros(10, 5, 4)), lambda hidden: (told, None), held_out)
+
+    right = answer(held_out.appearance)
+    assert tuple(right) == encoder.NAMES and set(right.values()) == {1.0}
+    mean = answer(held_out.appearance.mean(0).expand(10, -1))
+    assert all(abs(share) < 1e-4 for share in mean.values())
+
+
+def test_the_unet_begins_as_its_parent_and_with_the_taught_encoder(scripts, trained, tmp_path):
+    unet, rung = scripts["unet"], scripts["rungs"].RUNGS["test"]
+    for name in ("model", "image_encoder"):
+        shutil.copytree(trained / name, tmp_path / name)
+    parent = tmp_path / "parent"
+    old = MultiViewUNet(replace(rung.unet, addition_embed_type=None))
+    old.save_pretrained(parent / "unet")
+    CLIPVisionEncoder(rung.image_encoder).save_pretrained(parent / "image_encoder")
+    pipe = unet.untrained(tmp_path, rung, parent, torch.device("cpu"))
+    taught = CLIPVisionEncoder.from_pretrained(trained / "image_encoder").state_dict()
+    assert all(torch.equal(value, taught[key]) for key, value in pipe.image_encoder.state_dict().items())
+    given = {"pose": torch.randn(2, 12), "image_embeds": torch.randn(1, 5, 96), "num_views": 2}
+    sample = torch.randn(2, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(pipe.unet(sample, 500, **given), old(sample, 500, **given), atol=1e-5)
+    assert pipe.unet.add_embedding is not None
 
 
 def test_some_normal_maps_are_of_the_head_that_is_fitted(scripts, monkeypatch):

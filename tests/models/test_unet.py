@@ -10,7 +10,8 @@ from small_checkpoints import multi_view_config, multi_view_unet, stock_unet
 
 from gafext.config import SD21_MULTIVIEW_UNET, SD21_UNET
 from gafext.errors import CheckpointError
-from gafext.models.unet import MultiViewUNet, timestep_embedding
+from gafext.models.embeddings import timestep_embedding
+from gafext.models.unet import MultiViewUNet
 
 STOCK = {
     "three stages, linear projection, 8 inputs, pose": dict(
