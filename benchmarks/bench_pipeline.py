@@ -20,11 +20,12 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from full_size import random_pipeline, words
-from race import json_file, synchronize, write
+from race import json_file, positive, synchronize, write
 from run_inputs import Inputs
 from torch import Tensor
 
@@ -224,14 +225,16 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd21", metavar="sd21|built-in|FOLDER")
     parser.add_argument("--against", type=words(tuple(AGAINST)), metavar=",".join(AGAINST))
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="default: 4 on a CPU, else 50")
+    parser.add_argument("--views", type=positive, default=4)
+    parser.add_argument("--steps", type=positive, help="default: 4 on a CPU, else 50")
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
+    if args.model not in ("sd21", "built-in") and not Path(args.model).is_dir():
+        parser.error(f"--model: expected sd21, built-in or a checkpoint's folder, got {args.model}")
     if args.rounds < 7:
         parser.error("--rounds: expected at least 7: a median of fewer says little")
     if args.guidance <= 1:

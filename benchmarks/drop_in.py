@@ -11,7 +11,7 @@ import copy
 import json
 
 import torch
-from race import Contestant, diffusers_sd21, json_file, race, random_network, write
+from race import Contestant, diffusers_sd21, json_file, positive, race, random_network, write
 
 import gafext
 from gafext.bench.environment import environment
@@ -49,8 +49,8 @@ def contestants(batch: int, compiled: bool) -> list[Contestant]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()

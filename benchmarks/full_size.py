@@ -28,7 +28,7 @@ from collections.abc import Callable
 
 import torch
 from peers import PEERS, PRECISIONS, missing_packages, race_peers
-from race import Contestant, diffusers_sd21, json_file, peak_gib, race, random_network, synchronize, write
+from race import Contestant, diffusers_sd21, json_file, peak_gib, positive, race, random_network, synchronize, write
 from torch import Tensor
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
@@ -190,8 +190,8 @@ def words(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", nargs="+", default=["auto", "sdpa", "reference"])
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="default: 2, with --whole 50")
+    parser.add_argument("--views", type=positive, default=4)
+    parser.add_argument("--steps", type=positive, help="default: 2, with --whole 50")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument(
         "--rounds", type=int, default=1, help="runs of the whole pipeline per backend, in turn; not with --peers"
@@ -204,8 +204,8 @@ def arguments() -> argparse.Namespace:
     peers = parser.add_argument_group("with --peers")
     peers.add_argument("--peers", type=words(tuple(PEERS)), metavar=",".join(PEERS))
     peers.add_argument("--precisions", type=words(PRECISIONS), default=list(PRECISIONS), metavar=",".join(PRECISIONS))
-    peers.add_argument("--batch", type=int, default=8)
-    peers.add_argument("--size", type=int, default=32, help="of the latents")
+    peers.add_argument("--batch", type=positive, default=8)
+    peers.add_argument("--size", type=positive, default=32, help="of the latents")
     args = parser.parse_args()
     if 0 < args.unet_rounds < 7:
         parser.error("--unet-rounds: expected at least 7: a median of fewer says little")

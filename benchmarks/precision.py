@@ -21,7 +21,7 @@ import torch
 from full_size import words
 from peers import Inputs
 from precision_table import TITLES, table
-from race import Contestant, json_file, race, random_network, write
+from race import Contestant, json_file, positive, race, random_network, write
 from torch import nn
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
@@ -129,8 +129,8 @@ def measured(args: argparse.Namespace) -> dict:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--choices", type=words(tuple(TITLES)), default=list(IN_8_BITS), metavar=",".join(TITLES))
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--size", type=int, default=32, help="of the latents")
+    parser.add_argument("--batch", type=positive, default=2)
+    parser.add_argument("--size", type=positive, default=32, help="of the latents")
     parser.add_argument("--rounds", type=int, default=7, help="timed passes of each choice, 0 or at least 7")
     parser.add_argument("--steps", type=int, default=25, help="of the views, or 0")
     parser.add_argument("--json", type=json_file, metavar="FILE")

@@ -16,7 +16,7 @@ import time
 import warnings
 from dataclasses import asdict
 
-from race import json_file, write
+from race import json_file, positive, write
 
 import gafext
 from gafext.bench.environment import environment
@@ -87,7 +87,7 @@ def measure(heads: int, *, first: int = 0, options: dict[str, dict] = OPTIONS) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=7, metavar="N")
+    parser.add_argument("--heads", type=positive, default=7, metavar="N")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="held-out heads to skip")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from race import json_file, random_network, write
+from race import json_file, positive, random_network, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -210,9 +210,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=("sd21", "multiview"), default="sd21")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8", "int8-bfloat16"), default="float32")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=32, help="of the latents")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--size", type=positive, default=32, help="of the latents")
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--shapes", type=int, default=25, help="printed, those of the largest shares")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()

@@ -22,6 +22,13 @@ def json_file(name: str) -> str:
     return name
 
 
+def positive(text: str) -> int:
+    """Return a number of the command line that says how many; at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
 def random_network(network_class, config, device, dtype):
     """Build a network with small random weights; torch's initialisation would take a minute at this size."""
     with torch.device("meta"):

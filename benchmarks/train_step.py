@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from race import Contestant, json_file, race, random_network, write
+from race import Contestant, json_file, positive, race, random_network, write
 from torch import Tensor
 
 from gafext import ops
@@ -149,11 +149,13 @@ CASES: dict[str, Callable] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--memory", action="store_true", help="measure the whole U-Net's memory instead of times")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
+    if args.rounds == 1:
+        parser.error("--rounds: expected at least 2: one has no quartiles")
     if args.memory:
         result = {"environment": environment("cpu"), "command": "python benchmarks/train_step.py --memory --json FILE"}
         write(result | {"peak_bytes": measure_memory()}, args.json)

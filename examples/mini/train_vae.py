@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
-from gafext import AutoencoderKL, heads
+from gafext import AutoencoderKL, LatentUpsampler, heads
 from gafext.cameras import DEFAULT_FOV, Cameras
 from gafext.evaluation.measures import face_psnr, psnr, sharpness
 
@@ -19,26 +19,29 @@ KL_WEIGHT = 3e-5
 COLOUR_WEIGHT = 1.0
 CONTRAST_WEIGHT = 4.0
 GENERATED = 0.1  # noise added to latents for the decoder alone, as generated latents have errors; their variance is 1
+UPSAMPLE_STEPS = 2  # 20 have the same numbers to two digits
 NORMAL_MAPS = 1 / 2  # fraction of the images that are normal maps
 TURNS = ("whole", "detail", "whole", "large")
 """Images of the steps, in turn: at their size; a window of the image at twice its size, which has as many pixels; or a
 quarter as many images at twice their size, the size of upsampled images."""
+UPSAMPLED = ("upsampled", "whole", "upsampled", "large")
+"""The same for a decoder that goes on beside a trained upsampler: large images from what it makes of small latents."""
 
 
-def pictures(step: int, seed: int, size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Render the images and normal maps of a step, and weights of their pixels.
+def pictures(turn: str, step: int, seed: int, size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Render the images and normal maps of a step, and weights of their pixels; `upsampled` are images alone.
 
     Returns:
         [count,3,size,size] in [-1,1], or a quarter as many large ones; [count,1,size,size], 1 or more.
     """
-    random, turn = generator(seed, step), TURNS[step % len(TURNS)]
+    random = generator(seed, step)
     focal, centre = Cameras(torch.eye(4)[None], DEFAULT_FOV).focal(size), torch.full((2,), size / 2)
-    if turn == "large":
+    if turn in ("large", "upsampled"):
         size, count, focal, centre = 2 * size, count // 4, 2 * focal, 2 * centre
     elif turn == "detail":
         focal, centre = 2 * focal, size * (0.25 + torch.rand(2, generator=random) / 2)
     lens = torch.tensor([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
-    normals = round(NORMAL_MAPS * count)
+    normals = 0 if turn == "upsampled" else round(NORMAL_MAPS * count)
     images = count - normals
     who, w2c = draw_heads(images, random, device), view_cameras(images, 1, random)
     drawn = heads.render(who, w2c, size, intrinsics=lens)
@@ -84,13 +87,27 @@ def main(argv: list[str] | None = None) -> None:
         if args.start:
             carry_over(vae, AutoencoderKL.from_pretrained(args.start / "vae").state_dict())
     vae = vae.to(device, memory_format=torch.channels_last)
+    upsampler, turns = None, TURNS
+    if args.decoder_only and (args.out / "model" / "upsampler").is_dir():
+        upsampler, turns = LatentUpsampler.from_pretrained(args.out / "model" / "upsampler", device=device), UPSAMPLED
     latents = vae.config  # with the moments of the latents that U-Net and upsampler are trained on, if decoder_only
 
+    @torch.no_grad()
+    def upsampled(images: Tensor, step: int) -> Tensor:
+        """Encode images at half their size, and upsample the latents as generated ones are."""
+        assert upsampler is not None
+        small = (vae.encode(F.avg_pool2d(images, 2))[0].float() - latents.shift_factor) * latents.scaling_factor
+        made = upsampler(small, generator=generator(args.seed, step), num_inference_steps=UPSAMPLE_STEPS)
+        return made / latents.scaling_factor + latents.shift_factor
+
     def loss(step: int) -> Tensor:
-        wanted, weights = pictures(step, args.seed, rung.image_size, rung.vae_batch, device)
+        turn = turns[step % len(turns)]
+        wanted, weights = pictures(turn, step, args.seed, rung.image_size, rung.vae_batch, device)
         wanted = wanted.contiguous(memory_format=torch.channels_last)
         with mixed_precision(device):
             mean, logvar = (moment.float() for moment in vae.encode(wanted))
+            if turn == "upsampled":
+                mean = upsampled(wanted, step)
             noise = torch.randn(mean.shape, generator=generator(args.seed, step, device), device=device)
             spread = GENERATED / latents.scaling_factor if args.decoder_only else (logvar / 2).exp()
             made = vae.decode(mean + spread * noise).float()

@@ -341,6 +341,27 @@ def test_a_race_that_cannot_be_says_why(given, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+COUNTS = {
+    "bench_pipeline": "--steps",
+    "drop_in": "--batch",
+    "full_size": "--views",
+    "precision": "--size",
+    "presets": "--heads",
+    "profile_pass": "--rounds",
+    "train_step": "--rounds",
+}
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "2.5", "two"])
+@pytest.mark.parametrize("name", COUNTS)
+def test_how_many_is_at_least_one(name, count, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", f"{COUNTS[name]}={count}"])
+    with pytest.raises(SystemExit) as error:
+        script(name).main()
+    said = f"argument {COUNTS[name]}: expected a whole number of at least 1, got {count}"
+    assert error.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_the_whole_pipeline_by_stages(monkeypatch):
     full_size = script("full_size")
     given = ["full_size.py", "--views", "1", "--steps", "2", "--backend", "auto", "sdpa"]

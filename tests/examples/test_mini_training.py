@@ -381,9 +381,18 @@ def test_the_autoencoder_learns(scripts, tmp_path, monkeypatch):
     assert {"images_32", "normals_32", "images_64", "latent_std"} <= set(curves[-1])
 
 
-def test_the_decoder_alone_goes_on(scripts, trained, tmp_path):
+@pytest.mark.parametrize("beside", [[], ["upsampler"]])
+def test_the_decoder_alone_goes_on(scripts, trained, tmp_path, beside, monkeypatch):
     (tmp_path / "model").mkdir()
-    shutil.copytree(trained / "model" / "vae", tmp_path / "model" / "vae")
+    for part in ("vae", *beside):
+        shutil.copytree(trained / "model" / part, tmp_path / "model" / part)
+    upsampled, forward = [], LatentUpsampler.forward
+
+    def counted(self, latents, **options):
+        upsampled.append(latents.shape)
+        return forward(self, latents, **options)
+
+    monkeypatch.setattr(LatentUpsampler, "forward", counted)
     before = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae")
     train(scripts["vae"], tmp_path, "--steps", 3, "--decoder-only")
     after = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae")
@@ -391,6 +400,7 @@ def test_the_decoder_alone_goes_on(scripts, trained, tmp_path):
     now = after.state_dict()
     changed = [key for key, value in before.state_dict().items() if not torch.equal(value, now[key])]
     assert changed and all(key.startswith(("decoder.", "post_quant_conv.")) for key in changed)
+    assert upsampled == [(2, 8, 16, 16)] * 2 * len(beside)  # of the steps 0 and 2, a quarter of the batch
 
 
 def test_what_blurs_scores_every_part(scripts, trained):

@@ -43,7 +43,8 @@ def test_against_diffusers(tmp_path):
         tmp_path, encoder_hid_dim=40, output_loading_info=True, low_cpu_mem_usage=False
     )
     assert {key.split(".")[0] for key in info["missing_keys"]} == {"encoder_hid_proj"}
-    theirs.encoder_hid_proj.bias.zero_()
+    for parameter in theirs.encoder_hid_proj.parameters():
+        parameter.zero_()
     sample, pose, tokens = inputs()
     first = tokens[:, 0].expand(VIEWS, -1)
     expected = theirs(
