@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gafext import cameras, heads
 from gafext.evaluation.measures import FACE_MARGIN
+from gafext.models.clip import MEAN, STD
 
 RADIUS = 4.0
 FACE_WEIGHT = 8.0  # added to the weight of pixels of the face, which are few and are what one looks at
@@ -108,3 +109,9 @@ def photographic(portraits: Tensor, alpha: Tensor, random: torch.Generator) -> T
     noise = torch.randn(made.shape, generator=random).to(device)
     made = (made + numbers(0, 0.06, 1, 1, 1) * noise).clamp(0, 1)
     return torch.where(numbers(0, 1, 1, 1, 1) < PHOTOGRAPHS, made, portraits)
+
+
+def normalized(portraits: Tensor) -> Tensor:
+    """Normalise portraits [N,3,S,S] in [0,1] for the image encoder."""
+    mean, std = (torch.tensor(values, device=portraits.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (portraits - mean) / std

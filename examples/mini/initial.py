@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gafext import CLIPVisionEncoder
+from gafext.config import CLIPVisionConfig
 
 SPREAD = 0.3  # scale of the random part of a convolution's weights
 
@@ -65,6 +69,15 @@ def carry_over(network: nn.Module, weights: Mapping[str, Tensor]) -> int:
             own[name].copy_(value)
             copied += 1
     return copied
+
+
+def new_image_encoder(config: CLIPVisionConfig, taught: Path | None) -> CLIPVisionEncoder:
+    """Build an image encoder with new weights, or with those of the folder `taught` where they fit."""
+    encoder = CLIPVisionEncoder(config)
+    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would dominate the patches
+    if taught:
+        carry_over(encoder, CLIPVisionEncoder.from_pretrained(taught).state_dict())
+    return encoder
 
 
 def _resized(positions: Tensor, count: int) -> Tensor:

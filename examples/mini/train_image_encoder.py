@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from data import draw_heads, generator, photographic, portrait_cameras
+from data import draw_heads, generator, normalized, photographic, portrait_cameras
 from export import half
-from initial import carry_over
+from initial import new_image_encoder
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
-from gafext import CLIPVisionEncoder, heads
+from gafext import heads
 from gafext.heads.identity import PARTS
-from gafext.models.clip import MEAN, STD
 
 POOL, FRESH, BATCH = 1000, 3, 48  # portraits before the first step, and of each step: new ones, and all
 KEPT = 12_000  # portraits; then the oldest are replaced
@@ -66,15 +65,10 @@ def portraits_of(drawn: heads.Heads, size: int, patch: int, random: torch.Genera
 @torch.no_grad()
 def explained(encoder: nn.Module, reader: nn.Module, held_out: Portraits) -> dict[str, float]:
     """Compute the share of the variance that is told, of each of NAMES: 1 is all, 0 what the mean tells."""
-    found = reader(encoder(normalized(held_out.pictures)).last_hidden_state.float())[0]
+    found = reader(encoder(normalized(held_out.pictures.float() / 255)).last_hidden_state.float())[0]
     wrong, all_of_it = (found - held_out.appearance).square().mean(0), held_out.appearance.var(0, correction=0)
     parts = zip(NAMES, wrong.split(SIZES), all_of_it.split(SIZES), strict=True)
     return {name: 1 - (error.sum() / variance.sum()).item() for name, error, variance in parts}
-
-
-def normalized(pictures: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values, device=pictures.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (pictures.float() / 255 - mean) / std
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,10 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     config = rung_of(args).image_encoder
     size, patch = config.image_size, config.patch_size
-    encoder = CLIPVisionEncoder(config)
-    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)
-    if args.start:
-        carry_over(encoder, CLIPVisionEncoder.from_pretrained(args.start / "image_encoder").state_dict())
+    encoder = new_image_encoder(config, args.start and args.start / "image_encoder")
     encoder, reader = encoder.to(args.device).requires_grad_(True), Appearance(config.hidden_size).to(args.device)
 
     def draw(count: int, random: torch.Generator) -> Portraits:
@@ -112,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = torch.randint(min(filled, KEPT), (BATCH,), generator=random)
         pictures, told, irises, unchanged = (x[chosen] for x in pool)
         with mixed_precision(torch.device(args.device)):
-            hidden_states = encoder(normalized(pictures)).last_hidden_state
+            hidden_states = encoder(normalized(pictures.float() / 255)).last_hidden_state
         whole, of_patches = reader(hidden_states.float())
         off = (of_patches - irises).square() * (1 + PATCH_SCALE * irises.amax(2, keepdim=True))
         off = (off * unchanged[:, None, None]).mean()

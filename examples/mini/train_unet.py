@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 import training
-from data import draw_heads, face_weights, generator, photographic, portrait_cameras, view_cameras
+from data import draw_heads, face_weights, generator, normalized, photographic, portrait_cameras, view_cameras
 from export import GUIDANCE_SCALE, export, load_vae
-from initial import carry_over
+from initial import carry_over, new_image_encoder
 from rungs import Rung
 from torch import Tensor, nn
 from training import arguments, fast_in_bfloat16, mixed_precision, rung_of
 
-from gafext import AutoencoderKL, CLIPVisionEncoder, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
+from gafext import AutoencoderKL, DDIMScheduler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.config import SD_SCHEDULE, SchedulerConfig
 from gafext.evaluation import Evaluation, Scores, as_portrait
-from gafext.models.clip import MEAN, STD
 from gafext.models.head_fitter import HeadFitter
 from gafext.ops.backend import set_attention_backend
 from gafext.schedulers import schedule
@@ -159,7 +158,6 @@ def fresh_heads(count: int, random: torch.Generator, source: Source) -> Pool:
     vae, size = source.vae, source.size
     drawn = draw_heads(count, random, vae.device)
     w2c = view_cameras(count, POOL_VIEWS, random)
-    mean, std = (torch.tensor(values, device=vae.device).view(3, 1, 1) for values in (MEAN, STD))
     taken = heads.render(drawn, portrait_cameras(count, random), source.portrait_size)
     portraits = photographic(taken.rgb[:, 0], taken.alpha[:, 0], random)
     made = heads.render(reshaped(drawn, *approximate(portraits, source, random)), w2c, size)
@@ -168,7 +166,7 @@ def fresh_heads(count: int, random: torch.Generator, source: Source) -> Pool:
         encode(vae, made.normals),
         face_weights(made.face.flatten(0, 1), vae.config.factor).unflatten(0, made.face.shape[:2]),
         w2c[..., :3, :].flatten(2).float().to(vae.device),
-        (portraits - mean) / std,
+        normalized(portraits),
     )
 
 
@@ -287,21 +285,19 @@ def untrained(out: Path, rung: Rung, parent: Path | None, device: torch.device) 
         parent: model whose weights are carried over; None: none.
         device: device of the networks.
     """
-    unet, encoder = MultiViewUNet(rung.unet), CLIPVisionEncoder(rung.image_encoder)
-    nn.init.normal_(encoder.vision_model.embeddings.position_embedding.weight, std=0.02)  # 1 would dominate the patches
+    taught = out / "image_encoder"
+    taught = taught if taught.is_dir() else parent and parent / "image_encoder"
+    unet, encoder = MultiViewUNet(rung.unet), new_image_encoder(rung.image_encoder, taught)
     if parent:
         weights = MultiViewUNet.from_pretrained(parent / "unet").state_dict()
         carry_over(unet, weights)
         if unet.add_embedding and "add_embedding.image_norm.weight" not in weights:
             nn.init.zeros_(unet.add_embedding.image_norm.weight)  # the U-Net is the parent's to begin with
-    taught = [folder / "image_encoder" for folder in (out, parent) if folder and (folder / "image_encoder").is_dir()]
-    if taught:
-        carry_over(encoder, CLIPVisionEncoder.from_pretrained(taught[0]).state_dict())
     unet, encoder = (module.to(device, memory_format=torch.channels_last) for module in (unet, encoder))
     fitter = out / "model" / "head_fitter"
     fitter = HeadFitter.from_pretrained(fitter) if fitter.is_dir() else None
     if fitter is None:
-        print(f"{out}/model/head_fitter: none; the neutral head's normal maps take the place of fitted ones")
+        print(f"{out}/model/head_fitter: none; the neutral head's shape takes the place of fitted ones")
     return MultiViewDiffusionPipeline(
         vae=load_vae(out, device),
         unet=unet,

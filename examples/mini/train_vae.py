@@ -105,13 +105,14 @@ def main(argv: list[str] | None = None) -> None:
         wanted, weights = pictures(turn, step, args.seed, rung.image_size, rung.vae_batch, device)
         wanted = wanted.contiguous(memory_format=torch.channels_last)
         with mixed_precision(device):
-            mean, logvar = (moment.float() for moment in vae.encode(wanted))
             if turn == "upsampled":
-                mean = upsampled(wanted, step)
+                mean, kl = upsampled(wanted, step), 0.0
+            else:
+                mean, logvar = (moment.float() for moment in vae.encode(wanted))
+                kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             noise = torch.randn(mean.shape, generator=generator(args.seed, step, device), device=device)
             spread = GENERATED / latents.scaling_factor if args.decoder_only else (logvar / 2).exp()
             made = vae.decode(mean + spread * noise).float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return distance(made, wanted, weights) + KL_WEIGHT * kl
 
     random = generator(10**6, 0)

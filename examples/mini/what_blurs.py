@@ -12,13 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from data import generator
+from data import generator, normalized
 from torch import Tensor
 from torch.nn import functional as F
 
 from gafext import MultiViewDiffusionPipeline, heads
 from gafext.evaluation import Scores, Subject, as_portrait, subjects, table
-from gafext.models.clip import MEAN, STD
 from gafext.schedulers import schedule
 from gafext.training.denoiser import diffuse
 
@@ -46,8 +45,7 @@ class Parts:
         pipe, unet = self.pipe, self.pipe.unet
         assert pipe.image_encoder is not None
         size = pipe.image_encoder.config.image_size
-        portrait = F.interpolate(subject.portrait[None], size, mode="area")
-        portrait = (portrait - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        portrait = normalized(F.interpolate(subject.portrait[None], size, mode="area"))
         tokens = unet.image_projection(pipe.image_encoder(portrait).last_hidden_state)
         clean, normals = pipe.encode(subject.views.rgb), pipe.encode(subject.views.normals)
         noise = torch.randn(clean.shape, generator=generator(0, subject.identity))

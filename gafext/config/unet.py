@@ -138,9 +138,11 @@ class UNetConfig(Config):
             (self.class_embed_type == "projection") == (self.projection_class_embeddings_input_dim is not None),
             "class_embed_type='projection' and projection_class_embeddings_input_dim go together",
         )
+        has_class_token = self.image_attention and self.image_projection in (None, "linear", "mlp")
         require(
-            self.addition_embed_type is None or (self.addition_embed_type == "image" and bool(self.image_attention)),
-            f"addition_embed_type={self.addition_embed_type!r}: expected None, or 'image' with image_attention",
+            self.addition_embed_type is None or (self.addition_embed_type == "image" and bool(has_class_token)),
+            f"addition_embed_type={self.addition_embed_type!r}: expected None, or 'image' with image_attention and "
+            "tokens of CLIP's output, of which the first is the class token: image_projection 'linear' or 'mlp'",
         )
 
     def _check_views_and_image(self) -> None:

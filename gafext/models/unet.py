@@ -53,9 +53,9 @@ class Conditioning:
     """Conditioning of the U-Net that is constant over the denoising steps, computed by `MultiViewUNet.precompute`.
 
     The keys and values have one entry per transformer block, or none. There may be fewer portraits than the batch has:
-    the first rows then have no image, which is how the unconditional pass shares the batch with the conditional one.
-    There may be fewer texts than rows: each run of rows shares one. `ray_features` has one entry per down block, or
-    none, and all portraits share it.
+    the first rows then have no image, which is how the unconditional pass shares the batch with the conditional one; so
+    it is with `image_time_embeds`. There may be fewer texts than rows: each run of rows shares one. `ray_features` has
+    one entry per down block, or none, and all portraits share it.
     """
 
     pose_embeds: Tensor | None = None  # [B*V,time_channels]

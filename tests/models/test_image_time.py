@@ -10,6 +10,7 @@ from gafext.cameras import orbit
 from gafext.conditions.conditions import ImageTokens, prepare_conditions
 from gafext.models.unet import MultiViewUNet
 from gafext.training.denoiser import Blindfold
+from gafext.training.trained import choose_trained
 
 VIEWS = 3
 
@@ -108,11 +109,26 @@ def test_a_view_that_does_not_see_the_portrait_in_training():
 
 
 @pytest.mark.parametrize(
-    "value, changes", [("text", {}), ("image", {"image_attention": None, "image_embed_dim": None})]
+    "value, changes",
+    [
+        ("text", {}),
+        ("image", {"image_attention": None, "image_embed_dim": None}),
+        ("image", {"image_projection": "pooled", "image_tokens": 4}),  # has no class token
+    ],
 )
 def test_other_settings_are_refused(value, changes):
     with pytest.raises(ValueError, match="addition_embed_type='.*': expected None, or 'image' with image_attention"):
         multi_view_config(addition_embed_type=value, **changes)
+
+
+def test_it_is_trained_as_a_new_layer():
+    unet = with_image()
+    choose_trained(unet, "new", rank=4, seed=0)
+    trained = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "add_embedding" in name} == {
+        f"add_embedding.{layer}.{kind}" for layer in ("image_proj", "image_norm") for kind in ("weight", "bias")
+    }
+    assert "conv_out.weight" not in trained
 
 
 def test_without_it_there_are_no_layers(tmp_path):

@@ -9,7 +9,7 @@ from gafext.ops.linear_int8 import quantize_weight
 
 pytestmark = needs_arm
 
-OPERATIONS = ("conv3x3", "conv3x3_int8", "cross_view_attention", "flash_attention")
+OPERATIONS = ("conv3x3", "conv3x3_gradients", "conv3x3_int8", "cross_view_attention", "flash_attention")
 OPERATIONS += ("geglu", "group_norm_silu", "linear", "linear_int8")
 KERNELS = "odd or strides or nan or infinity or finite or huge or empty or residual or overflow or same_bits or exact"
 TOO_LARGE_OR_ELSEWHERE = "emulator or compile or opcheck or where_it_is_used or 2000 or 2048 or every_instruction_set"

@@ -15,9 +15,9 @@ def test_the_tests_of_the_operations_pass(processor):
     """Sizes, strides, threads, what is empty or not finite; compiled graphs and misuse are the same everywhere."""
     kernels = "not compile and not opcheck and not every_instruction_set and not bad_input"
     own = {
-        "amx": ("linear_int8", "conv3x3_int8", "conv3x3", "geglu", "linear"),
+        "amx": ("linear_int8", "conv3x3_int8", "conv3x3", "conv3x3_gradients", "geglu", "linear"),
         "avx512_bf16": ("flash_attention", "geglu", "linear"),
-        "avx512_vnni": ("linear_int8", "conv3x3_int8", "conv3x3"),
+        "avx512_vnni": ("linear_int8", "conv3x3_int8", "conv3x3", "conv3x3_gradients"),
         "avx512": ("linear_int8", "conv3x3_int8"),
     }
     if processor == "avx512_bf16":
