@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from full_size import random_pipeline, words
-from race import json_file, positive, synchronize, write
+from full_size import DTYPES, random_pipeline, words
+from race import device_name, json_file, positive, synchronize, write
 from run_inputs import Inputs
 from torch import Tensor
 
@@ -229,8 +229,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="default: 4 on a CPU, else 50")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     args = parser.parse_args()
     if args.model not in ("sd21", "built-in") and not Path(args.model).is_dir():

@@ -28,7 +28,18 @@ from collections.abc import Callable
 
 import torch
 from peers import PEERS, PRECISIONS, missing_packages, race_peers
-from race import Contestant, diffusers_sd21, json_file, peak_gib, positive, race, random_network, synchronize, write
+from race import (
+    Contestant,
+    device_name,
+    diffusers_sd21,
+    json_file,
+    peak_gib,
+    positive,
+    race,
+    random_network,
+    synchronize,
+    write,
+)
 from torch import Tensor
 
 from gafext import PORTRAIT, MultiViewDiffusionPipeline
@@ -41,6 +52,8 @@ from gafext.models.vae import AutoencoderKL
 from gafext.schedulers import DDIMScheduler
 from gafext.upsampler import LatentUpsampler, PromptEmbeds
 from gafext.versions import versions
+
+DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 def unet_contestants(unet: MultiViewUNet, backends: list[str], views: int) -> list[Contestant]:
@@ -105,7 +118,7 @@ def race_unet(unet: MultiViewUNet, backends: list[str], views: int, rounds: int)
 
 
 def random_pipeline(device: torch.device, dtype: str, *, upsampler: bool) -> MultiViewDiffusionPipeline:
-    """Build a pipeline of published sizes; `dtype` is float32, float16, bfloat16, or int8 for 8-bit transformers."""
+    """Build a pipeline of published sizes; `dtype` is one of `DTYPES`, int8 as of `from_pretrained`."""
     if dtype == "int8":
         int8.require_supported(device)
     torch_dtype = torch.float32 if dtype == "int8" else getattr(torch, dtype)
@@ -197,8 +210,8 @@ def arguments() -> argparse.Namespace:
         "--rounds", type=int, default=1, help="runs of the whole pipeline per backend, in turn; not with --peers"
     )
     parser.add_argument("--unet-rounds", type=int, default=7, help="timed passes of the U-Net, 0 or at least 7")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="float32, float16, bfloat16, or int8 (transformers, CPU)")
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="int8: as of `from_pretrained`, on a CPU")
     parser.add_argument("--whole", action="store_true", help="with the upsampler: views of 512x512")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     peers = parser.add_argument_group("with --peers")

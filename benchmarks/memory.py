@@ -65,7 +65,7 @@ def measure(part: str, rows: int, size: int, dtype: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", default=PARTS, metavar="NETWORK,ROWS,SIZE")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--json", type=json_file, metavar="FILE")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # one part, in a process of its own
     args = parser.parse_args()

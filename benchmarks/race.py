@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gafext.checkpoints.memory import usable_device
 from gafext.ops.backend import set_attention_backend
 
 
@@ -27,6 +28,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return int(text)
+
+
+def device_name(name: str) -> str:
+    """Return the value of `--device`, refused if nothing can be put there."""
+    try:
+        usable_device(name, option="got")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a device of this machine, {error}") from None
+    return name
 
 
 def random_network(network_class, config, device, dtype):

@@ -362,6 +362,21 @@ def test_how_many_is_at_least_one(name, count, monkeypatch, capsys):
     assert error.value.code == 2 and said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["bench_pipeline", "full_size"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--device=tpu", "argument --device: expected a device of this machine, got tpu: not usable here"),
+        ("--dtype=half", "argument --dtype: invalid choice: 'half'"),
+    ],
+)
+def test_device_and_dtype_are_looked_at_first(name, given, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", given])
+    with pytest.raises(SystemExit) as error:
+        script(name).main()
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_whole_pipeline_by_stages(monkeypatch):
     full_size = script("full_size")
     given = ["full_size.py", "--views", "1", "--steps", "2", "--backend", "auto", "sdpa"]
