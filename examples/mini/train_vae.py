@@ -6,42 +6,43 @@ import torch
 import torch.nn.functional as F
 from data import draw_heads, face_weights, generator, view_cameras
 from export import export_vae
+from generated import GeneratedLatents
 from initial import carry_over, start_linear
 from PIL import Image
 from torch import Tensor, nn
 from training import Trainer, arguments, mixed_precision, rung_of
 
-from gafext import AutoencoderKL, LatentUpsampler, heads
+from gafext import AutoencoderKL, heads
 from gafext.cameras import DEFAULT_FOV, Cameras
 from gafext.evaluation.measures import face_psnr, psnr, sharpness
 
 KL_WEIGHT = 3e-5
 COLOUR_WEIGHT = 1.0
 CONTRAST_WEIGHT = 4.0
-GENERATED = 0.1  # noise added to latents for the decoder alone, as generated latents have errors; their variance is 1
-UPSAMPLE_STEPS = 2  # 20 have the same numbers to two digits
+SQUARE_WEIGHT = 4.0  # for parts of the face whose places are uncertain, of which L1 alone takes the median
+NOISE = 0.1  # added to encoded latents for the decoder alone, as generated ones have errors; their variance is 1
 NORMAL_MAPS = 1 / 2  # fraction of the images that are normal maps
 TURNS = ("whole", "detail", "whole", "large")
 """Images of the steps, in turn: at their size; a window of the image at twice its size, which has as many pixels; or a
 quarter as many images at twice their size, the size of upsampled images."""
-UPSAMPLED = ("upsampled", "whole", "upsampled", "large")
-"""The same for a decoder that goes on beside a trained upsampler: large images from what it makes of small latents."""
+GENERATED = ("generated", "whole", "generated", "large")
+"""The same for a decoder that goes on beside a whole model: large images from the latents that it generates."""
 
 
 def pictures(turn: str, step: int, seed: int, size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Render the images and normal maps of a step, and weights of their pixels; `upsampled` are images alone.
+    """Render the images and normal maps of a step, and weights of their pixels.
 
     Returns:
         [count,3,size,size] in [-1,1], or a quarter as many large ones; [count,1,size,size], 1 or more.
     """
     random = generator(seed, step)
     focal, centre = Cameras(torch.eye(4)[None], DEFAULT_FOV).focal(size), torch.full((2,), size / 2)
-    if turn in ("large", "upsampled"):
+    if turn == "large":
         size, count, focal, centre = 2 * size, count // 4, 2 * focal, 2 * centre
     elif turn == "detail":
         focal, centre = 2 * focal, size * (0.25 + torch.rand(2, generator=random) / 2)
     lens = torch.tensor([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
-    normals = 0 if turn == "upsampled" else round(NORMAL_MAPS * count)
+    normals = round(NORMAL_MAPS * count)
     images = count - normals
     who, w2c = draw_heads(images, random, device), view_cameras(images, 1, random)
     drawn = heads.render(who, w2c, size, intrinsics=lens)
@@ -49,26 +50,30 @@ def pictures(turn: str, step: int, seed: int, size: int, count: int, device: tor
     return torch.cat([drawn.rgb, drawn.normals[:normals]])[:, 0] * 2 - 1, torch.cat([weights, weights[:normals]])
 
 
-def contrast(pictures: Tensor) -> Tensor:
-    """Compute the root of the mean squared gradient in windows of 4 x 4 pixels: [N,3,S,S] -> [N,1,S/4,S/4]."""
+def contrast(pictures: Tensor, window: int) -> Tensor:
+    """Compute the root of the mean squared gradient in windows: [N,3,S,S] -> [N,1,S/window,S/window]."""
     squares = F.pad(pictures.diff(dim=-1), (0, 1)).square() + F.pad(pictures.diff(dim=-2), (0, 0, 0, 1)).square()
-    return (F.avg_pool2d(squares.sum(1, keepdim=True), 4) + 1e-4).sqrt()
+    return (F.avg_pool2d(squares.sum(1, keepdim=True), window) + 1e-4).sqrt()
 
 
 def distance(made: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Compute the loss: L1 of weighted pixels, their gradients, 4 x 4 averages, the colour of these averages, contrast.
+    """Compute the loss: weighted pixels (L1, squares), their gradients, 4 x 4 averages, the averages' colour, contrast.
 
     The medians that L1 leads to are blurred where a detail cannot be told: an autoencoder of 36 dB kept half of the
-    gradients' energy. So contrast has a term of its own. Before a white background, colour is a small part of the
-    variance; without a separate term it is learned last.
+    gradients' energy. So contrast has a term of its own, in small windows, and in large ones, where the median does not
+    lack what is in few small ones, as strands are (.73 of the energy of generated views without, .83 with it). Before a
+    white background, colour is a small part of the variance; without a separate term it is learned last.
     """
     error = (made - wanted) * weights
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     coarse = F.avg_pool2d(error, 4)
     red, green, blue = coarse.unbind(1)
     colour = (red - green).abs().mean() + (blue - (red + green) / 2).abs().mean()
-    dull = (F.avg_pool2d(weights, 4) * (contrast(made) - contrast(wanted)).abs()).mean()
-    return error.abs().mean() + 0.5 * edges + coarse.abs().mean() + COLOUR_WEIGHT * colour + CONTRAST_WEIGHT * dull
+    fine = (F.avg_pool2d(weights, 4) * (contrast(made, 4) - contrast(wanted, 4)).abs()).mean()
+    dull = fine + (contrast(made, 32) - contrast(wanted, 32)).abs().mean()
+    squares = (weights * (made - wanted).square()).mean()
+    plain = error.abs().mean() + SQUARE_WEIGHT * squares + 0.5 * edges + coarse.abs().mean()
+    return plain + COLOUR_WEIGHT * colour + CONTRAST_WEIGHT * dull
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,31 +92,26 @@ def main(argv: list[str] | None = None) -> None:
         if args.start:
             carry_over(vae, AutoencoderKL.from_pretrained(args.start / "vae").state_dict())
     vae = vae.to(device, memory_format=torch.channels_last)
-    upsampler, turns = None, TURNS
-    if args.decoder_only and (args.out / "model" / "upsampler").is_dir():
-        upsampler, turns = LatentUpsampler.from_pretrained(args.out / "model" / "upsampler", device=device), UPSAMPLED
+    generated, turns = None, TURNS
+    if args.decoder_only and all((args.out / "model" / part).is_dir() for part in ("unet", "upsampler")):
+        generated, turns = GeneratedLatents(args.out / "model", device, args.seed), GENERATED
     latents = vae.config  # with the moments of the latents that U-Net and upsampler are trained on, if decoder_only
-
-    @torch.no_grad()
-    def upsampled(images: Tensor, step: int) -> Tensor:
-        """Encode images at half their size, and upsample the latents as generated ones are."""
-        assert upsampler is not None
-        small = (vae.encode(F.avg_pool2d(images, 2))[0].float() - latents.shift_factor) * latents.scaling_factor
-        made = upsampler(small, generator=generator(args.seed, step), num_inference_steps=UPSAMPLE_STEPS)
-        return made / latents.scaling_factor + latents.shift_factor
 
     def loss(step: int) -> Tensor:
         turn = turns[step % len(turns)]
-        wanted, weights = pictures(turn, step, args.seed, rung.image_size, rung.vae_batch, device)
+        if turn == "generated":
+            assert generated is not None
+            mean, wanted, weights = generated.draw(step, rung.vae_batch // 4)
+            kl = spread = 0.0
+        else:
+            wanted, weights = pictures(turn, step, args.seed, rung.image_size, rung.vae_batch, device)
         wanted = wanted.contiguous(memory_format=torch.channels_last)
         with mixed_precision(device):
-            if turn == "upsampled":
-                mean, kl = upsampled(wanted, step), 0.0
-            else:
+            if turn != "generated":
                 mean, logvar = (moment.float() for moment in vae.encode(wanted))
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+                spread = NOISE / latents.scaling_factor if args.decoder_only else (logvar / 2).exp()
             noise = torch.randn(mean.shape, generator=generator(args.seed, step, device), device=device)
-            spread = GENERATED / latents.scaling_factor if args.decoder_only else (logvar / 2).exp()
             made = vae.decode(mean + spread * noise).float()
         return distance(made, wanted, weights) + KL_WEIGHT * kl
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from gafext import AutoencoderKL, CLIPVisionEncoder, LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
 from gafext.cameras import Cameras, orbit
 from gafext.config import SchedulerConfig
-from gafext.evaluation import subjects
+from gafext.evaluation import as_portrait, subjects
 from gafext.heads.shape import MEASURES, SHAPE, beard_numbers, hairstyle_numbers
 from gafext.models.head_fitter import HeadShape
 from gafext.schedulers import SCHEDULERS, DDIMScheduler, schedule, scheduler_class
@@ -31,6 +31,7 @@ def scripts():
     """The modules of examples/mini, with a rung that is quick."""
     sys.path.insert(0, str(FOLDER))
     import data
+    import generated
     import initial
     import rungs
     import train_head_detector
@@ -59,7 +60,9 @@ def scripts():
         **{"vae_batch": 8, "unet_batch": 8, "upsampler_batch": 2},
         **{"upsampler_pool": 4, "upsampler_fresh": 1, "pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
     )
-    yield {"data": data, "initial": initial, "rungs": rungs, "what_blurs": what_blurs} | {
+    for name, value in {"FIRST": 2, "LIMIT": 4}.items():
+        setattr(generated, name, value)
+    yield {"data": data, "generated": generated, "initial": initial, "rungs": rungs, "what_blurs": what_blurs} | {
         "head_detector": train_head_detector,
         "head_fitter": train_head_fitter,
         "image_encoder": train_image_encoder,
@@ -381,18 +384,18 @@ def test_the_autoencoder_learns(scripts, tmp_path, monkeypatch):
     assert {"images_32", "normals_32", "images_64", "latent_std"} <= set(curves[-1])
 
 
-@pytest.mark.parametrize("beside", [[], ["upsampler"]])
-def test_the_decoder_alone_goes_on(scripts, trained, tmp_path, beside, monkeypatch):
-    (tmp_path / "model").mkdir()
-    for part in ("vae", *beside):
-        shutil.copytree(trained / "model" / part, tmp_path / "model" / part)
-    upsampled, forward = [], LatentUpsampler.forward
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_decoder_alone_goes_on(scripts, trained, tmp_path, whole, monkeypatch):
+    model = "model" if whole else "model/vae"
+    shutil.copytree(trained / model, tmp_path / model)
+    drawn, draw = [], scripts["generated"].GeneratedLatents.draw
 
-    def counted(self, latents, **options):
-        upsampled.append(latents.shape)
-        return forward(self, latents, **options)
+    def seen(self, step, count):
+        made = draw(self, step, count)
+        drawn.append([tuple(tensor.shape) for tensor in made])
+        return made
 
-    monkeypatch.setattr(LatentUpsampler, "forward", counted)
+    monkeypatch.setattr("generated.GeneratedLatents.draw", seen)
     before = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae")
     train(scripts["vae"], tmp_path, "--steps", 3, "--decoder-only")
     after = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae")
@@ -400,7 +403,26 @@ def test_the_decoder_alone_goes_on(scripts, trained, tmp_path, beside, monkeypat
     now = after.state_dict()
     changed = [key for key, value in before.state_dict().items() if not torch.equal(value, now[key])]
     assert changed and all(key.startswith(("decoder.", "post_quant_conv.")) for key in changed)
-    assert upsampled == [(2, 8, 16, 16)] * 2 * len(beside)  # of the steps 0 and 2, a quarter of the batch
+    shapes = [(2, 8, 32, 32), (2, 3, 64, 64), (2, 1, 64, 64)]  # a quarter of the batch, in the steps 0 and 2
+    assert drawn == [shapes] * 2 * whole
+
+
+def test_the_decoder_learns_from_what_the_model_generates(scripts, trained):
+    module, data, device = scripts["generated"], scripts["data"], torch.device("cpu")
+    pool = module.GeneratedLatents(trained / "model", device, seed=5)
+    assert len(pool.pool) == 2 and pool.size == 64
+    latents, images, weights = pool.pool[0]
+    random = data.generator(5 + 3, 0)
+    head, w2c = data.draw_heads(1, random, device), data.view_cameras(1, 4, random)
+    true = heads.render(head, w2c, 64)
+    assert torch.equal(images, true.rgb[0] * 2 - 1) and weights.min() == 1
+    portrait = as_portrait(heads.render(head, data.portrait_cameras(1, random), 64).rgb[0, 0])
+    options = {"generator": 5, "output_type": "pt", "progress_bar": False, **module.OPTIONS}
+    made = pool.pipe(portrait, Cameras(w2c[0], 30), list(true.normals[0]), **options).images
+    assert torch.allclose((pool.pipe.vae.decode(latents) / 2 + 0.5).clamp(0, 1), made, atol=1e-5)
+    for step in range(0, 3 * module.EVERY, module.EVERY):
+        pool.draw(step, 2)
+    assert len(pool.pool) == 4 and not any(torch.equal(latents, kept) for kept, *_ in pool.pool)  # the oldest went
 
 
 def test_what_blurs_scores_every_part(scripts, trained):
