@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import ImageTimeEmbedding
 from run_inputs import Inputs
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -98,14 +99,31 @@ class Decoder(nn.Module):
         return (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
+class SeenImage(ImageTimeEmbedding):
+    """What the portrait's class token adds to the timestep embedding of the second V rows; the first V lack it."""
+
+    num_views: int
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """Map [1,C'] to [2V,D]."""
+        return F.pad(super().forward(image_embeds).expand(self.num_views, -1), (0, 0, self.num_views, 0))
+
+
 class Denoiser(nn.Module):
     """The multi-view U-Net on both passes of guidance."""
 
     def __init__(self, pipe: MultiViewDiffusionPipeline, num_views: int):
         super().__init__()
         config = pipe.unet.config
+        self.told = config.addition_embed_type == "image"
         with torch.device("meta"):
-            self.unet = UNet2DConditionModel.from_config(_config(pipe.unet))
+            # With addition_embed_type, diffusers would project the context too.
+            self.unet = UNet2DConditionModel.from_config(_config(pipe.unet) | {"addition_embed_type": None})
+            if self.told:
+                width = self.unet.time_embedding.linear_2.out_features
+                self.unet.add_embedding = SeenImage(config.cross_attention_dim, width)
+                self.unet.add_embedding.num_views = num_views
+                self.unet.register_to_config(addition_embed_type="image")
             for block in self.unet.modules():
                 if isinstance(block, BasicTransformerBlock):
                     block.__class__, block.num_views = MultiViewBlock, num_views
@@ -115,7 +133,9 @@ class Denoiser(nn.Module):
         self.unet.eval()
 
     def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, pose_embeds: Tensor) -> Tensor:
-        return self.unet(sample, timestep, context, class_labels=pose_embeds, return_dict=False)[0]
+        added = {"image_embeds": context[-1:, 1]} if self.told else None
+        conditions = {"class_labels": pose_embeds, "added_cond_kwargs": added}
+        return self.unet(sample, timestep, context, **conditions, return_dict=False)[0]
 
 
 class Upsampler(nn.Module):
