@@ -30,10 +30,11 @@ train() {
         --minutes "$minutes" "${start[@]}" "$@"
 }
 often=(--checkpoint-every 60 --measure-every 180)
-train vae 0.24 "${often[@]}"
+train vae 0.20 "${often[@]}"
 train head_detector 0.05 "${often[@]}"
 train head_fitter 0.09 "${often[@]}"
 train image_encoder 0.06 "${often[@]}"
 train unet 0.40
 train upsampler 0.08 "${often[@]}"
+train vae 0.06 --decoder-only "${often[@]}" # what the whole model generates is there only now
 du -sh "$out/model"
