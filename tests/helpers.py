@@ -1,5 +1,6 @@
 """Comparisons, inputs of the operations, edits of files. Without diffusers, which a GPU machine may lack."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -367,3 +368,12 @@ def assert_operations_pass_on(processor: str, operations: Iterable[str], selecti
     environment = {**os.environ, "GAFEXT_EMULATED_CPU": processor}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def script(name):
+    """Load a script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module

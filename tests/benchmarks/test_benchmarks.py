@@ -1,7 +1,6 @@
 """The scripts of benchmarks/ on made results and small networks; what needs a GPU runs over stand-ins."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import sys
@@ -11,26 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, script
 
 from gafext import MultiViewDiffusionPipeline
 from gafext.config import SD21_MULTIVIEW_UNET, SD_VAE, UNetConfig
 from gafext.models.unet import MultiViewUNet
 
 diffusers = pytest.importorskip("diffusers")  # not on every machine with a GPU
-
-
-@pytest.fixture(autouse=True)
-def scripts_import_each_other(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
 
 
 def contestant(name, *milliseconds, kernels=()):
@@ -319,62 +305,6 @@ def test_openvino_without_bfloat16_loses_its_row(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
     with pytest.raises(ValueError, match="no bfloat16 on this processor, only FP32, INT8"):
         peers.Field(batch=2, size=16).openvino("bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--peers", "openvino"], "pip install openvino nncf"),
-        (["--peers", "tensorrt"], "expected some of openvino,diffusers,compile, got tensorrt"),
-        (["--peers", "diffusers", "--precisions", "float16"], "got float16"),
-        (["--unet-rounds", "3"], "a median of fewer says little"),
-    ],
-)
-def test_a_race_that_cannot_be_says_why(given, message, monkeypatch, capsys):
-    full_size = script("full_size")
-    monkeypatch.setattr(sys, "argv", ["full_size.py", *given])
-    find_spec = importlib.util.find_spec
-    missing = ("openvino", "nncf")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
-    with pytest.raises(SystemExit):
-        full_size.arguments()
-    assert message in capsys.readouterr().err
-
-
-COUNTS = {
-    "bench_pipeline": "--steps",
-    "drop_in": "--batch",
-    "full_size": "--views",
-    "precision": "--size",
-    "presets": "--heads",
-    "profile_pass": "--rounds",
-    "train_step": "--rounds",
-}
-
-
-@pytest.mark.parametrize("count", ["0", "-1", "2.5", "two"])
-@pytest.mark.parametrize("name", COUNTS)
-def test_how_many_is_at_least_one(name, count, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", f"{COUNTS[name]}={count}"])
-    with pytest.raises(SystemExit) as error:
-        script(name).main()
-    said = f"argument {COUNTS[name]}: expected a whole number of at least 1, got {count}"
-    assert error.value.code == 2 and said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["bench_pipeline", "full_size"])
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("--device=tpu", "argument --device: expected a device of this machine, got tpu: not usable here"),
-        ("--dtype=half", "argument --dtype: invalid choice: 'half'"),
-    ],
-)
-def test_device_and_dtype_are_looked_at_first(name, given, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", given])
-    with pytest.raises(SystemExit) as error:
-        script(name).main()
-    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_whole_pipeline_by_stages(monkeypatch):

@@ -384,6 +384,30 @@ def test_the_autoencoder_learns(scripts, tmp_path, monkeypatch):
     assert {"images_32", "normals_32", "images_64", "latent_std"} <= set(curves[-1])
 
 
+def test_the_loss_counts_squares_and_contrast_in_small_and_large_windows(scripts, monkeypatch):
+    module, random = scripts["vae"], torch.Generator().manual_seed(0)
+    made, wanted = torch.rand(2, 2, 3, 64, 64, generator=random) * 2 - 1
+    weights = 1 + 8 * torch.rand(2, 1, 64, 64, generator=random)
+
+    def worth(name):
+        losses = []
+        for weight in (0.0, 1.0):
+            monkeypatch.setattr(module, name, weight)
+            losses.append(module.distance(made, wanted, weights))
+        return (losses[1] - losses[0]).item()
+
+    def energy(picture, window):
+        right, down = torch.zeros(2, 64, 64), torch.zeros(2, 64, 64)
+        right[:, :, :-1] = (picture[..., 1:] - picture[..., :-1]).square().sum(1)
+        down[:, :-1] = (picture[..., 1:, :] - picture[..., :-1, :]).square().sum(1)
+        return ((right + down).unfold(1, window, window).unfold(2, window, window).mean((-1, -2)) + 1e-4).sqrt()
+
+    off = {window: (energy(made, window) - energy(wanted, window)).abs() for window in (4, 32)}
+    faces = weights[:, 0].unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2))  # large windows count alike
+    assert worth("CONTRAST_WEIGHT") == pytest.approx(((faces * off[4]).mean() + off[32].mean()).item(), rel=1e-4)
+    assert worth("SQUARE_WEIGHT") == pytest.approx((weights * (made - wanted) ** 2).mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_decoder_alone_goes_on(scripts, trained, tmp_path, whole, monkeypatch):
     model = "model" if whole else "model/vae"
