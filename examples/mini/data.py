@@ -55,9 +55,9 @@ def view_cameras(count: int, views: int, random: torch.Generator) -> Tensor:
     return _matrices(azimuth, elevation, radius)
 
 
-def portrait_cameras(count: int, random: torch.Generator) -> Tensor:
-    """Draw frontal cameras [count,1,4,4] for portraits."""
-    azimuth, elevation = between(-30, 30, (count, 1), random), between(-10, 10, (count, 1), random)
+def portrait_cameras(count: int, random: torch.Generator, portraits: int = 1) -> Tensor:
+    """Draw frontal cameras [count,portraits,4,4] for portraits."""
+    azimuth, elevation = between(-30, 30, (count, portraits), random), between(-10, 10, (count, portraits), random)
     return _matrices(azimuth, elevation, torch.full_like(azimuth, RADIUS))
 
 

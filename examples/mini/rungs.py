@@ -153,7 +153,7 @@ RUNGS["sharp"] = replace(
     RUNGS["cpu"],
     image_size=128,
     image_encoder=_clip(96, 8, layers=2),
-    unet=_unet(32, (32, 64, 96), (False, False, True)),
+    unet=_unet(32, (64, 64, 96), (False, False, True)),
     vae_batch=8,
     upsampler_batch=4,
     upsampler_fresh=1,
@@ -163,4 +163,6 @@ RUNGS["sharp"] = replace(
     snr_divisor=4.0,
     upsampler_fresh_every=3,
     vae_rate=5e-4,
+    unet_rate=7e-4,
+    encoder_rate=1e-4,
 )

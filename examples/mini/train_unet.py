@@ -30,10 +30,14 @@ from gafext.training.run import fit, start
 from gafext.training.settings import Settings
 
 POOL_VIEWS = 8  # views per head in the pool; a step uses 1, 2, 4 or 8
-VIEWS = (4, 4, 4, 8, 4, 2, 4, 8, 4, 1)  # views per step, in turn
-NO_IMAGE = 0.1  # fraction of the heads without image tokens, for guidance
-SOME_IMAGES = 0.5  # fraction of the heads for which each view has image tokens or not
-APART = 0.3  # fraction of the heads for which each view has its own noise level
+VIEWS = (1, 2, 1, 4, 1, 2, 1, 4, 1, 8)
+"""Views per step, in turn. A step has as many latents each time, and few heads in it make gradients noisy: from random
+weights, 150 steps of 16 heads with one view had 20.5 dB in one step from noise, of 4 heads with four views 18.9."""
+PORTRAITS = 3  # portraits per head in the pool; a step uses one, and makes it look like a photograph or not
+NO_IMAGE = 0.05  # fraction of the heads without image tokens, for guidance
+SOME_IMAGES = 0.2  # fraction of the heads of several views for which each view has image tokens or not
+NOISIEST = 0.35  # fraction of the heads at the last timestep, whose prediction generation starts from
+APART = 0.3  # fraction of the others for which each view has its own noise level
 NEUTRAL = 0.1  # fraction of the heads whose views have the neutral head's shape
 FITTED = 0.4  # fraction whose views have the shape of the head that is fitted to the portrait
 
@@ -76,7 +80,8 @@ class Pool:
     normals: Tensor  # [K,8,C,h,w], scaled
     weights: Tensor  # [K,8,1,h,w], of the loss
     poses: Tensor  # [K,8,12]
-    portraits: Tensor  # [K,3,S,S], normalised for the image encoder
+    portraits: Tensor  # [K,P,3,S,S] in [0,1], over white
+    alphas: Tensor  # [K,P,1,S,S] of the portraits
     added: int = 0
 
     def enlarged(self, limit: int) -> Pool:
@@ -158,7 +163,7 @@ def fresh_heads(count: int, random: torch.Generator, source: Source) -> Pool:
     vae, size = source.vae, source.size
     drawn = draw_heads(count, random, vae.device)
     w2c = view_cameras(count, POOL_VIEWS, random)
-    taken = heads.render(drawn, portrait_cameras(count, random), source.portrait_size)
+    taken = heads.render(drawn, portrait_cameras(count, random, PORTRAITS), source.portrait_size)
     portraits = photographic(taken.rgb[:, 0], taken.alpha[:, 0], random)
     made = heads.render(reshaped(drawn, *approximate(portraits, source, random)), w2c, size)
     return Pool(
@@ -166,7 +171,8 @@ def fresh_heads(count: int, random: torch.Generator, source: Source) -> Pool:
         encode(vae, made.normals),
         face_weights(made.face.flatten(0, 1), vae.config.factor).unflatten(0, made.face.shape[:2]),
         w2c[..., :3, :].flatten(2).float().to(vae.device),
-        normalized(portraits),
+        taken.rgb,
+        taken.alpha,
     )
 
 
@@ -219,17 +225,17 @@ class DrawnHeads:
         seen = slice(first, None, POOL_VIEWS // views)
         pooled = (self.pool.latents, self.pool.normals, self.pool.weights, self.pool.poses)
         latents, normals, weights, poses = (x[chosen][:, seen] for x in pooled)
-        timesteps = torch.randint(self.timesteps, (count, views), generator=random)
-        apart = torch.rand(count, 1, generator=random) < APART
+        portrait = torch.randint(PORTRAITS, (count,), generator=random).to(device)
+        portraits, alphas = (x[chosen, portrait] for x in (self.pool.portraits, self.pool.alphas))
         return Batch(
             latents=latents,
             normals=normals,
             weights=weights,
             pose=poses,
             features=None,
-            portraits=self.pool.portraits[chosen],
+            portraits=normalized(photographic(portraits, alphas, random)),
             noise=torch.randn(latents.shape, generator=noises, device=device),
-            timesteps=torch.where(apart, timesteps, timesteps[:, :1]),
+            timesteps=choose_timesteps(count, views, self.timesteps, random),
             sees=choose_seeing(count, views, random),
         )
 
@@ -246,10 +252,18 @@ class DrawnHeads:
         return numbers, []
 
 
+def choose_timesteps(count: int, views: int, timesteps: int, random: torch.Generator) -> Tensor:
+    """Choose timesteps [count,views]: the last one, one for all views of a head, or one for each."""
+    chosen = torch.randint(timesteps, (count, views), generator=random)
+    apart = torch.rand(count, 1, generator=random) < APART
+    noisiest = torch.rand(count, 1, generator=random) < NOISIEST
+    return torch.where(apart, chosen, chosen[:, :1]).masked_fill(noisiest, timesteps - 1)
+
+
 def choose_seeing(count: int, views: int, random: torch.Generator) -> Tensor:
     """Choose which views attend to the portrait, of a head all, none, or a random subset: [count,views] of 0 and 1."""
     kind, each = torch.rand(count, 1, generator=random), torch.rand(count, views, generator=random) < 0.5
-    none, some = kind < NO_IMAGE, kind < NO_IMAGE + SOME_IMAGES
+    none, some = kind < NO_IMAGE, kind < NO_IMAGE + SOME_IMAGES * (views > 1)
     return torch.where(some, each & ~none, True).float()
 
 

@@ -92,15 +92,13 @@ def main(argv: list[str] | None = None) -> None:
         if args.start:
             carry_over(vae, AutoencoderKL.from_pretrained(args.start / "vae").state_dict())
     vae = vae.to(device, memory_format=torch.channels_last)
-    generated, turns = None, TURNS
-    if args.decoder_only and all((args.out / "model" / part).is_dir() for part in ("unet", "upsampler")):
-        generated, turns = GeneratedLatents(args.out / "model", device, args.seed), GENERATED
+    whole = args.decoder_only and all((args.out / "model" / part).is_dir() for part in ("unet", "upsampler"))
+    turns = GENERATED if whole else TURNS
     latents = vae.config  # with the moments of the latents that U-Net and upsampler are trained on, if decoder_only
 
     def loss(step: int) -> Tensor:
         turn = turns[step % len(turns)]
         if turn == "generated":
-            assert generated is not None
             mean, wanted, weights = generated.draw(step, rung.vae_batch // 4)
             kl = spread = 0.0
         else:
@@ -146,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(stage, args, {"vae": vae}, rate=rung.vae_rate, loss=loss, measure=measure)
     if not (args.decoder_only or trainer.done) and decoder.exists():
         raise SystemExit(f"{decoder}: the decoder was trained on alone, which this would undo; remove it to go on")
+    if whole and not trainer.done:
+        generated = GeneratedLatents(args.out / "model", device, args.seed)
     trainer.run()
 
 

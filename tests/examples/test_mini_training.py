@@ -1,17 +1,13 @@
 """The training scripts of the built-in model, at a size that trains in seconds."""
 
 import json
-import math
 import shutil
-import sys
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
 from safetensors.torch import load_file
 
 from gafext import AutoencoderKL, CLIPVisionEncoder, LatentUpsampler, MultiViewDiffusionPipeline, MultiViewUNet, heads
@@ -21,56 +17,7 @@ from gafext.evaluation import as_portrait, subjects
 from gafext.heads.shape import MEASURES, SHAPE, beard_numbers, hairstyle_numbers
 from gafext.models.head_fitter import HeadShape
 from gafext.schedulers import SCHEDULERS, DDIMScheduler, schedule, scheduler_class
-from gafext.training.denoiser import Blindfold, diffuse
-
-FOLDER = ROOT / "examples" / "mini"
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The modules of examples/mini, with a rung that is quick."""
-    sys.path.insert(0, str(FOLDER))
-    import data
-    import generated
-    import initial
-    import rungs
-    import train_head_detector
-    import train_head_fitter
-    import train_image_encoder
-    import train_unet
-    import train_upsampler
-    import train_vae
-    import what_blurs
-
-    sys.path.remove(str(FOLDER))
-    train_unet.fast_in_bfloat16 = lambda device: False  # Accelerate has one precision per process
-    small = rungs.RUNGS["cpu"]
-    rungs.RUNGS["test"] = replace(
-        small,
-        image_size=32,
-        vae=replace(
-            small.vae,
-            block_out_channels=(8, 16),
-            norm_num_groups=1,
-            down_block_types=small.vae.down_block_types[:2],
-            up_block_types=small.vae.up_block_types[:2],
-        ),
-        image_encoder=replace(small.image_encoder, image_size=32, patch_size=16, num_hidden_layers=1),
-        unet=replace(small.unet, block_out_channels=(32, 32), attention_head_dim=(1, 1)),
-        **{"vae_batch": 8, "unet_batch": 8, "upsampler_batch": 2},
-        **{"upsampler_pool": 4, "upsampler_fresh": 1, "pool_heads": 2, "fresh_heads": 1, "measured_heads": 1},
-    )
-    for name, value in {"FIRST": 2, "LIMIT": 4}.items():
-        setattr(generated, name, value)
-    yield {"data": data, "generated": generated, "initial": initial, "rungs": rungs, "what_blurs": what_blurs} | {
-        "head_detector": train_head_detector,
-        "head_fitter": train_head_fitter,
-        "image_encoder": train_image_encoder,
-        "vae": train_vae,
-        "unet": train_unet,
-        "upsampler": train_upsampler,
-    }
-    del rungs.RUNGS["test"]
+from gafext.training.denoiser import diffuse
 
 
 def train(script, out, *more):
@@ -93,61 +40,12 @@ def trained(scripts, tmp_path_factory):
     return out
 
 
-def test_cameras_are_those_of_the_command(scripts):
-    random = torch.Generator().manual_seed(0)
-    views = scripts["data"].view_cameras(500, 8, random)
-    cameras = Cameras(views.flatten(0, 1), 30)
-    places = cameras.c2w[:, :3, 3].unflatten(0, (500, 8))
-    assert places.norm(dim=-1).min() > 3.6 and places.norm(dim=-1).max() < 4.5
-    for w2c, place in zip(views[:50].flatten(0, 1), places[:50].flatten(0, 1), strict=True):
-        radius = place.norm().item()
-        elevation, azimuth = math.asin(place[1] / radius), math.atan2(place[0], place[2])
-        alike = orbit(1, math.degrees(elevation), radius, azimuth_start=math.degrees(azimuth))
-        assert torch.allclose(w2c.float(), alike.w2c[0], atol=1e-5)
-    usual = (views - orbit(8).w2c).abs().amax(dim=(1, 2, 3)) < 1e-4
-    assert 0.03 < usual.float().mean() < 0.2  # the command's own orbit, among others
-    assert (places[:, :, 2] < -3).any(dim=1).float().mean() > 0.5  # most see the back of the head
-    portraits = Cameras(scripts["data"].portrait_cameras(200, random)[:, 0], 30).c2w[:, :3, 3]
-    assert (portraits[:, 2] > 3.3).all()
-
-
-def test_only_training_identities_are_drawn(scripts, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(heads, "make_heads", lambda numbers, device: drawn.append(numbers))
-    for step in range(20):
-        scripts["data"].draw_heads(50, scripts["data"].generator(0, step), "cpu")
-    drawn = torch.cat(drawn).tolist()
-    assert set(drawn) <= set(heads.TRAIN_IDENTITIES) and len(set(drawn)) > 990
-
-
-def test_some_portraits_look_like_photographs(scripts):
-    random = scripts["data"].generator(0, 0)
-    taken = heads.render(
-        scripts["data"].draw_heads(40, random, "cpu"), scripts["data"].portrait_cameras(40, random), 32
-    )
-    plain, alpha = taken.rgb[:, 0], taken.alpha[:, 0]
-    made = scripts["data"].photographic(plain, alpha, random)
-    assert made.shape == plain.shape and made.min() >= 0 and made.max() <= 1
-    changed = (made - plain).abs().flatten(1).amax(1) > 0.02
-    assert 10 <= changed.sum() <= 30 and torch.equal(made[~changed], plain[~changed])
-    corners = made[changed][:, :, :3, :3].flatten(1).mean(1)
-    assert (corners < 0.9).sum() >= 5  # a background that is not white
-    colours = ((plain - made) * (alpha > 0.9)).sum(dim=(2, 3)) / (alpha > 0.9).sum(dim=(2, 3))
-    assert 0.02 < colours[changed].abs().mean() < 0.3  # but still that person
-
-
-def test_the_face_counts_more(scripts):
-    face = torch.zeros(1, 1, 64, 64)
-    face[:, :, 16:24, 16:24] = 1
-    weights, most = scripts["data"].face_weights(face, 8), scripts["data"].FACE_WEIGHT
-    assert weights.shape == (1, 1, 8, 8) and weights[0, 0, 2, 2] == 1 + most
-    assert weights[0, 0, 5, 5] == 1 and weights[0, 0, 3, 2] == 1 + most / 8  # the margin, a pixel wide
-
-
 def test_weights_are_carried_over_to_a_network_with_one_more_level(scripts):
     rungs, carry_over = scripts["rungs"], scripts["initial"].carry_over
     torch.manual_seed(0)
-    shallow, deep = (MultiViewUNet(rungs.RUNGS[name].unet) for name in ("cpu", "sharp"))
+    shallow, deep = (rungs.RUNGS[name].unet for name in ("cpu", "sharp"))
+    deep = replace(deep, block_out_channels=(32, 64, 96), attention_head_dim=(1, 2, 3))
+    shallow, deep = MultiViewUNet(shallow), MultiViewUNet(deep)
     before = {key: value.clone() for key, value in deep.state_dict().items()}
     copied = carry_over(deep, shallow.state_dict())
     now, small = deep.state_dict(), shallow.state_dict()
@@ -184,32 +82,6 @@ def test_a_noisier_schedule_divides_the_signal_to_noise_ratio(scripts):
         made = scheduler_class(name).from_config(DDIMScheduler(read).config)
         made.set_timesteps(10)
         assert torch.isfinite(made.timesteps.float()).all()
-
-
-def test_the_pool_grows_and_then_drops_the_oldest(scripts):
-    def pool(*numbers):
-        x = torch.tensor(numbers, dtype=torch.float32)
-        return scripts["unet"].Pool(x.view(-1, 1), x, x, x, x)
-
-    grown = pool(1, 2).enlarged(4)
-    assert grown.count == 2
-    for number in (3, 4, 5):
-        grown.add(pool(number))
-    assert grown.count == 4 and grown.normals.tolist() == [5, 2, 3, 4] and grown.latents.shape == (4, 1)
-
-
-def test_some_views_have_another_shape_in_their_own_colours(scripts):
-    unet, drawn, others = scripts["unet"], heads.make_heads([1, 2, 3]), heads.make_heads([7, 8])
-    chosen = torch.tensor([True, False, True])
-    made = unet.reshaped(drawn, chosen, others)
-    expected = heads.cat([others, drawn]).centre[[0, 3, 1]]
-    assert torch.equal(made.centre, expected) and not torch.equal(made.centre, drawn.centre)
-    assert torch.equal(made.colour, drawn.colour) and torch.equal(made.light, drawn.light)
-    w2c = orbit(1).w2c[None].expand(3, 1, 4, 4)
-    views, shapes = heads.render(made, w2c, 32), heads.render(others, w2c[:2], 32)
-    assert torch.equal(views.normals[[0, 2]], shapes.normals) and not torch.equal(views.rgb[[0, 2]], shapes.rgb)
-    assert torch.equal(views.rgb[1], heads.render(drawn, w2c, 32).rgb[1])
-    assert unet.reshaped(drawn, torch.zeros(3, dtype=torch.bool), None) is drawn
 
 
 def test_a_portrait_is_told_by_its_colours_and_irises(scripts):
@@ -262,30 +134,6 @@ def test_the_unet_begins_as_its_parent_and_with_the_taught_encoder(scripts, trai
     assert pipe.unet.add_embedding is not None
 
 
-def test_some_normal_maps_are_of_the_head_that_is_fitted(scripts, monkeypatch):
-    unet, portraits = scripts["unet"], torch.rand(50, 3, 8, 8)
-    seen = []
-
-    class Fitter:
-        def fit(self, portrait):
-            seen.append(portrait)
-            return heads.make_heads([7])
-
-    monkeypatch.setattr(unet, "NEUTRAL", 0.2)
-    monkeypatch.setattr(unet, "FITTED", 0.5)
-    source = unet.Source(None, Fitter(), 32, 8)
-    chosen, others = unet.approximate(portraits, source, torch.Generator().manual_seed(0))
-    fitted = (others.centre == heads.make_heads([7]).centre).flatten(1).all(1)
-    neutral = (others.centre == heads.neutral_head().centre).flatten(1).all(1)
-    assert chosen.sum() == len(others) and 25 < chosen.sum() < 45 and torch.equal(fitted, ~neutral)
-    assert fitted.sum() == len(seen) and 5 <= neutral.sum() <= 16
-    wanted = (portraits[chosen][fitted.nonzero()[0, 0]] * 255).round().byte()
-    assert torch.equal(torch.from_numpy(np.array(seen[0])).permute(2, 0, 1), wanted)
-    monkeypatch.setattr(unet, "NEUTRAL", 0.0)
-    monkeypatch.setattr(unet, "FITTED", 0.0)
-    assert unet.approximate(portraits, source, torch.Generator())[1] is None
-
-
 def test_measures_of_parts_that_a_head_has_not_are_not_learned(scripts):
     fitter = scripts["head_fitter"]
     numbers = torch.full((6, len(SHAPE)), 0.5)
@@ -315,35 +163,6 @@ def test_positions_are_interpolated_when_the_portrait_is_larger(scripts):
     larger = resized(rows, 1 + 64)
     assert larger.shape == (65, 2) and torch.equal(larger[0], rows[0])
     assert (larger[1:].view(8, 8, 2).diff(dim=0) > 0).all() and larger[1:].view(8, 8, 2).diff(dim=1).abs().max() < 1e-5
-
-
-def test_a_view_without_the_portrait_hears_of_it_from_the_others(scripts):
-    rung = scripts["rungs"].RUNGS["test"]
-    torch.manual_seed(0)
-    unet = MultiViewUNet(rung.unet)
-    blindfold = Blindfold(unet)
-    sample, pose, tokens = torch.randn(2, 16, 16, 16), torch.randn(2, 12), torch.randn(2, 5, 96)
-    blindfold.sees = torch.tensor([0.0, 1.0]).view(2, 1, 1)
-
-    @torch.no_grad()
-    def change(views):
-        """Of both views, when the portrait of all changes."""
-        given = {"pose": pose, "num_views": views}
-        one, other = (unet(sample, 500, image_embeds=t[: 2 // views], **given) for t in (tokens, 1 - tokens))
-        return (one - other).flatten(1).abs().amax(1)
-
-    blind, seeing = change(views=1)
-    assert blind == 0 < seeing
-    assert (change(views=2) > 0).all()
-    unet.eval()
-    assert (change(views=1) > 0).all()  # only training blinds views
-
-
-def test_some_views_see_the_portrait_and_some_do_not(scripts):
-    seeing = scripts["unet"].choose_seeing(2000, 4, torch.Generator().manual_seed(0)).sum(1)
-    shares = [(seeing == count).float().mean().item() for count in range(5)]
-    some = [0.5 * ways / 16 for ways in (1, 4, 6, 4, 1)]
-    assert shares == pytest.approx([some[0] + 0.1, *some[1:4], some[4] + 0.4], abs=0.03)
 
 
 def test_the_upsampler_is_trained_on_what_its_loop_undoes(scripts, trained, monkeypatch):
