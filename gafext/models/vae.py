@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gafext.config import SD_VAE, VAEConfig
 from gafext.models.base import PretrainedModel
-from gafext.models.blocks import Conv3x3, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from gafext.models.blocks import Conv2d, Conv3x3, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from gafext.models.tiling import shared_statistics, tiled
 from gafext.ops import flash_attention
 from gafext.ops.linear import linear_layer
@@ -170,8 +170,8 @@ class AutoencoderKL(PretrainedModel):
         self.use_slicing = True
         """Whether a pipeline decodes one view at a time."""
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
         self.decoder = Decoder(config)
 
     def enable_slicing(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -123,7 +124,7 @@ class _Work:
         self.left = 0  # portraits that another process is making or has made meanwhile
         self.claims: dict[Path, Claim] = {}
         self.read_digests: dict[Path, str] = {}
-        self.hooks = Hooks(read=self.read, save=self.save)
+        self.hooks, self.lock = Hooks(read=self.read, save=self.save), threading.Lock()
         self.of_process = {"rank": int(os.environ["RANK"])} if "RANK" in os.environ else {}  # torchrun's
 
     def run(self, pipeline: Any, options: dict[str, Any], *, shown: bool) -> None:
@@ -131,10 +132,11 @@ class _Work:
         with tqdm(**settings) as bar, logging_redirect_tqdm([logging.getLogger("gafext")]):
 
             def advance(share: float) -> None:
-                self.done += share
-                bar.total = len(self.todo) - self.left
-                bar.update(share)
-                self.event("progress", done=round(self.done, 4), of=bar.total)
+                with self.lock:  # of the threads of several loops
+                    self.done += share
+                    bar.total = len(self.todo) - self.left
+                    bar.update(share)
+                    self.event("progress", done=round(self.done, 4), of=bar.total)
 
             self.hooks.on_step = advance
             bar.set_description_str(f"0 of {len(self.todo)} portraits")

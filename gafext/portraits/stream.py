@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from gafext.images import image_list, read_image
 from gafext.noise import resolve_seed
 from gafext.ops import memory
 from gafext.output import MultiViewOutput
-from gafext.portraits.batch import automatic_batch_size, check_batch_size
+from gafext.portraits.batch import automatic_batch_size, check_batch_size, loops_at_once
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,16 +54,18 @@ class Hooks:
     Attributes:
         read: opens a portrait, in a thread of its own; an ImageError or OSError makes the result.
         save: called with each result, in a thread of its own; an error ends the stream.
-        on_step: called after each step with the share of a portrait that it has finished.
+        on_step: called after each step with the share of a portrait that it has finished, by the thread of its loop.
         overlap: encode and decode beside the loop; None: on accelerators without offloading and CUDA graphs.
-        denoised: seconds in the loop.
-        waited: seconds for which the loop stood still, waiting for the next portrait or for those before to be saved.
+        loops: portraits that are denoised at once, each by a loop of its own; None: see `loops_at_once`.
+        denoised: seconds in the loops.
+        waited: seconds for which a loop stood still, waiting for the next portrait or for those before to be saved.
     """
 
     read: Callable[[Any], PIL.Image.Image] = field(default_factory=lambda: read_portrait)
     save: Callable[[PortraitResult], None] = lambda result: None
     on_step: Callable[[float], None] = lambda share: None
     overlap: bool | None = None
+    loops: int | None = None
     denoised: float = 0.0
     waited: float = 0.0
 
@@ -96,8 +98,10 @@ class PipelineStream:
         """Generate the views of many portraits, and yield the results in order, each as soon as it is there.
 
         Portraits are read and views saved by threads of their own while other portraits are denoised; on a GPU without
-        offloading they are encoded and decoded so too. Each has the views that a call of its own gives it: with
-        `batch_size=1` bit for bit, above up to rounding.
+        offloading they are encoded and decoded so too. On a CPU several portraits are denoised at once where the U-Net
+        is small, each with its share of PyTorch's threads (`gafext.portraits.batch.loops_at_once`). Each has the views
+        that a call of its own gives it: with `batch_size=1` bit for bit if that call has as many threads, else up to
+        rounding.
 
         Args:
             images: portraits, as `prepare` takes one; may be endless, and is read as the stream goes on.
@@ -131,55 +135,11 @@ def stream(
         raise ValueError(f"{', '.join(refused)}: expected none for a stream of portraits")
     count = automatic_batch_size(pipeline, cameras, options) if isinstance(batch_size, str) else batch_size
     hooks, generator = hooks or Hooks(), options.pop("generator", None)
-    renders = None if (given := options.pop("renders", None)) is None else image_list(given)
     if isinstance(images, Sized) and isinstance(generator, (list, tuple)) and len(generator) < len(images):
         raise ValueError(f"generator: expected one per portrait, {len(images)}, got {len(generator)}")
-    encoder, unused = copy.copy(pipeline), copy.deepcopy(pipeline.scheduler)
-    loop = threading.get_ident()
-
-    def wait(future: Future) -> Any:
-        start = time.perf_counter()
-        result = future.result()
-        if hooks.denoised and threading.get_ident() == loop:  # before the first step there is no loop that waits
-            hooks.waited += time.perf_counter() - start
-        return result
-
-    def read(batch: _Batch) -> _Batch:
-        for result in batch.results:
-            try:
-                batch.pictures.append(hooks.read(result.portrait))
-            except (ImageError, OSError) as error:
-                result.error = error
-        return batch
-
-    def prepare(opened: Future[_Batch]) -> _Batch:
-        batch = wait(opened)
-        seeds = [seed for seed, result in zip(batch.seeds, batch.results, strict=True) if result.error is None]
-        if batch.pictures:
-            encoder.scheduler = copy.deepcopy(unused)  # it has the state of a run, and those of others are under way
-            shared = {**options, "renders": None if renders is None else renders * len(seeds)}
-            batch.run = encoder.prepare(batch.pictures, cameras, normal_maps, generator=seeds, **shared)
-        return batch
-
-    def denoise(run: Run) -> Tensor:
-        latents, start = run.latents, time.perf_counter()
-        for _, stepped in pipeline.steps(run):
-            latents = stepped
-            hooks.on_step(run.num_portraits / len(run.timesteps))
-        hooks.denoised += time.perf_counter() - start
-        return latents
-
-    def deliver(batch: _Batch, finished: Future[list[MultiViewOutput]] | None) -> list[PortraitResult]:
-        outputs = iter(finished.result() if finished is not None else ())
-        for result in batch.results:
-            if result.error is None:
-                result.output = next(outputs)
-                result.output.run["portrait_index"] = 0  # as alone: who shared its batch is no matter
-            hooks.save(result)
-        return batch.results
-
-    overlap = _overlaps(pipeline, graph=bool(options.get("graph"))) if hooks.overlap is None else hooks.overlap
-    beside = _thread if overlap else _Inline
+    loops = hooks.loops or (loops_at_once(pipeline, cameras, options) if count == 1 and not hooks.overlap else 1)
+    loops = min(loops, len(images)) if isinstance(images, Sized) else loops
+    work = _Work(pipeline, cameras, normal_maps, dict(options), hooks)
     threads, failure = torch.get_num_threads(), []
 
     def batches() -> Iterator[_Batch]:
@@ -189,26 +149,136 @@ def stream(
             failure.append(error)
 
     try:
-        with _thread() as reading, beside() as encoding, beside() as decoding, _thread() as writing:
-            opened = _one_ahead(reading.submit(read, batch) for batch in batches())
-            prepared = (encoding.submit(prepare, future) for future in opened)
-            following, behind = next(prepared, None), deque()
-            while following is not None:
-                batch, finished = wait(following), None
-                following = next(prepared, None)
-                if batch.run is not None:
-                    finished = decoding.submit(pipeline.finish, batch.run, denoise(batch.run))
-                behind.append(writing.submit(deliver, batch, finished))
-                while behind and (behind[0].done() or len(behind) > _BEHIND):
-                    yield from wait(behind.popleft())
-            for last in behind:
-                yield from last.result()
-            if failure:
-                raise failure[0]
+        yield from _several_loops(work, batches(), loops) if loops > 1 else _one_loop(work, batches())
+        if failure:
+            raise failure[0]
     finally:
         torch.set_num_threads(threads)  # what the threads set is the default of any that come after them
         if pipeline.device.type == "cpu":
             memory.release_freed_memory()
+
+
+class _Work:
+    """What is done with a batch, one stage after the other; each stage may be run by a thread of its own.
+
+    Args:
+        pipeline, cameras, normal_maps, options: those of `prepare`.
+        hooks: the stream's.
+    """
+
+    def __init__(self, pipeline: Any, cameras: Any, normal_maps: Any, options: dict[str, Any], hooks: Hooks) -> None:
+        self.pipeline, self.cameras, self.normal_maps, self.hooks = pipeline, cameras, normal_maps, hooks
+        self.renders = None if (given := options.pop("renders", None)) is None else image_list(given)
+        self.options, self.unused = options, copy.deepcopy(pipeline.scheduler)
+        self.looping = threading.local()  # its `since` is when a loop's thread last had something to do
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+
+    def wait(self, future: Future) -> Any:
+        """Return a future's result; in a thread whose loop has begun, count the time."""
+        start = time.perf_counter()
+        result = future.result()
+        if hasattr(self.looping, "since"):
+            self._add(waited=time.perf_counter() - start)
+        return result
+
+    def read(self, batch: _Batch) -> _Batch:
+        for result in batch.results:
+            try:
+                batch.pictures.append(self.hooks.read(result.portrait))
+            except (ImageError, OSError) as error:
+                result.error = error
+        return batch
+
+    def prepare(self, opened: Future[_Batch]) -> _Batch:
+        batch = self.wait(opened)
+        seeds = [seed for seed, result in zip(batch.seeds, batch.results, strict=True) if result.error is None]
+        if batch.pictures:
+            encoder = copy.copy(self.pipeline)  # a scheduler has the state of a run, and those of others are under way
+            encoder.scheduler = copy.deepcopy(self.unused)
+            shared = {**self.options, "renders": None if self.renders is None else self.renders * len(seeds)}
+            batch.run = encoder.prepare(batch.pictures, self.cameras, self.normal_maps, generator=seeds, **shared)
+        return batch
+
+    def denoise(self, run: Run) -> Tensor:
+        latents, self.looping.since = run.latents, time.perf_counter()
+        for _, stepped in self.pipeline.steps(run):
+            if self.stopped.is_set():
+                raise CancelledError
+            latents = stepped
+            self.hooks.on_step(run.num_portraits / len(run.timesteps))
+        self._add(denoised=time.perf_counter() - self.looping.since)
+        return latents
+
+    def views(self, opened: Future[_Batch]) -> tuple[_Batch, list[MultiViewOutput]]:
+        """Do all of a batch but reading and saving."""
+        if hasattr(self.looping, "since"):
+            self._add(waited=time.perf_counter() - self.looping.since)
+        if self.stopped.is_set():
+            raise CancelledError
+        batch = self.prepare(opened)
+        outputs = [] if batch.run is None else self.pipeline.finish(batch.run, self.denoise(batch.run))
+        self.looping.since = time.perf_counter()
+        return batch, outputs
+
+    def deliver(self, batch: _Batch, outputs: Iterable[MultiViewOutput]) -> list[PortraitResult]:
+        made = iter(outputs)
+        for result in batch.results:
+            if result.error is None:
+                result.output = next(made)
+                result.output.run["portrait_index"] = 0  # as alone: who shared its batch is no matter
+            self.hooks.save(result)
+        return batch.results
+
+    def _add(self, *, denoised: float = 0.0, waited: float = 0.0) -> None:
+        with self.lock:
+            self.hooks.denoised += denoised
+            self.hooks.waited += waited
+
+
+def _one_loop(work: _Work, batches: Iterator[_Batch]) -> Iterator[PortraitResult]:
+    """Denoise batch after batch in this thread, with all of PyTorch's threads."""
+    pipeline, overlap = work.pipeline, work.hooks.overlap
+    overlap = _overlaps(pipeline, graph=bool(work.options.get("graph"))) if overlap is None else overlap
+    beside = _threads if overlap else _Inline
+
+    def deliver(batch: _Batch, finished: Future[list[MultiViewOutput]] | None) -> list[PortraitResult]:
+        return work.deliver(batch, () if finished is None else finished.result())
+
+    with _threads() as reading, beside() as encoding, beside() as decoding, _threads() as writing:
+        opened = _one_ahead(reading.submit(work.read, batch) for batch in batches)
+        prepared = (encoding.submit(work.prepare, future) for future in opened)
+        following, behind = next(prepared, None), deque()
+        while following is not None:
+            batch, finished = work.wait(following), None
+            following = next(prepared, None)
+            if batch.run is not None:
+                finished = decoding.submit(pipeline.finish, batch.run, work.denoise(batch.run))
+            behind.append(writing.submit(deliver, batch, finished))
+            while behind and (behind[0].done() or len(behind) > _BEHIND):
+                yield from work.wait(behind.popleft())
+        for last in behind:
+            yield from last.result()
+
+
+def _several_loops(work: _Work, batches: Iterator[_Batch], loops: int) -> Iterator[PortraitResult]:
+    """Denoise as many batches at once as there are loops, each with its share of PyTorch's threads."""
+    share = max(1, torch.get_num_threads() // loops)
+
+    def deliver(made: Future[tuple[_Batch, list[MultiViewOutput]]]) -> list[PortraitResult]:
+        return work.deliver(*made.result())
+
+    with _threads() as reading, _threads(loops, share) as looping, _threads() as writing:
+        try:
+            behind = deque()
+            for batch in batches:
+                opened = reading.submit(work.read, batch)
+                behind.append(writing.submit(deliver, looping.submit(work.views, opened)))
+                while behind and (behind[0].done() or len(behind) >= _BEHIND + loops):
+                    yield from behind.popleft().result()
+            for last in behind:
+                yield from last.result()
+        finally:
+            work.stopped.set()  # after an error, or where nobody asks for more: the loops end at their next step
 
 
 def _overlaps(pipeline: Any, *, graph: bool) -> bool:
@@ -248,13 +318,13 @@ def _one_ahead(futures: Iterator[Future]) -> Iterator[Future]:
 
 
 @contextlib.contextmanager
-def _thread() -> Iterator[ThreadPoolExecutor]:
-    """Yield an executor of one thread; what has not begun when the block ends is dropped.
+def _threads(count: int = 1, share: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor of threads with `share` threads of PyTorch each; what has not begun at the end is dropped.
 
-    PyTorch gets one thread in it: a second pool of OpenMP's makes the threads of the loop's sleep, not spin, at every
-    barrier, and 50 steps took 3.2 s in place of 2.4 s on two cores.
+    A thread beside the loop gets one: a second pool of OpenMP's makes the threads of the loop's sleep, not spin, at
+    every barrier, and 50 steps took 3.2 s in place of 2.4 s on two cores.
     """
-    executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+    executor = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
     try:
         yield executor
     finally:
