@@ -54,9 +54,10 @@ def test_generated_views_are_the_portraits_head(lines):
 
 def test_without_normal_maps_given_a_head_is_fitted(lines, evaluation):
     fitted = lines["generated, no normal maps given"]
-    assert fitted.psnr > 25 and fitted.psnr > lines["generated"].psnr - 5
+    assert fitted.psnr > 25.5
     [neutral] = evaluation.ablations(["neutral normals"])
     assert neutral.psnr < fitted.psnr - 4
+    assert fitted.psnr > (neutral.psnr + lines["generated"].psnr) / 2  # more than half of the way to the true ones
 
 
 def test_every_condition_counts(lines, evaluation):
