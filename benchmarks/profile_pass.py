@@ -98,6 +98,9 @@ def classify(name: str, tensors: list[Tensor], out: Tensor, args: tuple) -> tupl
         x = tensors[name in ("addmm", "baddbmm")]
         outputs = (1 + name.startswith("geglu")) * out.shape[-1]
         rows, kind = out.numel() // out.shape[-1], "linear, GEGLU" if "geglu" in name else "linear"
+        if kind == "linear" and x.ndim == 4:  # [batch, height, width, channels]
+            shape = f"{len(x)},{x.shape[-1]}->{outputs},{x.shape[1]}x{x.shape[2]}"
+            return "conv1x1", shape, 2 * rows * outputs * x.shape[-1]
         return kind, f"{rows},{x.shape[-1]}->{outputs}", 2 * rows * outputs * x.shape[-1]
     for kind, words in {"norms, SiLU": _NORMS, "rounding to 8 bits": _ROUNDING, "copies": _COPIES}.items():
         if any(word in name.split("_") or (kind != "copies" and word in name) for word in words):

@@ -385,6 +385,8 @@ def test_a_profile_knows_what_limits_an_operation():
     x = torch.empty(2, 7, 16)
     kind, shape, flops = classify("linear", [x, torch.empty(5, 16)], torch.empty(2, 7, 5), ())
     assert (kind, shape, flops) == ("linear", "14,16->5", 2 * 14 * 16 * 5)
+    pointwise = classify("linear", [torch.empty(2, 7, 3, 16), torch.empty(5, 16)], torch.empty(2, 7, 3, 5), ())
+    assert pointwise == ("conv1x1", "2,16->5,7x3", 2 * 42 * 16 * 5)
     assert classify("geglu", [x], torch.empty(2, 7, 5), ())[1:] == ("14,16->10", 2 * 14 * 16 * 10)
     query, key = torch.empty(1, 3, 9, 8), torch.empty(1, 3, 77, 8)
     assert classify("flash_attention", [query, key], query, ())[::2] == ("attention to text", 4 * 3 * 9 * 77 * 8)
