@@ -208,7 +208,7 @@ def presets() -> str:
         "in all": "times_as_fast_in_all:.1f",
     }
     lines = []
-    for number, row in enumerate(result("presets-cpu-zen-4-1-thread")["options"], 1):
+    for number, row in enumerate(result("presets-cpu-sapphire-rapids-1-thread")["options"], 1):
         shown = [f"{{{column}}}".format(**row) for column in columns.values()]
         if row["name"] == "quality":
             shown[3] = ""
